@@ -1,0 +1,41 @@
+"""Everything that parchgrad raises on purpose: one tree, so that one `except` catches it."""
+
+
+class ParchGradError(Exception):
+    """Base of all errors of this package; the message names what was wrong, where, and the remedy."""
+
+
+class SettingError(ParchGradError):
+    """A setting is out of its range, unknown, or contradicts another."""
+
+
+class LayerError(ParchGradError):
+    """The chosen layers do not exist in the model, or are no convolutions."""
+
+
+class ModelError(ParchGradError):
+    """The model cannot be explained as it is: unknown name, training mode, no convolution, odd output."""
+
+
+class InputError(ParchGradError):
+    """The input tensor cannot be explained: not finite, wrong shape or dtype."""
+
+
+class TargetError(ParchGradError):
+    """The class to explain does not exist, or does not fit the batch."""
+
+
+class StatisticsError(ParchGradError):
+    """Channel statistics are missing, malformed, or belong to another model."""
+
+
+class WeightsError(ParchGradError):
+    """Pretrained weights are missing, damaged, or cannot be downloaded."""
+
+
+class ImageError(ParchGradError):
+    """A file is no readable image."""
+
+
+class OutputError(ParchGradError):
+    """A result cannot be written where it was asked for."""

@@ -1,0 +1,164 @@
+"""Finding, naming and choosing the convolutions of a model."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+
+from parchgrad.errors import LayerError, ModelError
+
+__all__ = ["Convolution", "LayerChoice", "choose_layers", "find_convolutions"]
+
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+LayerChoice: TypeAlias = str | float | Sequence[str] | Sequence[nn.Module]
+
+
+def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
+    """Find every Conv1d, Conv2d and Conv3d of a model, subclasses included, in module order.
+
+    A convolution registered under two names is listed under its first.
+
+    Raises:
+        ModelError: if the model holds no convolution.
+
+    Example:
+        >>> list(find_convolutions(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))))
+        ['0', '2']
+    """
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
+    if not convolutions:
+        raise ModelError(
+            f"{type(model).__name__} holds no convolution (Conv1d, Conv2d or Conv3d), but ParchGrad partitions the "
+            "channels of convolutions; use a convolutional network or the plain method (selector=None)."
+        )
+    return convolutions
+
+
+def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str, Convolution]:
+    """Choose the convolutions whose gradient is edited, in module order.
+
+    Args:
+        model: any module with convolutions.
+        layers: one of
+
+            - `"default"`: the set published for the ResNet, VGG and EfficientNet families, else the upper half;
+            - `"all"`;
+            - a ratio r in (0, 1]: the last `int(r * n)` of n convolutions, at least one;
+            - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`;
+            - convolution modules of the model.
+
+    Raises:
+        LayerError: if a pattern matches nothing, a ratio is out of range, or a module is no convolution of the model.
+        ModelError: if the model holds no convolution.
+
+    Example:
+        >>> model = nn.Sequential(*[nn.Conv1d(4, 4, 3) for _ in range(4)])
+        >>> list(choose_layers(model, 0.5)), list(choose_layers(model, ["0", "[23]"]))
+        (['2', '3'], ['0', '2', '3'])
+    """
+    convolutions = find_convolutions(model)
+    if isinstance(layers, bool) or layers is None:
+        raise _not_a_choice(layers)
+    if isinstance(layers, (int, float)):
+        chosen = _last(convolutions, float(layers))
+    elif layers == "default":
+        chosen = _default_names(model, convolutions)
+    elif layers == "all":
+        chosen = list(convolutions)
+    elif isinstance(layers, str):
+        chosen = _matching(convolutions, [layers])
+    elif isinstance(layers, Sequence):
+        patterns = [choice for choice in layers if isinstance(choice, str)]
+        modules = [choice for choice in layers if isinstance(choice, nn.Module)]
+        if len(patterns) == len(layers) > 0:
+            chosen = _matching(convolutions, patterns)
+        elif len(modules) == len(layers) > 0:
+            chosen = _named(convolutions, modules)
+        else:
+            raise _not_a_choice(layers)
+    else:
+        raise _not_a_choice(layers)
+    wanted = set(chosen)
+    return {name: module for name, module in convolutions.items() if name in wanted}
+
+
+def _not_a_choice(layers: object) -> LayerError:
+    return LayerError(
+        f"layers is {layers!r}, but it must be 'default', 'all', a ratio in (0, 1], "
+        "a non-empty list of name patterns, or a non-empty list of convolution modules."
+    )
+
+
+def _last(names: Iterable[str], ratio: float) -> list[str]:
+    """The last `int(ratio * n)` of n names, at least one."""
+    if not 0 < ratio <= 1:
+        raise LayerError(f"layers is the ratio {ratio:g}, but a ratio must lie in (0, 1]; 1.0 means every convolution.")
+    names = list(names)
+    return names[len(names) - max(1, int(ratio * len(names))) :]
+
+
+def _matching(convolutions: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Names that match any of the patterns; every pattern must match."""
+    names = list(convolutions)
+    chosen: list[str] = []
+    for pattern in patterns:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise LayerError(
+                f"The layer pattern {pattern!r} matches none of the {len(names)} convolutions; "
+                f"near names: {', '.join(_near(pattern, names))}."
+            )
+        chosen += matches
+    return chosen
+
+
+def _near(pattern: str, names: list[str]) -> list[str]:
+    """Up to five names a user may have meant: those below the pattern taken as a prefix, else the most similar."""
+    stem = pattern.rstrip("*").rstrip(".")
+    below = [name for name in names if name.startswith(stem + ".")] if stem else []
+    if below:
+        return [f"{stem}.*", *below[:4]]
+    return difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[-5:]
+
+
+def _named(convolutions: dict[str, Convolution], modules: Sequence[nn.Module]) -> list[str]:
+    names = {id(module): name for name, module in convolutions.items()}
+    for module in modules:
+        if id(module) not in names:
+            raise LayerError(
+                f"{type(module).__name__} is given among the layers, but it is no convolution of this model; "
+                "give Conv1d, Conv2d or Conv3d modules taken from the model itself."
+            )
+    return [names[id(module)] for module in modules]
+
+
+def _default_names(model: nn.Module, convolutions: dict[str, Convolution]) -> list[str]:
+    """The published layer set of the model's family, or the upper half where there is none."""
+    families = {parent.__name__ for parent in type(model).__mro__}
+    names = list(convolutions)
+    if "ResNet" in families:
+        chosen = [name for name in names if name.startswith(("layer3.", "layer4.")) and ".downsample." not in name]
+    elif "VGG" in families:
+        chosen = _last([name for name in names if name.startswith("features.")], 0.5)
+    elif "EfficientNet" in families:
+        chosen = _efficientnet_names(convolutions)
+    else:
+        chosen = []
+    return chosen or _last(names, 0.5)
+
+
+def _efficientnet_names(convolutions: dict[str, Convolution]) -> list[str]:
+    """First depthwise convolution of the last two stages and the head; empty where a variant lacks one of them."""
+    depthwise = [name for name, module in convolutions.items() if module.groups == module.in_channels > 1]
+    # torchvision counts the stem as features[0], timm keeps it apart: features[6] is blocks[5].
+    for *stages, head in (
+        ("features.6.0.", "features.7.0.", "features.8.0"),
+        ("blocks.5.0.", "blocks.6.0.", "conv_head"),
+    ):
+        firsts = [next((name for name in depthwise if name.startswith(stage)), None) for stage in stages]
+        found = [name for name in (*firsts, head) if name in convolutions]
+        if len(found) == 3:
+            return [name for name in found if name is not None]
+    return []

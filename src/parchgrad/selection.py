@@ -1,0 +1,414 @@
+"""The selectors: which channels of a layer matter for the explained class, per row of the batch."""
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from parchgrad.errors import SettingError, StatisticsError
+from parchgrad.statistics import ChannelStatistics, LayerStatistics
+from parchgrad.statistics.tests import TTest, check_test
+
+__all__ = [
+    "ClassWise",
+    "FixedChannels",
+    "GradientEnergy",
+    "GradientTimesActivation",
+    "InstanceWise",
+    "LayerSignal",
+    "RandomChannels",
+    "Selector",
+    "keep_best",
+]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerSignal:
+    """What a selector sees of one convolution in one backward pass.
+
+    Attributes:
+        layer: name of the convolution in the model.
+        gradient: gradient at its output, shape (B, C, *S).
+        observation: what `Selector.observe` kept of its output in the forward pass.
+        classes: class explained in each row, shape (B,), integer; None for selectors that do not ask for it.
+    """
+
+    layer: str
+    gradient: Tensor
+    observation: Tensor | None = None
+    classes: Tensor | None = None
+
+
+class Selector(ABC):
+    """Chooses the channels that are kept (H), per row and layer. Subclass it to bring a criterion of your own.
+
+    A selector holds settings and statistics, never the state of a pass, so that threads may share it.
+
+    Example:
+        >>> class FirstChannel(Selector):
+        ...     def select(self, signal):
+        ...         mask = torch.zeros(signal.gradient.shape[:2], dtype=torch.bool)
+        ...         mask[:, 0] = True
+        ...         return mask
+        >>> FirstChannel().select(LayerSignal(layer="conv", gradient=torch.ones(1, 3, 2, 2)))
+        tensor([[ True, False, False]])
+    """
+
+    needs_class: ClassVar[bool] = False
+    """Whether `select` reads `LayerSignal.classes`."""
+
+    def check(self, channels: Mapping[str, int]) -> None:  # noqa: B027 - overriding it is optional
+        """Raise a `ParchGradError` if this selector cannot serve layers with these names and numbers of channels."""
+
+    def check_classes(self, classes: int) -> None:  # noqa: B027 - overriding it is optional
+        """Raise a `ParchGradError` if this selector cannot serve a model with this many classes."""
+
+    def observe(self, output: Tensor) -> Tensor | None:
+        """Keep what `select` needs of a convolution's output (B, C, *S); called in the forward pass, detached.
+
+        The output may be changed in place afterwards, so whatever is kept must be a new tensor.
+        """
+        return None
+
+    @abstractmethod
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Return the mask of the kept channels, boolean, shape (B, C)."""
+
+
+def keep_best(scores: Tensor, quantile: float) -> Tensor:
+    """Mark the `max(1, int(quantile * C))` largest scores of each row, ties at the last place included.
+
+    Args:
+        scores: larger is better, shape (B, C).
+        quantile: share of the channels to keep, in (0, 1].
+
+    Returns:
+        Boolean mask, shape (B, C).
+
+    Example:
+        >>> keep_best(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), 0.5)
+        tensor([[ True, False,  True,  True]])
+    """
+    kept = max(1, int(quantile * scores.shape[1]))
+    return scores >= scores.topk(kept, dim=1).values[:, -1:]
+
+
+def _check_quantile(quantile: float) -> None:
+    if not 0 < quantile <= 1:
+        raise SettingError(f"quantile is {quantile}, but it must lie in (0, 1]: the share of channels that is kept.")
+
+
+def _check_threshold(quantile: float | None, alpha: float | None) -> None:
+    """Exactly one of the two ways to cut the ranking must be given."""
+    if (quantile is None) == (alpha is None):
+        given = "neither is" if quantile is None else "both are"
+        raise SettingError(f"Exactly one of quantile and alpha must be given, but {given}.")
+    if quantile is not None:
+        _check_quantile(quantile)
+    if alpha is not None and not 0 < alpha < 1:
+        raise SettingError(f"alpha is {alpha}, but it must lie in (0, 1): the largest p-value that is kept.")
+
+
+def _check_normality_threshold(threshold: float | None) -> None:
+    if threshold is not None and not 0 < threshold <= 1:
+        raise SettingError(f"normality_threshold is {threshold}, but it must lie in (0, 1], or be None for no gate.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientEnergy(Selector):
+    """Keep the channels with the largest energy of the gradient, the sum of its squares over space.
+
+    Attributes:
+        quantile: share of the channels to keep, in (0, 1].
+
+    Raises:
+        SettingError: if `quantile` is out of range.
+
+    Example:
+        >>> gradient = torch.tensor([[[1.0, -3.0], [2.0, 2.0], [0.0, 1.0]]])
+        >>> GradientEnergy(quantile=0.34).select(LayerSignal(layer="conv", gradient=gradient))
+        tensor([[ True, False, False]])
+    """
+
+    quantile: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_quantile(self.quantile)
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Rank by `sum_S g^2` (see `Selector.select`)."""
+        return keep_best(_unit_rows(signal.gradient).square().sum(dim=2), self.quantile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientTimesActivation(Selector):
+    """Keep the channels with the largest sum over space of gradient times the convolution's output.
+
+    The sum is signed: channels that speak against the class rank last. A copy of each output is held until the
+    backward pass, since the network may overwrite it.
+
+    Attributes:
+        quantile: share of the channels to keep, in (0, 1].
+
+    Raises:
+        SettingError: if `quantile` is out of range.
+
+    Example:
+        >>> selector = GradientTimesActivation(quantile=0.5)
+        >>> output, gradient = torch.tensor([[[2.0], [5.0]]]), torch.tensor([[[1.0], [-1.0]]])
+        >>> selector.select(LayerSignal(layer="conv", gradient=gradient, observation=selector.observe(output)))
+        tensor([[ True, False]])
+    """
+
+    quantile: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_quantile(self.quantile)
+
+    def observe(self, output: Tensor) -> Tensor:
+        """Copy the output, which an in-place operation may overwrite."""
+        return output.clone()
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Rank by `sum_S g * z` (see `Selector.select`)."""
+        assert signal.observation is not None
+        unit = _unit_rows(signal.gradient)
+        return keep_best((unit * signal.observation.flatten(2).to(unit.dtype)).sum(dim=2), self.quantile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomChannels(Selector):
+    """Keep channels drawn at random: a control that any criterion must beat.
+
+    The draw depends on the seed and the layer's name alone: every row and every call gets the same channels.
+
+    Attributes:
+        quantile: share of the channels to keep, in (0, 1].
+        seed: seed of the draw.
+
+    Raises:
+        SettingError: if `quantile` is out of range.
+
+    Example:
+        >>> signal = LayerSignal(layer="conv", gradient=torch.ones(1, 8, 2, 2))
+        >>> int(RandomChannels(quantile=0.25, seed=3).select(signal).sum())
+        2
+    """
+
+    quantile: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_quantile(self.quantile)
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Draw `max(1, int(quantile * C))` channels without replacement (see `Selector.select`)."""
+        batch, channels = signal.gradient.shape[:2]
+        # Python's own hash of a string differs between processes.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{signal.layer}".encode()))
+        scores = torch.randperm(channels, generator=generator).unsqueeze(0)
+        return keep_best(scores, self.quantile).to(signal.gradient.device).expand(batch, channels)
+
+
+@dataclass(frozen=True, eq=False)
+class FixedChannels(Selector):
+    """Keep given channels.
+
+    Attributes:
+        masks: boolean mask by layer name, each of shape (C,) for all rows, or (B, C).
+
+    Raises:
+        SettingError: if a mask is not boolean or has another number of dimensions.
+
+    Example:
+        >>> selector = FixedChannels({"conv": torch.tensor([False, True])})
+        >>> selector.select(LayerSignal(layer="conv", gradient=torch.ones(2, 2, 1)))
+        tensor([[False,  True],
+                [False,  True]])
+    """
+
+    masks: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        for layer, mask in self.masks.items():
+            if mask.dtype != torch.bool or mask.dim() not in (1, 2):
+                raise SettingError(
+                    f"The mask of layer {layer!r} is {mask.dtype} of shape {tuple(mask.shape)}, "
+                    "but it must be boolean of shape (C,) or (B, C)."
+                )
+
+    def check(self, channels: Mapping[str, int]) -> None:
+        """Every layer needs a mask of its own number of channels (see `Selector.check`)."""
+        for layer, count in channels.items():
+            if layer not in self.masks:
+                raise SettingError(f"No mask is given for layer {layer!r}; give one, or leave the layer out of layers.")
+            if self.masks[layer].shape[-1] != count:
+                raise SettingError(
+                    f"The mask of layer {layer!r} has {self.masks[layer].shape[-1]} channels, the layer has {count}."
+                )
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Return the given mask for every row (see `Selector.select`)."""
+        mask = self.masks[signal.layer].to(signal.gradient.device)
+        batch, channels = signal.gradient.shape[:2]
+        if mask.dim() == 2 and mask.shape[0] != batch:
+            raise SettingError(
+                f"The mask of layer {signal.layer!r} has {mask.shape[0]} rows, but the pass has {batch}; "
+                "give a mask of shape (C,), or one row per row of the pass."
+            )
+        return mask.expand(batch, channels)
+
+
+@dataclass(frozen=True, eq=False)
+class _StatisticalSelector(Selector):
+    """What the two selectors on channel statistics share: settings and their checks."""
+
+    statistics: ChannelStatistics
+    quantile: float | None = field(default=None, kw_only=True)
+    alpha: float | None = field(default=None, kw_only=True)
+    normality_threshold: float | None = field(default=0.05, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_threshold(self.quantile, self.alpha)
+        _check_normality_threshold(self.normality_threshold)
+
+    def check(self, channels: Mapping[str, int]) -> None:
+        """Every layer needs statistics of its own number of channels (see `Selector.check`)."""
+        for layer, count in channels.items():
+            if layer not in self.statistics:
+                raise StatisticsError(
+                    f"The statistics do not hold layer {layer!r}; collect them with this layer, "
+                    "or choose among the layers they hold."
+                )
+            if self.statistics[layer].channels != count:
+                raise StatisticsError(
+                    f"The statistics of layer {layer!r} have {self.statistics[layer].channels} channels, "
+                    f"the layer has {count}; they were collected on another model."
+                )
+
+    def _gate(self, layer: LayerStatistics) -> Tensor:
+        """Channels whose GAP is not normally distributed over the data set, shape (C,)."""
+        if self.normality_threshold is None:
+            return torch.ones_like(layer.shapiro_p, dtype=torch.bool)
+        return layer.shapiro_p < self.normality_threshold
+
+
+@dataclass(frozen=True, eq=False)
+class ClassWise(_StatisticalSelector):
+    """Keep the channels that respond more to the explained class than to all other classes.
+
+    Channels are ranked by the log p of a one-sided t-test over the data set; only those whose distribution is not
+    normal (Shapiro-Wilk p below the threshold) are kept. The same channels serve every image of a class.
+
+    Attributes:
+        statistics: channel statistics that hold every chosen layer.
+        quantile: share of the channels to keep, in (0, 1]; or
+        alpha: largest p-value to keep, in (0, 1). Exactly one of the two is given.
+        normality_threshold: the gate on the Shapiro-Wilk p-value, in (0, 1]; None switches it off.
+        test: `"welch"` or `"student"`.
+
+    Raises:
+        SettingError: if a setting is out of range.
+
+    Example:
+        >>> from parchgrad.statistics import ChannelStatistics, LayerStatistics
+        >>> layer = LayerStatistics(
+        ...     count=torch.tensor(40), mean=torch.ones(2), std=torch.ones(2), class_count=torch.tensor([20, 20]),
+        ...     class_mean=torch.tensor([[2.0, 0.0], [0.0, 2.0]]), class_variance=torch.ones(2, 2),
+        ...     shapiro_p=torch.tensor([0.01, 0.01]))
+        >>> selector = ClassWise(ChannelStatistics({"conv": layer}), quantile=0.5)
+        >>> selector.select(LayerSignal(layer="conv", gradient=torch.ones(2, 2, 1), classes=torch.tensor([1, 0])))
+        tensor([[False,  True],
+                [ True, False]])
+    """
+
+    needs_class: ClassVar[bool] = True
+    test: TTest = field(default="welch", kw_only=True)
+    _masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_test(self.test)
+
+    def check_classes(self, classes: int) -> None:
+        """The statistics must know as many classes as the model (see `Selector.check_classes`)."""
+        if classes != self.statistics.classes:
+            raise StatisticsError(
+                f"The statistics are of {self.statistics.classes} classes, but the model's output has {classes}; "
+                "collect statistics on this model."
+            )
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Look the rows' classes up in the masks of all classes (see `Selector.select`)."""
+        assert signal.classes is not None
+        key = (signal.layer, signal.gradient.device)
+        if key not in self._masks:
+            self._masks[key] = self._masks_of_classes(self.statistics[signal.layer]).to(signal.gradient.device)
+        return self._masks[key][signal.classes]
+
+    def _masks_of_classes(self, layer: LayerStatistics) -> Tensor:
+        """The channels kept for each class, shape (K, C); none for a class without samples."""
+        log_p = layer.class_log_p(self.test).T
+        kept = keep_best(-log_p, self.quantile) if self.quantile is not None else log_p <= math.log(self.alpha or 1)
+        return kept & self._gate(layer) & (layer.class_count > 0).unsqueeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class InstanceWise(_StatisticalSelector):
+    """Keep the channels that respond unusually strongly to this very image.
+
+    Channels are ranked by the upper-tail p-value of `(GAP - mean) / std` under a standard normal distribution, with
+    the same gate on normality as `ClassWise`. Needs no class.
+
+    Attributes:
+        statistics: channel statistics that hold every chosen layer.
+        quantile: share of the channels to keep, in (0, 1]; or
+        alpha: largest p-value to keep, in (0, 1). Exactly one of the two is given.
+        normality_threshold: the gate on the Shapiro-Wilk p-value, in (0, 1]; None switches it off.
+
+    Raises:
+        SettingError: if a setting is out of range.
+
+    Example:
+        >>> from parchgrad.statistics import ChannelStatistics, LayerStatistics
+        >>> layer = LayerStatistics(
+        ...     count=torch.tensor(40), mean=torch.ones(2), std=torch.ones(2), class_count=torch.tensor([20, 20]),
+        ...     class_mean=torch.ones(2, 2), class_variance=torch.ones(2, 2), shapiro_p=torch.tensor([0.01, 0.01]))
+        >>> selector = InstanceWise(ChannelStatistics({"conv": layer}), alpha=0.05)
+        >>> gap = selector.observe(torch.tensor([[[1.0, 2.0], [-9.0, 8.0]]]))
+        >>> selector.select(LayerSignal(layer="conv", gradient=torch.ones(1, 2, 2), observation=gap))
+        tensor([[False,  True]])
+    """
+
+    def observe(self, output: Tensor) -> Tensor:
+        """Keep the GAP: the mean over space of relu(output), shape (B, C)."""
+        wide = output.float() if output.dtype.itemsize < 4 else output
+        return wide.relu().flatten(2).mean(dim=2)
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Rank by the standard score, which orders channels as the p-value does (see `Selector.select`)."""
+        gap = signal.observation
+        assert gap is not None
+        layer = self.statistics[signal.layer]
+        mean, std = layer.mean.to(gap), layer.std.to(gap)
+        # A constant channel has p = 1: it never stands out.
+        score = torch.where(std > 0, (gap - mean) / std, -math.inf)
+        if self.quantile is not None:
+            kept = keep_best(score, self.quantile)
+        else:
+            kept = score >= float(stats.norm.isf(self.alpha))
+        return kept & self._gate(layer).to(gap.device)
+
+
+def _unit_rows(gradient: Tensor) -> Tensor:
+    """Each row divided by its largest magnitude, at least float32, shape (B, C, S): squares must not underflow."""
+    flat = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
+    wide = flat.float() if flat.dtype.itemsize < 4 else flat
+    peak = torch.linalg.vector_norm(wide, math.inf, dim=(1, 2), keepdim=True)
+    return wide / torch.where(peak > 0, peak, torch.ones_like(peak))

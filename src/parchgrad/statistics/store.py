@@ -1,0 +1,149 @@
+"""Channel statistics as read-only containers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from parchgrad.errors import StatisticsError
+from parchgrad.statistics.tests import TTest, class_log_p
+
+__all__ = ["ChannelStatistics", "LayerStatistics"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerStatistics:
+    """Statistics of one convolution's C channels over a data set of K classes.
+
+    Every number is of the GAP of a channel: the mean over space of relu(output). Arrays are kept in float64 on the CPU.
+
+    Attributes:
+        count: number of images, shape ().
+        mean: mean per channel, shape (C,).
+        std: unbiased standard deviation per channel, shape (C,).
+        class_count: images per class, shape (K,).
+        class_mean: mean per channel and class, shape (C, K).
+        class_variance: unbiased variance per channel and class, shape (C, K).
+        shapiro_p: Shapiro-Wilk p-value per channel, in [0, 1], shape (C,).
+
+    Raises:
+        StatisticsError: if a shape does not fit the others, or a number is not finite.
+
+    Example:
+        >>> layer = LayerStatistics(
+        ...     count=torch.tensor(40), mean=torch.tensor([1.0]), std=torch.tensor([0.5]),
+        ...     class_count=torch.tensor([20, 20]), class_mean=torch.tensor([[1.3, 0.7]]),
+        ...     class_variance=torch.tensor([[0.16, 0.16]]), shapiro_p=torch.tensor([0.01]))
+        >>> layer.class_log_p().exp().round(decimals=6)
+        tensor([[1.6000e-05, 9.9998e-01]], dtype=torch.float64)
+    """
+
+    count: Tensor
+    mean: Tensor
+    std: Tensor
+    class_count: Tensor
+    class_mean: Tensor
+    class_variance: Tensor
+    shapiro_p: Tensor
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = torch.as_tensor(getattr(self, entry.name)).detach().to("cpu", torch.float64)
+            object.__setattr__(self, entry.name, value)
+        channels, classes = self.channels, self.classes
+        shapes: dict[str, tuple[int, ...]] = {
+            "count": (),
+            "mean": (channels,),
+            "std": (channels,),
+            "class_count": (classes,),
+            "class_mean": (channels, classes),
+            "class_variance": (channels, classes),
+            "shapiro_p": (channels,),
+        }
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if tuple(value.shape) != shape:
+                raise StatisticsError(
+                    f"{name} has shape {tuple(value.shape)}, but {channels} channels and {classes} classes "
+                    f"need {shape}; give arrays that belong to one layer."
+                )
+            # A class with fewer than two images has no variance; such entries are not read.
+            readable = value[:, self.class_count > 1] if name == "class_variance" else value
+            if not torch.isfinite(readable).all():
+                raise StatisticsError(f"{name} holds values that are not finite; collect the statistics again.")
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C."""
+        return self.mean.numel()
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K."""
+        return self.class_count.numel()
+
+    def class_log_p(self, test: TTest = "welch") -> Tensor:
+        """Log p of "this channel is larger on this class than on the others", shape (C, K), natural log, float64.
+
+        Raises:
+            SettingError: if `test` is not `"welch"` or `"student"`.
+        """
+        log_p = class_log_p(
+            self.class_count.numpy(),
+            self.class_mean.numpy(),
+            self.class_variance.numpy(),
+            self.count.item(),
+            self.mean.numpy(),
+            self.std.square().numpy(),
+            test=test,
+        )
+        return torch.from_numpy(log_p)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStatistics(Mapping[str, LayerStatistics]):
+    """A read-only mapping from layer name to `LayerStatistics`, all over the same classes.
+
+    Attributes:
+        layers: statistics by the layer's name in the model.
+        metadata: what they were collected from.
+
+    Raises:
+        StatisticsError: if there is no layer, or the layers differ in their number of classes.
+
+    Example:
+        >>> layer = LayerStatistics(
+        ...     count=torch.tensor(4), mean=torch.zeros(8), std=torch.ones(8), class_count=torch.tensor([2, 2]),
+        ...     class_mean=torch.zeros(8, 2), class_variance=torch.ones(8, 2), shapiro_p=torch.zeros(8))
+        >>> statistics = ChannelStatistics({"features.0": layer})
+        >>> list(statistics), statistics.classes
+        (['features.0'], 2)
+    """
+
+    layers: Mapping[str, LayerStatistics]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise StatisticsError("Channel statistics need at least one layer; none was given.")
+        for name, layer in self.layers.items():
+            if layer.classes != self.classes:
+                raise StatisticsError(
+                    f"Layer {name!r} has statistics of {layer.classes} classes, the first layer of {self.classes}; "
+                    "all layers must come from one collection."
+                )
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K, the same in every layer."""
+        return next(iter(self.layers.values())).classes
+
+    def __getitem__(self, layer: str) -> LayerStatistics:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)

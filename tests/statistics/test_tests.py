@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+from scipy import integrate, special, stats
+
+from parchgrad.statistics.tests import class_log_p, student_t_log_sf
+
+
+def moments(samples, labels, classes):
+    groups = [samples[labels == label] for label in range(classes)]
+    return {
+        "class_count": np.array([float(len(group)) for group in groups]),
+        "class_mean": np.stack([group.mean(0) if len(group) else np.zeros(samples.shape[1]) for group in groups], 1),
+        "class_variance": np.stack(
+            [group.var(0, ddof=1) if len(group) > 1 else np.full(samples.shape[1], np.nan) for group in groups], 1
+        ),
+        "count": float(len(samples)),
+        "mean": samples.mean(0),
+        "variance": samples.var(0, ddof=1),
+    }
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("test", ["welch", "student"])
+def test_equals_scipy_for_unequal_groups(test, shift):
+    generator = np.random.default_rng(0)
+    labels = generator.choice(4, size=200, p=[0.1, 0.2, 0.3, 0.4])
+    samples = generator.gamma(2.0, size=(200, 7)) * generator.uniform(0.1, 10, size=7)
+    samples[labels == 1] += shift
+    log_p = class_log_p(**moments(samples, labels, 4), test=test)
+    for label in range(4):
+        expected = stats.ttest_ind(
+            samples[labels == label], samples[labels != label], equal_var=test == "student", alternative="greater"
+        ).pvalue
+        np.testing.assert_allclose(np.exp(log_p[:, label]), expected, rtol=1e-10)
+
+
+def test_one_sample_falls_back_to_student():
+    generator = np.random.default_rng(1)
+    samples, labels = generator.normal(size=(12, 5)), np.array([0] + [1] * 11)
+    expected = stats.ttest_ind(samples[:1], samples[1:], equal_var=True, alternative="greater").pvalue
+    log_p = class_log_p(**moments(samples, labels, 2))
+    np.testing.assert_allclose(np.exp(log_p[:, 0]), expected, rtol=1e-10)
+
+
+def test_undefined_tests_have_p_one():
+    samples = np.random.default_rng(2).normal(size=(8, 3))
+    samples[:, 2] = 1.5
+    log_p = class_log_p(**moments(samples, np.array([0] * 4 + [1] * 4), 3))
+    assert np.all(log_p[2] == 0)
+    assert np.all(log_p[:, 2] == 0)
+    alone = class_log_p(**moments(samples, np.zeros(8, int), 1))
+    assert np.all(alone == 0)
+
+
+@pytest.mark.parametrize("freedom", [1.0, 2.5, 30.0, 998.0, 60000.0])
+def test_log_survival_equals_scipy_where_it_does_not_underflow(freedom):
+    t = np.concatenate([np.linspace(-30, 30, 61), np.linspace(30, 37, 20)])
+    survival = stats.t.sf(t, freedom)
+    finite = survival > 1e-280
+    ours = student_t_log_sf(t, np.full_like(t, freedom))
+    np.testing.assert_allclose(ours[finite], np.log(survival[finite]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("t", "freedom"), [(50.0, 900.0), (300.0, 700.0), (1e4, 400.0), (40.0, 1e6)])
+def test_far_tail_equals_a_numerical_integral(t, freedom):
+    # P(T > t) is f(t) times the integral of the density's ratio, which neither under- nor overflows.
+    def ratio(u):
+        return t * np.exp(u - (freedom + 1) / 2 * np.log1p(t / freedom * t * np.expm1(2 * u) / (1 + t / freedom * t)))
+
+    integral = integrate.quad(ratio, 0, 1, epsrel=1e-12, points=[1e-4, 1e-3, 1e-2])[0]
+    log_density = (
+        special.gammaln((freedom + 1) / 2)
+        - special.gammaln(freedom / 2)
+        - 0.5 * np.log(freedom * np.pi)
+        - (freedom + 1) / 2 * np.logaddexp(0, 2 * np.log(t) - np.log(freedom))
+    )
+    ours = student_t_log_sf(np.array([t]), np.array([freedom]))
+    np.testing.assert_allclose(ours, log_density + np.log(integral), rtol=1e-10)
+
+
+def test_far_tail_of_one_degree_of_freedom_is_cauchys():
+    t = np.array([1e285, 1e300])
+    np.testing.assert_allclose(student_t_log_sf(t, np.ones(2)), -np.log(np.pi) - np.log(t), rtol=1e-14)
+
+
+def test_far_tail_falls_with_t_and_only_infinity_is_impossible():
+    t = np.concatenate([np.linspace(20, 2000, 500), [1e10, 1e100, np.inf]])
+    log_p = student_t_log_sf(t, np.full_like(t, 500.0))
+    assert np.all(np.diff(log_p) < 0)
+    assert np.isfinite(log_p[:-1]).all()
+    assert log_p[-1] == -np.inf

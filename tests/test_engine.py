@@ -1,0 +1,559 @@
+import contextlib
+import copy
+import gc
+import math
+import threading
+import weakref
+
+import captum.attr
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import parchgrad as pg
+from parchgrad.engine import read_classes
+from parchgrad.errors import InputError, ModelError, ParchGradError, SettingError, StatisticsError, TargetError
+from tests import reference
+from tests.conftest import random_statistics, small_network
+
+
+class PinnedChannels(pg.Selector):
+    """Every second channel, and a record of what the engine showed."""
+
+    def __init__(self, needs_class=False):
+        self.needs_class = needs_class
+        self.seen = []
+
+    def select(self, signal):
+        self.seen.append(signal)
+        return (torch.arange(signal.gradient.shape[1]) % 2 == 0).expand(signal.gradient.shape[:2])
+
+
+def parities(channels):
+    return (torch.arange(channels) % 2 == 0).unsqueeze(0)
+
+
+def input_gradient(model, x, target=0):
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(model(x)[:, target].sum(), x)[0]
+
+
+def staged_gradient(stages, x, target=0, edited=None, gamma=math.inf, conserve="independent"):
+    """Input gradient by hand: stage by stage, the gradient at each edited stage's output put through the reference."""
+    edited = range(len(stages) - 1) if edited is None else edited
+    inputs, outputs, value = [], [], x
+    for stage in stages:
+        inputs.append(value.detach().clone().requires_grad_())
+        outputs.append(stage(inputs[-1]))
+        value = outputs[-1]
+    gradient = torch.zeros_like(outputs[-1])
+    gradient[:, target] = 1
+    for index in reversed(range(len(stages))):
+        if index in edited:
+            mask = parities(gradient.shape[1]).expand(gradient.shape[:2])
+            gradient = torch.from_numpy(reference.edit(gradient.detach(), mask, gamma, conserve))
+        (gradient,) = torch.autograd.grad(outputs[index], inputs[index], gradient)
+    return gradient
+
+
+def staged(*convolutions, spatial_size, inplace=True, classes=4):
+    """A chain convolution - in-place ReLU - convolution ... - linear, as one model and as stages that share weights."""
+    rectify = (lambda x: functional.relu(x)) if not inplace else nn.ReLU(inplace=True)
+    head = nn.Linear(convolutions[-1].out_channels * spatial_size, classes)
+    model = nn.Sequential()
+    for convolution in convolutions:
+        model.append(convolution).append(nn.ReLU(inplace=inplace))
+    model.append(nn.Flatten()).append(head)
+    model = model.double().eval()
+    stages = [convolutions[0]]
+    stages += [
+        lambda value, layer=layer: layer(rectify(value.clone() if inplace else value)) for layer in convolutions[1:]
+    ]
+    stages.append(lambda value: head(functional.relu(value).flatten(1)))
+    return model, stages
+
+
+CHAINS = {
+    "plain": lambda: (nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)),
+    "strided": lambda: (nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1, stride=2)),
+    "dilated": lambda: (nn.Conv2d(3, 6, 3, padding=2, dilation=2), nn.Conv2d(6, 8, 3, padding=1)),
+    "grouped": lambda: (nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 9, 3, padding=1, groups=3)),
+    "depthwise": lambda: (nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
+    "same": lambda: (nn.Conv2d(3, 6, 3, padding="same"), nn.Conv2d(6, 8, 2, padding="valid")),
+    "reflect": lambda: (nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.Conv2d(6, 8, 1)),
+    "replicate": lambda: (nn.Conv2d(3, 6, 3, padding=1, padding_mode="replicate"), nn.Conv2d(6, 8, 1)),
+    "circular": lambda: (nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular"), nn.Conv2d(6, 8, 1)),
+    "one position": lambda: (nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 4)),
+    "signal": lambda: (nn.Conv1d(3, 6, 3, padding=1), nn.Conv1d(6, 8, 3, padding=1)),
+    "volume": lambda: (nn.Conv3d(3, 6, 3, padding=1), nn.Conv3d(6, 8, 3, padding=1)),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "unfrozen"])
+@pytest.mark.parametrize(("gamma", "conserve"), [(math.inf, "independent"), (math.inf, "exact"), (1.5, "independent")])
+def test_equals_the_chain_rule_by_hand(kind, frozen, gamma, conserve):
+    convolutions = CHAINS[kind]()
+    dimensions = len(convolutions[0].kernel_size)
+    x = torch.randn(2, 3, *[6, 6, 6][:dimensions], dtype=torch.float64)
+    size = functional.relu(nn.Sequential(*convolutions)(x.float())).flatten(2).shape[2]
+    model, stages = staged(*convolutions, spatial_size=size)
+    model.requires_grad_(not frozen)
+    with pg.ParchGrad(model, PinnedChannels(), layers="all", gamma=gamma, conserve=conserve):
+        found = input_gradient(model, x)
+    expected = staged_gradient(stages, x, gamma=gamma, conserve=conserve)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert not torch.allclose(found, input_gradient(model, x))
+
+
+class Residual(nn.Module):
+    """Two convolutions, one of them called twice, with a functional in-place addition of the skip path."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = functional.relu_(self.stem(x))
+        for _ in range(2):
+            out = self.body(x)
+            out += x
+            x = functional.relu_(out)
+        return self.head(x.mean((2, 3)))
+
+
+def test_residual_branches_in_place_additions_and_a_convolution_used_twice():
+    model = Residual().double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+
+    # By hand: both calls of `body` are edited, the skip path is not.
+    def edited(layer, value):
+        """The layer's output, whose backward is the reference edit."""
+
+        class Edit(torch.autograd.Function):
+            @staticmethod
+            def forward(_, output):
+                return output.clone()
+
+            @staticmethod
+            def backward(_, gradient):
+                mask = parities(gradient.shape[1]).expand(gradient.shape[:2])
+                return torch.from_numpy(reference.edit(gradient, mask))
+
+        return Edit.apply(layer(value))
+
+    leaf = x.clone().requires_grad_()
+    value = functional.relu(edited(model.stem, leaf))
+    for _ in range(2):
+        value = functional.relu(edited(model.body, value) + value)
+    expected = torch.autograd.grad(model.head(value.mean((2, 3)))[:, 1].sum(), leaf)[0]
+
+    selector = PinnedChannels()
+    with pg.ParchGrad(model, selector, layers="all"):
+        found = input_gradient(model, x, target=1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert [signal.layer for signal in selector.seen] == ["body", "body", "stem"]
+
+
+def test_all_channels_kept_is_the_plain_gradient_bit_for_bit(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with pg.ParchGrad(network, pg.GradientEnergy(quantile=1.0), layers="all"):
+        found = input_gradient(network, x)
+    assert torch.equal(found, input_gradient(network, x))
+
+
+def test_seed_scaled_by_a_constant_scales_the_map(network):
+    for dtype, scale, tolerance in [
+        (torch.float64, 1e-12, 1e-14),
+        (torch.float64, 1e-150, 1e-14),
+        (torch.float32, 1e-12, 1e-6),
+        (torch.float32, 2.0**-70, 0.0),
+    ]:
+        network, x = network.to(dtype), torch.randn(2, 3, 8, 8, dtype=dtype, requires_grad=True)
+        with pg.ParchGrad(network, pg.GradientEnergy(quantile=0.3), layers="all"):
+            score = network(x)[:, 2].sum()
+            found = torch.autograd.grad(score, x, retain_graph=True)[0]
+            scaled = torch.autograd.grad(scale * score, x)[0]
+        assert (scaled / scale - found).abs().max() <= tolerance * found.abs().max()
+
+
+# The class of each row
+
+
+def test_read_classes_takes_the_largest_positive_seed_else_the_largest_magnitude():
+    seeds = torch.tensor([[0.0, 1.0, -3.0], [0.0, -2.0, -1.0], [0.0, 0.0, 0.0], [5.0, 4.0, 6.0]])
+    assert read_classes(seeds).tolist() == [1, 1, 0, 2]
+    assert read_classes(torch.tensor([-1.0, 2.0])).tolist() == [0, 0]
+    maps = torch.zeros(1, 3, 2, 2)
+    maps[0, 1] = torch.tensor([[1.0, -9.0], [4.0, 5.0]])
+    maps[0, 2] = 0.1
+    assert read_classes(maps).tolist() == [1]
+
+
+METHODS = {
+    "Saliency": lambda model, x, y: captum.attr.Saliency(model).attribute(x, target=y),
+    "InputXGradient": lambda model, x, y: captum.attr.InputXGradient(model).attribute(x, target=y),
+    "IntegratedGradients": lambda model, x, y: captum.attr.IntegratedGradients(model).attribute(
+        x, target=y, n_steps=5, internal_batch_size=4
+    ),
+    "NoiseTunnel": lambda model, x, y: captum.attr.NoiseTunnel(captum.attr.Saliency(model)).attribute(
+        x, target=y, nt_samples=3, stdevs=0.1
+    ),
+    "GradientShap": lambda model, x, y: captum.attr.GradientShap(model).attribute(x, torch.zeros_like(x), target=y),
+    "GuidedGradCam": lambda model, x, y: captum.attr.GuidedGradCam(model, model[2]).attribute(x, target=y),
+}
+
+
+# GuidedGradCam's own notice that it sets hooks.
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")
+@pytest.mark.parametrize("method", METHODS)
+def test_classes_are_read_off_whatever_the_method_expands(network, method):
+    for module in network.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([4, 0, 2])
+    selector = PinnedChannels(needs_class=True)
+    with contextlib.suppress(TargetError), pg.ParchGrad(network, selector, layers="all"):
+        METHODS[method](network, x, targets)
+    assert selector.seen
+    # The rows of the steps or samples of one image carry this image's class.
+    for signal in selector.seen:
+        rows = len(signal.classes)
+        interleaved = targets.repeat_interleave(max(1, rows // 3))
+        assert signal.classes.tolist() in (interleaved.tolist(), targets.repeat(rows // 3 + 1)[:rows].tolist()) or (
+            method == "IntegratedGradients" and set(signal.classes.tolist()) <= {0, 2, 4}
+        )
+
+
+def test_class_behind_a_softmax_is_the_explained_one(network):
+    selector = PinnedChannels(needs_class=True)
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(network, selector):
+        network(x).softmax(1)[torch.arange(5), torch.arange(5)].sum().backward()
+    assert selector.seen[0].classes.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_target_overrides_the_class(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for target, expected in [(3, [3, 3]), ([1, 4], [1, 4]), (torch.tensor(2), [2, 2])]:
+        selector = PinnedChannels(needs_class=True)
+        with pg.ParchGrad(network, selector, target=target):
+            input_gradient(network, x)
+        assert selector.seen[0].classes.tolist() == expected
+
+
+def test_class_wise_and_instance_wise_equal_their_masks_given_by_hand(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    statistics = random_statistics({"0": 6, "2": 6})
+    for selector in (pg.ClassWise(statistics, quantile=0.4), pg.InstanceWise(statistics, quantile=0.4)):
+        with pg.ParchGrad(network, selector, layers="all"):
+            found = input_gradient(network, x, target=3)
+        outputs = {"0": network[0](x), "2": network[2](functional.relu(network[0](x)))}
+        masks = {}
+        for name, output in outputs.items():
+            layer = statistics[name]
+            if isinstance(selector, pg.ClassWise):
+                scores = [[-p for p in layer.class_log_p()[:, 3].tolist()]] * 2
+            else:
+                scores = ((output.clamp(min=0).mean((2, 3)) - layer.mean) / layer.std).tolist()
+            kept = [reference.best_channels(row, 0.4) for row in scores]
+            masks[name] = torch.tensor([[channel in row for channel in range(6)] for row in kept])
+        with pg.ParchGrad(network, pg.FixedChannels(masks), layers="all"):
+            expected = input_gradient(network, x, target=3)
+        assert torch.equal(found, expected)
+
+
+def test_a_convolution_as_the_models_output_knows_its_class():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3)).double().eval()
+    selector = PinnedChannels(needs_class=True)
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(model, selector, layers="all"):
+        model(x)[:, 3].sum().backward()
+    assert selector.seen[0].classes.tolist() == [3]
+
+
+def test_targets_that_do_not_fit(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    statistics = random_statistics({"2": 6})
+    for target, words in [
+        ([0, 1, 2], "names 3 classes, but the pass has 2 rows"),
+        (5, "target 5 is out of range: the model has 5 classes, 0 to 4"),
+    ]:
+        with (
+            pytest.raises(TargetError, match=words),
+            pg.ParchGrad(network, pg.ClassWise(statistics, quantile=0.5), target=target),
+        ):
+            input_gradient(network, x)
+    for target in (-1, 1.5, True, [], "cat", [[1]]):
+        with pytest.raises(TargetError):
+            pg.ParchGrad(network, pg.GradientEnergy(), target=target)
+    six_classes = small_network(classes=6)
+    with (
+        pytest.raises(StatisticsError, match="of 5 classes, but the model's output has 6"),
+        pg.ParchGrad(six_classes, pg.ClassWise(statistics, quantile=0.5)),
+    ):
+        input_gradient(six_classes, x)
+
+
+def test_no_class_without_the_models_output(network):
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(network, PinnedChannels(needs_class=True)):
+        part = network[:3](x).sum()
+        with pytest.raises(TargetError, match="did not start from the model's output"):
+            part.backward()
+    with pg.ParchGrad(network, PinnedChannels(needs_class=True), target=1):
+        network[:3](x).sum().backward()
+
+
+# Forward passes
+
+
+def test_several_forwards_in_one_context_keep_their_classes_apart(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    selector = PinnedChannels(needs_class=True)
+    with pg.ParchGrad(network, selector):
+        first, second = network(x), network(x)
+        with torch.no_grad():
+            assert torch.equal(network(x), first)
+        second[:, 1].sum().backward()
+        first[:, 4].sum().backward()
+    assert [signal.classes.tolist() for signal in selector.seen] == [[1, 1], [4, 4]]
+
+
+def test_backward_after_leaving_the_block_is_still_edited(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(network, PinnedChannels(), layers="all"):
+        score = network(x)[:, 0].sum()
+        inside = torch.autograd.grad(score, x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(score, x)[0], inside)
+
+
+def test_double_backward_reaches_the_input(network):
+    for module in network.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(network, PinnedChannels(), layers="all"):
+        gradient = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)[0]
+        second = torch.autograd.grad(gradient.square().sum(), x)[0]
+    assert second.abs().sum() > 0
+
+
+def test_nested_contexts_only_the_innermost_acts(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    outer, inner = pg.GradientEnergy(quantile=0.2), pg.RandomChannels(quantile=0.5)
+
+    def alone(selector):
+        with pg.ParchGrad(network, selector, layers="all"):
+            return input_gradient(network, x)
+
+    again = pg.ParchGrad(network, outer, layers="all")
+    with again:
+        with pg.ParchGrad(network, inner, layers="all"):
+            assert torch.equal(input_gradient(network, x), alone(inner))
+            with again:
+                assert torch.equal(input_gradient(network, x), alone(outer))
+            with pg.ParchGrad(small_network(), inner):
+                assert torch.equal(input_gradient(network, x), alone(inner))
+        assert torch.equal(input_gradient(network, x), alone(outer))
+    with again:
+        assert torch.equal(input_gradient(network, x), alone(outer))
+    assert hooks(network) == 0
+
+
+def test_threads_on_one_model_do_not_see_each_other(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    selectors = [None, pg.GradientEnergy(quantile=0.2), pg.GradientTimesActivation(), pg.RandomChannels(quantile=0.5)]
+
+    def explain(selector):
+        if selector is None:
+            return input_gradient(network, x)
+        with pg.ParchGrad(network, selector, layers="all"):
+            return input_gradient(network, x)
+
+    expected = [explain(selector) for selector in selectors]
+    wrong, barrier = [], threading.Barrier(len(selectors))
+
+    def work(index):
+        barrier.wait()
+        for _ in range(25):
+            if not torch.equal(explain(selectors[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(selectors))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert hooks(network) == 0
+
+
+# The model stays as it was
+
+
+def hooks(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    kinds += ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def snapshot(model):
+    state = copy.deepcopy(model.state_dict())
+    flags = [(module.training, getattr(module, "inplace", None), sorted(vars(module))) for module in model.modules()]
+    return state, flags, [(p.requires_grad, p.grad is None) for p in model.parameters()]
+
+
+def all_selectors():
+    statistics = random_statistics({"0": 6, "2": 6})
+    masks = {name: parities(6)[0] for name in ("0", "2")}
+    return [
+        pg.GradientEnergy(quantile=0.3),
+        pg.GradientTimesActivation(quantile=0.3),
+        pg.RandomChannels(quantile=0.3),
+        pg.FixedChannels(masks),
+        pg.ClassWise(statistics, quantile=0.3),
+        pg.InstanceWise(statistics, quantile=0.3),
+    ]
+
+
+class Raises(nn.Module):
+    def forward(self, x):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("selector", all_selectors(), ids=lambda selector: type(selector).__name__)
+@pytest.mark.parametrize("event", ["normal", "bad target", "model raises", "backward raises", "interrupted"])
+def test_no_hook_is_left_and_the_model_is_what_it_was(selector, event):
+    model = small_network()
+    if event == "model raises":
+        model.append(Raises().eval())
+    before = snapshot(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = {
+        "normal": contextlib.nullcontext(),
+        "bad target": pytest.raises(IndexError),
+        "model raises": pytest.raises(ZeroDivisionError),
+        "backward raises": pytest.raises(OverflowError),
+        "interrupted": pytest.raises(KeyboardInterrupt),
+    }[event]
+    with expected, pg.ParchGrad(model, selector, layers="all"):
+        assert hooks(model) > 0
+        if event == "interrupted":
+            raise KeyboardInterrupt
+        if event == "backward raises":
+            leaf = x.clone().requires_grad_()
+            leaf.register_hook(raise_overflow)
+            model(leaf).sum().backward()
+        captum.attr.Saliency(model).attribute(x.requires_grad_(), target=99 if event == "bad target" else 1)
+    assert hooks(model) == 0
+    state, flags, parameters = snapshot(model)
+    assert all(torch.equal(value, before[0][name]) for name, value in state.items())
+    assert flags == before[1]
+    if event != "backward raises":
+        assert parameters == before[2]
+    # A forward that failed leaves no state for the next one.
+    assert torch.isfinite(input_gradient(small_network(), x)).all()
+
+
+def raise_overflow(gradient):
+    raise OverflowError
+
+
+def test_a_failed_forward_does_not_disturb_the_next_one(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    selector = PinnedChannels(needs_class=True)
+    with pg.ParchGrad(network, selector, layers="all"):
+        with pytest.raises(RuntimeError):
+            network(x[:, :1])
+        input_gradient(network, x, target=2)
+    assert {tuple(signal.classes.tolist()) for signal in selector.seen} == {(2, 2)}
+
+
+def test_the_graph_is_freed_without_the_garbage_collector(network):
+    kept = []
+
+    class Watched(pg.GradientTimesActivation):
+        def observe(self, output):
+            copy_ = super().observe(output)
+            kept.append(weakref.ref(copy_))
+            return copy_
+
+    gc.disable()
+    try:
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+        with pg.ParchGrad(network, Watched(), layers="all"):
+            output = network(x)
+            # The copies of the activations hang on the graph's nodes.
+            alive = [weakref.ref(output), *kept]
+            assert all(reference() is not None for reference in alive)
+            del output
+            assert [reference() for reference in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_wrong_arguments(network):
+    with pytest.raises(SettingError, match="must be a Selector"):
+        pg.ParchGrad(network, pg.GradientEnergy)
+    with pytest.raises(SettingError, match="gamma is -1"):
+        pg.ParchGrad(network, pg.GradientEnergy(), gamma=-1)
+    with pytest.raises(ModelError, match=r"explain model\.module"):
+        pg.ParchGrad(nn.DataParallel(network), pg.GradientEnergy())
+    with pytest.raises(ModelError, match="holds no convolution"):
+        pg.ParchGrad(nn.Linear(2, 2), pg.GradientEnergy())
+    network[3].train()
+    with (
+        pytest.raises(ModelError, match=r"Sequential \(in '3'\) is in training mode.*model\.eval\(\)"),
+        pg.ParchGrad(network, pg.GradientEnergy()),
+    ):
+        pass
+    assert hooks(network) == 0
+
+
+def test_inputs_without_a_batch_dimension_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    with (
+        pytest.raises(InputError, match=r"'0' was given an input without a batch dimension"),
+        pg.ParchGrad(model, pg.GradientEnergy()),
+    ):
+        model(torch.randn(3, 6, 6, requires_grad=True))
+
+
+def test_a_model_without_one_output_tensor_needs_a_target(network):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x), x
+
+    model = Pair().eval()
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ModelError, match="returns a tuple"), pg.ParchGrad(model, PinnedChannels(needs_class=True)):
+        model(x)
+    selector = PinnedChannels(needs_class=True)
+    with pg.ParchGrad(model, selector, target=2):
+        model(x)[0][:, 2].sum().backward()
+    assert selector.seen[0].classes.tolist() == [2]
+
+
+def test_leaving_in_another_thread_is_an_error(network):
+    block = pg.ParchGrad(network, pg.GradientEnergy())
+    errors = []
+
+    def leave():
+        try:
+            block.__exit__(None, None, None)
+        except ParchGradError as error:
+            errors.append(error)
+
+    with block:
+        thread = threading.Thread(target=leave)
+        thread.start()
+        thread.join()
+    assert "another thread" in str(errors[0])
+    assert hooks(network) == 0

@@ -1,0 +1,105 @@
+import pytest
+import timm
+import torchvision
+from torch import nn
+
+from parchgrad.errors import LayerError, ModelError
+from parchgrad.layers import choose_layers, find_convolutions
+from tests.conftest import small_network
+
+
+def chain(n, kind=nn.Conv2d):
+    return nn.Sequential(*[kind(2, 2, 1) for _ in range(n)])
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolutions_are_found_by_type_in_module_order(kind):
+    model = nn.Sequential(kind(2, 2, 1), nn.ModuleDict({"a": kind(2, 2, 1), "b": nn.Linear(2, 2)}), nn.ReLU())
+    assert list(find_convolutions(model)) == ["0", "1.a"]
+
+
+def test_transposed_convolutions_are_left_alone_and_shared_ones_listed_once():
+    shared = nn.Conv2d(2, 2, 1)
+    model = nn.Sequential(shared, nn.ConvTranspose2d(2, 2, 1), shared)
+    assert find_convolutions(model) == {"0": shared}
+
+
+def test_a_convolution_alone_is_a_model():
+    assert list(choose_layers(nn.Conv2d(1, 1, 1), "all")) == [""]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(1.0, "0 1 2 3 4"), (1, "0 1 2 3 4"), (0.5, "3 4"), (0.6, "2 3 4"), (0.01, "4")],
+)
+def test_ratio_takes_the_last_convolutions(ratio, expected):
+    assert list(choose_layers(chain(5), ratio)) == expected.split()
+
+
+def test_patterns_and_modules_keep_module_order():
+    model = chain(5)
+    assert list(choose_layers(model, ["4", "[01]"])) == ["0", "1", "4"]
+    assert list(choose_layers(model, "[01]")) == ["0", "1"]
+    assert list(choose_layers(model, [model[3], model[1], model[3]])) == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (["layer9.*"], r"'layer9\.\*' matches none of the 20 convolutions; near names: layer"),
+        (["layer4"], r"near names: layer4\.\*, layer4\.0\.conv1"),
+        ("layer4.0.conv9", r"near names: layer4\.0\.conv"),
+        (["layer4.*", "zzz"], "'zzz' matches none"),
+        (0.0, "ratio 0,"),
+        (1.5, "ratio 1.5,"),
+        (float("nan"), "ratio nan"),
+        ([], "'default', 'all', a ratio"),
+        ([1, 2], "'default', 'all', a ratio"),
+        (True, "'default', 'all', a ratio"),
+        (None, "'default', 'all', a ratio"),
+        ([nn.Conv2d(1, 1, 1)], "no convolution of this model"),
+        ([nn.ReLU()], "no convolution of this model"),
+    ],
+    ids=str,
+)
+def test_bad_choices_name_the_remedy(layers, words):
+    with pytest.raises(LayerError, match=words):
+        choose_layers(torchvision.models.resnet18(), layers)
+
+
+def test_model_without_convolutions():
+    with pytest.raises(ModelError, match="holds no convolution"):
+        choose_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("library", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")])
+def test_default_of_resnets(library):
+    names = list(choose_layers(library()))
+    assert names == [f"layer{stage}.{block}.conv{i}" for stage in (3, 4) for block in (0, 1) for i in (1, 2)]
+
+
+def test_default_of_deep_resnets_counts_the_blocks_convolutions():
+    # layer3 holds 6 bottlenecks and layer4 3, of three convolutions each.
+    assert len(choose_layers(torchvision.models.resnet50())) == 27
+
+
+def test_default_of_vgg():
+    names = list(choose_layers(torchvision.models.vgg16_bn()))
+    assert names == [f"features.{i}" for i in (20, 24, 27, 30, 34, 37, 40)][-6:]
+    # timm's VGG has convolutions behind `features`, which are not of the set.
+    assert all(name.startswith("features.") for name in choose_layers(timm.create_model("vgg11")))
+
+
+def test_default_of_efficientnets():
+    names = list(choose_layers(torchvision.models.efficientnet_b0()))
+    assert names == ["features.6.0.block.1.0", "features.7.0.block.1.0", "features.8.0"]
+    names = list(choose_layers(timm.create_model("tf_efficientnet_lite0")))
+    assert names == ["blocks.5.0.conv_dw", "blocks.6.0.conv_dw", "conv_head"]
+
+
+def test_default_elsewhere_is_the_upper_half():
+    assert list(choose_layers(chain(5))) == ["3", "4"]
+    assert list(choose_layers(small_network())) == ["2"]
+    # This EfficientNet has one stage less, hence no such set.
+    names = list(find_convolutions(torchvision.models.efficientnet_v2_s()))
+    assert list(choose_layers(torchvision.models.efficientnet_v2_s())) == names[-(len(names) // 2) :]

@@ -1,0 +1,182 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parchgrad.errors import SettingError
+from parchgrad.partition import partition_gradient
+from tests import reference
+
+GAMMAS = [math.inf, 2.0, 0.3]
+CONSERVE = ["independent", "exact", "none"]
+SPATIAL = [(), (1,), (7,), (3, 4), (1, 1), (2, 3, 2)]
+
+
+def random_case(seed, batch=3, channels=6, spatial=(3, 4), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(batch, channels, *spatial, generator=generator, dtype=dtype)
+    mask = torch.rand(batch, channels, generator=generator) < 0.4
+    return gradient, mask
+
+
+cases = st.builds(
+    random_case,
+    st.integers(0, 2**31),
+    batch=st.integers(1, 3),
+    channels=st.integers(2, 9),
+    spatial=st.sampled_from([(5,), (3, 4), (2, 3, 2)]),
+)
+
+
+@pytest.mark.parametrize("spatial", SPATIAL, ids=str)
+@pytest.mark.parametrize("conserve", CONSERVE)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_equals_the_slow_reference(gamma, conserve, spatial):
+    gradient, mask = random_case(3, batch=5, spatial=spatial)
+    mask[0], mask[1] = True, False
+    edited = partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+    np.testing.assert_allclose(edited, reference.edit(gradient, mask, gamma, conserve), rtol=1e-11, atol=1e-300)
+
+
+def test_hand_computed():
+    gradient = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]])
+    mask = torch.tensor([[True, False]])
+    # M = 2 and N = 8: beta = sqrt(10 / 2); the exact sum goes from (3, -3) to (1, -1).
+    for conserve, factor in [("independent", math.sqrt(5)), ("exact", 3.0), ("none", 1.0)]:
+        edited = partition_gradient(gradient, mask, conserve=conserve)
+        torch.testing.assert_close(edited, torch.tensor([[[factor, -factor], [0.0, 0.0]]]))
+    # gamma = 3: g_hat = 3 sqrt(8 / 2) = 6, beta = sqrt(10 / (2 * 36 + 8)).
+    edited = partition_gradient(gradient, mask, gamma=3.0)
+    torch.testing.assert_close(edited, math.sqrt(1 / 8) * torch.tensor([[[6.0, -6.0], [2.0, -2.0]]]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases, st.sampled_from(GAMMAS))
+def test_exact_keeps_the_variance_of_the_sum(case, gamma):
+    gradient, mask = case
+    before = gradient.flatten(2).sum(1).var(1)
+    after = partition_gradient(gradient, mask, gamma=gamma, conserve="exact").flatten(2).sum(1).var(1)
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases)
+def test_finite_gamma_makes_the_kept_sum_gamma_times_as_strong(case):
+    gradient, mask = case
+    edited = partition_gradient(gradient, mask, gamma=2.5).flatten(2)
+    both = mask.any(1) & ~mask.all(1)
+    kept = torch.where(mask.unsqueeze(2), edited, 0).sum(1).std(1)[both]
+    rest = torch.where(mask.unsqueeze(2), 0, edited).sum(1).std(1)[both]
+    torch.testing.assert_close(kept, 2.5 * rest)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases, st.sampled_from(GAMMAS), st.sampled_from(CONSERVE), st.sampled_from([2.0**-100, 2.0**60, 1e-12, -3.0]))
+def test_scaling_the_gradient_scales_the_result(case, gamma, conserve, scale):
+    gradient, mask = case
+    edited = partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+    scaled = partition_gradient(scale * gradient, mask, gamma=gamma, conserve=conserve)
+    exactly = math.frexp(scale)[0] == 0.5
+    torch.testing.assert_close(scaled, scale * edited, rtol=0 if exactly else 1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-60, 2.0**90])
+@pytest.mark.parametrize("conserve", CONSERVE)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_scaling_is_exact_in_float32_far_below_where_squares_vanish(gamma, conserve, scale):
+    gradient, mask = random_case(5, dtype=torch.float32)
+    edited = partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+    scaled = partition_gradient(scale * gradient, mask, gamma=gamma, conserve=conserve)
+    torch.testing.assert_close(scaled, scale * edited, rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases, st.sampled_from(GAMMAS), st.sampled_from(CONSERVE), st.randoms(use_true_random=False))
+def test_permuting_channels_permutes_the_result(case, gamma, conserve, random):
+    gradient, mask = case
+    order = list(range(gradient.shape[1]))
+    random.shuffle(order)
+    edited = partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+    permuted = partition_gradient(gradient[:, order], mask[:, order], gamma=gamma, conserve=conserve)
+    torch.testing.assert_close(permuted, edited[:, order], rtol=1e-10, atol=1e-13)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases, st.sampled_from(GAMMAS), st.sampled_from(CONSERVE))
+def test_all_or_no_channels_leave_the_gradient_bit_for_bit(case, gamma, conserve):
+    gradient, mask = case
+    for whole in (torch.ones_like(mask), torch.zeros_like(mask)):
+        assert torch.equal(partition_gradient(gradient, whole, gamma=gamma, conserve=conserve), gradient)
+
+
+@pytest.mark.parametrize("conserve", CONSERVE)
+def test_kept_sum_without_variance_is_pruned_but_not_scaled(conserve):
+    gradient, mask = random_case(7)
+    mask[:] = torch.tensor([True, True, False, False, False, False])
+    gradient[:, :2] = torch.tensor([0.1, 0.7], dtype=torch.float64).reshape(2, 1, 1)
+    expected = torch.where(mask[:, :, None, None], gradient, 0)
+    torch.testing.assert_close(partition_gradient(gradient, mask, conserve=conserve), expected, rtol=0, atol=0)
+    assert torch.equal(partition_gradient(gradient, mask, gamma=2.0, conserve=conserve), gradient)
+
+
+def test_a_sum_that_is_constant_up_to_its_rounding_counts_as_constant():
+    # A layer in front of global average pooling: every channel constant, the sum varies by rounding alone.
+    weights = torch.randn(1, 512, 1, 1)
+    gradient = weights.expand(1, 512, 14, 14) * (1 + 1e-7 * torch.randn(1, 512, 14, 14))
+    mask = torch.arange(512).unsqueeze(0) < 50
+    edited = partition_gradient(gradient, mask)
+    assert torch.equal(edited[:, :50], gradient[:, :50])
+
+
+@pytest.mark.parametrize("gamma", [2.0, 0.5])
+def test_edited_sum_without_variance_stays(gamma):
+    # The rest is constant: g_hat is zero, and the edited sum has no variance left to scale by.
+    gradient, mask = random_case(11)
+    mask[:] = torch.tensor([True, True, True, False, False, False])
+    gradient[:, 3:] = 0.25
+    for conserve in ("independent", "exact"):
+        assert torch.equal(partition_gradient(gradient, mask, gamma=gamma, conserve=conserve), gradient)
+    pruned = partition_gradient(gradient, mask, gamma=gamma, conserve="none")
+    np.testing.assert_allclose(pruned, reference.edit(gradient, mask, gamma, "none"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_half_precision_is_summed_and_scaled_in_float32(dtype, gamma):
+    # 400 channels of 300 sum to 120,000, beyond the largest float16.
+    gradient = (300 + 30 * torch.randn(1, 400, 3, 3)).to(dtype)
+    mask = torch.arange(400).unsqueeze(0) < 200
+    edited = partition_gradient(gradient, mask, gamma=gamma)
+    assert edited.dtype == dtype
+    wide = partition_gradient(gradient.float(), mask, gamma=gamma)
+    assert torch.equal(edited, wide.to(dtype))
+
+
+def test_memory_formats_and_the_incoming_tensor():
+    gradient, mask = random_case(13)
+    kept = gradient.clone()
+    channels_last = gradient.to(memory_format=torch.channels_last)
+    edited = partition_gradient(gradient, mask)
+    assert torch.equal(gradient, kept)
+    assert edited.data_ptr() != gradient.data_ptr()
+    torch.testing.assert_close(partition_gradient(channels_last, mask), edited)
+    assert partition_gradient(gradient[:0], mask[:0]).shape == (0, 6, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gamma": 0.0}, "gamma is 0.0"),
+        ({"gamma": math.nan}, "gamma is nan"),
+        ({"conserve": "all"}, "independent, exact, none"),
+        ({"channel_mask": torch.ones(3, 6)}, "boolean mask"),
+        ({"channel_mask": torch.ones(3, 5, dtype=torch.bool)}, r"shape \(3, 6\)"),
+    ],
+)
+def test_bad_settings(changes, words):
+    gradient, mask = random_case(0)
+    with pytest.raises(SettingError, match=words):
+        partition_gradient(**{"gradient": gradient, "channel_mask": mask, **changes})

@@ -1,0 +1,243 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+import parchgrad as pg
+from parchgrad.errors import SettingError, StatisticsError
+from parchgrad.selection import LayerSignal, keep_best
+from tests import reference
+from tests.conftest import random_statistics
+
+
+def signal(gradient, observation=None, classes=None):
+    return LayerSignal(layer="conv", gradient=gradient, observation=observation, classes=classes)
+
+
+def chosen(mask):
+    return [set(row.nonzero().flatten().tolist()) for row in mask]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=12), st.floats(0.01, 1.0))
+def test_keep_best_counts_and_includes_ties(scores, quantile):
+    mask = keep_best(torch.tensor([scores, scores]).float(), quantile)
+    assert chosen(mask) == [reference.best_channels(scores, quantile)] * 2
+
+
+@pytest.mark.parametrize("quantile", [0.01, 0.25, 0.5, 1.0])
+def test_gradient_energy_is_the_sum_of_squares(quantile):
+    gradient = torch.randn(3, 8, 4, 5, dtype=torch.float64)
+    expected = [
+        reference.best_channels([sum(g * g for g in channel.flatten().tolist()) for channel in row], quantile)
+        for row in gradient
+    ]
+    assert chosen(pg.GradientEnergy(quantile=quantile).select(signal(gradient))) == expected
+
+
+@pytest.mark.parametrize("selector", [pg.GradientEnergy(quantile=0.3), pg.GradientTimesActivation(quantile=0.3)])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e20])
+def test_scale_of_the_gradient_does_not_change_the_choice(selector, scale):
+    gradient, output = torch.randn(3, 20, 4, 4), torch.randn(3, 20, 4, 4)
+    observation = selector.observe(output)
+    expected = selector.select(signal(gradient, observation))
+    assert torch.equal(selector.select(signal(scale * gradient, observation)), expected)
+
+
+def test_gradient_times_activation_is_signed_and_reads_the_output_before_it_is_overwritten():
+    selector = pg.GradientTimesActivation(quantile=0.25)
+    gradient = torch.randn(3, 8, 4, 5, dtype=torch.float64)
+    output = torch.randn(3, 8, 4, 5, dtype=torch.float64)
+    products = (gradient * output).flatten(2)
+    expected = [reference.best_channels([sum(channel.tolist()) for channel in row], 0.25) for row in products]
+    observation = selector.observe(output)
+    nn.functional.relu_(output)
+    assert chosen(selector.select(signal(gradient, observation))) == expected
+
+
+def test_half_precision_energy_does_not_overflow():
+    gradient = torch.tensor([[[60000.0, 0.0], [40000.0, 40000.0], [50000.0, 50000.0]]], dtype=torch.float16)
+    assert chosen(pg.GradientEnergy(quantile=0.34).select(signal(gradient))) == [{2}]
+
+
+def test_random_channels_depend_on_seed_and_layer_alone():
+    gradient = torch.zeros(4, 40, 2, 2)
+    selector = pg.RandomChannels(quantile=0.25, seed=7)
+    first = selector.select(signal(gradient))
+    assert first.sum(1).tolist() == [10] * 4
+    assert torch.equal(first, pg.RandomChannels(quantile=0.25, seed=7).select(signal(gradient + 1)))
+    other_layer = selector.select(LayerSignal(layer="other", gradient=gradient))
+    other_seed = pg.RandomChannels(quantile=0.25, seed=8).select(signal(gradient))
+    assert not torch.equal(first, other_layer)
+    assert not torch.equal(first, other_seed)
+
+
+def test_random_channels_are_drawn_evenly():
+    draws = sum(
+        pg.RandomChannels(quantile=0.2, seed=seed).select(signal(torch.zeros(1, 10, 1))).long() for seed in range(500)
+    )
+    # 500 draws of 2 out of 10: 100 each on average.
+    assert stats.chisquare(draws[0].numpy()).pvalue > 1e-3
+
+
+def test_fixed_channels_per_layer_or_per_row():
+    rows = torch.tensor([[True, False], [False, True]])
+    assert torch.equal(pg.FixedChannels({"conv": rows}).select(signal(torch.zeros(2, 2, 3))), rows)
+    same = pg.FixedChannels({"conv": rows[0]}).select(signal(torch.zeros(2, 2, 3)))
+    assert torch.equal(same, rows[[0, 0]])
+    with pytest.raises(SettingError, match="has 2 rows, but the pass has 3"):
+        pg.FixedChannels({"conv": rows}).select(signal(torch.zeros(3, 2, 3)))
+
+
+@pytest.mark.parametrize("test", ["welch", "student"])
+def test_class_wise_ranks_by_scipys_p_value(test):
+    generator = torch.Generator().manual_seed(2)
+    samples = torch.rand(60, 12, generator=generator, dtype=torch.float64)
+    labels = torch.arange(60) % 3
+    groups = [samples[labels == label] for label in range(3)]
+    statistics = pg.ChannelStatistics({"conv": layer_of(samples, groups)})
+    selector = pg.ClassWise(statistics, quantile=0.25, test=test)
+    classes = torch.tensor([2, 0, 1, 2])
+    expected = []
+    for label in classes.tolist():
+        rest = samples[labels != label]
+        p = stats.ttest_ind(groups[label], rest, equal_var=test == "student", alternative="greater").pvalue
+        expected.append(reference.best_channels((-p).tolist(), 0.25))
+    assert chosen(selector.select(signal(torch.zeros(4, 12, 2), classes=classes))) == expected
+
+
+def layer_of(samples, groups, shapiro_p=None):
+    return pg.LayerStatistics(
+        count=torch.tensor(len(samples)),
+        mean=samples.mean(0),
+        std=samples.std(0),
+        class_count=torch.tensor([len(group) for group in groups]),
+        class_mean=torch.stack([group.mean(0) for group in groups], dim=1),
+        class_variance=torch.stack([group.var(0) for group in groups], dim=1),
+        shapiro_p=torch.zeros(samples.shape[1]) if shapiro_p is None else shapiro_p,
+    )
+
+
+def test_class_wise_orders_p_values_below_the_smallest_double():
+    spread = torch.linspace(-1, 1, 300, dtype=torch.float64).unsqueeze(1) * torch.ones(1, 4)
+    strong = spread + torch.tensor([0.0, 100.0, 300.0, 200.0])
+    statistics = pg.ChannelStatistics({"conv": layer_of(torch.cat((strong, spread)), [strong, spread])})
+    log_p = statistics["conv"].class_log_p("student")[:, 0]
+    assert (log_p[1:] < math.log(1e-320)).all()
+    selector = pg.ClassWise(statistics, quantile=0.25, test="student")
+    assert chosen(selector.select(signal(torch.zeros(1, 4, 1), classes=torch.tensor([0])))) == [{2}]
+
+
+def test_class_wise_alpha_keeps_p_values_up_to_it():
+    statistics = random_statistics({"conv": 30})
+    p = statistics["conv"].class_log_p().exp()
+    mask = pg.ClassWise(statistics, alpha=0.3).select(signal(torch.zeros(2, 30, 1), classes=torch.tensor([1, 4])))
+    assert torch.equal(mask, (p <= 0.3).T[[1, 4]])
+
+
+def test_normality_gate_follows_the_ranking():
+    statistics = random_statistics({"conv": 10})
+    gate = torch.arange(10) % 2 == 0
+    layer = pg.LayerStatistics(
+        **{
+            name: getattr(statistics["conv"], name)
+            for name in ("count", "mean", "std", "class_count", "class_mean", "class_variance")
+        },
+        shapiro_p=torch.where(gate, 0.01, 0.5),
+    )
+    statistics = pg.ChannelStatistics({"conv": layer})
+    one = signal(torch.zeros(1, 10, 1), observation=torch.rand(1, 10), classes=torch.tensor([3]))
+    for kind in (pg.ClassWise, pg.InstanceWise):
+        free = kind(statistics, quantile=0.5, normality_threshold=None).select(one)
+        assert free.sum() == 5
+        assert torch.equal(kind(statistics, quantile=0.5).select(one), free & gate)
+        assert not kind(statistics, quantile=0.5, normality_threshold=1e-9).select(one).any()
+
+
+def test_constant_channels_and_classes_without_images_are_never_significant():
+    samples = torch.rand(20, 4, dtype=torch.float64)
+    samples[:, 1] = 0.5
+    groups = [samples[:10], samples[10:]]
+    layer = layer_of(samples, groups)
+    fields = ("mean", "std", "count", "shapiro_p")
+    with_empty = pg.LayerStatistics(
+        **{name: getattr(layer, name) for name in fields},
+        class_count=torch.tensor([10, 10, 0]),
+        class_mean=torch.cat((layer.class_mean, torch.zeros(4, 1)), dim=1),
+        class_variance=torch.cat((layer.class_variance, torch.full((4, 1), math.nan)), dim=1),
+    )
+    statistics = pg.ChannelStatistics({"conv": with_empty})
+    assert torch.equal(with_empty.class_log_p()[1], torch.zeros(3, dtype=torch.float64))
+    mask = pg.ClassWise(statistics, quantile=0.25).select(signal(torch.zeros(1, 4, 1), classes=torch.tensor([2])))
+    assert not mask.any()
+    gap = torch.full((1, 4), 9.0)
+    mask = pg.InstanceWise(statistics, alpha=0.05).select(signal(torch.zeros(1, 4, 1), observation=gap))
+    assert chosen(mask) == [{0, 2, 3}]
+
+
+@pytest.mark.parametrize("settings_", [{"quantile": 0.2}, {"alpha": 0.4}])
+def test_instance_wise_uses_the_upper_tail_of_the_normal(settings_):
+    statistics = random_statistics({"conv": 20})
+    selector = pg.InstanceWise(statistics, **settings_)
+    output = torch.randn(3, 20, 4, 4, dtype=torch.float64) + 1
+    layer = statistics["conv"]
+    mask = selector.select(signal(torch.zeros(3, 20, 4, 4), observation=selector.observe(output)))
+    for row, kept in zip(output, chosen(mask), strict=True):
+        gap = [sum(max(value, 0.0) for value in channel.flatten().tolist()) / 16 for channel in row]
+        p = [
+            stats.norm.sf((value - mean) / std)
+            for value, mean, std in zip(gap, layer.mean.tolist(), layer.std.tolist(), strict=True)
+        ]
+        if "alpha" in settings_:
+            assert kept == {channel for channel, value in enumerate(p) if value <= 0.4}
+        else:
+            assert kept == reference.best_channels([-value for value in p], 0.2)
+
+
+def test_instance_wise_orders_scores_whose_p_value_underflows():
+    statistics = random_statistics({"conv": 3})
+    layer = statistics["conv"]
+    # 60 and 50 standard deviations out: both p-values are zero in float64.
+    gap = layer.mean + torch.tensor([0.0, 50.0, 60.0]) * layer.std
+    mask = pg.InstanceWise(statistics, quantile=0.34).select(signal(torch.zeros(1, 3, 1), observation=gap.unsqueeze(0)))
+    assert chosen(mask) == [{2}]
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda s: pg.GradientEnergy(quantile=0.0), "quantile is 0.0"),
+        (lambda s: pg.GradientTimesActivation(quantile=1.1), "quantile is 1.1"),
+        (lambda s: pg.RandomChannels(quantile=math.nan), "quantile is nan"),
+        (lambda s: pg.FixedChannels({"conv": torch.ones(3)}), "'conv' is torch.float32"),
+        (lambda s: pg.ClassWise(s), "neither is"),
+        (lambda s: pg.ClassWise(s, quantile=0.1, alpha=0.1), "both are"),
+        (lambda s: pg.InstanceWise(s, quantile=0.1, alpha=0.1), "both are"),
+        (lambda s: pg.InstanceWise(s, alpha=0.0), "alpha is 0.0"),
+        (lambda s: pg.ClassWise(s, quantile=2.0), "quantile is 2.0"),
+        (lambda s: pg.ClassWise(s, quantile=0.1, normality_threshold=0.0), "normality_threshold is 0.0"),
+        (lambda s: pg.ClassWise(s, quantile=0.1, test="fisher"), "welch, student"),
+    ],
+)
+def test_bad_settings(build, words):
+    with pytest.raises(SettingError, match=words):
+        build(random_statistics({"conv": 3}))
+
+
+def test_statistics_must_fit_the_layers_and_the_classes():
+    selector = pg.ClassWise(random_statistics({"conv": 3}), quantile=0.5)
+    selector.check({"conv": 3})
+    with pytest.raises(StatisticsError, match="do not hold layer 'head'"):
+        selector.check({"head": 3})
+    with pytest.raises(StatisticsError, match="have 3 channels, the layer has 4"):
+        selector.check({"conv": 4})
+    with pytest.raises(StatisticsError, match="of 5 classes, but the model's output has 7"):
+        selector.check_classes(7)
+    with pytest.raises(SettingError, match="No mask is given for layer 'head'"):
+        pg.FixedChannels({}).check({"head": 3})
+    with pytest.raises(SettingError, match="has 2 channels, the layer has 3"):
+        pg.FixedChannels({"conv": torch.ones(2, dtype=torch.bool)}).check({"conv": 3})

@@ -1,0 +1,54 @@
+"""The layout of the package: imports point downwards only."""
+
+import ast
+from pathlib import Path
+
+import parchgrad
+
+# From the bottom up; modules on one line may import each other.
+ORDER = [
+    {"_version", "errors", "files"},
+    {"partition", "layers", "statistics.tests"},
+    {"statistics", "statistics.store", "selection"},
+    {"engine"},
+    {"attribution"},
+    {"data", "data.images", "models", "evaluation", "evaluation.localisation", "visual", "visual.maps"},
+    {"explanation", "demo"},
+    {"cli"},
+]
+SOURCE = Path(parchgrad.__file__).parent
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("parchgrad"):
+            module = node.module.removeprefix("parchgrad").removeprefix(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".removeprefix(".")
+                yield inner if inner in set().union(*ORDER) else module
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("parchgrad.") for a in node.names if a.name.startswith("parchgrad."))
+
+
+def test_imports_point_downwards_only():
+    level = {module: index for index, modules in enumerate(ORDER) for module in modules}
+    for path in sorted(SOURCE.rglob("*.py")):
+        module = (
+            ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__").removesuffix("__init__")
+        )
+        if module in ("", "__main__"):
+            continue
+        for imported in imported_modules(path):
+            assert level[imported] <= level[module], f"{module} imports {imported}, which stands above it"
+
+
+def test_nothing_prints_outside_the_command_line():
+    for path in SOURCE.rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        printing = any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
+        assert path.name == "cli.py" or not printing, path
+
+
+def test_every_error_is_a_parchgrad_error():
+    classes = [value for value in vars(parchgrad.errors).values() if isinstance(value, type)]
+    assert all(issubclass(error, parchgrad.ParchGradError) for error in classes)
