@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import parchgrad as pg
+from parchgrad.attribution import METHODS
 from parchgrad.errors import InputError, ModelError, SettingError, TargetError
 from tests.conftest import small_network
 
@@ -77,7 +78,7 @@ def test_smoothgrad_takes_a_seed_and_leaves_the_global_generator():
 
 
 @pytest.mark.parametrize("selector", [None, pg.GradientEnergy(quantile=0.3)], ids=["plain", "energy"])
-@pytest.mark.parametrize("method", pg.attribution.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_batch_equals_its_rows_and_memory_bounds_change_nothing(method, selector):
     model = small_network()
 
@@ -92,7 +93,7 @@ def test_a_batch_equals_its_rows_and_memory_bounds_change_nothing(method, select
         torch.testing.assert_close(explain(INPUTS, TARGETS, size), whole, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("method", pg.attribution.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_internal_batch_size_bounds_every_pass(method):
     model, sizes = small_network(), []
     handle = model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))

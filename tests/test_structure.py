@@ -3,7 +3,10 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import parchgrad
+from parchgrad import errors
 
 # From the bottom up; modules on one line may import each other.
 ORDER = [
@@ -49,6 +52,14 @@ def test_nothing_prints_outside_the_command_line():
         assert path.name == "cli.py" or not printing, path
 
 
+def test_lazy_names_are_the_public_names():
+    assert set(parchgrad._HOMES) | {"__version__"} == set(parchgrad.__all__)
+    assert all(getattr(parchgrad, name) is not None for name in parchgrad.__all__)
+    assert set(parchgrad.__all__) <= set(dir(parchgrad))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        parchgrad.nothing  # noqa: B018 - the access is the test
+
+
 def test_every_error_is_a_parchgrad_error():
-    classes = [value for value in vars(parchgrad.errors).values() if isinstance(value, type)]
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
     assert all(issubclass(error, parchgrad.ParchGradError) for error in classes)

@@ -1,26 +1,35 @@
 """ParchGrad: partitioned channel gradients for saliency maps of convolutional networks one can trust."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from parchgrad._version import __version__
-from parchgrad.attribution import Explainer, heatmap
-from parchgrad.engine import ParchGrad
-from parchgrad.errors import ParchGradError
-from parchgrad.layers import choose_layers, find_convolutions
-from parchgrad.partition import partition_gradient
-from parchgrad.selection import (
-    ClassWise,
-    FixedChannels,
-    GradientEnergy,
-    GradientTimesActivation,
-    InstanceWise,
-    RandomChannels,
-    Selector,
-)
-from parchgrad.statistics import ChannelStatistics, LayerStatistics
+
+if TYPE_CHECKING:
+    from parchgrad.attribution import Explainer, heatmap
+    from parchgrad.engine import ParchGrad
+    from parchgrad.errors import ParchGradError
+    from parchgrad.explanation import Explanation, explain_images
+    from parchgrad.layers import choose_layers, find_convolutions
+    from parchgrad.models import Classifier, load_model
+    from parchgrad.partition import partition_gradient
+    from parchgrad.selection import (
+        ClassWise,
+        FixedChannels,
+        GradientEnergy,
+        GradientTimesActivation,
+        InstanceWise,
+        RandomChannels,
+        Selector,
+    )
+    from parchgrad.statistics import ChannelStatistics, LayerStatistics
 
 __all__ = [
     "ChannelStatistics",
     "ClassWise",
+    "Classifier",
     "Explainer",
+    "Explanation",
     "FixedChannels",
     "GradientEnergy",
     "GradientTimesActivation",
@@ -32,7 +41,43 @@ __all__ = [
     "Selector",
     "__version__",
     "choose_layers",
+    "explain_images",
     "find_convolutions",
     "heatmap",
+    "load_model",
     "partition_gradient",
 ]
+
+# Names are imported when first used: torch, Captum and timm take seconds, which `parchgrad --help` need not wait for.
+_MODULES = {
+    "attribution": ("Explainer", "heatmap"),
+    "engine": ("ParchGrad",),
+    "errors": ("ParchGradError",),
+    "explanation": ("Explanation", "explain_images"),
+    "layers": ("choose_layers", "find_convolutions"),
+    "models": ("Classifier", "load_model"),
+    "partition": ("partition_gradient",),
+    "selection": (
+        "ClassWise",
+        "FixedChannels",
+        "GradientEnergy",
+        "GradientTimesActivation",
+        "InstanceWise",
+        "RandomChannels",
+        "Selector",
+    ),
+    "statistics": ("ChannelStatistics", "LayerStatistics"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'parchgrad' has no attribute {name!r}")
+    value = getattr(import_module(f"parchgrad.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -120,11 +120,11 @@ class Classifier:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One loadable model: its name, the library it comes from, and where its weights come from."""
+    """One loadable model: its name, the library that builds it, and whether its weights need no download."""
 
     name: str
     library: str
-    weights: str
+    offline: bool
 
 
 def load_model(name: str, *, pretrained: bool = True) -> Classifier:
@@ -165,12 +165,12 @@ def list_models(pattern: str = "*") -> list[ModelEntry]:
         >>> [entry.name for entry in list_models("resnet1*")][:3]
         ['resnet101', 'resnet152', 'resnet18']
     """
-    entries = [ModelEntry(OFFLINE_MODEL, "timm", f"package {_OFFLINE_PACKAGE.replace('_', '-')}, offline")]
+    entries = [ModelEntry(OFFLINE_MODEL, "timm", offline=True)]
     of_torchvision = torchvision.models.list_models(torchvision.models)
-    entries += [ModelEntry(name, "torchvision", "downloaded once") for name in of_torchvision]
+    entries += [ModelEntry(name, "torchvision", offline=False) for name in of_torchvision]
     taken = {entry.name for entry in entries}
     entries += [
-        ModelEntry(name, "timm", "downloaded once")
+        ModelEntry(name, "timm", offline=False)
         for name in dict.fromkeys(full.split(".")[0] for full in timm.list_models(pretrained=True))
         if name not in taken
     ]

@@ -16,6 +16,7 @@ from parchgrad.statistics import ChannelStatistics, LayerStatistics
 from parchgrad.statistics.tests import TTest, check_test
 
 __all__ = [
+    "SELECTORS_BY_NAME",
     "ClassWise",
     "FixedChannels",
     "GradientEnergy",
@@ -404,6 +405,14 @@ class InstanceWise(_StatisticalSelector):
         else:
             kept = score >= float(stats.norm.isf(self.alpha))
         return kept & self._gate(layer).to(gap.device)
+
+
+SELECTORS_BY_NAME: Mapping[str, type[GradientEnergy | GradientTimesActivation | RandomChannels]] = {
+    "energy": GradientEnergy,
+    "activation": GradientTimesActivation,
+    "random": RandomChannels,
+}
+"""Selectors that need nothing but a quantile, by the short names that command lines and pages use."""
 
 
 def _unit_rows(gradient: Tensor) -> Tensor:

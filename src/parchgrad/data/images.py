@@ -9,7 +9,7 @@ from parchgrad.errors import ImageError
 __all__ = ["read_image"]
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """Read a photograph as RGB, turned the way its camera recorded.
 
     Args:

@@ -1,0 +1,79 @@
+"""The grid pointing game on a folder of photographs, one per ImageNet class, in the order of the classes.
+
+    python benchmarks/grid_pointing.py FOLDER [--mosaics 24] [--seed 0]
+
+Prints the top-1 accuracy of EfficientNet-Lite0, then for each method the share of its map that lies in the right cell
+of 2 x 2 mosaics of confidently classified photographs. A map that knows nothing scores 0.25.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import parchgrad as pg
+from parchgrad.data.images import read_image
+from parchgrad.evaluation.localisation import cell_shares, mosaic
+
+CONFIDENCE = 0.9
+UPPER_HALF = 0.5
+METHODS = {
+    "plain gradient": (None, UPPER_HALF),
+    "GradientEnergy(0.1), upper half": (pg.GradientEnergy(quantile=0.1), UPPER_HALF),
+    "GradientEnergy(0.1), all": (pg.GradientEnergy(quantile=0.1), "all"),
+    "GradientEnergy(0.1), default": (pg.GradientEnergy(quantile=0.1), "default"),
+    "GradientTimesActivation(0.1), upper half": (pg.GradientTimesActivation(quantile=0.1), UPPER_HALF),
+    "RandomChannels(0.1), upper half": (pg.RandomChannels(quantile=0.1), UPPER_HALF),
+}
+
+
+def read_photographs(classifier: pg.Classifier, files: Sequence[Path]) -> Tensor:
+    """Preprocess photographs into one batch (N, 3, H, W)."""
+    return torch.stack([classifier.preprocess(read_image(file)) for file in files])
+
+
+def probabilities(classifier: pg.Classifier, inputs: Tensor) -> Tensor:
+    """Softmax probabilities (N, K), a few rows at a time."""
+    with torch.no_grad():
+        return torch.cat([classifier.model(part).softmax(1) for part in torch.split(inputs, 8)])
+
+
+def draw_mosaics(own_probability: Tensor, mosaics: int, seed: int) -> Tensor:
+    """Draw four different, confidently classified photographs per mosaic: class indices (mosaics, 4)."""
+    confident = (own_probability > CONFIDENCE).nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    return confident[torch.randperm(len(confident), generator=generator)[: 4 * mosaics]].reshape(mosaics, 4)
+
+
+def play(explainer: pg.Explainer, inputs: Tensor, drawn: Tensor) -> Tensor:
+    """Share of each class's map in its own cell, (4 * mosaics,)."""
+    shares = []
+    for classes in drawn:
+        picture = mosaic(inputs[classes], rows=2, columns=2).expand(4, -1, -1, -1)
+        heat = pg.heatmap(explainer.attribute(picture, classes))
+        shares.append(cell_shares(heat, rows=2, columns=2).diagonal())
+    return torch.cat(shares)
+
+
+def main() -> None:
+    """Parse the arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--mosaics", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    classifier = pg.load_model("efficientnet_lite0")
+    inputs = read_photographs(classifier, sorted(arguments.folder.glob("*.jpg")))
+    probability = probabilities(classifier, inputs)
+    labels = torch.arange(len(inputs))
+    print(f"top-1 accuracy of {len(inputs)} photographs: {(probability.argmax(1) == labels).double().mean():.3f}")
+    drawn = draw_mosaics(probability[labels, labels], arguments.mosaics, arguments.seed)
+    for name, (selector, layers) in METHODS.items():
+        shares = play(pg.Explainer(classifier.model, selector, layers=layers), inputs, drawn)
+        print(f"{name:42s} {shares.mean():.3f} +- {shares.std() / len(shares) ** 0.5:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The demonstration: four photographs, their mosaic, and a page that shows both. Offline."""
+
+import base64
+import importlib.util
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from parchgrad._version import __version__
+from parchgrad.attribution import Explainer, heatmap
+from parchgrad.errors import ModelError
+from parchgrad.evaluation.localisation import cell_shares, mosaic
+from parchgrad.explanation import Explanation, explain_images
+from parchgrad.files import check_outputs, writing
+from parchgrad.models import OFFLINE_MODEL, Classifier, load_model
+from parchgrad.selection import GradientEnergy
+from parchgrad.visual import blend, panel, save_figure
+from parchgrad.visual.maps import COLOUR_MAP
+
+__all__ = ["Demonstration", "demonstrate"]
+
+QUANTILE = 0.1
+LAYERS = 0.5
+CHANCE = 0.25
+# scikit-image's name of each photograph and the ImageNet class it shows; None takes the predicted one.
+PHOTOGRAPHS = {"cat": None, "coffee": "espresso", "camera": "tripod", "motorcycle": "moped"}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Demonstration:
+    """What the demonstration found.
+
+    Attributes:
+        explanations: one per photograph.
+        mosaic: the four photographs as one picture, (2 H, 2 W, 3) in [0, 1].
+        mosaic_maps: heat maps of the mosaic by method, each (4, 2 H, 2 W), one per class.
+        shares: share of each of these maps that lies in the cell of its class, by method, each (4,).
+    """
+
+    explanations: tuple[Explanation, ...]
+    mosaic: NDArray[Any]
+    mosaic_maps: dict[str, NDArray[Any]]
+    shares: dict[str, NDArray[Any]]
+
+    def save(self, directory: str | Path, *, force: bool = False) -> Path:
+        """Write the page and the overview picture; return the page's path.
+
+        Raises:
+            OutputError: if a file exists and `force` is off, or cannot be written.
+        """
+        page, overview = Path(directory) / "index.html", Path(directory) / "overview.jpg"
+        check_outputs((page, overview), force=force)
+        save_figure(self._overview(), overview, force=force, dots_per_inch=90)
+        with writing(page) as temporary:
+            temporary.write_text(self._page(), encoding="utf-8")
+        return page
+
+    def _overview(self) -> Any:
+        found = self.explanations
+        return panel(
+            [explanation.picture for explanation in found],
+            {
+                "gradient": [_heat(explanation.plain) for explanation in found],
+                "ParchGrad": [_heat(explanation.attribution) for explanation in found],
+            },
+            labels=[explanation.target.category for explanation in found],
+        )
+
+    def _page(self) -> str:
+        import jinja2
+
+        environment = jinja2.Environment(loader=jinja2.PackageLoader("parchgrad"), autoescape=True)
+        categories = [explanation.target.category for explanation in self.explanations]
+        return environment.get_template("demo.html").render(
+            version=__version__,
+            model=OFFLINE_MODEL,
+            quantile=QUANTILE,
+            chance=CHANCE,
+            colours=[matplotlib.colors.to_hex(c) for c in matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, 12))],
+            photographs=[
+                {
+                    "category": explanation.target.category,
+                    "predictions": explanation.predictions[:3],
+                    "picture": _embed(explanation.picture),
+                    "gradient": _embed(blend(explanation.picture, _heat(explanation.plain))),
+                    "parchgrad": _embed(blend(explanation.picture, _heat(explanation.attribution))),
+                }
+                for explanation in self.explanations
+            ],
+            mosaic=_embed(self.mosaic),
+            rows=[
+                {
+                    "category": category,
+                    "cell": ("top left", "top right", "bottom left", "bottom right")[index],
+                    "maps": {
+                        method: {
+                            "picture": _embed(blend(self.mosaic, maps[index])),
+                            "share": self.shares[method][index],
+                        }
+                        for method, maps in self.mosaic_maps.items()
+                    },
+                }
+                for index, category in enumerate(categories)
+            ],
+            means={method: shares.mean() for method, shares in self.shares.items()},
+        )
+
+
+def demonstrate() -> Demonstration:
+    """Explain scikit-image's photographs, and play the grid pointing game on their mosaic.
+
+    Raises:
+        ModelError: if scikit-image or Jinja is not installed.
+        WeightsError: if the network's weights are not installed.
+    """
+    for package, module in (("scikit-image", "skimage"), ("jinja2", "jinja2")):
+        if importlib.util.find_spec(module) is None:
+            raise ModelError(f"The demonstration needs {package}; run: pip install 'parchgrad[demo]'.")
+    classifier = load_model(OFFLINE_MODEL)
+    selector = GradientEnergy(quantile=QUANTILE)
+    photographs = _photographs()
+    explanations = []
+    for image, category in zip(photographs, PHOTOGRAPHS.values(), strict=True):
+        target = None if category is None else classifier.find_category(category)
+        explanations += explain_images(classifier, [image], selector, layers=LAYERS, target=target)
+    return Demonstration(explanations=tuple(explanations), **_play(classifier, photographs, explanations, selector))
+
+
+def _photographs() -> list[Image.Image]:
+    from skimage import data
+
+    # The motorcycle is a stereo pair with its disparity; the left picture is the photograph.
+    arrays = {
+        "cat": data.cat(),
+        "coffee": data.coffee(),
+        "camera": data.camera(),
+        "motorcycle": data.stereo_motorcycle()[0],
+    }
+    return [Image.fromarray(arrays[name]) for name in PHOTOGRAPHS]
+
+
+def _play(
+    classifier: Classifier,
+    photographs: Sequence[Image.Image],
+    explanations: Sequence[Explanation],
+    selector: GradientEnergy,
+) -> dict[str, Any]:
+    """The grid pointing game on one mosaic: each class is explained, its own cell should light up."""
+    inputs = mosaic(torch.stack([classifier.preprocess(image) for image in photographs]), rows=2, columns=2)
+    targets = torch.tensor([explanation.target.index for explanation in explanations])
+    maps, shares = {}, {}
+    for method, chosen in (("gradient", None), ("ParchGrad", selector)):
+        explainer = Explainer(classifier.model, chosen, layers=LAYERS)
+        heat = heatmap(explainer.attribute(inputs.expand(len(targets), -1, -1, -1), targets))
+        maps[method] = heat.numpy()
+        shares[method] = cell_shares(heat, rows=2, columns=2).diagonal().numpy()
+    return {"mosaic": classifier.preprocess.picture(inputs[0]), "mosaic_maps": maps, "shares": shares}
+
+
+def _heat(attribution: torch.Tensor) -> NDArray[Any]:
+    heat: NDArray[Any] = heatmap(attribution.unsqueeze(0))[0].cpu().numpy()
+    return heat
+
+
+def _embed(picture: NDArray[Any]) -> str:
+    """A picture (H, W, 3) in [0, 1] as a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,178 @@
+"""From photographs to explanations: predictions, maps, pictures and files, with every setting on record."""
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from parchgrad.attribution import Explainer, heatmap
+from parchgrad.engine import integer_targets
+from parchgrad.files import check_outputs, writing
+from parchgrad.layers import LayerChoice
+from parchgrad.models import Classifier, Prediction
+from parchgrad.partition import Conserve
+from parchgrad.selection import Selector
+from parchgrad.visual import panel, save_figure
+
+__all__ = ["Explanation", "explain_images"]
+
+MANIFEST_VERSION = 1
+_PACKAGES = ("parchgrad", "torch", "torchvision", "timm", "captum", "numpy")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Explanation:
+    """One explained photograph.
+
+    Attributes:
+        picture: what the network saw, (H, W, 3) in [0, 1].
+        attribution: signed attribution by ParchGrad, (3, H, W).
+        plain: signed attribution by the same method without ParchGrad, (3, H, W).
+        target: the explained class.
+        predictions: the most probable classes, best first.
+        settings: every setting, as JSON can hold it.
+    """
+
+    picture: NDArray[Any]
+    attribution: Tensor
+    plain: Tensor
+    target: Prediction
+    predictions: tuple[Prediction, ...]
+    settings: Mapping[str, Any]
+
+    def figure(self) -> Figure:
+        """Draw the photograph beside the plain map and ParchGrad's."""
+        plain, partitioned = heatmap(torch.stack((self.plain, self.attribution))).cpu().numpy()
+        method = str(self.settings["method"]).replace("_", " ")
+        label = f"{self.target.category} ({self.target.probability:.0%})"
+        return panel([self.picture], {method: [plain], f"{method} + ParchGrad": [partitioned]}, labels=[label])
+
+    def manifest(self) -> dict[str, Any]:
+        """Settings, predictions and versions, ready for JSON."""
+        return {
+            "manifest_version": MANIFEST_VERSION,
+            "target": vars(self.target),
+            "predictions": [vars(prediction) for prediction in self.predictions],
+            "settings": dict(self.settings),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            },
+        }
+
+    @staticmethod
+    def files(directory: str | Path, stem: str) -> tuple[Path, Path, Path]:
+        """Name the three files that `save` writes: panel, raw map and manifest."""
+        folder = Path(directory)
+        return folder / f"{stem}.png", folder / f"{stem}.npy", folder / f"{stem}.json"
+
+    def save(self, directory: str | Path, stem: str, *, force: bool = False) -> tuple[Path, Path, Path]:
+        """Write the panel as PNG, the raw signed attribution (3, H, W) as .npy, and the manifest as JSON.
+
+        Raises:
+            OutputError: if a file exists and `force` is off, or cannot be written.
+        """
+        picture, array, manifest = paths = self.files(directory, stem)
+        check_outputs(paths, force=force)
+        save_figure(self.figure(), picture, force=force)
+        with writing(array) as temporary:
+            np.save(temporary, self.attribution.cpu().numpy(), allow_pickle=False)
+        with writing(manifest) as temporary:
+            temporary.write_text(json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return paths
+
+
+def explain_images(
+    classifier: Classifier,
+    images: Sequence[Image.Image],
+    selector: Selector,
+    *,
+    target: int | None = None,
+    layers: LayerChoice = "default",
+    gamma: float = math.inf,
+    conserve: Conserve = "independent",
+    method: str = "gradient",
+    internal_batch_size: int = 8,
+) -> list[Explanation]:
+    """Explain photographs with ParchGrad, and without it for comparison.
+
+    Args:
+        classifier: the network.
+        images: photographs of any size and mode.
+        selector: which channels matter.
+        target: the class to explain in every image; None is each image's predicted class.
+        layers: which convolutions are edited; see `choose_layers`.
+        gamma: how many times stronger than the rest the kept signal becomes, in (0, inf].
+        conserve: how the layer's variance is kept.
+        method: an attribution method; see `Explainer`.
+        internal_batch_size: images in one pass.
+
+    Returns:
+        One explanation per image.
+
+    Raises:
+        ParchGradError: whatever `Explainer` raises.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> classifier = pg.load_model("resnet18", pretrained=False)
+        >>> (explanation,) = explain_images(classifier, [Image.new("RGB", (300, 260))], pg.GradientEnergy(), target=3)
+        >>> explanation.target.category, tuple(explanation.attribution.shape)
+        ('tiger shark', (3, 224, 224))
+    """
+    options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size}
+    explainer = Explainer(classifier.model, selector, layers=layers, gamma=gamma, conserve=conserve, **options)
+    plain = Explainer(classifier.model, None, **options)
+    settings = {
+        "model": classifier.name,
+        "method": method,
+        "selector": _describe(selector),
+        "layers": list(explainer.layers),
+        "layers_choice": layers if isinstance(layers, str | float | int) else [_describe(layer) for layer in layers],
+        # JSON knows no infinity.
+        "gamma": "inf" if math.isinf(gamma) else gamma,
+        "conserve": conserve,
+        "target_choice": "predicted" if target is None else target,
+    }
+
+    explanations = []
+    for start in range(0, len(images), internal_batch_size):
+        inputs = torch.stack([classifier.preprocess(image) for image in images[start : start + internal_batch_size]])
+        inputs = inputs.to(next(classifier.model.parameters()))
+        ranked = classifier.predict(inputs, count=len(classifier.categories))
+        chosen = [row[0].index for row in ranked] if target is None else [target] * len(inputs)
+        targets = integer_targets(chosen)
+        maps = zip(explainer.attribute(inputs, targets), plain.attribute(inputs, targets), strict=True)
+        for row, (attribution, plain_attribution) in enumerate(maps):
+            explanations.append(
+                Explanation(
+                    picture=classifier.preprocess.picture(inputs[row]),
+                    attribution=attribution,
+                    plain=plain_attribution,
+                    target=next(prediction for prediction in ranked[row] if prediction.index == chosen[row]),
+                    predictions=ranked[row][:5],
+                    settings=settings,
+                )
+            )
+    return explanations
+
+
+def _describe(value: object) -> object:
+    """A selector or layer choice as JSON can hold it: its class and its plain settings."""
+    if isinstance(value, Selector):
+        plain = (str, int, float, bool, type(None))
+        members = fields(value) if hasattr(value, "__dataclass_fields__") else ()  # type: ignore[arg-type]  # checked
+        described = {member.name: getattr(value, member.name) for member in members}
+        return {"name": type(value).__name__, **{k: v for k, v in described.items() if isinstance(v, plain)}}
+    return type(value).__name__ if isinstance(value, nn.Module) else value

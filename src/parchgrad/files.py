@@ -1,0 +1,47 @@
+"""Writing files so that nothing half-written is ever seen and nothing is lost."""
+
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from parchgrad.errors import OutputError
+
+__all__ = ["check_outputs", "writing"]
+
+
+def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
+    """Raise `OutputError` if one of the files exists and `force` is off."""
+    for path in paths:
+        if path.exists() and not force:
+            raise OutputError(f"{str(path)!r} exists already; give --force (force=True) to overwrite it.")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; it takes its name when the block ends well, and is removed otherwise.
+
+    Raises:
+        OutputError: if the folder cannot be made or the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with writing(Path(folder, "new", "note.txt")) as temporary:
+        ...         _ = temporary.write_text("hello")
+        ...     Path(folder, "new", "note.txt").read_text()
+        'hello'
+    """
+    # The suffix stays last: writers choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{str(path)!r} cannot be written ({reason}); choose another folder.") from error
+    finally:
+        # Gone already where all went well; a folder that could not be made has no such file either.
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)

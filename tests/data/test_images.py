@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from parchgrad.data.images import read_image
+from parchgrad.errors import ImageError
+
+
+def gradient_picture():
+    return np.linspace(0, 255, 12 * 20 * 3).reshape(12, 20, 3).astype(np.uint8)
+
+
+def test_rgb_is_read_as_it_is(tmp_path):
+    Image.fromarray(gradient_picture()).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), gradient_picture())
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.fromarray(gradient_picture()).convert(mode).save(path)
+    assert read_image(path).mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    values = (np.arange(240).reshape(12, 20) * 257).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    found = np.asarray(read_image(tmp_path / "a.png"))
+    assert np.array_equal(found[..., 0], np.arange(240).reshape(12, 20))
+
+
+def test_the_camera_was_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(gradient_picture()).save(tmp_path / "a.png", exif=exif)
+    found = np.asarray(read_image(tmp_path / "a.png"))
+    assert np.array_equal(found, np.rot90(gradient_picture(), k=-1))
+
+
+def test_files_that_are_no_images(tmp_path, monkeypatch):
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    with pytest.raises(ImageError, match="is no image that can be read"):
+        read_image(text)
+    with pytest.raises(ImageError, match="There is no file"):
+        read_image(tmp_path / "missing.jpg")
+    with pytest.raises(ImageError, match="is a folder"):
+        read_image(tmp_path)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for suffix in ("jpg", "png"):
+        path = tmp_path / f"cut.{suffix}"
+        noise.save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+        with pytest.raises(ImageError, match="may be cut off or damaged"):
+            read_image(path)
+    large = tmp_path / "large.png"
+    noise.save(large)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="too many pixels"):
+        read_image(large)

@@ -1,0 +1,75 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+import parchgrad as pg
+from parchgrad.errors import OutputError, TargetError
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return pg.load_model("efficientnet_lite0")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [Image.fromarray(data.coffee()), Image.fromarray(data.camera())]
+
+
+@pytest.fixture(scope="module")
+def explanations(classifier, images):
+    return pg.explain_images(classifier, images, pg.GradientEnergy(quantile=0.2), layers=0.5)
+
+
+def test_maps_are_the_explainers(classifier, images, explanations):
+    inputs = torch.stack([classifier.preprocess(image) for image in images])
+    expected = pg.Explainer(classifier.model, pg.GradientEnergy(quantile=0.2), layers=0.5).attribute(inputs)
+    plain = pg.Explainer(classifier.model, None).attribute(inputs)
+    torch.testing.assert_close(torch.stack([found.attribution for found in explanations]), expected)
+    torch.testing.assert_close(torch.stack([found.plain for found in explanations]), plain)
+    assert [found.target.category for found in explanations] == ["espresso", "tripod"]
+    np.testing.assert_allclose(explanations[1].picture, classifier.preprocess.picture(inputs[1]))
+
+
+def test_a_given_target_keeps_its_probability(classifier, images):
+    (found,) = pg.explain_images(classifier, images[:1], pg.GradientEnergy(), target=968)
+    assert found.target.category == "cup"
+    assert found.target == next(prediction for prediction in found.predictions if prediction.index == 968)
+    (found,) = pg.explain_images(classifier, images[:1], pg.GradientEnergy(), target=3)
+    assert 0 < found.target.probability < found.predictions[-1].probability
+    with pytest.raises(TargetError, match="out of range"):
+        pg.explain_images(classifier, images[:1], pg.GradientEnergy(), target=1000)
+
+
+def test_files_hold_everything(explanations, tmp_path):
+    panel, array, manifest = explanations[0].save(tmp_path / "out", "cup.v2")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cup.v2.json", "cup.v2.npy", "cup.v2.png"]
+    with Image.open(panel) as saved:
+        assert saved.width > 800
+    assert np.array_equal(np.load(array), explanations[0].attribution.numpy())
+    written = json.loads(manifest.read_text())
+    assert written["target"]["category"] == "espresso"
+    assert len(written["predictions"]) == 5
+    settings = written["settings"]
+    assert settings["selector"] == {"name": "GradientEnergy", "quantile": 0.2}
+    assert (settings["gamma"], settings["conserve"], settings["method"]) == ("inf", "independent", "gradient")
+    assert len(settings["layers"]) == 24
+    assert written["versions"]["parchgrad"] == pg.__version__
+    with pytest.raises(OutputError, match="exists already"):
+        explanations[1].save(tmp_path / "out", "cup.v2")
+    explanations[1].save(tmp_path / "out", "cup.v2", force=True)
+    assert json.loads(manifest.read_text())["target"]["category"] == "tripod"
+
+
+def test_the_figure_names_class_and_method(classifier, images):
+    (found,) = pg.explain_images(classifier, images[:1], pg.GradientEnergy(), gamma=2.0, method="input_x_gradient")
+    titles = [axes.get_title() for axes in found.figure().axes]
+    assert titles[0].startswith("espresso (9")
+    assert titles[1:3] == ["input x gradient", "input x gradient + ParchGrad"]
+    assert found.settings["gamma"] == 2.0
+    assert not math.isinf(found.settings["gamma"])

