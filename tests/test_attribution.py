@@ -1,3 +1,5 @@
+import pickle
+
 import captum.attr
 import pytest
 import torch
@@ -155,6 +157,52 @@ def test_baselines_per_row_go_with_their_rows():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
+def test_baselines_that_do_not_fit():
+    explainer = pg.Explainer(
+        small_network(), None, method="IntegratedGradients", baselines=torch.zeros_like(INPUTS[:3])
+    )
+    with pytest.raises(SettingError, match="There are 3 baselines, but more rows"):
+        explainer.attribute(INPUTS, TARGETS)
+    scalar = pg.Explainer(small_network(), None, method="IntegratedGradients", baselines=torch.zeros_like(INPUTS[:1]))
+    zero = pg.Explainer(small_network(), None, method="IntegratedGradients")
+    torch.testing.assert_close(scalar.attribute(INPUTS, 1), zero.attribute(INPUTS, 1))
+
+
+# Captum's own notices that a method sets hooks.
+@pytest.mark.filterwarnings("ignore:Setting (backward|forward)")
+@pytest.mark.parametrize("method", ["DeepLift", "DeepLiftShap", "GradientShap", "GuidedBackprop", "GuidedGradCam"])
+def test_captums_other_methods_batch_bound_and_clean_up(method):
+    model, sizes = out_of_place(small_network()), []
+    options = {
+        "DeepLiftShap": {"baselines": torch.randn_like(INPUTS[:2])},
+        "GradientShap": {"baselines": torch.zeros_like(INPUTS[:1]), "n_samples": 4},
+        "GuidedGradCam": {"layer": model[2]},
+    }.get(method, {})
+    handle = model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    explainer = pg.Explainer(
+        model, pg.GradientEnergy(quantile=0.3), layers="all", method=method, internal_batch_size=4, **options
+    )
+    whole = explainer.attribute(INPUTS, TARGETS)
+    assert max(sizes) <= 4
+    handle.remove()
+    assert all(not module._forward_hooks and not module._backward_hooks for module in model.modules())
+    if method != "GradientShap":
+        rows = [explainer.attribute(INPUTS[i : i + 1], int(TARGETS[i])) for i in range(len(INPUTS))]
+        torch.testing.assert_close(whole, torch.cat(rows), rtol=1e-9, atol=1e-12)
+
+
+def test_methods_that_would_do_nothing_of_their_own_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    with pytest.raises(ModelError, match="acts on ReLU modules, of which Sequential has none"):
+        pg.Explainer(model, None, method="GuidedBackprop")
+
+
+def test_an_explainer_can_be_pickled():
+    explainer = pg.Explainer(small_network(), pg.GradientEnergy(quantile=0.3), method="smoothgrad", samples=3)
+    copied = pickle.loads(pickle.dumps(explainer))
+    assert torch.equal(copied.attribute(INPUTS, 1), explainer.attribute(INPUTS, 1))
+
+
 def test_one_dimensional_signals_and_float32():
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(40, 3)).eval()
     x = torch.randn(2, 2, 12)
@@ -185,6 +233,9 @@ def test_heatmap_is_the_mean_magnitude_over_colours():
         (torch.full((1, 3, 8, 8), torch.nan, dtype=torch.float64), "NaN or infinite"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8"),
         (torch.zeros(3, 8, dtype=torch.float64), "a non-empty batch"),
+        (torch.zeros(3, 8, 8, dtype=torch.float64), r"inputs\.unsqueeze\(0\)"),
+        (torch.zeros(1, 3, 8, 8), "are torch.float32, but the model's weights are torch.float64"),
+        ([[1.0]], "are a list"),
         (torch.zeros(0, 3, 8, 8, dtype=torch.float64), "a non-empty batch"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.float64), "have 1 channels, but the model's first convolution takes 3"),
     ],
@@ -213,16 +264,21 @@ def test_bad_targets(selector, target, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "gradients"}, "'gradients' does not exist; near names: gradient"),
+        ({"method": "gradients"}, "'gradients' does not exist .*near names: gradient"),
         ({"method": "LayerGradCam"}, "does not exist"),
         ({"method": "NoiseTunnel"}, "does not exist"),
         ({"samples": 3}, "method 'gradient' has no option 'samples'"),
         ({"method": "smoothgrad", "nt_samples": 3}, "it has: samples, seed, sigma"),
-        ({"method": "smoothgrad", "samples": 0}, "samples=0"),
+        ({"method": "smoothgrad", "samples": 0}, "samples is 0"),
         ({"method": "integrated_gradients", "inputs": 3}, "no option 'inputs'"),
         ({"method": "GradientShap"}, "needs the option 'baselines'"),
         ({"method": "GuidedGradCam"}, "needs the option 'layer'"),
         ({"internal_batch_size": 0}, "internal_batch_size is 0"),
+        ({"internal_batch_size": 2.5}, "internal_batch_size is 2.5"),
+        ({"method": "LRP"}, "does not exist"),
+        ({"method": "integrated_gradients", "n_steps": 0}, "n_steps is 0"),
+        ({"method": "smoothgrad", "samples": 2.5}, "samples is 2.5"),
+        ({"method": "smoothgrad", "sigma": -1}, "sigma is -1"),
     ],
 )
 def test_bad_settings(options, words):
@@ -234,12 +290,17 @@ def test_models_that_cannot_be_explained():
     model = small_network()
     with pytest.raises(ModelError, match=r"model\.eval\(\)"):
         pg.Explainer(model.train(), None).attribute(INPUTS)
+    with pytest.raises(ModelError, match=r"model\.eval\(\)"):
+        pg.Explainer(model, None).predict(INPUTS)
     model = model[:3].eval()
     with pytest.raises(ModelError, match=r"returns shape \(4, 6, 8, 8\), but logits of shape \(B, K\)"):
         pg.Explainer(model, None).attribute(INPUTS)
 
 
 def test_errors_of_the_model_itself_pass_through():
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)).double().eval()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        pg.Explainer(mlp, None).attribute(INPUTS)
     model = nn.Sequential(small_network()[:3], nn.Flatten(), nn.Linear(3, 3)).double().eval()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         pg.Explainer(model, None).attribute(INPUTS)

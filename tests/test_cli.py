@@ -2,11 +2,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data
 
 import parchgrad
+from parchgrad import models
 from parchgrad.cli import main
+from parchgrad.models import Classifier, Preprocessing
 
 
 @pytest.fixture
@@ -68,6 +71,9 @@ def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_p
         (["--layers", ","], "layers is []"),
         (["--method", "magic"], "method 'magic' does not exist"),
         (["--model", "resnet-18"], "near names: resnet18"),
+        (["--method", "LRP"], "method 'LRP' does not exist"),
+        (["--method", "GuidedBackprop"], "acts on ReLU modules"),
+        (["--method", "GradientShap"], "needs the option 'baselines'"),
         (["--selector", "magic"], "'energy'"),
         (["--conserve", "magic"], "'exact'"),
     ],
@@ -78,6 +84,25 @@ def test_bad_options_are_one_sentence_and_write_nothing(capsys, coffee, tmp_path
     assert words in " ".join(errors.replace("│", " ").split())
     assert "Traceback" not in errors
     assert printed == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 3)), "Sequential holds no convolution"),
+        (torch.nn.Sequential(torch.nn.Conv2d(1, 3, 8), torch.nn.Flatten()), "have 3 channels"),
+    ],
+)
+def test_networks_that_cannot_be_explained(capsys, coffee, tmp_path, monkeypatch, model, words):
+    def shrink(image):
+        return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32) / 255).permute(2, 0, 1)
+
+    classifier = Classifier(model.eval(), Preprocessing(shrink, (0.0,) * 3, (1.0,) * 3), ("a", "b", "c"), "tiny")
+    monkeypatch.setattr(models, "load_model", lambda name: classifier)
+    code, _, errors = run(capsys, "explain", coffee, "--out", tmp_path / "out")
+    assert code == 2
+    assert words in errors
     assert not (tmp_path / "out").exists()
 
 

@@ -215,16 +215,16 @@ def test_classes_are_read_off_whatever_the_method_expands(network, method):
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([4, 0, 2])
     selector = PinnedChannels(needs_class=True)
-    with contextlib.suppress(TargetError), pg.ParchGrad(network, selector, layers="all"):
+    with pg.ParchGrad(network, selector, layers="all"):
         METHODS[method](network, x, targets)
     assert selector.seen
-    # The rows of the steps or samples of one image carry this image's class.
+    # The rows of the steps of one image lie apart in a batch, those of its noise samples together.
+    orders = {}
     for signal in selector.seen:
-        rows = len(signal.classes)
-        interleaved = targets.repeat_interleave(max(1, rows // 3))
-        assert signal.classes.tolist() in (interleaved.tolist(), targets.repeat(rows // 3 + 1)[:rows].tolist()) or (
-            method == "IntegratedGradients" and set(signal.classes.tolist()) <= {0, 2, 4}
-        )
+        orders.setdefault(signal.layer, []).extend(signal.classes.tolist())
+    copies = {"IntegratedGradients": 5, "NoiseTunnel": 3, "GradientShap": 5}.get(method, 1)
+    together, apart = targets.repeat_interleave(copies).tolist(), targets.repeat(copies).tolist()
+    assert all(order in (together, apart, 2 * targets.tolist()) for order in orders.values())
 
 
 def test_class_behind_a_softmax_is_the_explained_one(network):
@@ -330,15 +330,120 @@ def test_backward_after_leaving_the_block_is_still_edited(network):
     assert torch.equal(torch.autograd.grad(score, x)[0], inside)
 
 
-def test_double_backward_reaches_the_input(network):
+def test_second_derivatives_are_refused(network):
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with (
+        pytest.raises(SettingError, match=r"Second derivatives \(create_graph=True\)"),
+        pg.ParchGrad(network, PinnedChannels(), layers="all"),
+    ):
+        torch.autograd.grad(network(x).sum(), x, create_graph=True)
+
+
+def test_the_class_of_an_earlier_backward_pass_is_not_reused(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    selector = PinnedChannels(needs_class=True)
+    kept = []
+    handle = network[5].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with pg.ParchGrad(network, selector):
+        network(x)[:, 4].sum().backward(retain_graph=True)
+        with pytest.raises(TargetError, match="did not start from the model's output"):
+            kept[0].sum().backward()
+    handle.remove()
+    assert [signal.classes.tolist() for signal in selector.seen] == [[4, 4]]
+
+
+def test_attribution_to_an_edited_layer_sees_the_edit(network):
     for module in network.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    with pg.ParchGrad(network, PinnedChannels(), layers="all"):
-        gradient = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)[0]
-        second = torch.autograd.grad(gradient.square().sum(), x)[0]
-    assert second.abs().sum() > 0
+    with pg.ParchGrad(network, PinnedChannels(), layers=["2"]):
+        found = captum.attr.LayerGradientXActivation(network, network[2]).attribute(x, target=1)
+    plain = captum.attr.LayerGradientXActivation(network, network[2]).attribute(x, target=1)
+    output = network[2](functional.relu(network[0](x)))
+    gradient = (plain / output).detach()
+    expected = torch.from_numpy(reference.edit(gradient, parities(6))) * output
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Delegating(nn.Conv2d):
+    """A convolution that hands over to another one inside it."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.inner = nn.Conv2d(*arguments)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_one_operation_is_edited_once():
+    model = nn.Sequential(Delegating(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    selector = PinnedChannels()
+    with pg.ParchGrad(model, selector, layers="all"):
+        input_gradient(model, x)
+    assert [signal.layer for signal in selector.seen] == ["0.inner"]
+
+
+def test_blocks_on_a_model_and_on_a_part_of_it_do_not_add_up(network):
+    wrapper = nn.Sequential(nn.Identity(), network).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with pg.ParchGrad(network, pg.RandomChannels(quantile=0.5), layers="all"):
+        expected = input_gradient(wrapper, x)
+    with (
+        pg.ParchGrad(wrapper, pg.GradientEnergy(quantile=0.2), layers="all"),
+        pg.ParchGrad(network, pg.RandomChannels(quantile=0.5), layers="all"),
+    ):
+        assert torch.equal(input_gradient(wrapper, x), expected)
+
+
+def test_a_plain_explainer_is_plain_inside_a_block(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with pg.ParchGrad(network, pg.GradientEnergy(quantile=0.2), layers="all"):
+        found = pg.Explainer(network, None).attribute(x, 1)
+        assert not torch.equal(input_gradient(network, x, 1), found)
+    assert torch.equal(found, input_gradient(network, x, 1))
+
+
+class Functional(nn.Module):
+    """A convolution that is used past its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(functional.conv2d(x, self.conv.weight).mean((2, 3)))
+
+
+def test_nothing_edited_is_an_error_not_a_plain_map():
+    model = Functional().eval()
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    with pg.ParchGrad(model, pg.GradientEnergy(), layers="all"):
+        with torch.no_grad():
+            model(x)
+        with pytest.raises(ModelError, match="None of the chosen convolutions was called"):
+            model(x)
+    assert hooks(model) == 0
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ModelError, match=r"compiled by torch\.compile.*_orig_mod"):
+        pg.ParchGrad(compiled, pg.GradientEnergy())
+
+
+def test_autocast_around_everything_keeps_the_scale():
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 300, 3), nn.ReLU(), nn.Conv2d(300, 300, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4800, 4)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    block = pg.ParchGrad(model, pg.GradientEnergy(quantile=0.1), layers="all")
+    with block:
+        expected = input_gradient(model, x)
+    with torch.autocast("cpu", torch.bfloat16), block:
+        found = input_gradient(model, x)
+    assert float(found.norm() / expected.norm()) == pytest.approx(1, abs=0.1)
+    assert float(functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0)) > 0.9
 
 
 def test_nested_contexts_only_the_innermost_acts(network):
@@ -541,8 +646,8 @@ def test_a_model_without_one_output_tensor_needs_a_target(network):
     assert selector.seen[0].classes.tolist() == [2]
 
 
-def test_leaving_in_another_thread_is_an_error(network):
-    block = pg.ParchGrad(network, pg.GradientEnergy())
+def test_leaving_in_another_thread_is_an_error_and_leaves_no_hook(network):
+    block = pg.ParchGrad(network, pg.GradientEnergy(), layers="all")
     errors = []
 
     def leave():
@@ -551,9 +656,28 @@ def test_leaving_in_another_thread_is_an_error(network):
         except ParchGradError as error:
             errors.append(error)
 
-    with block:
-        thread = threading.Thread(target=leave)
-        thread.start()
-        thread.join()
+    block.__enter__()
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join()
     assert "another thread" in str(errors[0])
+    assert hooks(network) == 0
+    # The abandoned block does not stand in the way of others.
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    selector = PinnedChannels()
+    with pg.ParchGrad(network, selector, layers="all"):
+        input_gradient(network, x)
+    assert len(selector.seen) == 2
+    with pytest.raises(ParchGradError, match="another thread"):
+        pg.ParchGrad(network, pg.GradientEnergy()).__exit__(None, None, None)
+
+
+def test_an_interrupted_entrance_leaves_no_hook(network, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(network[2], "register_forward_hook", interrupt)
+    with pytest.raises(KeyboardInterrupt), pg.ParchGrad(network, pg.GradientEnergy(), layers="all"):
+        pass
+    monkeypatch.undo()
     assert hooks(network) == 0

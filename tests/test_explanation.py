@@ -55,7 +55,11 @@ def test_files_hold_everything(explanations, tmp_path):
     written = json.loads(manifest.read_text())
     assert written["target"]["category"] == "espresso"
     assert len(written["predictions"]) == 5
+    assert written["photograph"] == "photograph 1"
     settings = written["settings"]
+    assert settings["method_options"] == {"abs": False}
+    assert (settings["internal_batch_size"], settings["layers_choice"]) == (8, 0.5)
+    assert "CenterCrop" in settings["preprocessing"]
     assert settings["selector"] == {"name": "GradientEnergy", "quantile": 0.2}
     assert (settings["gamma"], settings["conserve"], settings["method"]) == ("inf", "independent", "gradient")
     assert len(settings["layers"]) == 24
@@ -66,10 +70,30 @@ def test_files_hold_everything(explanations, tmp_path):
     assert json.loads(manifest.read_text())["target"]["category"] == "tripod"
 
 
+def test_a_file_that_fails_leaves_none(explanations, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OutputError, match="No space left on device"):
+        explanations[0].save(tmp_path, "cup")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_method_options_are_on_record(classifier, images):
+    options = {"samples": 2, "seed": 5}
+    (found,) = pg.explain_images(
+        classifier, images[:1], pg.GradientEnergy(), method="smoothgrad", method_options=options, names=["cup.jpg"]
+    )
+    assert found.settings["method_options"] == {"samples": 2, "sigma": 0.15, "seed": 5}
+    assert found.manifest()["photograph"] == "cup.jpg"
+
+
 def test_the_figure_names_class_and_method(classifier, images):
     (found,) = pg.explain_images(classifier, images[:1], pg.GradientEnergy(), gamma=2.0, method="input_x_gradient")
     titles = [axes.get_title() for axes in found.figure().axes]
     assert titles[0].startswith("espresso (9")
+    assert found.manifest()["settings"]["method_options"] == {}
     assert titles[1:3] == ["input x gradient", "input x gradient + ParchGrad"]
     assert found.settings["gamma"] == 2.0
     assert not math.isinf(found.settings["gamma"])

@@ -97,8 +97,22 @@ def test_default_of_efficientnets():
     assert names == ["blocks.5.0.conv_dw", "blocks.6.0.conv_dw", "conv_head"]
 
 
+def test_default_leaves_out_a_convolution_that_is_the_classifier():
+    # Its channels are the classes: without the explained one nothing of the gradient is left.
+    assert list(choose_layers(chain(5))) == ["2", "3"]
+    assert list(choose_layers(chain(1))) == ["0"]
+    assert "classifier.1" not in choose_layers(torchvision.models.squeezenet1_1())
+    assert "classifier.1" in choose_layers(torchvision.models.squeezenet1_1(), "all")
+
+
+def test_default_is_found_inside_a_wrapper_and_without_attention():
+    wrapped = nn.Sequential(nn.Identity(), torchvision.models.resnet18())
+    assert list(choose_layers(wrapped)) == [f"1.{name}" for name in choose_layers(torchvision.models.resnet18())]
+    assert len(choose_layers(timm.create_model("seresnet50"))) == 27
+
+
 def test_default_elsewhere_is_the_upper_half():
-    assert list(choose_layers(chain(5))) == ["3", "4"]
+    assert list(choose_layers(chain(5).append(nn.Linear(2, 2)))) == ["3", "4"]
     assert list(choose_layers(small_network())) == ["2"]
     # This EfficientNet has one stage less, hence no such set.
     names = list(find_convolutions(torchvision.models.efficientnet_v2_s()))

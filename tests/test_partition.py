@@ -83,11 +83,12 @@ def test_scaling_the_gradient_scales_the_result(case, gamma, conserve, scale):
     torch.testing.assert_close(scaled, scale * edited, rtol=0 if exactly else 1e-12, atol=0)
 
 
-@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-60, 2.0**90])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-31, 2.0**90])
+@pytest.mark.parametrize("spatial", [(1,), (3, 4)])
 @pytest.mark.parametrize("conserve", CONSERVE)
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_scaling_is_exact_in_float32_far_below_where_squares_vanish(gamma, conserve, scale):
-    gradient, mask = random_case(5, dtype=torch.float32)
+def test_scaling_is_exact_in_float32_far_below_where_squares_vanish(gamma, conserve, spatial, scale):
+    gradient, mask = random_case(5, batch=40, spatial=spatial, dtype=torch.float32)
     edited = partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
     scaled = partition_gradient(scale * gradient, mask, gamma=gamma, conserve=conserve)
     torch.testing.assert_close(scaled, scale * edited, rtol=0, atol=0)
@@ -120,6 +121,38 @@ def test_kept_sum_without_variance_is_pruned_but_not_scaled(conserve):
     expected = torch.where(mask[:, :, None, None], gradient, 0)
     torch.testing.assert_close(partition_gradient(gradient, mask, conserve=conserve), expected, rtol=0, atol=0)
     assert torch.equal(partition_gradient(gradient, mask, gamma=2.0, conserve=conserve), gradient)
+
+
+def test_autocast_around_the_backward_pass_changes_nothing():
+    gradient, mask = random_case(17, channels=300, dtype=torch.float32)
+    expected = partition_gradient(gradient, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = partition_gradient(gradient, mask)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("channels", [64, 2048])
+def test_small_variations_of_a_large_sum_are_no_rounding(channels):
+    # A standard deviation of 1e-4 of the mean is real in float32: the result equals that in float64.
+    gradient = torch.rand(1, channels, 14, 14) * (1 + 1e-4 * torch.randn(1, 1, 14, 14))
+    mask = torch.arange(channels).unsqueeze(0) < channels // 4
+    found = partition_gradient(gradient, mask)
+    torch.testing.assert_close(found.double(), partition_gradient(gradient.double(), mask), rtol=1e-2, atol=1e-6)
+
+
+def test_a_sum_that_cancels_up_to_rounding_counts_as_constant():
+    gradient = torch.randn(1, 512, 1, 1).expand(1, 512, 14, 14).clone()
+    gradient[:, 256:512] = -gradient[:, :256] * (1 + 1e-7 * torch.randn(1, 256, 14, 14))
+    gradient = torch.cat((gradient, torch.randn(1, 64, 14, 14)), dim=1)
+    mask = torch.arange(576).unsqueeze(0) < 512
+    assert torch.equal(partition_gradient(gradient, mask)[:, :512], gradient[:, :512])
+
+
+@pytest.mark.parametrize("conserve", ["independent", "exact"])
+def test_huge_gamma_is_infinite_gamma(conserve):
+    gradient, mask = random_case(19, dtype=torch.float32)
+    found = partition_gradient(gradient, mask, gamma=1e300, conserve=conserve)
+    torch.testing.assert_close(found, partition_gradient(gradient, mask, conserve=conserve))
 
 
 def test_a_sum_that_is_constant_up_to_its_rounding_counts_as_constant():
@@ -171,6 +204,7 @@ def test_memory_formats_and_the_incoming_tensor():
     [
         ({"gamma": 0.0}, "gamma is 0.0"),
         ({"gamma": math.nan}, "gamma is nan"),
+        ({"gamma": "inf"}, "gamma is 'inf'"),
         ({"conserve": "all"}, "independent, exact, none"),
         ({"channel_mask": torch.ones(3, 6)}, "boolean mask"),
         ({"channel_mask": torch.ones(3, 5, dtype=torch.bool)}, r"shape \(3, 6\)"),

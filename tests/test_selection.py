@@ -59,9 +59,43 @@ def test_gradient_times_activation_is_signed_and_reads_the_output_before_it_is_o
     assert chosen(selector.select(signal(gradient, observation))) == expected
 
 
-def test_half_precision_energy_does_not_overflow():
-    gradient = torch.tensor([[[60000.0, 0.0], [40000.0, 40000.0], [50000.0, 50000.0]]], dtype=torch.float16)
-    assert chosen(pg.GradientEnergy(quantile=0.34).select(signal(gradient))) == [{2}]
+@pytest.mark.parametrize("kind", [pg.GradientEnergy, pg.GradientTimesActivation])
+def test_half_precision_is_ranked_in_float32(kind):
+    # Sums of 4,000 positions that differ by less than half precision resolves.
+    gradient = torch.ones(1, 3, 4000, dtype=torch.bfloat16)
+    gradient[0, 2, :10] = 1.5
+    selector = kind(quantile=0.34)
+    observation = selector.observe(torch.ones(1, 3, 4000))
+    assert chosen(selector.select(signal(gradient, observation))) == [{2}]
+
+
+def test_half_precision_gap_is_averaged_in_float32():
+    output = torch.full((1, 1, 4096), 40.0, dtype=torch.float16)
+    output[..., 0] = 0
+    gap = pg.InstanceWise(random_statistics({"conv": 1}), alpha=0.5).observe(output)
+    assert gap.dtype == torch.float32
+    torch.testing.assert_close(gap, torch.tensor([[40 * 4095 / 4096]]))
+
+
+def test_alpha_itself_is_kept():
+    statistics = random_statistics({"conv": 6})
+    p = float(statistics["conv"].class_log_p()[2, 1].exp())
+    mask = pg.ClassWise(statistics, alpha=p * (1 + 1e-12)).select(
+        signal(torch.zeros(1, 6, 1), classes=torch.tensor([1]))
+    )
+    assert 2 in chosen(mask)[0]
+
+
+def test_a_signal_without_what_the_selector_needs():
+    bare = signal(torch.zeros(1, 3, 1))
+    statistics = random_statistics({"conv": 3})
+    for selector in (
+        pg.GradientTimesActivation(),
+        pg.ClassWise(statistics, alpha=0.1),
+        pg.InstanceWise(statistics, alpha=0.1),
+    ):
+        with pytest.raises(SettingError, match="comes without"):
+            selector.select(bare)
 
 
 def test_random_channels_depend_on_seed_and_layer_alone():
@@ -177,6 +211,11 @@ def test_constant_channels_and_classes_without_images_are_never_significant():
     gap = torch.full((1, 4), 9.0)
     mask = pg.InstanceWise(statistics, alpha=0.05).select(signal(torch.zeros(1, 4, 1), observation=gap))
     assert chosen(mask) == [{0, 2, 3}]
+    # Not even where all places of the ranking are theirs.
+    samples[:, :3] = 0.1
+    statistics = pg.ChannelStatistics({"conv": layer_of(samples, [samples[:10], samples[10:]])})
+    mask = pg.InstanceWise(statistics, quantile=1.0).select(signal(torch.zeros(1, 4, 1), observation=gap))
+    assert chosen(mask) == [{3}]
 
 
 @pytest.mark.parametrize("settings_", [{"quantile": 0.2}, {"alpha": 0.4}])
@@ -213,6 +252,7 @@ def test_instance_wise_orders_scores_whose_p_value_underflows():
         (lambda s: pg.GradientEnergy(quantile=0.0), "quantile is 0.0"),
         (lambda s: pg.GradientTimesActivation(quantile=1.1), "quantile is 1.1"),
         (lambda s: pg.RandomChannels(quantile=math.nan), "quantile is nan"),
+        (lambda s: pg.GradientEnergy(quantile="a"), "quantile is 'a'"),
         (lambda s: pg.FixedChannels({"conv": torch.ones(3)}), "'conv' is torch.float32"),
         (lambda s: pg.ClassWise(s), "neither is"),
         (lambda s: pg.ClassWise(s, quantile=0.1, alpha=0.1), "both are"),

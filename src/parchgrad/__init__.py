@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         GradientEnergy,
         GradientTimesActivation,
         InstanceWise,
+        LayerSignal,
         RandomChannels,
         Selector,
     )
@@ -34,6 +35,7 @@ __all__ = [
     "GradientEnergy",
     "GradientTimesActivation",
     "InstanceWise",
+    "LayerSignal",
     "LayerStatistics",
     "ParchGrad",
     "ParchGradError",
@@ -63,6 +65,7 @@ _MODULES = {
         "GradientEnergy",
         "GradientTimesActivation",
         "InstanceWise",
+        "LayerSignal",
         "RandomChannels",
         "Selector",
     ),

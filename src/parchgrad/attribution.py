@@ -3,24 +3,29 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import captum.attr
 import torch
 from torch import Tensor, nn
 
-from parchgrad.engine import ParchGrad, Target, check_evaluation_mode, check_target_range, integer_targets
-from parchgrad.errors import InputError, ModelError, SettingError, TargetError
-from parchgrad.layers import LayerChoice, find_convolutions
-from parchgrad.partition import Conserve
+from parchgrad.engine import (
+    ParchGrad,
+    Target,
+    check_evaluation_mode,
+    check_target_count,
+    check_target_range,
+    integer_targets,
+    plain_gradients,
+)
+from parchgrad.errors import InputError, ModelError, SettingError
+from parchgrad.layers import Convolution, LayerChoice
+from parchgrad.partition import Conserve, at_least_float32
 from parchgrad.selection import Selector
 
 __all__ = ["METHODS", "Explainer", "heatmap"]
-
-# (logits of a batch, inputs, targets, which rows of the whole batch these are, rows per pass or None) -> attribution
-Method: TypeAlias = Callable[[nn.Module, Tensor, Tensor, slice, int | None], Tensor]
 
 _CAPTUM_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gradient": ("Saliency", {"abs": False}),
@@ -30,11 +35,15 @@ _CAPTUM_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 METHODS: tuple[str, ...] = (*_CAPTUM_NAMES, "smoothgrad")
 """The methods with a name of their own; any Captum gradient attribution goes by its class name."""
 
-# Their baselines are samples of a distribution, not one per row.
-_SAMPLES_BASELINES = {"GradientShap", "DeepLiftShap"}
 # Given by the explainer itself, or of no use where the result is one tensor.
 _RESERVED = {"self", "forward_func", "model", "inputs", "target", "internal_batch_size"}
 _RESERVED |= {"additional_forward_args", "return_convergence_delta"}
+# LRP leaves attributes on the model's layers, and what it sends back is no gradient.
+_UNSUPPORTED = {"LRP"}
+# Their baselines are samples of a distribution, not one per row.
+_SAMPLES_BASELINES = {"GradientShap", "DeepLiftShap"}
+# They replace the backward pass of ReLU modules, and without any are the plain gradient under another name.
+_NEEDS_RELU = {"GuidedBackprop", "Deconvolution", "GuidedGradCam"}
 
 
 class Explainer:
@@ -72,22 +81,27 @@ class Explainer:
             method: `"gradient"`, `"input_x_gradient"`, `"integrated_gradients"`, `"smoothgrad"`, or the class name of
                 any Captum gradient attribution that explains the input, such as `"DeepLift"`.
             internal_batch_size: rows in one pass, at least 1; bounds memory for large batches and for methods that
-                expand a row into many. None passes everything at once.
+                expand a row into many (`DeepLiftShap` and `GradientShap` pass one image's rows at the least). None
+                passes everything at once.
             **method_options: options of the method. `integrated_gradients`: Captum's, among them `n_steps=25` and
                 `baselines=0`. `smoothgrad`: `samples=25`, `sigma=0.15` (share of each input's range) and `seed=0`.
-                Captum methods: the arguments of the class and of its `attribute`.
+                Captum methods: the arguments of the class and of its `attribute`; `GradientShap` draws from the global
+                generators of torch and numpy, so that its maps differ from call to call.
 
         Raises:
             SettingError: if a setting is out of range, or the method or an option of it does not exist.
             LayerError: if the layers are not in the model.
-            ModelError: if the model holds no convolution.
+            ModelError: if the model holds no convolution, or nothing that the method acts on.
             StatisticsError: if the selector's statistics do not fit the layers.
         """
-        if internal_batch_size is not None and internal_batch_size < 1:
-            raise SettingError(f"internal_batch_size is {internal_batch_size}, but a pass needs at least one row.")
+        if internal_batch_size is not None and not (isinstance(internal_batch_size, int) and internal_batch_size > 0):
+            raise SettingError(
+                f"internal_batch_size is {internal_batch_size!r}, but it must be a whole number from 1 on."
+            )
         self._model = model
         self._internal_batch_size = internal_batch_size
         self._method = _find_method(method, method_options)
+        self._method.check(model)
         self._partition = (
             None if selector is None else ParchGrad(model, selector, layers=layers, gamma=gamma, conserve=conserve)
         )
@@ -96,6 +110,11 @@ class Explainer:
     def layers(self) -> tuple[str, ...]:
         """Names of the edited convolutions, in module order; empty for the plain method."""
         return () if self._partition is None else self._partition.layers
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """Options of the method, those left at this package's defaults included."""
+        return dict(self._method.options)
 
     def attribute(self, inputs: Tensor, target: Target | None = None) -> Tensor:
         """Attribute the score of a class to the inputs. A batch gives the maps that its rows give one by one.
@@ -110,17 +129,18 @@ class Explainer:
         Raises:
             InputError: if the inputs are no finite floating-point batch, or do not fit the model.
             TargetError: if a target is no class of the model, or there is not one per row.
-            ModelError: if the model is in training mode, or its output are no logits of shape (B, K).
+            ModelError: if the model is in training mode, its output are no logits of shape (B, K), or the chosen layers
+                take no part in it.
         """
         check_evaluation_mode(self._model)
         _check_inputs(inputs)
         with torch.inference_mode(False), torch.enable_grad():
             batch = inputs.detach().clone()
             targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
-            logits = _Logits(self._model, targets)
-            size = self._internal_batch_size or inputs.shape[0]
+            logits = _Logits(self._model, int(targets.max()))
+            size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
             parts = []
-            with self._partition or nullcontext():
+            with plain_gradients(self._model) if self._partition is None else self._partition:
                 for start in range(0, inputs.shape[0], size):
                     rows = slice(start, start + size)
                     part = batch[rows].requires_grad_()
@@ -132,10 +152,11 @@ class Explainer:
 
         Raises:
             InputError: if the inputs are no finite floating-point batch, or do not fit the model.
-            ModelError: if the model's output are no logits of shape (B, K).
+            ModelError: if the model is in training mode, or its output are no logits of shape (B, K).
         """
+        check_evaluation_mode(self._model)
         _check_inputs(inputs)
-        logits = _Logits(self._model, None)
+        logits = _Logits(self._model, -1)
         size = self._internal_batch_size or inputs.shape[0]
         with torch.no_grad():
             return torch.cat([logits(part).argmax(dim=1) for part in torch.split(inputs, size)])
@@ -166,34 +187,55 @@ def heatmap(attribution: Tensor) -> Tensor:
 class _Logits(nn.Module):
     """The model as attribution methods see it: what it is given and what it returns is checked in words."""
 
-    def __init__(self, model: nn.Module, targets: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, highest_target: int) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
-        self._targets = targets
+        self._highest_target = highest_target
 
     def forward(self, inputs: Tensor) -> Tensor:
         try:
             logits = self.model(inputs)
-        except RuntimeError as error:
-            first = next(iter(find_convolutions(self.model).values()))
-            if inputs.shape[1] != first.in_channels:
-                raise InputError(
-                    f"The inputs have {inputs.shape[1]} channels, but the model's first convolution takes "
-                    f"{first.in_channels}; convert them first."
-                ) from error
-            raise
+        except (RuntimeError, ValueError) as error:
+            mismatch = _mismatch(self.model, inputs, str(error))
+            if mismatch is None:
+                raise
+            raise InputError(mismatch) from error
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ModelError(
                 f"The model returns {found}, but logits of shape (B, K) are needed; wrap it so that it returns them."
             )
-        if self._targets is not None:
-            check_target_range(self._targets, logits.shape[1])
+        check_target_range(self._highest_target, logits.shape[1])
         return logits
 
 
+def _mismatch(model: nn.Module, inputs: Tensor, message: str) -> str | None:
+    """Why a model may have refused these inputs, as far as its first convolution tells; None if it does not."""
+    first = next((module for module in model.modules() if isinstance(module, Convolution)), None)
+    if first is None:
+        return None
+    if inputs.dim() != len(first.kernel_size) + 2:
+        return (
+            f"The inputs have shape {tuple(inputs.shape)}, but the model's first convolution takes a batch with "
+            f"{len(first.kernel_size) + 2} dimensions; add the batch dimension with inputs.unsqueeze(0)."
+        )
+    if "channels" in message and inputs.shape[1] != first.in_channels:
+        return (
+            f"The inputs have {inputs.shape[1]} channels, but the model's first convolution takes "
+            f"{first.in_channels}; convert them first."
+        )
+    if inputs.dtype != first.weight.dtype and ("type" in message or "dtype" in message):
+        return (
+            f"The inputs are {inputs.dtype}, but the model's weights are {first.weight.dtype}; "
+            "convert one of them with .to()."
+        )
+    return None
+
+
 def _check_inputs(inputs: Tensor) -> None:
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"The inputs are a {type(inputs).__name__}, but a tensor (B, C, *S) is needed.")
     if inputs.dim() < 3 or inputs.shape[0] == 0:
         raise InputError(f"The inputs have shape {tuple(inputs.shape)}, but a non-empty batch (B, C, *S) is needed.")
     if not inputs.is_floating_point():
@@ -204,27 +246,22 @@ def _check_inputs(inputs: Tensor) -> None:
 
 def _targets_per_row(target: Target, inputs: Tensor) -> Tensor:
     targets = integer_targets(target).to(inputs.device)
-    if targets.numel() not in (1, inputs.shape[0]):
-        raise TargetError(
-            f"target names {targets.numel()} classes, but the batch has {inputs.shape[0]} rows; "
-            "give one class per row, or one for all."
-        )
+    check_target_count(targets, inputs.shape[0], "batch")
     return targets.expand(inputs.shape[0])
 
 
-def _find_method(name: str, options: Mapping[str, Any]) -> Method:
+def _find_method(name: str, options: Mapping[str, Any]) -> "_CaptumMethod | _SmoothGrad":
     """Build the method from its name and options, all of which must exist."""
     if name == "smoothgrad":
-        return _smoothgrad_method(options)
+        _check_options(name, options, {member.name for member in fields(_SmoothGrad)})
+        return _SmoothGrad(**options)
     class_name, defaults = _CAPTUM_NAMES.get(name, (name, {}))
-    attribution_class = _captum_classes().get(class_name)
-    if attribution_class is None:
+    if class_name not in _captum_classes():
         known = [*METHODS, *_captum_classes()]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        raise SettingError(
-            f"method {name!r} does not exist; {'near names' if near else 'known'}: {', '.join(near or known)}."
-        )
-    return _captum_method(name, attribution_class, {**defaults, **options})
+        hint = f"near names: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+        raise SettingError(f"method {name!r} does not exist or does not explain the input by gradients; {hint}.")
+    return _CaptumMethod(name, class_name, {**defaults, **options})
 
 
 def _captum_classes() -> dict[str, type]:
@@ -234,73 +271,135 @@ def _captum_classes() -> dict[str, type]:
     return {
         name: found
         for name, found in vars(captum.attr).items()
-        if inspect.isclass(found) and issubclass(found, base) and found is not base and not issubclass(found, others)
+        if inspect.isclass(found)
+        and issubclass(found, base)
+        and not (found is base or issubclass(found, others) or name in _UNSUPPORTED)
     }
-
-
-def _captum_method(name: str, attribution_class: Any, options: Mapping[str, Any]) -> Method:
-    """A Captum class as a method; options go to its constructor or its `attribute`, whichever names them."""
-    constructor = inspect.signature(attribution_class.__init__).parameters
-    call = inspect.signature(attribution_class.attribute).parameters
-    _check_options(name, options, ({*constructor, *call} - _RESERVED))
-    required = [
-        option
-        for option, parameter in (constructor | call).items()
-        if parameter.default is inspect.Parameter.empty and option not in _RESERVED and option not in options
-    ]
-    if required:
-        raise SettingError(f"method {name!r} needs the option {required[0]!r}; give it as {required[0]}=...")
-    constructor_options = {option: value for option, value in options.items() if option in constructor}
-    call_options = {option: value for option, value in options.items() if option not in constructor}
-
-    def method(logits: nn.Module, inputs: Tensor, targets: Tensor, rows: slice, rows_per_pass: int | None) -> Tensor:
-        bound: dict[str, Any] = {"internal_batch_size": rows_per_pass} if "internal_batch_size" in call else {}
-        baselines = call_options.get("baselines")
-        if name not in _SAMPLES_BASELINES and isinstance(baselines, Tensor) and baselines.shape[0] > 1:
-            bound["baselines"] = baselines[rows]
-        attribution: Tensor = attribution_class(logits, **constructor_options).attribute(
-            inputs, target=targets, **{**call_options, **bound}
-        )
-        return attribution
-
-    return method
-
-
-def _smoothgrad_method(options: Mapping[str, Any]) -> Method:
-    """SmoothGrad (Smilkov et al. 2017): Captum's gradient averaged over noisy copies of each row.
-
-    Not Captum's NoiseTunnel: it draws from the global generator and knows one sigma for all rows, so that neither a
-    seed nor a batch would give the same maps.
-    """
-    settings = {"samples": 25, "sigma": 0.15, "seed": 0}
-    _check_options("smoothgrad", options, set(settings))
-    settings |= options
-    samples, sigma, seed = int(settings["samples"]), float(settings["sigma"]), int(settings["seed"])
-    if samples < 1 or not 0 <= sigma < math.inf:
-        raise SettingError(f"smoothgrad has samples={samples} and sigma={sigma}; it needs samples >= 1 and sigma >= 0.")
-
-    def method(logits: nn.Module, inputs: Tensor, targets: Tensor, rows: slice, rows_per_pass: int | None) -> Tensor:
-        saliency = captum.attr.Saliency(logits)
-        batch = inputs.shape[0]
-        clean = inputs.detach()
-        # The same noise for every row, drawn on the CPU: a row's map depends on neither its batch nor the device.
-        noise = torch.randn(samples, *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
-        spread = sigma * (clean.flatten(1).amax(dim=1) - clean.flatten(1).amin(dim=1))
-        spread = spread.reshape(batch, *[1] * clean.dim())
-        copies = samples if rows_per_pass is None else max(1, rows_per_pass // batch)
-        total = torch.zeros_like(clean)
-        for part in torch.split(noise, copies):
-            noisy = (clean.unsqueeze(1) + spread * part).flatten(0, 1).requires_grad_()
-            maps = saliency.attribute(noisy, target=targets.repeat_interleave(len(part)), abs=False)
-            total += maps.unflatten(0, (batch, len(part))).sum(dim=1)
-        return total / samples
-
-    return method
 
 
 def _check_options(method: str, options: Mapping[str, Any], known: set[str]) -> None:
     for option in options:
         if option not in known:
-            raise SettingError(
-                f"method {method!r} has no option {option!r}; it has: {', '.join(sorted(known)) or 'none'}."
+            hint = ", ".join(sorted(known)) or "none"
+            raise SettingError(f"method {method!r} has no option {option!r}; it has: {hint}.")
+
+
+@dataclass(frozen=True, eq=False)
+class _CaptumMethod:
+    """A Captum class as a method; options go to its constructor or its `attribute`, whichever names them."""
+
+    name: str
+    class_name: str
+    options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        constructor, call = self._parameters()
+        _check_options(self.name, self.options, {*constructor, *call} - _RESERVED)
+        for option, parameter in {**constructor, **call}.items():
+            if parameter.default is inspect.Parameter.empty and option not in {*_RESERVED, *self.options}:
+                raise SettingError(f"method {self.name!r} needs the option {option!r}; give it as {option}=...")
+        for option in ("n_steps", "n_samples"):
+            value = self.options.get(option, 1)
+            if not isinstance(value, int) or value < 1:
+                raise SettingError(f"{option} is {value!r}, but it must be a whole number from 1 on.")
+
+    def _parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
+        found = _captum_classes()[self.class_name]
+        attribute = found.attribute  # type: ignore[attr-defined]  # every one of these classes has it
+        return inspect.signature(found).parameters, inspect.signature(attribute).parameters
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `ModelError` if the method would do nothing of its own on this model."""
+        if self.class_name in _NEEDS_RELU and not any(isinstance(module, nn.ReLU) for module in model.modules()):
+            raise ModelError(
+                f"{self.class_name} acts on ReLU modules, of which {type(model).__name__} has none; "
+                "it would be the plain gradient, so use method='gradient'."
             )
+
+    def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:
+        """How many images keep a pass within its rows; integrated gradients splits its steps itself."""
+        if rows_per_pass is None:
+            return images
+        baselines = self.options.get("baselines")
+        drawn = baselines.shape[0] if isinstance(baselines, Tensor) and baselines.dim() > 0 else 1
+        factors: dict[str, int] = {
+            "DeepLift": 2,
+            "DeepLiftShap": 2 * drawn,
+            "GradientShap": self.options.get("n_samples", 5),
+        }
+        return max(1, rows_per_pass // factors.get(self.class_name, 1))
+
+    def __call__(
+        self, logits: nn.Module, inputs: Tensor, targets: Tensor, rows: slice, rows_per_pass: int | None
+    ) -> Tensor:
+        constructor, call = self._parameters()
+        of_constructor = {option: value for option, value in self.options.items() if option in constructor}
+        of_call = {option: value for option, value in self.options.items() if option not in constructor}
+        if "internal_batch_size" in call:
+            of_call["internal_batch_size"] = rows_per_pass
+        baselines = of_call.get("baselines")
+        if isinstance(baselines, Tensor) and self.class_name not in _SAMPLES_BASELINES and baselines.dim() > 0:
+            of_call["baselines"] = _rows_of_baselines(baselines, inputs, rows)
+        attribution = _captum_classes()[self.class_name](logits, **of_constructor)
+        result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
+        return result
+
+
+def _rows_of_baselines(baselines: Tensor, inputs: Tensor, rows: slice) -> Tensor:
+    """The baselines of some rows of the batch, where there is one per row."""
+    if baselines.dim() < inputs.dim() or baselines.shape[0] == 1:
+        return baselines
+    chosen = baselines[rows]
+    if chosen.shape[0] != inputs.shape[0]:
+        raise SettingError(f"There are {baselines.shape[0]} baselines, but more rows; give one, or one per row.")
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SmoothGrad:
+    """SmoothGrad (Smilkov et al. 2017): Captum's gradient averaged over noisy copies of each row.
+
+    Not Captum's NoiseTunnel: it draws from the global generator and knows one sigma for all rows, so that neither a
+    seed nor a batch would give the same maps.
+    """
+
+    samples: int = 25
+    sigma: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise SettingError(f"samples is {self.samples!r}, but it must be a whole number from 1 on.")
+        if not isinstance(self.sigma, int | float) or not 0 <= self.sigma < math.inf:
+            raise SettingError(f"sigma is {self.sigma!r}, but it must be a share of the input's range, 0 or more.")
+        if not isinstance(self.seed, int):
+            raise SettingError(f"seed is {self.seed!r}, but it must be a whole number.")
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return vars(self)
+
+    def check(self, model: nn.Module) -> None:
+        """Every model will do."""
+
+    def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:
+        return rows_per_pass or images
+
+    def __call__(
+        self, logits: nn.Module, inputs: Tensor, targets: Tensor, rows: slice, rows_per_pass: int | None
+    ) -> Tensor:
+        saliency = captum.attr.Saliency(logits)
+        batch = inputs.shape[0]
+        clean = inputs.detach()
+        # The same noise for every row, drawn on the CPU: a row's map depends on neither its batch nor the device.
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(self.samples, *clean.shape[1:], generator=generator).to(clean)
+        spread = self.sigma * (clean.flatten(1).amax(dim=1) - clean.flatten(1).amin(dim=1))
+        spread = spread.reshape(batch, *[1] * clean.dim())
+        copies = self.samples if rows_per_pass is None else max(1, rows_per_pass // batch)
+        total = torch.zeros_like(at_least_float32(clean))
+        for part in torch.split(noise, copies):
+            noisy = (clean.unsqueeze(1) + spread * part).flatten(0, 1).requires_grad_()
+            maps = saliency.attribute(noisy, target=targets.repeat_interleave(len(part)), abs=False)
+            total += maps.unflatten(0, (batch, len(part))).sum(dim=1)
+        return (total / self.samples).to(inputs.dtype)

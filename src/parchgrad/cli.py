@@ -50,8 +50,6 @@ class ConserveName(str, enum.Enum):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every error of this package ends it with one sentence and exit code 2."""
-    # The hub retries and logs every try; the error that follows says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         app(arguments)
     except ParchGradError as error:
@@ -112,6 +110,8 @@ def explain(
         from parchgrad.models import load_model
         from parchgrad.selection import SELECTORS_BY_NAME
 
+        # The hub, imported by now, logs every failed try; the error that follows says it once.
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         # All that can be wrong is looked at before the first file is written.
         photographs = [read_image(path) for path in images]
         stems = _distinct_stems(images)
@@ -129,6 +129,7 @@ def explain(
             gamma=gamma,
             conserve=conserve.value,
             method=method,
+            names=[path.name for path in images],
         )
         for found, stem in zip(explanations, stems, strict=True):
             found.save(out, stem, force=force)
@@ -145,7 +146,7 @@ def explain(
 def models(
     pattern: Annotated[str | None, typer.Argument(help="Name pattern, such as 'resnet*'.")] = None,
 ) -> None:
-    """List the models that can be loaded; timm's many only on request. Those without convolutions are refused."""
+    """List the models that can be loaded; timm's many only on request."""
     from parchgrad.models import list_models
 
     entries = list_models(pattern or "*")

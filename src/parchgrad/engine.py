@@ -1,14 +1,16 @@
 """ParchGrad as a context manager: while it is open, gradients through the chosen convolutions are partitioned.
 
 Hooks sit on modules, which every thread shares. What a pass needs is therefore found through context variables: a
-hook that fires for another thread, or for a context that is not the innermost one on its model, does nothing.
+hook that fires for another thread, or for a block that is not the innermost one around its convolution, does nothing.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,16 @@ from parchgrad.layers import Convolution, LayerChoice, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, partition_gradient
 from parchgrad.selection import LayerSignal, Selector
 
-__all__ = ["ParchGrad", "Target", "check_evaluation_mode", "check_target_range", "integer_targets", "read_classes"]
+__all__ = [
+    "ParchGrad",
+    "Target",
+    "check_evaluation_mode",
+    "check_target_count",
+    "check_target_range",
+    "integer_targets",
+    "plain_gradients",
+    "read_classes",
+]
 
 Target = int | Sequence[int] | Tensor
 
@@ -33,8 +44,11 @@ class ParchGrad:
     expands on its own (steps, noise samples) get the right class per row.
 
     The model is not changed, and on leaving the block no hook is left. One object may be entered several times and
-    from several threads; blocks of other threads are not affected. Of blocks nested on one model only the innermost
-    acts.
+    from several threads; blocks of other threads are not affected. Of nested blocks only the innermost around a
+    convolution acts, with its own layers alone. First derivatives only: `create_graph=True` is refused.
+
+    What the backward signal shows is the seed: of a loss such as cross-entropy, whose largest positive gradient is at
+    a competing class, give `target`.
 
     Attributes:
         layers: names of the chosen convolutions, in module order.
@@ -84,6 +98,11 @@ class ParchGrad:
                 "DataParallel copies the model in every pass, out of reach of the edit; explain model.module, "
                 "one process per device."
             )
+        if hasattr(model, "_orig_mod"):
+            raise ModelError(
+                "A model compiled by torch.compile runs past the hooks of its layers; explain the model that was "
+                "compiled, model._orig_mod."
+            )
         if not isinstance(selector, Selector):
             raise SettingError(f"selector is {selector!r}, but it must be a Selector such as GradientEnergy().")
         check_edit_settings(gamma, conserve)
@@ -92,7 +111,9 @@ class ParchGrad:
         self._gamma = gamma
         self._conserve: Conserve = conserve
         self._targets = None if target is None else integer_targets(target)
+        self._highest_target = -1 if self._targets is None else int(self._targets.max())
         self._convolutions = choose_layers(model, layers)
+        self._sessions: list[_Session] = []
         selector.check({name: module.out_channels for name, module in self._convolutions.items()})
 
     @property
@@ -107,8 +128,8 @@ class ParchGrad:
             ModelError: if the model or a part of it is in training mode.
         """
         check_evaluation_mode(self._model)
-        session = _Session(self)
-        _SESSIONS.set((*_SESSIONS.get(), session))
+        session = _Session(self._model, self)
+        self._sessions.append(session)
         session.open()
         return self
 
@@ -118,124 +139,176 @@ class ParchGrad:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove the hooks, whatever happened in the block."""
+        """Remove the hooks, whatever happened in the block.
+
+        Raises:
+            ParchGradError: if the block is left in another thread or task than it was entered in, or was not entered.
+        """
         session = next((session for session in reversed(_SESSIONS.get()) if session.owner is self), None)
         if session is None:
-            raise ParchGradError("This ParchGrad block is left in another thread or task than it was entered in.")
+            # Its own context cannot be reached from here, but its hooks can.
+            if self._sessions:
+                self._sessions.pop().close()
+            raise ParchGradError(
+                "This ParchGrad block is left in another thread or task than it was entered in; do both in one."
+            )
         session.close()
-        _SESSIONS.set(tuple(other for other in _SESSIONS.get() if other is not session))
-        _FORWARDS.set(tuple(forward for forward in _FORWARDS.get() if forward.session is not session))
+        if session in self._sessions:
+            self._sessions.remove(session)
+
+
+@contextmanager
+def plain_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside the block gradients of the model are plain, also where ParchGrad blocks are open around it.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 1), nn.Flatten()).eval()
+        >>> x = torch.ones(1, 1, 3, requires_grad=True)
+        >>> with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.25)), plain_gradients(model):
+        ...     found = torch.autograd.grad(model(x).sum(), x)[0]
+        >>> torch.equal(found, torch.autograd.grad(model(x).sum(), x)[0])
+        True
+    """
+    session = _Session(model, None)
+    session.open()
+    try:
+        yield
+    finally:
+        session.close()
 
 
 class _Session:
-    """One entered block: its hooks."""
+    """One entered block: its hooks, and the convolutions over which it decides. Without an owner it edits nothing."""
 
-    def __init__(self, owner: ParchGrad) -> None:
+    def __init__(self, model: nn.Module, owner: ParchGrad | None) -> None:
+        self.model = model
         self.owner = owner
+        self.covered = {id(module) for module in model.modules() if isinstance(module, Convolution)}
         self._handles: list[RemovableHandle] = []
+        self._is_open = True
 
     def open(self) -> None:
-        model, handles = self.owner._model, self._handles
-        handles.append(model.register_forward_pre_hook(self._begin))
-        for name, convolution in self.owner._convolutions.items():
-            handles.append(convolution.register_forward_hook(functools.partial(self._attach, name)))
-        # Called after an exception too, so that a failed pass leaves no state behind.
-        handles.append(model.register_forward_hook(self._end, always_call=True))
+        try:
+            if self.owner is not None:
+                self._handles.append(self.model.register_forward_pre_hook(self._begin))
+                for name, convolution in self.owner._convolutions.items():
+                    hook = functools.partial(self._attach, self.owner, name)
+                    self._handles.append(convolution.register_forward_hook(hook))
+                # Called after an exception too, so that a failed pass leaves no state behind.
+                self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
+            _SESSIONS.set((*_SESSIONS.get(), self))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
+        self._is_open = False
         for handle in self._handles:
             handle.remove()
+        _SESSIONS.set(tuple(session for session in _SESSIONS.get() if session is not self))
+        _FORWARDS.set(tuple(forward for forward in _FORWARDS.get() if forward.session is not self))
 
-    def _is_innermost(self) -> bool:
-        model = self.owner._model
-        return next((s for s in reversed(_SESSIONS.get()) if s.owner._model is model), None) is self
+    def _decides_over(self, convolution: nn.Module) -> bool:
+        """Whether this is the innermost block, in this thread or task, around this convolution."""
+        around = (s for s in reversed(_SESSIONS.get()) if s._is_open and id(convolution) in s.covered)
+        return next(around, None) is self
 
     def _forward(self) -> "_Forward | None":
         return next((forward for forward in reversed(_FORWARDS.get()) if forward.session is self), None)
 
     def _begin(self, model: nn.Module, inputs: tuple[object, ...]) -> None:
-        if self._is_innermost():
-            _FORWARDS.set((*_FORWARDS.get(), _Forward(self)))
+        if self in _SESSIONS.get() and self.owner is not None:
+            _FORWARDS.set((*_FORWARDS.get(), _Forward(self, self.owner)))
 
-    def _attach(self, layer: str, convolution: Convolution, inputs: tuple[object, ...], output: Tensor) -> None:
-        if not self._is_innermost() or not torch.is_grad_enabled() or output.grad_fn is None:
+    def _attach(
+        self, owner: ParchGrad, layer: str, convolution: Convolution, inputs: tuple[object, ...], output: Tensor
+    ) -> None:
+        if self not in _SESSIONS.get():
+            return
+        # A part of the model called on its own has no forward pass of the model around it.
+        forward = self._forward() or _Forward(self, owner)
+        forward.reached = True
+        if not self._decides_over(convolution) or output.grad_fn is None:
             return
         if output.dim() != len(convolution.kernel_size) + 2:
             raise InputError(
                 f"Layer {layer!r} was given an input without a batch dimension; give a batch: inputs.unsqueeze(0)."
             )
-        # A part of the model called on its own has no forward pass of the model around it.
-        forward = self._forward() or _Forward(self)
+        earlier = _edit_of(output)
+        if earlier is not None and earlier.forward is forward:
+            # A convolution that hands over to another one inside it: one operation is edited once.
+            return
         forward.expect_rows(output.shape[0])
         with torch.no_grad():
-            observation = self.owner._selector.observe(output.detach())
-        # On the node rather than the tensor: it runs after the hook that reads the classes, even where a convolution
-        # is the model's last operation, and in-place operations that follow do not move it.
-        output.grad_fn.register_prehook(functools.partial(forward.edit, layer, observation))
+            observation = owner._selector.observe(output.detach())
+        # Neither holds the output, which would keep the graph alive; in-place operations that follow leave both behind.
+        edit = _Edit(forward, layer, observation)
+        _metadata(output)[_EDIT] = edit
+        output.register_hook(edit)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def _end(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         forward = self._forward()
-        if forward is None or not self._is_innermost():
+        if forward is None or self not in _SESSIONS.get():
             return
-        remaining = list(_FORWARDS.get())
-        remaining.remove(forward)
-        _FORWARDS.set(tuple(remaining))
+        _FORWARDS.set(tuple(other for other in _FORWARDS.get() if other is not forward))
         # After an exception the output is None.
-        if output is not None and self.owner._selector.needs_class:
+        if output is not None:
             forward.watch(output)
 
 
 class _Forward:
     """One forward pass: the class of each of its rows, known once its backward pass reaches the logits."""
 
-    def __init__(self, session: _Session) -> None:
+    def __init__(self, session: _Session, owner: ParchGrad) -> None:
         self.session = session
+        self.owner = owner
+        self.reached = False
         self._classes: Tensor | None = None
+        self._backward_pass: int | None = None
 
     def expect_rows(self, rows: int) -> None:
-        targets = self.session.owner._targets
-        if targets is not None and targets.numel() not in (1, rows):
-            raise TargetError(
-                f"target names {targets.numel()} classes, but the pass has {rows} rows; give one class per row or one "
-                "for all, or leave target out: the class is then read off the backward signal."
-            )
+        targets = self.owner._targets
+        if targets is not None:
+            check_target_count(targets, rows, "pass")
 
     def watch(self, output: object) -> None:
         """Read the classes off the gradient at the logits, or take those that were given."""
-        targets = self.session.owner._targets
+        owner = self.owner
+        if isinstance(output, Tensor) and output.requires_grad and not self.reached:
+            raise ModelError(
+                "None of the chosen convolutions was called in this forward pass, so nothing would be edited; choose "
+                "layers that take part, and explain the model itself rather than a compiled or functional copy."
+            )
+        if not owner._selector.needs_class:
+            return
         if isinstance(output, Tensor):
             classes = output.shape[1] if output.dim() > 1 else 1
-            self.session.owner._selector.check_classes(classes)
-            if targets is not None:
-                check_target_range(targets, classes)
-            elif output.requires_grad:
-                output.register_hook(self._read)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        elif targets is None:
+            owner._selector.check_classes(classes)
+            if owner._targets is not None:
+                check_target_range(owner._highest_target, classes)
+            elif output.grad_fn is not None:
+                edit = _edit_of(output)
+                if edit is not None and edit.forward is self:
+                    # A convolution is the last operation: its edit runs before a hook set now.
+                    edit.reads_class = True
+                else:
+                    output.register_hook(self.read)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        elif owner._targets is None:
             raise ModelError(
                 f"The model returns a {type(output).__name__}, off which no class can be read; wrap it so that it "
                 "returns the logits, or give target."
             )
 
-    def _read(self, gradient: Tensor) -> None:
+    def read(self, gradient: Tensor) -> None:
         self._classes = read_classes(gradient)
+        self._backward_pass = _current_backward_pass()
 
-    def edit(
-        self, layer: str, observation: Tensor | None, gradients: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None]:
-        (gradient,) = gradients
-        if gradient is None:
-            return (None,)
-        owner = self.session.owner
-        classes = self._classes_of(gradient, layer) if owner._selector.needs_class else None
-        channel_mask = owner._selector.select(
-            LayerSignal(layer=layer, gradient=gradient, observation=observation, classes=classes)
-        )
-        return (partition_gradient(gradient, channel_mask, gamma=owner._gamma, conserve=owner._conserve),)
-
-    def _classes_of(self, gradient: Tensor, layer: str) -> Tensor:
-        rows = gradient.shape[0]
-        targets = self.session.owner._targets
-        classes = self._classes if targets is None else targets.to(gradient.device)
+    def classes_of(self, rows: int, layer: str, device: torch.device) -> Tensor:
+        targets = self.owner._targets
+        classes = None if targets is None else targets.to(device)
+        if targets is None and self._backward_pass == _current_backward_pass():
+            classes = self._classes
         if classes is None:
             raise TargetError(
                 f"No class is known at layer {layer!r}, since the backward pass did not start from the model's output; "
@@ -249,8 +322,52 @@ class _Forward:
         return classes.expand(rows)
 
 
+class _Edit:
+    """The hook on one convolution's output."""
+
+    def __init__(self, forward: _Forward, layer: str, observation: Tensor | None) -> None:
+        self.forward = forward
+        self.reads_class = False
+        self._layer = layer
+        self._observation = observation
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise SettingError(
+                "Second derivatives (create_graph=True) through ParchGrad are not defined, since the edit is no "
+                "function of the input alone; take first derivatives only."
+            )
+        owner = self.forward.owner
+        if self.reads_class:
+            self.forward.read(gradient)
+        classes = None
+        if owner._selector.needs_class:
+            classes = self.forward.classes_of(gradient.shape[0], self._layer, gradient.device)
+        channel_mask = owner._selector.select(
+            LayerSignal(layer=self._layer, gradient=gradient, observation=self._observation, classes=classes)
+        )
+        return partition_gradient(gradient, channel_mask, gamma=owner._gamma, conserve=owner._conserve)
+
+
+_EDIT = "parchgrad.edit"
 _SESSIONS: ContextVar[tuple[_Session, ...]] = ContextVar("parchgrad_sessions", default=())
 _FORWARDS: ContextVar[tuple[_Forward, ...]] = ContextVar("parchgrad_forwards", default=())
+
+
+def _metadata(output: Tensor) -> dict[str, object]:
+    """Notes that torch keeps on the operation that made a tensor."""
+    return cast(dict[str, object], output.grad_fn.metadata) if output.grad_fn is not None else {}
+
+
+def _edit_of(output: Tensor) -> _Edit | None:
+    edit = _metadata(output).get(_EDIT)
+    return edit if isinstance(edit, _Edit) else None
+
+
+def _current_backward_pass() -> int:
+    """Number of the backward pass under way; torch's own hooks over several tensors tell passes apart by it."""
+    number: int = torch._C._current_graph_task_id()
+    return number
 
 
 def read_classes(gradient: Tensor) -> Tensor:
@@ -303,8 +420,16 @@ def integer_targets(target: Target) -> Tensor:
     return targets.reshape(-1).long()
 
 
-def check_target_range(targets: Tensor, classes: int) -> None:
-    """Raise `TargetError` if a target is no class of a model with this many classes."""
-    highest = int(targets.max())
+def check_target_range(highest: int, classes: int) -> None:
+    """Raise `TargetError` if the highest target is no class of a model with this many classes."""
     if highest >= classes:
         raise TargetError(f"target {highest} is out of range: the model has {classes} classes, 0 to {classes - 1}.")
+
+
+def check_target_count(targets: Tensor, rows: int, what: str) -> None:
+    """Raise `TargetError` unless there is one target for all rows of a batch or pass, or one per row."""
+    if targets.numel() not in (1, rows):
+        raise TargetError(
+            f"target names {targets.numel()} classes, but the {what} has {rows} rows; give one class per row, or one "
+            "for all."
+        )

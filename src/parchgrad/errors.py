@@ -1,5 +1,18 @@
 """Everything that parchgrad raises on purpose: one tree, so that one `except` catches it."""
 
+__all__ = [
+    "ImageError",
+    "InputError",
+    "LayerError",
+    "ModelError",
+    "OutputError",
+    "ParchGradError",
+    "SettingError",
+    "StatisticsError",
+    "TargetError",
+    "WeightsError",
+]
+
 
 class ParchGradError(Exception):
     """Base of all errors of this package; the message names what was wrong, where, and the remedy."""

@@ -28,7 +28,7 @@ from parchgrad.visual import panel, save_figure
 __all__ = ["Explanation", "explain_images"]
 
 MANIFEST_VERSION = 1
-_PACKAGES = ("parchgrad", "torch", "torchvision", "timm", "captum", "numpy")
+_PACKAGES = ("parchgrad", "torch", "torchvision", "timm", "captum", "numpy", "scipy", "matplotlib", "pillow")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,6 +36,7 @@ class Explanation:
     """One explained photograph.
 
     Attributes:
+        name: name of the photograph.
         picture: what the network saw, (H, W, 3) in [0, 1].
         attribution: signed attribution by ParchGrad, (3, H, W).
         plain: signed attribution by the same method without ParchGrad, (3, H, W).
@@ -44,6 +45,7 @@ class Explanation:
         settings: every setting, as JSON can hold it.
     """
 
+    name: str
     picture: NDArray[Any]
     attribution: Tensor
     plain: Tensor
@@ -62,6 +64,7 @@ class Explanation:
         """Settings, predictions and versions, ready for JSON."""
         return {
             "manifest_version": MANIFEST_VERSION,
+            "photograph": self.name,
             "target": vars(self.target),
             "predictions": [vars(prediction) for prediction in self.predictions],
             "settings": dict(self.settings),
@@ -85,11 +88,12 @@ class Explanation:
         """
         picture, array, manifest = paths = self.files(directory, stem)
         check_outputs(paths, force=force)
-        save_figure(self.figure(), picture, force=force)
-        with writing(array) as temporary:
-            np.save(temporary, self.attribution.cpu().numpy(), allow_pickle=False)
-        with writing(manifest) as temporary:
-            temporary.write_text(json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n"
+        # All three take their names together, after the last is written.
+        with writing(picture) as drawn, writing(array) as saved, writing(manifest) as written:
+            save_figure(self.figure(), drawn)
+            np.save(saved, self.attribution.cpu().numpy(), allow_pickle=False)
+            written.write_text(text, encoding="utf-8")
         return paths
 
 
@@ -103,7 +107,9 @@ def explain_images(
     gamma: float = math.inf,
     conserve: Conserve = "independent",
     method: str = "gradient",
+    method_options: Mapping[str, Any] | None = None,
     internal_batch_size: int = 8,
+    names: Sequence[str] | None = None,
 ) -> list[Explanation]:
     """Explain photographs with ParchGrad, and without it for comparison.
 
@@ -116,7 +122,9 @@ def explain_images(
         gamma: how many times stronger than the rest the kept signal becomes, in (0, inf].
         conserve: how the layer's variance is kept.
         method: an attribution method; see `Explainer`.
-        internal_batch_size: images in one pass.
+        method_options: options of the method.
+        internal_batch_size: rows in one pass.
+        names: names of the photographs, for the record.
 
     Returns:
         One explanation per image.
@@ -131,12 +139,15 @@ def explain_images(
         >>> explanation.target.category, tuple(explanation.attribution.shape)
         ('tiger shark', (3, 224, 224))
     """
-    options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size}
+    options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size, **(method_options or {})}
     explainer = Explainer(classifier.model, selector, layers=layers, gamma=gamma, conserve=conserve, **options)
     plain = Explainer(classifier.model, None, **options)
     settings = {
         "model": classifier.name,
+        "preprocessing": str(classifier.preprocess.transform),
         "method": method,
+        "method_options": {name: _describe(value) for name, value in explainer.method_options.items()},
+        "internal_batch_size": internal_batch_size,
         "selector": _describe(selector),
         "layers": list(explainer.layers),
         "layers_choice": layers if isinstance(layers, str | float | int) else [_describe(layer) for layer in layers],
@@ -150,13 +161,15 @@ def explain_images(
     for start in range(0, len(images), internal_batch_size):
         inputs = torch.stack([classifier.preprocess(image) for image in images[start : start + internal_batch_size]])
         inputs = inputs.to(next(classifier.model.parameters()))
-        ranked = classifier.predict(inputs, count=len(classifier.categories))
-        chosen = [row[0].index for row in ranked] if target is None else [target] * len(inputs)
-        targets = integer_targets(chosen)
+        # First of all, since it says in words what a network cannot be given.
+        targets = explainer.predict(inputs) if target is None else integer_targets(target).expand(len(inputs))
+        chosen = targets.tolist()
         maps = zip(explainer.attribute(inputs, targets), plain.attribute(inputs, targets), strict=True)
+        ranked = classifier.predict(inputs, count=len(classifier.categories))
         for row, (attribution, plain_attribution) in enumerate(maps):
             explanations.append(
                 Explanation(
+                    name=names[start + row] if names else f"photograph {start + row + 1}",
                     picture=classifier.preprocess.picture(inputs[row]),
                     attribution=attribution,
                     plain=plain_attribution,
@@ -175,4 +188,6 @@ def _describe(value: object) -> object:
         members = fields(value) if hasattr(value, "__dataclass_fields__") else ()  # type: ignore[arg-type]  # checked
         described = {member.name: getattr(value, member.name) for member in members}
         return {"name": type(value).__name__, **{k: v for k, v in described.items() if isinstance(v, plain)}}
-    return type(value).__name__ if isinstance(value, nn.Module) else value
+    if isinstance(value, (nn.Module, Tensor)):
+        return type(value).__name__
+    return value if isinstance(value, (str, int, float, type(None))) else repr(value)

@@ -1,7 +1,8 @@
 """Finding, naming and choosing the convolutions of a model."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -43,7 +44,8 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
         model: any module with convolutions.
         layers: one of
 
-            - `"default"`: the set published for the ResNet, VGG and EfficientNet families, else the upper half;
+            - `"default"`: the set published for the ResNet, VGG and EfficientNet families, else the upper half, without
+              a convolution that is the classifier itself;
             - `"all"`;
             - a ratio r in (0, 1]: the last `int(r * n)` of n convolutions, at least one;
             - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`;
@@ -136,17 +138,26 @@ def _named(convolutions: dict[str, Convolution], modules: Sequence[nn.Module]) -
 
 def _default_names(model: nn.Module, convolutions: dict[str, Convolution]) -> list[str]:
     """The published layer set of the model's family, or the upper half where there is none."""
-    families = {parent.__name__ for parent in type(model).__mro__}
-    names = list(convolutions)
-    if "ResNet" in families:
-        chosen = [name for name in names if name.startswith(("layer3.", "layer4.")) and ".downsample." not in name]
-    elif "VGG" in families:
-        chosen = _last([name for name in names if name.startswith("features.")], 0.5)
-    elif "EfficientNet" in families:
-        chosen = _efficientnet_names(convolutions)
-    else:
-        chosen = []
-    return chosen or _last(names, 0.5)
+    for prefix, module in model.named_modules():
+        # The network may stand inside a wrapper, behind a normalisation for example.
+        family = next((parent.__name__ for parent in type(module).__mro__ if parent.__name__ in _FAMILIES), None)
+        if family is not None:
+            start = f"{prefix}." if prefix else ""
+            inside = {name.removeprefix(start): conv for name, conv in convolutions.items() if name.startswith(start)}
+            chosen = [start + name for name in _FAMILIES[family](inside)]
+            if chosen:
+                return chosen
+    return _last(_without_classifier(model, convolutions), 0.5)
+
+
+def _resnet_names(convolutions: dict[str, Convolution]) -> list[str]:
+    """The blocks' own convolutions of the last two stages: no downsampling, no squeeze-and-excitation."""
+    return [name for name in convolutions if re.fullmatch(r"layer[34]\.\d+\.conv\d+(\.conv)?", name)]
+
+
+def _vgg_names(convolutions: dict[str, Convolution]) -> list[str]:
+    features = [name for name in convolutions if name.startswith("features.")]
+    return _last(features, 0.5) if features else []
 
 
 def _efficientnet_names(convolutions: dict[str, Convolution]) -> list[str]:
@@ -158,7 +169,21 @@ def _efficientnet_names(convolutions: dict[str, Convolution]) -> list[str]:
         ("blocks.5.0.", "blocks.6.0.", "conv_head"),
     ):
         firsts = [next((name for name in depthwise if name.startswith(stage)), None) for stage in stages]
-        found = [name for name in (*firsts, head) if name in convolutions]
+        found = [name for name in (*firsts, head) if name is not None and name in convolutions]
         if len(found) == 3:
-            return [name for name in found if name is not None]
+            return found
     return []
+
+
+_FAMILIES: Mapping[str, Callable[[dict[str, Convolution]], list[str]]] = {
+    "ResNet": _resnet_names,
+    "VGG": _vgg_names,
+    "EfficientNet": _efficientnet_names,
+}
+
+
+def _without_classifier(model: nn.Module, convolutions: dict[str, Convolution]) -> list[str]:
+    """All names but that of a last convolution behind which no linear layer stands: its channels are the classes."""
+    kinds = [type(module) for module in model.modules() if isinstance(module, (nn.Linear, Convolution))]
+    is_classifier = len(convolutions) > 1 and not issubclass(kinds[-1], nn.Linear)
+    return list(convolutions)[: len(convolutions) - is_classifier]

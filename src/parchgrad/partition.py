@@ -9,22 +9,22 @@ is scaled by ``beta * gamma * sqrt(N / M)`` and L by ``beta``.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from parchgrad.errors import SettingError
 
-__all__ = ["Conserve", "check_edit_settings", "partition_gradient"]
+__all__ = ["Conserve", "at_least_float32", "check_edit_settings", "partition_gradient"]
 
 Conserve = Literal["independent", "exact", "none"]
 
 
 def check_edit_settings(gamma: float, conserve: str) -> None:
     """Raise `SettingError` unless `gamma` and `conserve` are settings that `partition_gradient` knows."""
-    if not gamma > 0:
-        raise SettingError(f"gamma is {gamma}, but it must be a positive number; math.inf prunes the other channels.")
+    if not isinstance(gamma, int | float) or not gamma > 0:
+        raise SettingError(f"gamma is {gamma!r}, but it must be a positive number; math.inf prunes the other channels.")
     if conserve not in get_args(Conserve):
         raise SettingError(f"conserve is {conserve!r}, but it must be one of {', '.join(get_args(Conserve))}.")
 
@@ -69,65 +69,100 @@ def partition_gradient(
         )
     if gradient.numel() == 0:
         return gradient.clone()
-    wide = gradient.float() if gradient.dtype.itemsize < 4 else gradient
-    kept, rest = _group_sums(wide, channel_mask)
-    kept_scale, rest_scale = _group_scales(kept, rest, channels=gradient.shape[1], gamma=gamma, conserve=conserve)
+    wide = at_least_float32(gradient)
+    # A backward pass inside an autocast block would run the sums in half precision.
+    with torch.autocast(gradient.device.type, enabled=False):
+        groups = _group_sums(wide, channel_mask)
+    kept_scale, rest_scale = _group_scales(groups, gamma=gamma, conserve=conserve)
     scale = torch.where(channel_mask, kept_scale.unsqueeze(1), rest_scale.unsqueeze(1))
     one_sided = (channel_mask.all(1) | ~channel_mask.any(1)).unsqueeze(1)
     scale = scale.masked_fill(one_sided, 1.0)
     return (wide * scale.reshape(*scale.shape, *[1] * (gradient.dim() - 2))).to(gradient.dtype)
 
 
-def _group_sums(gradient: Tensor, channel_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the gradient over the channels inside and outside the mask: G_H and G_L, each (B, S), in one pass."""
+def at_least_float32(values: Tensor) -> Tensor:
+    """Convert half precision to float32 and leave wider types as they are."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+class _Groups(NamedTuple):
+    """Summed gradients of H and L, each (B, S), and how large their rounding errors may be, each (B,)."""
+
+    kept: Tensor
+    rest: Tensor
+    kept_rounding: Tensor
+    rest_rounding: Tensor
+
+
+def _group_sums(gradient: Tensor, channel_mask: Tensor) -> _Groups:
+    """Sum the gradient over the channels inside and outside the mask."""
     batch, channels, *spatial = gradient.shape
+    flat = gradient.reshape(batch, channels, math.prod(spatial))
     weights = torch.stack((channel_mask, ~channel_mask), dim=1).to(gradient.dtype)
-    sums = torch.bmm(weights, gradient.reshape(batch, channels, math.prod(spatial)))
-    return sums[:, 0], sums[:, 1]
+    kept, rest = torch.bmm(weights, flat).unbind(1)
+    # The error of a sum of C numbers grows like sqrt(C) times their summed magnitude, here averaged over space.
+    magnitude = torch.linalg.vector_norm(flat, 1, dim=2) / flat.shape[2]
+    rounding = (weights * magnitude.unsqueeze(1)).sum(2) * (torch.finfo(gradient.dtype).eps * math.sqrt(channels))
+    return _Groups(kept, rest, *rounding.unbind(1))
 
 
-def _group_scales(
-    kept: Tensor, rest: Tensor, *, channels: int, gamma: float, conserve: Conserve
-) -> tuple[Tensor, Tensor]:
-    """Factors of H and of L, each (B,), from G_H and G_L (B, S)."""
-    # Square roots of M and N: squares of tiny gradients would underflow.
-    kept_deviation = _deviation(kept, channels)
-    rest_deviation = _deviation(rest, channels)
-    ones = torch.ones_like(kept_deviation)
-    if math.isinf(gamma):
-        gain, damping = ones, torch.zeros_like(ones)
-    else:
-        gain, damping = gamma * rest_deviation / kept_deviation, ones
-    usable = kept_deviation > 0
+def _group_scales(groups: _Groups, *, gamma: float, conserve: Conserve) -> tuple[Tensor, Tensor]:
+    """Factors of H and of L, each (B,)."""
+    kept = _strength(groups.kept, groups.kept_rounding)
+    rest = _strength(groups.rest, groups.rest_rounding)
+    ones, zeros = torch.ones_like(kept), torch.zeros_like(kept)
+    single = groups.kept.shape[1] == 1
+    usable = kept > 0
+    # sqrt(N / M); what a row without M gives is replaced at the end.
+    ratio = _root_ratio(rest, kept, single)
 
     if conserve == "none":
-        beta = ones
+        kept_scale, rest_scale = (ones, zeros) if math.isinf(gamma) else (gamma * ratio, ones)
     elif conserve == "exact":
-        # Where M is zero the gain is not finite; those rows are replaced below.
-        after = _deviation(gain.unsqueeze(1) * kept + damping.unsqueeze(1) * rest, channels)
-        beta = _deviation(kept + rest, channels) / after
+        # g_hat and 1, divided by their length: g_hat itself may overflow.
+        length = ones if math.isinf(gamma) else torch.hypot(ones, gamma * ratio)
+        gain = ones if math.isinf(gamma) else torch.hypot(ones, 1 / (gamma * ratio)).reciprocal()
+        damping = zeros if math.isinf(gamma) else length.reciprocal()
+        after = _strength(
+            gain.unsqueeze(1) * groups.kept + damping.unsqueeze(1) * groups.rest,
+            gain * groups.kept_rounding + damping * groups.rest_rounding,
+        )
+        before = _strength(groups.kept + groups.rest, groups.kept_rounding + groups.rest_rounding)
+        beta = _root_ratio(before, after, single)
         usable = usable & (after > 0)
-    elif math.isinf(gamma):
-        beta = torch.hypot(ones, rest_deviation / kept_deviation)
+        # A magnitude stands for a variance there, and grows with the length rather than with its square.
+        beta = beta * length.sqrt() if single else beta
+        kept_scale, rest_scale = beta * gain, beta * damping
     else:
-        # sqrt((M + N) / (M g_hat^2 + N)) with M g_hat^2 = gamma^2 N put in; an edited sum without variance stays.
-        beta = torch.hypot(ones, kept_deviation / rest_deviation) / math.hypot(1.0, gamma)
-        usable = usable & (rest_deviation > 0)
+        # With M g_hat^2 = gamma^2 N put into the equations: an edited sum without variance, N = 0, stays.
+        share = 1.0 if math.isinf(gamma) else gamma / math.hypot(1.0, gamma)
+        kept_scale = share * torch.hypot(ones, ratio)
+        if math.isinf(gamma):
+            rest_scale = zeros
+        else:
+            rest_scale = torch.hypot(ones, 1 / ratio) / math.hypot(1.0, gamma)
+            usable = usable & (rest > 0)
 
-    if math.isinf(gamma):
-        return torch.where(usable, beta * gain, ones), damping
-    return torch.where(usable, beta * gain, ones), torch.where(usable, beta * damping, ones)
+    untouched = zeros if math.isinf(gamma) else ones
+    return torch.where(usable, kept_scale, ones), torch.where(usable, rest_scale, untouched)
 
 
-def _deviation(signal: Tensor, channels: int) -> Tensor:
-    """Square root of the variance of a summed signal (B, S) over space, or of its magnitude for a single position.
+def _root_ratio(numerator: Tensor, denominator: Tensor, single: bool) -> Tensor:
+    """Square root of the ratio of two variances, given as deviations; of a single position as magnitudes."""
+    ratio = numerator / denominator
+    # The root last: that of an odd power of two would round, and the edit would not scale exactly.
+    return ratio.sqrt() if single else ratio
 
-    It is exactly zero where the signal is constant up to the rounding error of a sum over `channels` numbers.
+
+def _strength(signal: Tensor, rounding: Tensor) -> Tensor:
+    """Standard deviation of a summed signal (B, S) over space, or its magnitude where there is a single position.
+
+    It is exactly zero where the signal is constant up to the given rounding error.
     """
+    # Of the signal divided by its peak: squares of tiny gradients would underflow.
     peak = signal.abs().amax(dim=1)
     if signal.shape[1] == 1:
-        return peak.sqrt()
+        return peak
     unit = signal / torch.where(peak > 0, peak, torch.ones_like(peak)).unsqueeze(1)
-    deviation = unit.std(dim=1)
-    rounding = channels * torch.finfo(signal.dtype).eps * unit.square().mean(dim=1).sqrt()
-    return torch.where(deviation > rounding, deviation, torch.zeros_like(deviation)) * peak
+    deviation = unit.std(dim=1) * peak
+    return torch.where(deviation > rounding, deviation, torch.zeros_like(deviation))

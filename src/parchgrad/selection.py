@@ -3,15 +3,16 @@
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from parchgrad.errors import SettingError, StatisticsError
+from parchgrad.partition import at_least_float32
 from parchgrad.statistics import ChannelStatistics, LayerStatistics
 from parchgrad.statistics.tests import TTest, check_test
 
@@ -49,7 +50,8 @@ class LayerSignal:
 class Selector(ABC):
     """Chooses the channels that are kept (H), per row and layer. Subclass it to bring a criterion of your own.
 
-    A selector holds settings and statistics, never the state of a pass, so that threads may share it.
+    A selector holds settings, statistics and what follows from them, never the state of a pass, so that threads may
+    share it.
 
     Example:
         >>> class FirstChannel(Selector):
@@ -101,8 +103,8 @@ def keep_best(scores: Tensor, quantile: float) -> Tensor:
 
 
 def _check_quantile(quantile: float) -> None:
-    if not 0 < quantile <= 1:
-        raise SettingError(f"quantile is {quantile}, but it must lie in (0, 1]: the share of channels that is kept.")
+    if not isinstance(quantile, int | float) or not 0 < quantile <= 1:
+        raise SettingError(f"quantile is {quantile!r}, but it must lie in (0, 1]: the share of channels that is kept.")
 
 
 def _check_threshold(quantile: float | None, alpha: float | None) -> None:
@@ -178,9 +180,10 @@ class GradientTimesActivation(Selector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g * z` (see `Selector.select`)."""
-        assert signal.observation is not None
         unit = _unit_rows(signal.gradient)
-        return keep_best((unit * signal.observation.flatten(2).to(unit.dtype)).sum(dim=2), self.quantile)
+        return keep_best(
+            (unit * _given(signal.observation, "observation").flatten(2).to(unit.dtype)).sum(dim=2), self.quantile
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +296,12 @@ class _StatisticalSelector(Selector):
                     f"the layer has {count}; they were collected on another model."
                 )
 
+    def _cut(self, scores: Tensor, score_at: Callable[[float], float]) -> Tensor:
+        """Keep the best scores by number, or those at least as good as the score at p = alpha."""
+        if self.quantile is not None:
+            return keep_best(scores, self.quantile)
+        return scores >= score_at(cast(float, self.alpha))
+
     def _gate(self, layer: LayerStatistics) -> Tensor:
         """Channels whose GAP is not normally distributed over the data set, shape (C,)."""
         if self.normality_threshold is None:
@@ -347,17 +356,18 @@ class ClassWise(_StatisticalSelector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Look the rows' classes up in the masks of all classes (see `Selector.select`)."""
-        assert signal.classes is not None
+        classes = _given(signal.classes, "classes")
         key = (signal.layer, signal.gradient.device)
         if key not in self._masks:
             self._masks[key] = self._masks_of_classes(self.statistics[signal.layer]).to(signal.gradient.device)
-        return self._masks[key][signal.classes]
+        return self._masks[key][classes]
 
     def _masks_of_classes(self, layer: LayerStatistics) -> Tensor:
         """The channels kept for each class, shape (K, C); none for a class without samples."""
         log_p = layer.class_log_p(self.test).T
-        kept = keep_best(-log_p, self.quantile) if self.quantile is not None else log_p <= math.log(self.alpha or 1)
-        return kept & self._gate(layer) & (layer.class_count > 0).unsqueeze(1)
+        return (
+            self._cut(-log_p, lambda alpha: -math.log(alpha)) & self._gate(layer) & (layer.class_count > 0).unsqueeze(1)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,22 +399,17 @@ class InstanceWise(_StatisticalSelector):
 
     def observe(self, output: Tensor) -> Tensor:
         """Keep the GAP: the mean over space of relu(output), shape (B, C)."""
-        wide = output.float() if output.dtype.itemsize < 4 else output
-        return wide.relu().flatten(2).mean(dim=2)
+        return at_least_float32(output).relu().flatten(2).mean(dim=2)
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by the standard score, which orders channels as the p-value does (see `Selector.select`)."""
-        gap = signal.observation
-        assert gap is not None
+        gap = _given(signal.observation, "observation")
         layer = self.statistics[signal.layer]
         mean, std = layer.mean.to(gap), layer.std.to(gap)
         # A constant channel has p = 1: it never stands out.
         score = torch.where(std > 0, (gap - mean) / std, -math.inf)
-        if self.quantile is not None:
-            kept = keep_best(score, self.quantile)
-        else:
-            kept = score >= float(stats.norm.isf(self.alpha))
-        return kept & self._gate(layer).to(gap.device)
+        kept = self._cut(score, lambda alpha: -float(special.ndtri(alpha)))
+        return kept & (std > 0) & self._gate(layer).to(gap.device)
 
 
 SELECTORS_BY_NAME: Mapping[str, type[GradientEnergy | GradientTimesActivation | RandomChannels]] = {
@@ -415,9 +420,15 @@ SELECTORS_BY_NAME: Mapping[str, type[GradientEnergy | GradientTimesActivation | 
 """Selectors that need nothing but a quantile, by the short names that command lines and pages use."""
 
 
+def _given(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise SettingError(f"The layer signal comes without {name}, which this selector needs; see LayerSignal.")
+    return value
+
+
 def _unit_rows(gradient: Tensor) -> Tensor:
     """Each row divided by its largest magnitude, at least float32, shape (B, C, S): squares must not underflow."""
     flat = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
-    wide = flat.float() if flat.dtype.itemsize < 4 else flat
+    wide = at_least_float32(flat)
     peak = torch.linalg.vector_norm(wide, math.inf, dim=(1, 2), keepdim=True)
     return wide / torch.where(peak > 0, peak, torch.ones_like(peak))

@@ -29,6 +29,34 @@ def test_sixteen_bits_are_scaled(tmp_path):
     assert np.array_equal(found[..., 0], np.arange(240).reshape(12, 20))
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.arange(64, dtype=np.int32), np.arange(64)),
+        (np.linspace(0, 1, 52, dtype=np.float32), np.arange(52) * 5),
+        (np.arange(0, 65536, 257, dtype=np.int32), np.arange(256)),
+    ],
+)
+def test_wide_numbers_keep_their_meaning(tmp_path, values, expected):
+    Image.fromarray(values[None]).save(tmp_path / "a.tif")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif"))[0, :, 1], expected)
+
+
+def test_transparency_lies_on_white(tmp_path):
+    Image.new("RGBA", (2, 1), (200, 0, 0, 0)).save(tmp_path / "a.png")
+    assert np.asarray(read_image(tmp_path / "a.png")).tolist() == [[[255, 255, 255]] * 2]
+
+
+def test_whatever_a_decoder_raises_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise NotImplementedError("Unimplemented pixel format")
+
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(ImageError, match=r"Unimplemented pixel format.*damaged"):
+        read_image(tmp_path / "a.png")
+
+
 def test_the_camera_was_turned(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -22,6 +22,16 @@ def test_a_read_only_mapping_in_float64():
         statistics["a"] = statistics["b"]
 
 
+def test_what_is_given_is_copied():
+    given = arrays()
+    layers = {"conv": LayerStatistics(**given)}
+    statistics = ChannelStatistics(layers)
+    given["mean"] += 1
+    layers["more"] = layers["conv"]
+    assert list(statistics) == ["conv"]
+    assert not torch.equal(statistics["conv"].mean, given["mean"])
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -30,6 +40,9 @@ def test_a_read_only_mapping_in_float64():
         ("count", torch.ones(2), "count has shape"),
         ("mean", torch.full((4,), torch.nan), "mean holds values that are not finite"),
         ("class_variance", torch.full((4, 3), torch.inf), "class_variance holds values"),
+        ("std", torch.full((4,), -1.0), r"std holds values outside \[0, inf\]"),
+        ("class_count", torch.full((3,), -1.0), "class_count holds values outside"),
+        ("shapiro_p", torch.full((4,), 7.0), r"shapiro_p holds values outside \[0, 1.0\]"),
     ],
 )
 def test_arrays_that_do_not_fit(name, value, words):

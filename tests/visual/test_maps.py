@@ -2,9 +2,10 @@ import matplotlib
 import matplotlib.pyplot
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from parchgrad.errors import InputError, OutputError
+from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.visual import blend, normalise, overlay, panel, save_figure
 
 
@@ -45,6 +46,14 @@ def test_panel_lays_out_rows_and_columns_with_one_colour_bar(tmp_path):
         assert np.asarray(saved).std() > 10
     with pytest.raises(OutputError, match="exists already"):
         save_figure(figure, tmp_path / "a.png")
+    for name in ("a.xyz", "a"):
+        with pytest.raises(OutputError, match=r"names no picture format; end it in one of: .*\.png"):
+            save_figure(figure, tmp_path / name)
+
+
+def test_tensors_are_maps_too():
+    heat = torch.eye(4, requires_grad=True)
+    np.testing.assert_allclose(blend(torch.zeros(4, 4, 3), heat), blend(np.zeros((4, 4, 3)), np.eye(4)))
 
 
 def test_overlay_has_a_colour_bar():
@@ -62,5 +71,11 @@ def test_maps_that_cannot_be_shown(heat):
 def test_pictures_that_do_not_match():
     with pytest.raises(InputError, match="do not match"):
         blend(np.zeros((4, 4, 3)), np.zeros((5, 4)))
+    with pytest.raises(SettingError, match="percentile is 150"):
+        normalise(np.ones((2, 2)), percentile=150)
+    with pytest.raises(InputError, match="needs at least one"):
+        panel([], {})
+    with pytest.raises(InputError, match="as many labels"):
+        panel([np.zeros((4, 4, 3))], {}, labels=["a", "b"])
     with pytest.raises(InputError, match="has 1 maps for 2 photographs"):
         panel([np.zeros((4, 4, 3))] * 2, {"gradient": [np.zeros((4, 4))]})

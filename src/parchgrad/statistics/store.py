@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class LayerStatistics:
         shapiro_p: Shapiro-Wilk p-value per channel, in [0, 1], shape (C,).
 
     Raises:
-        StatisticsError: if a shape does not fit the others, or a number is not finite.
+        StatisticsError: if a shape does not fit the others, or a number is not finite or out of its range.
 
     Example:
         >>> layer = LayerStatistics(
@@ -49,7 +50,7 @@ class LayerStatistics:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value = torch.as_tensor(getattr(self, entry.name)).detach().to("cpu", torch.float64)
+            value = torch.as_tensor(getattr(self, entry.name)).detach().to("cpu", torch.float64, copy=True)
             object.__setattr__(self, entry.name, value)
         channels, classes = self.channels, self.classes
         shapes: dict[str, tuple[int, ...]] = {
@@ -72,6 +73,9 @@ class LayerStatistics:
             readable = value[:, self.class_count > 1] if name == "class_variance" else value
             if not torch.isfinite(readable).all():
                 raise StatisticsError(f"{name} holds values that are not finite; collect the statistics again.")
+            highest = 1.0 if name == "shapiro_p" else torch.inf
+            if not name.endswith("mean") and bool(((readable < 0) | (readable > highest)).any()):
+                raise StatisticsError(f"{name} holds values outside [0, {highest}]; collect the statistics again.")
 
     @property
     def channels(self) -> int:
@@ -125,6 +129,8 @@ class ChannelStatistics(Mapping[str, LayerStatistics]):
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
         if not self.layers:
             raise StatisticsError("Channel statistics need at least one layer; none was given.")
         for name, layer in self.layers.items():

@@ -13,6 +13,8 @@ __all__ = ["TTest", "check_test", "class_log_p", "student_t_log_sf"]
 TTest = Literal["welch", "student"]
 Floats = NDArray[np.float64]
 
+# A relative standard deviation up to this is rounding of sums over many samples.
+_ROUNDING = 1e-12
 # Below this scipy's survival function nears the smallest double, and the continued fraction takes over.
 _UNDERFLOW = 1e-280
 
@@ -88,7 +90,8 @@ def class_log_p(
             freedom = np.where(defined, welch_freedom, freedom)
         t = difference / np.sqrt(squared_error)
 
-    constant = np.broadcast_to((variance == 0)[:, None], t.shape)
+    # Moments of a constant channel carry the rounding of its mean.
+    constant = np.broadcast_to((np.sqrt(variance) <= _ROUNDING * np.abs(mean))[:, None], t.shape)
     undefined = constant | ~np.broadcast_to(has_both, t.shape) | ~(freedom > 0) | np.isnan(t)
     log_p = student_t_log_sf(np.where(undefined, 0.0, t), np.where(undefined, 1.0, freedom))
     return np.where(undefined, 0.0, log_p)

@@ -11,8 +11,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from parchgrad.errors import InputError
+from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.files import check_outputs, writing
 
 __all__ = ["COLOUR_MAP", "blend", "normalise", "overlay", "panel", "save_figure"]
@@ -39,13 +40,16 @@ def normalise(heat: ArrayLike, *, percentile: float = _PERCENTILE) -> Picture:
 
     Raises:
         InputError: if the map is not two-dimensional, or holds negative or non-finite values.
+        SettingError: if `percentile` is out of range.
 
     Example:
         >>> normalise([[0.0, 1.0], [2.0, 4.0]], percentile=100)
         array([[0.  , 0.25],
                [0.5 , 1.  ]])
     """
-    values = np.asarray(heat, dtype=np.float64)
+    if not 0 < percentile <= 100:
+        raise SettingError(f"percentile is {percentile}, but it must lie in (0, 100].")
+    values = _array(heat)
     if values.ndim != 2:
         raise InputError(f"The map has shape {values.shape}, but one map (H, W) is needed.")
     if not np.isfinite(values).all() or (values < 0).any():
@@ -75,7 +79,7 @@ def blend(photograph: ArrayLike, heat: ArrayLike) -> Picture:
         >>> blend(np.ones((2, 2, 3)), np.eye(2)).shape
         (2, 2, 3)
     """
-    picture, values = np.asarray(photograph, dtype=np.float64), normalise(heat)
+    picture, values = _array(photograph), normalise(heat)
     if picture.shape != (*values.shape, 3):
         raise InputError(f"A photograph of shape {picture.shape} and a map of shape {values.shape} do not match.")
     grey = (picture @ np.array([0.2126, 0.7152, 0.0722]))[..., None]
@@ -135,6 +139,8 @@ def panel(
         >>> [axes.get_title() for axes in figure.axes[:3]]
         ['photograph', 'gradient', 'ParchGrad']
     """
+    if not photographs or (labels is not None and len(labels) != len(photographs)):
+        raise InputError(f"A panel of {len(photographs)} photographs needs at least one, and as many labels.")
     for name, column in maps.items():
         if len(column) != len(photographs):
             raise InputError(f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs.")
@@ -142,7 +148,7 @@ def panel(
     figure = Figure(figsize=(3.1 * columns, 3.25 * rows + 0.6), layout=_layout())
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, photograph in enumerate(photographs):
-        _show(grid[row, 0], np.asarray(photograph), labels[row] if labels else "photograph")
+        _show(grid[row, 0], _array(photograph), labels[row] if labels else "photograph")
         for axes, (name, column) in zip(grid[row, 1:], maps.items(), strict=True):
             _show(axes, blend(photograph, column[row]), name)
     _colour_bar(figure, list(grid.flat))
@@ -153,12 +159,20 @@ def save_figure(figure: Figure, path: str | Path, *, force: bool = False, dots_p
     """Write a figure; the format follows the suffix.
 
     Raises:
-        OutputError: if the file exists and `force` is off, or cannot be written.
+        OutputError: if the file exists and `force` is off, its suffix names no format, or it cannot be written.
     """
     path = Path(path)
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise OutputError(f"{str(path)!r} names no picture format; end it in one of: .{', .'.join(sorted(formats))}.")
     check_outputs([path], force=force)
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=dots_per_inch)
+
+
+def _array(values: ArrayLike) -> NDArray[np.float64]:
+    """Numbers of any kind; tensors from any device, with or without a gradient."""
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
 
 
 def _layout() -> ConstrainedLayoutEngine:
