@@ -89,7 +89,7 @@ class ParchGrad:
         Raises:
             SettingError: if a setting is out of range.
             LayerError: if the layers are not in the model.
-            ModelError: if the model holds no convolution, or is wrapped in DataParallel.
+            ModelError: if the model holds no convolution, is wrapped in DataParallel, or was compiled.
             StatisticsError: if the selector's statistics do not fit the layers.
             TargetError: if `target` is no class.
         """

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +185,8 @@ def _describe(value: object) -> object:
     """A selector or layer choice as JSON can hold it: its class and its plain settings."""
     if isinstance(value, Selector):
         plain = (str, int, float, bool, type(None))
-        members = fields(value) if hasattr(value, "__dataclass_fields__") else ()  # type: ignore[arg-type]  # checked
-        described = {member.name: getattr(value, member.name) for member in members}
-        return {"name": type(value).__name__, **{k: v for k, v in described.items() if isinstance(v, plain)}}
+        settings = {name: v for name, v in vars(value).items() if isinstance(v, plain) and not name.startswith("_")}
+        return {"name": type(value).__name__, **settings}
     if isinstance(value, (nn.Module, Tensor)):
         return type(value).__name__
     return value if isinstance(value, (str, int, float, type(None))) else repr(value)
