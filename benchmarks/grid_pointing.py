@@ -44,6 +44,10 @@ def draw_mosaics(own_probability: Tensor, mosaics: int, seed: int) -> Tensor:
     """Draw four different, confidently classified photographs per mosaic: class indices (mosaics, 4)."""
     confident = (own_probability > CONFIDENCE).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
+    if len(confident) < 4 * mosaics:
+        raise SystemExit(
+            f"{mosaics} mosaics need {4 * mosaics} confidently classified photographs; {len(confident)} are."
+        )
     return confident[torch.randperm(len(confident), generator=generator)[: 4 * mosaics]].reshape(mosaics, 4)
 
 
@@ -65,7 +69,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     classifier = pg.load_model("efficientnet_lite0")
-    inputs = read_photographs(classifier, sorted(arguments.folder.glob("*.jpg")))
+    files = sorted(arguments.folder.glob("*.jpg"))
+    if len(files) != len(classifier.categories):
+        parser.error(f"{arguments.folder} holds {len(files)} .jpg files, but one per class is needed")
+    inputs = read_photographs(classifier, files)
     probability = probabilities(classifier, inputs)
     labels = torch.arange(len(inputs))
     print(f"top-1 accuracy of {len(inputs)} photographs: {(probability.argmax(1) == labels).double().mean():.3f}")

@@ -236,6 +236,7 @@ def test_heatmap_is_the_mean_magnitude_over_colours():
         (torch.zeros(3, 8, 8, dtype=torch.float64), r"inputs\.unsqueeze\(0\)"),
         (torch.zeros(1, 3, 8, 8), "are torch.float32, but the model's weights are torch.float64"),
         ([[1.0]], "are a list"),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.float64), r"channels last; .*inputs\.movedim\(-1, 1\)"),
         (torch.zeros(0, 3, 8, 8, dtype=torch.float64), "a non-empty batch"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.float64), "have 1 channels, but the model's first convolution takes 3"),
     ],
@@ -286,7 +287,16 @@ def test_bad_settings(options, words):
         pg.Explainer(small_network(), None, **options)
 
 
+# Captum's own notice that a method sets hooks.
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
 def test_models_that_cannot_be_explained():
+    classifier = pg.load_model("resnet18", pretrained=False)
+    with pytest.raises(ModelError, match=r"is a Classifier, .*give its \.model"):
+        pg.Explainer(classifier, None)
+    with pytest.raises(ModelError, match="is a str"):
+        pg.Explainer("resnet18", pg.GradientEnergy())
+    with pytest.raises(ModelError, match="DeepLift cannot explain this model"):
+        pg.Explainer(classifier.model, None, method="DeepLift").attribute(torch.randn(1, 3, 64, 64), 1)
     model = small_network()
     with pytest.raises(ModelError, match=r"model\.eval\(\)"):
         pg.Explainer(model.train(), None).attribute(INPUTS)

@@ -121,7 +121,7 @@ def test_earlier_results_stay_unless_forced(capsys, coffee, tmp_path):
     assert run(capsys, *arguments)[0] == 0
     code, _, errors = run(capsys, *arguments)
     assert code == 2
-    assert "exists already; give --force" in errors
+    assert "exists already; choose another folder" in errors
     assert run(capsys, *arguments, "--force")[0] == 0
 
 

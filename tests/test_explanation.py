@@ -8,7 +8,7 @@ from PIL import Image
 from skimage import data
 
 import parchgrad as pg
-from parchgrad.errors import OutputError, TargetError
+from parchgrad.errors import OutputError, SettingError, TargetError
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,8 @@ def test_a_given_target_keeps_its_probability(classifier, images):
     assert found.target == next(prediction for prediction in found.predictions if prediction.index == 968)
     (found,) = pg.explain_images(classifier, images[:1], pg.GradientEnergy(), target=3)
     assert 0 < found.target.probability < found.predictions[-1].probability
+    with pytest.raises(SettingError, match="selector is None"):
+        pg.explain_images(classifier, images[:1], None)
     with pytest.raises(TargetError, match="out of range"):
         pg.explain_images(classifier, images[:1], pg.GradientEnergy(), target=1000)
 

@@ -43,5 +43,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     check_outputs([path], force=False)
     path.touch()
     check_outputs([path], force=True)
-    with pytest.raises(OutputError, match="exists already; give --force"):
+    with pytest.raises(OutputError, match="cannot be written below"):
+        check_outputs([path / "deeper" / "b.txt"], force=True)
+    with pytest.raises(OutputError, match="exists already; choose another folder"):
         check_outputs([path], force=False)

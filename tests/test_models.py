@@ -86,7 +86,7 @@ def test_categories_are_found_by_name_and_index(lite0):
     for query, words in [
         ("espreso", "near names: espresso"),
         ("tabby cat", "near names"),
-        ("terrier", "near names: .*terrier"),
+        ("cat", "near names: .*tiger cat"),
         ("zzzzzz", "as ImageNet spells it"),
         ("", "as ImageNet spells it"),
         ("1000", "has 1000 classes, 0 to 999"),

@@ -268,6 +268,11 @@ def test_bad_settings(build, words):
         build(random_statistics({"conv": 3}))
 
 
+def test_statistics_are_needed():
+    with pytest.raises(StatisticsError, match="is a NoneType"):
+        pg.ClassWise(None, quantile=0.1)
+
+
 def test_statistics_must_fit_the_layers_and_the_classes():
     selector = pg.ClassWise(random_statistics({"conv": 3}), quantile=0.5)
     selector.check({"conv": 3})

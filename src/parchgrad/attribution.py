@@ -15,6 +15,7 @@ from parchgrad.engine import (
     ParchGrad,
     Target,
     check_evaluation_mode,
+    check_model,
     check_target_count,
     check_target_range,
     integer_targets,
@@ -43,6 +44,8 @@ _UNSUPPORTED = {"LRP"}
 # Their baselines are samples of a distribution, not one per row.
 _SAMPLES_BASELINES = {"GradientShap", "DeepLiftShap"}
 # They replace the backward pass of ReLU modules, and without any are the plain gradient under another name.
+# They compare every activation's input with its output, and fail where a module serves twice.
+_NEEDS_SEPARATE_MODULES = {"DeepLift", "DeepLiftShap"}
 _NEEDS_RELU = {"GuidedBackprop", "Deconvolution", "GuidedGradCam"}
 
 
@@ -94,6 +97,7 @@ class Explainer:
             ModelError: if the model holds no convolution, or nothing that the method acts on.
             StatisticsError: if the selector's statistics do not fit the layers.
         """
+        check_model(model)
         if internal_batch_size is not None and not (isinstance(internal_batch_size, int) and internal_batch_size > 0):
             raise SettingError(
                 f"internal_batch_size is {internal_batch_size!r}, but it must be a whole number from 1 on."
@@ -124,7 +128,8 @@ class Explainer:
             target: class index for all rows, one per row of shape (B,), or None for the predicted class.
 
         Returns:
-            Signed attribution of the shape, dtype and device of `inputs`, detached.
+            Attribution of the shape, dtype and device of `inputs`, detached; signed, unless the Captum class chosen
+            takes magnitudes itself, as `Saliency` does.
 
         Raises:
             InputError: if the inputs are no finite floating-point batch, or do not fit the model.
@@ -196,7 +201,7 @@ class _Logits(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         try:
             logits = self.model(inputs)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             mismatch = _mismatch(self.model, inputs, str(error))
             if mismatch is None:
                 raise
@@ -221,6 +226,11 @@ def _mismatch(model: nn.Module, inputs: Tensor, message: str) -> str | None:
             f"{len(first.kernel_size) + 2} dimensions; add the batch dimension with inputs.unsqueeze(0)."
         )
     if "channels" in message and inputs.shape[1] != first.in_channels:
+        if inputs.shape[-1] == first.in_channels:
+            return (
+                f"The inputs have shape {tuple(inputs.shape)} with the channels last; move them to the second place, "
+                "as in inputs.movedim(-1, 1)."
+            )
         return (
             f"The inputs have {inputs.shape[1]} channels, but the model's first convolution takes "
             f"{first.in_channels}; convert them first."
@@ -341,7 +351,15 @@ class _CaptumMethod:
         if isinstance(baselines, Tensor) and self.class_name not in _SAMPLES_BASELINES and baselines.dim() > 0:
             of_call["baselines"] = _rows_of_baselines(baselines, inputs, rows)
         attribution = _captum_classes()[self.class_name](logits, **of_constructor)
-        result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
+        try:
+            result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
+        except RuntimeError as error:
+            if self.class_name not in _NEEDS_SEPARATE_MODULES:
+                raise
+            raise ModelError(
+                f"{self.class_name} cannot explain this model; it needs every activation to be a module of its own, "
+                "used once and not in place."
+            ) from error
         return result
 
 

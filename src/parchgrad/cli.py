@@ -4,6 +4,7 @@ import enum
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -87,7 +88,9 @@ def explain(
     quantile: Annotated[float, typer.Option(help="Share of the channels to keep, in (0, 1].")] = 0.1,
     layers: Annotated[
         str,
-        typer.Option(help="'default', 'all', a ratio such as 0.5 (the upper half), or patterns: 'layer3.*,layer4.*'."),
+        typer.Option(
+            help="'default' (the published set), 'all', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'."
+        ),
     ] = "default",
     gamma: Annotated[
         float, typer.Option(help="How much stronger than the rest the kept signal becomes; 'inf' prunes the rest.")
@@ -105,6 +108,10 @@ def explain(
     """Explain photographs: a panel (.png), the raw signed map (.npy) and every setting (.json) for each."""
     with _err.status("Starting") as status:
         from parchgrad.data.images import read_image
+
+        # All that can be wrong is looked at before the first file is written, and files before the long imports.
+        photographs = [read_image(path) for path in images]
+
         from parchgrad.explanation import Explanation, explain_images
         from parchgrad.files import check_outputs
         from parchgrad.models import load_model
@@ -112,25 +119,26 @@ def explain(
 
         # The hub, imported by now, logs every failed try; the error that follows says it once.
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-        # All that can be wrong is looked at before the first file is written.
-        photographs = [read_image(path) for path in images]
         stems = _distinct_stems(images)
         check_outputs([file for stem in stems for file in Explanation.files(out, stem)], force=force)
         chosen = SELECTORS_BY_NAME[selector.value](quantile=quantile)
         status.update(f"Loading {escape(model)}")
         classifier = load_model(model)
         status.update("Explaining")
-        explanations = explain_images(
-            classifier,
-            photographs,
-            chosen,
-            target=None if target is None else classifier.find_category(target),
-            layers=_parse_layers(layers),
-            gamma=gamma,
-            conserve=conserve.value,
-            method=method,
-            names=[path.name for path in images],
-        )
+        with warnings.catch_warnings():
+            # Captum's notice that a method sets hooks, which are gone by the time it is read.
+            warnings.filterwarnings("ignore", message="Setting (backward|forward)")
+            explanations = explain_images(
+                classifier,
+                photographs,
+                chosen,
+                target=None if target is None else classifier.find_category(target),
+                layers=_parse_layers(layers),
+                gamma=gamma,
+                conserve=conserve.value,
+                method=method,
+                names=[path.name for path in images],
+            )
         for found, stem in zip(explanations, stems, strict=True):
             found.save(out, stem, force=force)
 
@@ -139,7 +147,11 @@ def explain(
         others = [prediction for prediction in found.predictions if prediction.index != found.target.index][:3]
         table.add_row(escape(path.name), _share(found.target), ", ".join(_share(prediction) for prediction in others))
     _out.print(table)
-    _out.print(f"\nPanels, signed maps and settings are in {escape(str(out))}", highlight=False, soft_wrap=True)
+    layers_edited = explanations[0].settings["layers"]
+    _out.print(
+        f"\n{len(layers_edited)} convolutions edited, {layers_edited[0]} to {layers_edited[-1]}", highlight=False
+    )
+    _out.print(f"Panels, maps and settings are in {escape(str(out))}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -151,7 +163,7 @@ def models(
 
     entries = list_models(pattern or "*")
     if not entries:
-        raise SettingError(f"No model matches {pattern!r}; `parchgrad models '*'` lists all.")
+        raise SettingError(f"No model matches {pattern!r}; try `parchgrad models '*{pattern}*'`, or '*' for all.")
     shown = [entry for entry in entries if pattern or entry.offline or entry.library != "timm"]
     table = _table("name", "library", "weights")
     for entry in shown:
@@ -169,8 +181,10 @@ def demo(
 ) -> None:
     """Explain four photographs and play the grid pointing game on them; offline, one page to look at."""
     with _err.status("Explaining four photographs and their mosaic"):
-        from parchgrad.demo import CHANCE, demonstrate
+        from parchgrad.demo import CHANCE, Demonstration, demonstrate
+        from parchgrad.files import check_outputs
 
+        check_outputs(Demonstration.files(out), force=force)
         found = demonstrate()
         page = found.save(out, force=force)
     table = _table("class", *found.shares)

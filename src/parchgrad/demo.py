@@ -50,15 +50,20 @@ class Demonstration:
     mosaic_maps: dict[str, NDArray[Any]]
     shares: dict[str, NDArray[Any]]
 
+    @staticmethod
+    def files(directory: str | Path) -> tuple[Path, Path]:
+        """Name the two files that `save` writes: the page and the overview."""
+        return Path(directory) / "index.html", Path(directory) / "overview.jpg"
+
     def save(self, directory: str | Path, *, force: bool = False) -> Path:
         """Write the page and the overview picture; return the page's path.
 
         Raises:
             OutputError: if a file exists and `force` is off, or cannot be written.
         """
-        page, overview = Path(directory) / "index.html", Path(directory) / "overview.jpg"
+        page, overview = self.files(directory)
         check_outputs((page, overview), force=force)
-        save_figure(self._overview(), overview, force=force, dots_per_inch=90)
+        save_figure(self._overview(), overview, dots_per_inch=90)
         with writing(page) as temporary:
             temporary.write_text(self._page(), encoding="utf-8")
         return page
@@ -83,6 +88,7 @@ class Demonstration:
             version=__version__,
             model=OFFLINE_MODEL,
             quantile=QUANTILE,
+            layers=LAYERS,
             chance=CHANCE,
             colours=[matplotlib.colors.to_hex(c) for c in matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, 12))],
             photographs=[

@@ -25,6 +25,7 @@ __all__ = [
     "ParchGrad",
     "Target",
     "check_evaluation_mode",
+    "check_model",
     "check_target_count",
     "check_target_range",
     "integer_targets",
@@ -93,6 +94,7 @@ class ParchGrad:
             StatisticsError: if the selector's statistics do not fit the layers.
             TargetError: if `target` is no class.
         """
+        check_model(model)
         if isinstance(model, nn.DataParallel):
             raise ModelError(
                 "DataParallel copies the model in every pass, out of reach of the edit; explain model.module, "
@@ -390,6 +392,14 @@ def read_classes(gradient: Tensor) -> Tensor:
     seeds = gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
     largest, classes = seeds.max(dim=1)
     return torch.where(largest > 0, classes, seeds.abs().argmax(dim=1))
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `ModelError` if what is given is no module."""
+    if not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)
+        hint = "give its .model" if isinstance(inner, nn.Module) else "give the network itself"
+        raise ModelError(f"The model is a {type(model).__name__}, but a torch.nn.Module is needed; {hint}.")
 
 
 def check_evaluation_mode(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from parchgrad.attribution import Explainer, heatmap
 from parchgrad.engine import integer_targets
+from parchgrad.errors import SettingError
 from parchgrad.files import check_outputs, writing
 from parchgrad.layers import LayerChoice
 from parchgrad.models import Classifier, Prediction
@@ -140,6 +141,8 @@ def explain_images(
         ('tiger shark', (3, 224, 224))
     """
     options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size, **(method_options or {})}
+    if not isinstance(selector, Selector):
+        raise SettingError(f"selector is {selector!r}, but photographs are explained with one beside the plain method.")
     explainer = Explainer(classifier.model, selector, layers=layers, gamma=gamma, conserve=conserve, **options)
     plain = Explainer(classifier.model, None, **options)
     settings = {

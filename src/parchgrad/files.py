@@ -1,5 +1,6 @@
 """Writing files so that nothing half-written is ever seen and nothing is lost."""
 
+import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,15 @@ __all__ = ["check_outputs", "writing"]
 
 
 def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
-    """Raise `OutputError` if one of the files exists and `force` is off."""
+    """Raise `OutputError` if one of the files exists and `force` is off, or its folder can be neither used nor made."""
     for path in paths:
         if path.exists() and not force:
-            raise OutputError(f"{str(path)!r} exists already; give --force (force=True) to overwrite it.")
+            raise OutputError(
+                f"{str(path)!r} exists already; choose another folder, or overwrite it with force=True (--force)."
+            )
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OutputError(f"{str(path)!r} cannot be written below {str(folder)!r}; choose another folder.")
 
 
 @contextmanager

@@ -104,7 +104,8 @@ class Classifier:
             return matches[0]
         if matches:
             raise TargetError(f"{len(matches)} classes are named {query!r}; give one of the indices {matches}.")
-        near = [name for name in names if wanted and wanted in name][:5]
+        containing = [name for name in names if wanted and wanted in name]
+        near = sorted(containing, key=lambda name: wanted not in name.split())[:5]
         near = near or difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
         hint = f"near names: {', '.join(near)}" if near else "give its index, or a name as ImageNet spells it"
         raise TargetError(f"{self.name} has no class named {query!r}; {hint}.")

@@ -24,7 +24,7 @@ Conserve = Literal["independent", "exact", "none"]
 def check_edit_settings(gamma: float, conserve: str) -> None:
     """Raise `SettingError` unless `gamma` and `conserve` are settings that `partition_gradient` knows."""
     if not isinstance(gamma, int | float) or not gamma > 0:
-        raise SettingError(f"gamma is {gamma!r}, but it must be a positive number; math.inf prunes the other channels.")
+        raise SettingError(f"gamma is {gamma!r}, but it must be a positive number; infinity prunes the other channels.")
     if conserve not in get_args(Conserve):
         raise SettingError(f"conserve is {conserve!r}, but it must be one of {', '.join(get_args(Conserve))}.")
 

@@ -279,6 +279,10 @@ class _StatisticalSelector(Selector):
     normality_threshold: float | None = field(default=0.05, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.statistics, ChannelStatistics):
+            raise StatisticsError(
+                f"statistics is a {type(self.statistics).__name__}, but this selector needs ChannelStatistics."
+            )
         _check_threshold(self.quantile, self.alpha)
         _check_normality_threshold(self.normality_threshold)
 
@@ -325,6 +329,7 @@ class ClassWise(_StatisticalSelector):
 
     Raises:
         SettingError: if a setting is out of range.
+        StatisticsError: if `statistics` are no channel statistics.
 
     Example:
         >>> from parchgrad.statistics import ChannelStatistics, LayerStatistics
@@ -385,6 +390,7 @@ class InstanceWise(_StatisticalSelector):
 
     Raises:
         SettingError: if a setting is out of range.
+        StatisticsError: if `statistics` are no channel statistics.
 
     Example:
         >>> from parchgrad.statistics import ChannelStatistics, LayerStatistics

@@ -43,9 +43,11 @@ def test_panel_lays_out_rows_and_columns_with_one_colour_bar(tmp_path):
     for name in ("a.png", "a.jpg", "a.pdf"):
         save_figure(figure, tmp_path / name)
     with Image.open(tmp_path / "a.png") as saved:
-        assert np.asarray(saved).std() > 10
-    with pytest.raises(OutputError, match="exists already"):
-        save_figure(figure, tmp_path / "a.png")
+        pixels = np.asarray(saved.convert("L"))
+        assert pixels.std() > 10
+        # No title touches the edge.
+        assert (pixels[:4] > 250).all()
+    save_figure(figure, tmp_path / "a.png")
     for name in ("a.xyz", "a"):
         with pytest.raises(OutputError, match=r"names no picture format; end it in one of: .*\.png"):
             save_figure(figure, tmp_path / name)
@@ -71,6 +73,8 @@ def test_maps_that_cannot_be_shown(heat):
 def test_pictures_that_do_not_match():
     with pytest.raises(InputError, match="do not match"):
         blend(np.zeros((4, 4, 3)), np.zeros((5, 4)))
+    with pytest.raises(InputError, match=r"from 0 to 255; scale it to \[0, 1\]"):
+        blend(np.full((4, 4, 3), 255) * np.eye(4)[..., None], np.zeros((4, 4)))
     with pytest.raises(SettingError, match="percentile is 150"):
         normalise(np.ones((2, 2)), percentile=150)
     with pytest.raises(InputError, match="needs at least one"):

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from parchgrad.errors import InputError, OutputError, SettingError
-from parchgrad.files import check_outputs, writing
+from parchgrad.files import writing
 
 __all__ = ["COLOUR_MAP", "blend", "normalise", "overlay", "panel", "save_figure"]
 
@@ -82,6 +82,8 @@ def blend(photograph: ArrayLike, heat: ArrayLike) -> Picture:
     picture, values = _array(photograph), normalise(heat)
     if picture.shape != (*values.shape, 3):
         raise InputError(f"A photograph of shape {picture.shape} and a map of shape {values.shape} do not match.")
+    if picture.min() < 0 or picture.max() > 1:
+        raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
     grey = (picture @ np.array([0.2126, 0.7152, 0.0722]))[..., None]
     colours = matplotlib.colormaps[COLOUR_MAP](values)[..., :3]
     # The photograph shows through where there is little to say, and gives way where there is much.
@@ -155,19 +157,18 @@ def panel(
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path, *, force: bool = False, dots_per_inch: int = 120) -> None:
-    """Write a figure; the format follows the suffix.
+def save_figure(figure: Figure, path: str | Path, *, dots_per_inch: int = 120) -> None:
+    """Write a figure, over an earlier one of that name; the format follows the suffix.
 
     Raises:
-        OutputError: if the file exists and `force` is off, its suffix names no format, or it cannot be written.
+        OutputError: if the suffix names no format, or the file cannot be written.
     """
     path = Path(path)
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise OutputError(f"{str(path)!r} names no picture format; end it in one of: .{', .'.join(sorted(formats))}.")
-    check_outputs([path], force=force)
     with writing(path) as temporary:
-        figure.savefig(temporary, dpi=dots_per_inch)
+        figure.savefig(temporary, dpi=dots_per_inch, bbox_inches="tight", pad_inches=0.12)
 
 
 def _array(values: ArrayLike) -> NDArray[np.float64]:
