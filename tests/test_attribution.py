@@ -193,8 +193,10 @@ def test_captums_other_methods_batch_bound_and_clean_up(method):
 
 def test_methods_that_would_do_nothing_of_their_own_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(144, 2)).eval()
-    with pytest.raises(ModelError, match="acts on ReLU modules, of which Sequential has none"):
+    with pytest.raises(ModelError, match="acts on modules of type ReLU, of which Sequential has none"):
         pg.Explainer(model, None, method="GuidedBackprop")
+    with pytest.raises(ModelError, match="DeepLift acts on modules of type ReLU, ELU"):
+        pg.Explainer(model, None, method="DeepLift")
 
 
 def test_an_explainer_can_be_pickled():

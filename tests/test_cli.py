@@ -72,7 +72,7 @@ def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_p
         (["--method", "magic"], "method 'magic' does not exist"),
         (["--model", "resnet-18"], "near names: resnet18"),
         (["--method", "LRP"], "method 'LRP' does not exist"),
-        (["--method", "GuidedBackprop"], "acts on ReLU modules"),
+        (["--method", "GuidedBackprop"], "acts on modules of type ReLU"),
         (["--method", "GradientShap"], "needs the option 'baselines'"),
         (["--selector", "magic"], "'energy'"),
         (["--conserve", "magic"], "'exact'"),

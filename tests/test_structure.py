@@ -11,7 +11,7 @@ from parchgrad import errors
 # From the bottom up; modules on one line may import each other.
 ORDER = [
     {"_version", "errors", "files"},
-    {"partition", "layers", "statistics.tests"},
+    {"partition", "layers", "statistics.moments", "statistics.tests"},
     {"statistics", "statistics.store", "selection"},
     {"engine"},
     {"attribution"},

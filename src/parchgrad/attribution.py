@@ -43,10 +43,14 @@ _RESERVED |= {"additional_forward_args", "return_convergence_delta"}
 _UNSUPPORTED = {"LRP"}
 # Their baselines are samples of a distribution, not one per row.
 _SAMPLES_BASELINES = {"GradientShap", "DeepLiftShap"}
-# They replace the backward pass of ReLU modules, and without any are the plain gradient under another name.
 # They compare every activation's input with its output, and fail where a module serves twice.
 _NEEDS_SEPARATE_MODULES = {"DeepLift", "DeepLiftShap"}
-_NEEDS_RELU = {"GuidedBackprop", "Deconvolution", "GuidedGradCam"}
+_ACTIVATIONS = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
+# Methods that replace the backward pass of these modules, and without any are a plain method under another name.
+_ACTS_ON: Mapping[str, tuple[type[nn.Module], ...]] = {
+    **dict.fromkeys(("GuidedBackprop", "Deconvolution", "GuidedGradCam"), (nn.ReLU,)),
+    **dict.fromkeys(("DeepLift", "DeepLiftShap"), _ACTIVATIONS),
+}
 
 
 class Explainer:
@@ -320,10 +324,12 @@ class _CaptumMethod:
 
     def check(self, model: nn.Module) -> None:
         """Raise `ModelError` if the method would do nothing of its own on this model."""
-        if self.class_name in _NEEDS_RELU and not any(isinstance(module, nn.ReLU) for module in model.modules()):
+        kinds = _ACTS_ON.get(self.class_name)
+        if kinds is not None and not any(isinstance(module, kinds) for module in model.modules()):
+            names = ", ".join(kind.__name__ for kind in kinds)
             raise ModelError(
-                f"{self.class_name} acts on ReLU modules, of which {type(model).__name__} has none; "
-                "it would be the plain gradient, so use method='gradient'."
+                f"{self.class_name} acts on modules of type {names}, of which {type(model).__name__} has none; "
+                "it would be a plain method under another name, so use 'gradient' or 'input_x_gradient'."
             )
 
     def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:

@@ -1,14 +1,17 @@
 import numpy as np
 import pytest
+import torch
 from scipy import integrate, special, stats
 
+from parchgrad.statistics.moments import moments_of_weights
 from parchgrad.statistics.tests import class_log_p, student_t_log_sf
 
 
 def moments(samples, labels, classes):
     groups = [samples[labels == label] for label in range(classes)]
     return {
-        "class_count": np.array([float(len(group)) for group in groups]),
+        "class_weight": np.array([float(len(group)) for group in groups]),
+        "class_square": np.array([float(len(group)) for group in groups]),
         "class_mean": np.stack([group.mean(0) if len(group) else np.zeros(samples.shape[1]) for group in groups], 1),
         "class_variance": np.stack(
             [group.var(0, ddof=1) if len(group) > 1 else np.full(samples.shape[1], np.nan) for group in groups], 1
@@ -32,6 +35,54 @@ def test_equals_scipy_for_unequal_groups(test, shift):
             samples[labels == label], samples[labels != label], equal_var=test == "student", alternative="greater"
         ).pvalue
         np.testing.assert_allclose(np.exp(log_p[:, label]), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("test", ["welch", "student"])
+@pytest.mark.parametrize("separation", [1e3, 1e6])
+def test_a_class_far_from_the_rest_does_not_cancel(separation, test):
+    generator = np.random.default_rng(4)
+    samples, labels = generator.normal(size=(15, 40)), np.arange(15) % 3
+    samples[labels == 0] += separation
+    log_p = class_log_p(**moments(samples, labels, 3), test=test)
+    for label in range(3):
+        own, rest = samples[labels == label], samples[labels != label]
+        expected = stats.ttest_ind(own, rest, equal_var=test == "student", alternative="greater").pvalue
+        np.testing.assert_allclose(np.exp(log_p[:, label]), expected, rtol=1e-9)
+
+
+def test_some_classes_of_many_are_tested_against_all_the_others():
+    generator = np.random.default_rng(5)
+    samples, labels = generator.normal(size=(60, 7)), np.arange(60) % 5
+    whole = moments(samples, labels, 5)
+    some = {name: value[..., [3, 1]] if name.startswith("class") else value for name, value in whole.items()}
+    np.testing.assert_allclose(class_log_p(**some), class_log_p(**whole)[:, [3, 1]], rtol=1e-9)
+
+
+def test_weights_of_whole_numbers_over_a_common_one_are_repeated_samples_of_a_smaller_size():
+    # Weights 0 and 1/2: the effective size is the number of samples, and mean and variance are theirs.
+    generator = np.random.default_rng(6)
+    samples = generator.normal(size=(20, 6))
+    own = np.arange(20) < 8
+    weights = np.stack([np.where(own, 0.5, 0.0), np.where(own, 0.5, 1.0)], axis=1)
+    torch_moments = moments_of_weights(torch.from_numpy(samples), torch.from_numpy(weights))
+    log_p = class_log_p(
+        torch_moments.weight.numpy(),
+        torch_moments.square.numpy(),
+        torch_moments.mean.numpy().T,
+        torch_moments.variance.numpy().T,
+        20.0,
+        samples.mean(0),
+        samples.var(0, ddof=1),
+    )
+    # By hand: every row's weight in the rest is one minus its weight in the class.
+    rest = weights[:, 1]
+    rest_size = rest.sum() ** 2 / (rest**2).sum()
+    rest_mean = rest @ samples / rest.sum()
+    rest_variance = rest @ (samples - rest_mean) ** 2 / (rest.sum() - (rest**2).sum() / rest.sum())
+    a, b = samples[own].var(0, ddof=1) / 8, rest_variance / rest_size
+    t = (samples[own].mean(0) - rest_mean) / np.sqrt(a + b)
+    freedom = (a + b) ** 2 / (a**2 / 7 + b**2 / (rest_size - 1))
+    np.testing.assert_allclose(log_p[:, 0], stats.t.logsf(t, freedom), rtol=1e-10)
 
 
 def test_one_sample_falls_back_to_student():

@@ -23,10 +23,12 @@ class LayerStatistics:
         count: number of images, shape ().
         mean: mean per channel, shape (C,).
         std: unbiased standard deviation per channel, shape (C,).
-        class_count: images per class, shape (K,).
+        class_count: images per class, shape (K,); the sum of their weights where images belong to every class to some
+            extent.
         class_mean: mean per channel and class, shape (C, K).
         class_variance: unbiased variance per channel and class, shape (C, K).
         shapiro_p: Shapiro-Wilk p-value per channel, in [0, 1], shape (C,).
+        class_square: sum of the squared weights per class, shape (K,); `class_count` where weights are zero or one.
 
     Raises:
         StatisticsError: if a shape does not fit the others, or a number is not finite or out of its range.
@@ -36,8 +38,8 @@ class LayerStatistics:
         ...     count=torch.tensor(40), mean=torch.tensor([1.0]), std=torch.tensor([0.5]),
         ...     class_count=torch.tensor([20, 20]), class_mean=torch.tensor([[1.3, 0.7]]),
         ...     class_variance=torch.tensor([[0.16, 0.16]]), shapiro_p=torch.tensor([0.01]))
-        >>> layer.class_log_p().exp().round(decimals=6)
-        tensor([[1.6000e-05, 9.9998e-01]], dtype=torch.float64)
+        >>> layer.class_log_p().round(decimals=2)
+        tensor([[-11.1200,  -0.0000]], dtype=torch.float64)
     """
 
     count: Tensor
@@ -47,8 +49,11 @@ class LayerStatistics:
     class_mean: Tensor
     class_variance: Tensor
     shapiro_p: Tensor
+    class_square: Tensor = None  # type: ignore[assignment]  # replaced by class_count as soon as it is made
 
     def __post_init__(self) -> None:
+        if self.class_square is None:
+            object.__setattr__(self, "class_square", self.class_count)
         for entry in fields(self):
             value = torch.as_tensor(getattr(self, entry.name)).detach().to("cpu", torch.float64, copy=True)
             object.__setattr__(self, entry.name, value)
@@ -61,6 +66,7 @@ class LayerStatistics:
             "class_mean": (channels, classes),
             "class_variance": (channels, classes),
             "shapiro_p": (channels,),
+            "class_square": (classes,),
         }
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -69,8 +75,9 @@ class LayerStatistics:
                     f"{name} has shape {tuple(value.shape)}, but {channels} channels and {classes} classes "
                     f"need {shape}; give arrays that belong to one layer."
                 )
-            # A class with fewer than two images has no variance; such entries are not read.
-            readable = value[:, self.class_count > 1] if name == "class_variance" else value
+            # A class with no more than one effective image has no variance; such entries are not read.
+            has_variance = self.class_count.square() > self.class_square
+            readable = value[:, has_variance] if name == "class_variance" else value
             if not torch.isfinite(readable).all():
                 raise StatisticsError(f"{name} holds values that are not finite; collect the statistics again.")
             highest = 1.0 if name == "shapiro_p" else torch.inf
@@ -95,6 +102,7 @@ class LayerStatistics:
         """
         log_p = class_log_p(
             self.class_count.numpy(),
+            self.class_square.numpy(),
             self.class_mean.numpy(),
             self.class_variance.numpy(),
             self.count.item(),

@@ -1,5 +1,7 @@
 """One-sided t-tests of every channel and class at once, straight from moments, as natural log p. Pure functions."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,6 +19,7 @@ Floats = NDArray[np.float64]
 _ROUNDING = 1e-12
 # Below this scipy's survival function nears the smallest double, and the continued fraction takes over.
 _UNDERFLOW = 1e-280
+_BLOCK = 256
 
 
 def check_test(test: str) -> None:
@@ -26,7 +29,8 @@ def check_test(test: str) -> None:
 
 
 def class_log_p(
-    class_count: Floats,
+    class_weight: Floats,
+    class_square: Floats,
     class_mean: Floats,
     class_variance: Floats,
     count: float,
@@ -38,13 +42,17 @@ def class_log_p(
     """Log p of "the mean over this class is larger than over all other classes", for every channel and class.
 
     Welch's test (unequal variances) uses the Welch-Satterthwaite degrees of freedom, Student's the pooled variance.
-    Under Welch a class or rest with one sample has no variance of its own and falls back to Student. Where a test is
-    not defined (a constant channel, a class without samples or without rest), p is 1.
+    Where samples belong to a class to some extent only, groups count with their effective size (Kish 1965), the
+    squared sum of the weights over the sum of their squares; the rest of a class has the weights that are left. Under
+    Welch a group of less than two effective samples has no variance of its own and falls back to Student. Where a test
+    is not defined (a constant channel, a class without samples or without rest), p is 1.
 
     Args:
-        class_count: samples per class, shape (K,).
-        class_mean: mean per channel and class, shape (C, K).
-        class_variance: unbiased variance per channel and class, shape (C, K); not read where the count is below 2.
+        class_weight: sum of the samples' weights per class, shape (K,); their number where weights are zero or one.
+        class_square: sum of the squared weights per class, shape (K,).
+        class_mean: weighted mean per channel and class, shape (C, K).
+        class_variance: unbiased weighted variance per channel and class, shape (C, K); not read where a class has no
+            more than one effective sample.
         count: samples in all.
         mean: mean per channel over all samples, shape (C,).
         variance: unbiased variance per channel over all samples, shape (C,).
@@ -57,44 +65,112 @@ def class_log_p(
         SettingError: if `test` is unknown.
 
     Example:
-        >>> samples = np.array([[3.0, 4.0, 5.0, 0.0, 1.0, 2.0, 1.5]])
-        >>> log_p = class_log_p(np.array([3.0, 4.0]), np.array([[4.0, 1.125]]), np.array([[1.0, 0.7291666667]]),
+        >>> samples, sizes = np.array([[3.0, 4.0, 5.0, 0.0, 1.0, 2.0, 1.5]]), np.array([3.0, 4.0])
+        >>> log_p = class_log_p(sizes, sizes, np.array([[4.0, 1.125]]), np.array([[1.0, 0.7291666667]]),
         ...                     7, samples.mean(1), samples.var(1, ddof=1))
         >>> np.exp(log_p).round(4)
         array([[0.0081, 0.9919]])
     """
     check_test(test)
-    rest_count = count - class_count
-    has_both = (class_count > 0) & (rest_count > 0)
-    n_class, n_rest = np.where(has_both, class_count, 1.0), np.where(has_both, rest_count, 1.0)
 
-    rest_mean = (count * mean[:, None] - n_class * class_mean) / n_rest
-    difference = class_mean - rest_mean
-    class_squares = np.where(n_class > 1, class_variance, 0.0) * np.maximum(n_class - 1, 0.0)
-    between = difference**2 * n_class * n_rest / count
-    rest_squares = np.maximum(variance[:, None] * (count - 1) - class_squares - between, 0.0)
-    rest_squares = np.where(n_rest > 1, rest_squares, 0.0)
+    def part(rows: slice) -> Floats:
+        of_class = (class_weight, class_square, class_mean[rows], class_variance[rows])
+        return _log_p_of_channels(*of_class, count, mean[rows], variance[rows], test)
 
-    student_freedom = np.broadcast_to(np.maximum(n_class + n_rest - 2, 0.0), difference.shape)
+    # Blocks of channels fit the caches, and numpy lets other threads run meanwhile.
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(mean), _BLOCK)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.concatenate(list(pool.map(part, blocks)))
+
+
+def _log_p_of_channels(
+    weight: Floats,
+    square: Floats,
+    class_mean: Floats,
+    class_variance: Floats,
+    count: float,
+    mean: Floats,
+    variance: Floats,
+    test: TTest,
+) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
-        pooled = (class_squares + rest_squares) / student_freedom
-        squared_error, freedom = pooled * (1 / n_class + 1 / n_rest), student_freedom
+        size = np.where(square > 0, weight**2 / square, 0.0)
+        class_m2 = np.where(size > 1, class_variance * (weight - square / weight), 0.0)
+        # The weights that a class leaves add up to these.
+        rest_weight, rest_square = count - weight, count - 2 * weight + square
+        rest_size = np.where(rest_square > 0, rest_weight**2 / rest_square, 0.0)
+        rest_mean, rest_m2 = _rest_of_each_class(weight, class_mean, class_m2, count, mean, variance * (count - 1))
+        rest_variance = np.where(rest_size > 1, rest_m2 / (rest_weight - rest_square / rest_weight), 0.0)
+        own_variance = np.where(size > 1, class_variance, 0.0)
+
+        difference = class_mean - rest_mean
+        freedom = np.broadcast_to(size + rest_size - 2, difference.shape)
+        pooled = (own_variance * (size - 1) + rest_variance * (rest_size - 1)) / freedom
+        squared_error = pooled * (1 / size + 1 / rest_size)
         if test == "welch":
-            class_error = class_squares / (n_class - 1) / n_class
-            rest_error = rest_squares / (n_rest - 1) / n_rest
+            class_error, rest_error = own_variance / size, rest_variance / rest_size
             welch_freedom = (class_error + rest_error) ** 2 / (
-                class_error**2 / (n_class - 1) + rest_error**2 / (n_rest - 1)
+                class_error**2 / (size - 1) + rest_error**2 / (rest_size - 1)
             )
-            defined = (n_class > 1) & (n_rest > 1) & np.isfinite(welch_freedom)
+            defined = (size >= 2) & (rest_size >= 2) & np.isfinite(welch_freedom)
             squared_error = np.where(defined, class_error + rest_error, squared_error)
             freedom = np.where(defined, welch_freedom, freedom)
         t = difference / np.sqrt(squared_error)
+        # Moments of a constant channel carry the rounding of its mean.
+        constant = (np.sqrt(variance) <= _ROUNDING * np.abs(mean))[:, None]
+        defined = ~constant & (weight > 0) & (rest_weight > 0) & (freedom > 0) & ~np.isnan(t)
+    log_p = student_t_log_sf(np.where(defined, t, 0.0), np.where(defined, freedom, 1.0))
+    return np.where(defined, log_p, 0.0)
 
-    # Moments of a constant channel carry the rounding of its mean.
-    constant = np.broadcast_to((np.sqrt(variance) <= _ROUNDING * np.abs(mean))[:, None], t.shape)
-    undefined = constant | ~np.broadcast_to(has_both, t.shape) | ~(freedom > 0) | np.isnan(t)
-    log_p = student_t_log_sf(np.where(undefined, 0.0, t), np.where(undefined, 1.0, freedom))
-    return np.where(undefined, 0.0, log_p)
+
+def _rest_of_each_class(
+    weight: Floats, mean: Floats, m2: Floats, count: float, total_mean: Floats, total_m2: Floats
+) -> tuple[Floats, Floats]:
+    """Mean and m2 of all samples outside each class, each (C, K), by merging the other classes.
+
+    Taking the class away from the total instead would cancel where a class lies far from the rest.
+    """
+    before = _running_merge(weight, mean, m2)
+    behind = _running_merge(weight[::-1], mean[:, ::-1], m2[:, ::-1])
+    after = (behind[0][::-1], behind[1][:, ::-1], behind[2][:, ::-1])
+    # What no class holds: statistics may be restricted to some classes.
+    before_last = (before[0][-1:], before[1][:, -1:], before[2][:, -1:])
+    everything = _merge(before_last, (weight[-1:], mean[:, -1:], m2[:, -1:]))
+    other_weight = count - everything[0]
+    other_weight = np.where(other_weight > _ROUNDING * count, other_weight, 0.0)
+    safe = np.where(other_weight > 0, other_weight, 1.0)
+    other_mean = np.where(other_weight > 0, (count * total_mean[:, None] - everything[0] * everything[1]) / safe, 0.0)
+    between = (other_mean - everything[1]) ** 2 * everything[0] * other_weight / count
+    other_m2 = np.where(other_weight > 0, np.maximum(total_m2[:, None] - everything[2] - between, 0.0), 0.0)
+    other = (other_weight, other_mean, other_m2)
+    _, rest_mean, rest_m2 = _merge(_merge(before, after), other)
+    return rest_mean, rest_m2
+
+
+def _running_merge(weight: Floats, mean: Floats, m2: Floats) -> tuple[Floats, Floats, Floats]:
+    """Weight, mean and m2 of all classes before each class; zero before the first."""
+    channels, classes = mean.shape
+    weights = np.concatenate([[0.0], np.cumsum(weight)[:-1]])
+    means, m2s = np.zeros((classes, channels)), np.zeros((classes, channels))
+    # Rows of a class lie together: this is the one loop over classes, each step over all channels.
+    mean, m2 = np.ascontiguousarray(mean.T), np.ascontiguousarray(m2.T)
+    for k in range(1, classes):
+        together = weights[k]
+        share = weight[k - 1] / together if together > 0 else 0.0
+        difference = mean[k - 1] - means[k - 1]
+        means[k] = means[k - 1] + difference * share
+        m2s[k] = m2s[k - 1] + m2[k - 1] + difference**2 * (weights[k - 1] * share)
+    return weights, means.T, m2s.T
+
+
+def _merge(
+    first: tuple[Floats, Floats, Floats], second: tuple[Floats, Floats, Floats]
+) -> tuple[Floats, Floats, Floats]:
+    """Chan's update of (weight, mean, m2), elementwise."""
+    weight = first[0] + second[0]
+    share = np.where(weight > 0, second[0] / np.where(weight > 0, weight, 1.0), 0.0)
+    difference = second[1] - first[1]
+    return weight, first[1] + difference * share, first[2] + second[2] + difference**2 * (first[0] * share)
 
 
 def student_t_log_sf(t: Floats, freedom: Floats) -> Floats:
