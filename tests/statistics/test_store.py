@@ -1,5 +1,11 @@
+import contextlib
+import json
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from parchgrad.errors import StatisticsError
 from parchgrad.statistics import ChannelStatistics, LayerStatistics
@@ -55,3 +61,109 @@ def test_layers_must_agree_on_the_classes():
         ChannelStatistics({})
     with pytest.raises(StatisticsError, match="'b' has statistics of 3 classes, the first layer of 5"):
         ChannelStatistics({"a": random_statistics({"a": 2})["a"], "b": LayerStatistics(**arrays())})
+
+
+def header(path):
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    return json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
+
+
+def saved(tmp_path):
+    # Names out of alphabetical order, with the dots that module names have.
+    statistics = random_statistics({"features.10": 4, "features.2": 3, "head": 2}, classes=3)
+    statistics = ChannelStatistics(statistics.layers, {"model": "tiny", "data": "12 photographs"})
+    path = tmp_path / "tiny.safetensors"
+    statistics.save(path)
+    return statistics, path
+
+
+def equal(first, second):
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in (*FIELDS, "class_square"))
+
+
+def test_a_file_gives_back_everything(tmp_path):
+    statistics, path = saved(tmp_path)
+    loaded = ChannelStatistics.load(str(path))
+    assert list(loaded) == ["features.10", "features.2", "head"]
+    assert all(equal(loaded[name], statistics[name]) for name in statistics)
+    assert dict(loaded.metadata) == {"model": "tiny", "data": "12 photographs"}
+    statistics.restrict(["head"]).save(path)
+    assert list(ChannelStatistics.load(path)) == ["head"]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_restricting_keeps_order_and_makes_a_small_file(tmp_path):
+    statistics, path = saved(tmp_path)
+    small = statistics.restrict(["head", "features.10"])
+    assert list(small) == ["features.10", "head"]
+    assert equal(small["head"], statistics["head"])
+    assert small.metadata == statistics.metadata
+    small.save(tmp_path / "small.safetensors")
+    assert (tmp_path / "small.safetensors").stat().st_size < path.stat().st_size
+    with pytest.raises(StatisticsError, match=r"do not hold layer 'tail'; they hold features\.10, features\.2, head"):
+        statistics.restrict(["tail"])
+
+
+def rewrite(path, tensors=None, **changes):
+    metadata = {**header(path), **changes}
+    save_file(
+        load_file(path) if tensors is None else tensors, path, {k: v for k, v in metadata.items() if v is not None}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": "weights"}, "holds no channel statistics"),
+        ({"format": None}, "holds no channel statistics"),
+        ({"format_version": "0"}, "has format version '0', this release reads '1'"),
+        ({"layers": None}, "field 'layers'"),
+        ({"layers": "["}, "field 'layers'"),
+        ({"layers": "[" * 100_000}, "field 'layers'"),
+        ({"layers": "3"}, "header of .* is damaged"),
+        ({"metadata": "[]"}, "header of .* is damaged"),
+        ({"layers": '["conv"]'}, "Layer 'conv' in .* lacks 'count'"),
+        ({"layers": "[]"}, "at least one layer"),
+    ],
+)
+def test_headers_that_do_not_fit(tmp_path, changes, words):
+    _, path = saved(tmp_path)
+    rewrite(path, **changes)
+    with pytest.raises(StatisticsError, match=words):
+        ChannelStatistics.load(path)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    _, path = saved(tmp_path)
+    tensors = load_file(path)
+    rewrite(path, {**tensors, "head/std": torch.ones(7)})
+    with pytest.raises(StatisticsError, match=r"Layer 'head' in .* does not fit: std has shape \(7,\)"):
+        ChannelStatistics.load(path)
+    rewrite(path, {name: value for name, value in tensors.items() if name != "features.2/mean"})
+    with pytest.raises(StatisticsError, match=r"Layer 'features\.2' in .* lacks 'mean'"):
+        ChannelStatistics.load(path)
+
+
+def test_files_of_another_kind(tmp_path):
+    with pytest.raises(StatisticsError, match="There is no statistics file"):
+        ChannelStatistics.load(tmp_path / "none.safetensors")
+    with pytest.raises(StatisticsError, match="cannot be read as channel statistics"):
+        ChannelStatistics.load(tmp_path)
+    torch.save({"a": torch.zeros(2)}, tmp_path / "pickle.pth")
+    with pytest.raises(StatisticsError, match="cannot be read as channel statistics"):
+        ChannelStatistics.load(tmp_path / "pickle.pth")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_bytes_are_an_error_or_change_numbers_only(tmp_path_factory, data):
+    _, path = saved(tmp_path_factory.mktemp("fuzz"))
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, 1500))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(StatisticsError):
+        ChannelStatistics.load(path)

@@ -1,16 +1,24 @@
-"""Channel statistics as read-only containers."""
+"""Channel statistics as read-only containers, and their file: safetensors, never a pickle."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from parchgrad.errors import StatisticsError
+from parchgrad.files import writing
 from parchgrad.statistics.tests import TTest, class_log_p
 
 __all__ = ["ChannelStatistics", "LayerStatistics"]
+
+_FORMAT = "parchgrad channel statistics"
+_VERSION = "1"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,7 +127,7 @@ class ChannelStatistics(Mapping[str, LayerStatistics]):
 
     Attributes:
         layers: statistics by the layer's name in the model.
-        metadata: what they were collected from.
+        metadata: what they were collected from, text by name.
 
     Raises:
         StatisticsError: if there is no layer, or the layers differ in their number of classes.
@@ -161,3 +169,85 @@ class ChannelStatistics(Mapping[str, LayerStatistics]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def restrict(self, layers: Iterable[str]) -> "ChannelStatistics":
+        """Keep some layers only, in their present order, for a smaller file.
+
+        Raises:
+            StatisticsError: if a layer is not among them.
+        """
+        wanted = set(layers)
+        unknown = wanted - set(self.layers)
+        if unknown:
+            raise StatisticsError(f"The statistics do not hold layer {min(unknown)!r}; they hold {', '.join(self)}.")
+        return ChannelStatistics({name: self[name] for name in self if name in wanted}, self.metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, over an earlier one of that name; it appears only when it is whole.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
+        tensors = {
+            f"{name}/{entry.name}": getattr(layer, entry.name).contiguous()
+            for name, layer in self.items()
+            for entry in fields(LayerStatistics)
+        }
+        # safetensors does not keep the order of tensors.
+        header = {"format": _FORMAT, "format_version": _VERSION, "layers": json.dumps(list(self))}
+        header["metadata"] = json.dumps(dict(self.metadata))
+        with writing(Path(path)) as temporary:
+            save_file(tensors, temporary, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ChannelStatistics":
+        """Read a file written by `save`. Nothing in it is executed.
+
+        Raises:
+            StatisticsError: if the file is missing, cut off, of another kind or version, or holds what does not fit;
+                the layer or field is named.
+        """
+        try:
+            with safe_open(path, framework="pt") as opened:
+                header = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        except FileNotFoundError as error:
+            raise StatisticsError(f"There is no statistics file {str(path)!r}; check the path.") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise StatisticsError(
+                f"{str(path)!r} cannot be read as channel statistics ({error}); it may be cut off or of another kind."
+            ) from error
+        if header.get("format") != _FORMAT:
+            raise StatisticsError(f"{str(path)!r} holds no channel statistics; collect some, or give another file.")
+        if header.get("format_version") != _VERSION:
+            raise StatisticsError(
+                f"{str(path)!r} has format version {header.get('format_version')!r}, this release reads {_VERSION!r}; "
+                "collect the statistics again, or install the release that wrote them."
+            )
+        names = _json(header, "layers", path)
+        metadata = _json(header, "metadata", path)
+        if not isinstance(names, list) or not isinstance(metadata, dict):
+            raise StatisticsError(f"The header of {str(path)!r} is damaged; collect the statistics again.")
+        layers = {str(name): _layer_from(tensors, str(name), path) for name in names}
+        return cls(layers, {str(name): str(value) for name, value in metadata.items()})
+
+
+def _json(header: Mapping[str, str], name: str, path: str | Path) -> object:
+    try:
+        value: object = json.loads(header[name])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise StatisticsError(
+            f"The field {name!r} in the header of {str(path)!r} is damaged; collect the statistics again."
+        ) from error
+    return value
+
+
+def _layer_from(tensors: Mapping[str, Tensor], layer: str, path: str | Path) -> LayerStatistics:
+    names = [entry.name for entry in fields(LayerStatistics)]
+    missing = [name for name in names if f"{layer}/{name}" not in tensors]
+    if missing:
+        raise StatisticsError(f"Layer {layer!r} in {str(path)!r} lacks {missing[0]!r}; collect the statistics again.")
+    try:
+        return LayerStatistics(**{name: tensors[f"{layer}/{name}"] for name in names})
+    except StatisticsError as error:
+        raise StatisticsError(f"Layer {layer!r} in {str(path)!r} does not fit: {error}") from error
