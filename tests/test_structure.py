@@ -12,7 +12,7 @@ from parchgrad import errors
 ORDER = [
     {"_version", "errors", "files"},
     {"partition", "layers", "statistics.moments", "statistics.tests"},
-    {"statistics", "statistics.store", "selection"},
+    {"statistics", "statistics.store", "statistics.collect", "selection"},
     {"engine"},
     {"attribution"},
     {"data", "data.images", "models", "evaluation", "evaluation.localisation", "visual", "visual.maps"},

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Selector,
     )
     from parchgrad.statistics import ChannelStatistics, LayerStatistics
+    from parchgrad.statistics.collect import collect_statistics
 
 __all__ = [
     "ChannelStatistics",
@@ -43,6 +44,7 @@ __all__ = [
     "Selector",
     "__version__",
     "choose_layers",
+    "collect_statistics",
     "explain_images",
     "find_convolutions",
     "heatmap",
@@ -70,6 +72,7 @@ _MODULES = {
         "Selector",
     ),
     "statistics": ("ChannelStatistics", "LayerStatistics"),
+    "statistics.collect": ("collect_statistics",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from parchgrad.engine import (
     ParchGrad,
     Target,
-    check_evaluation_mode,
-    check_model,
     check_target_count,
     check_target_range,
     integer_targets,
     plain_gradients,
 )
 from parchgrad.errors import InputError, ModelError, SettingError
-from parchgrad.layers import Convolution, LayerChoice
+from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model
 from parchgrad.partition import Conserve, at_least_float32
 from parchgrad.selection import Selector
 

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.errors import InputError, ModelError, ParchGradError, SettingError, TargetError
-from parchgrad.layers import Convolution, LayerChoice, choose_layers
+from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, partition_gradient
 from parchgrad.selection import LayerSignal, Selector
 
 __all__ = [
     "ParchGrad",
     "Target",
-    "check_evaluation_mode",
-    "check_model",
     "check_target_count",
     "check_target_range",
     "integer_targets",
@@ -392,22 +390,6 @@ def read_classes(gradient: Tensor) -> Tensor:
     seeds = gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
     largest, classes = seeds.max(dim=1)
     return torch.where(largest > 0, classes, seeds.abs().argmax(dim=1))
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise `ModelError` if what is given is no module."""
-    if not isinstance(model, nn.Module):
-        inner = getattr(model, "model", None)
-        hint = "give its .model" if isinstance(inner, nn.Module) else "give the network itself"
-        raise ModelError(f"The model is a {type(model).__name__}, but a torch.nn.Module is needed; {hint}.")
-
-
-def check_evaluation_mode(model: nn.Module) -> None:
-    """Raise `ModelError` if the model or a part of it is in training mode."""
-    name = next((name for name, module in model.named_modules() if module.training), None)
-    if name is not None:
-        part = f"{type(model).__name__} (in {name!r})" if name else type(model).__name__
-        raise ModelError(f"{part} is in training mode, which makes its output depend on the batch; call model.eval().")
 
 
 def integer_targets(target: Target) -> Tensor:

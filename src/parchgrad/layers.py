@@ -10,10 +10,33 @@ from torch import nn
 
 from parchgrad.errors import LayerError, ModelError
 
-__all__ = ["Convolution", "LayerChoice", "choose_layers", "find_convolutions"]
+__all__ = [
+    "Convolution",
+    "LayerChoice",
+    "check_evaluation_mode",
+    "check_model",
+    "choose_layers",
+    "find_convolutions",
+]
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LayerChoice: TypeAlias = str | float | Sequence[str] | Sequence[nn.Module]
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `ModelError` if what is given is no module."""
+    if not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)
+        hint = "give its .model" if isinstance(inner, nn.Module) else "give the network itself"
+        raise ModelError(f"The model is a {type(model).__name__}, but a torch.nn.Module is needed; {hint}.")
+
+
+def check_evaluation_mode(model: nn.Module) -> None:
+    """Raise `ModelError` if the model or a part of it is in training mode."""
+    name = next((name for name, module in model.named_modules() if module.training), None)
+    if name is not None:
+        part = f"{type(model).__name__} (in {name!r})" if name else type(model).__name__
+        raise ModelError(f"{part} is in training mode, which makes its output depend on the batch; call model.eval().")
 
 
 def find_convolutions(model: nn.Module) -> dict[str, Convolution]:

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import parchgrad as pg
+from parchgrad.errors import ModelError, SettingError, StatisticsError
+from parchgrad.statistics import collect
+from tests.conftest import small_network
+
+IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+LABELS = torch.arange(60) % 5
+
+
+def gaps(model):
+    """GAPs of both convolutions of the small network, one image at a time."""
+    first = [model[0](image.unsqueeze(0)) for image in IMAGES]
+    second = [model[2](functional.relu(output)) for output in first]
+    return {
+        name: torch.stack([output.clamp(min=0).mean((0, 2, 3)) for output in outputs]).detach().numpy()
+        for name, outputs in (("0", first), ("2", second))
+    }
+
+
+def check(layer, values, weights):
+    np.testing.assert_allclose(layer.mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(layer.std, values.std(0, ddof=1), rtol=1e-12)
+    np.testing.assert_allclose(layer.class_count, weights.sum(0), rtol=1e-12)
+    np.testing.assert_allclose(layer.class_square, (weights**2).sum(0), rtol=1e-12)
+    for k in range(weights.shape[1]):
+        np.testing.assert_allclose(
+            layer.class_mean[:, k], np.average(values, axis=0, weights=weights[:, k]), rtol=1e-12
+        )
+        expected = np.cov(values.T, aweights=weights[:, k]).diagonal()
+        np.testing.assert_allclose(layer.class_variance[:, k], expected, rtol=1e-10)
+    np.testing.assert_allclose(layer.shapiro_p, [stats.shapiro(column).pvalue for column in values.T], rtol=1e-9)
+
+
+@pytest.mark.parametrize("rows_per_update", [1, 16, 1024])
+@pytest.mark.parametrize("labels", ["given", "predicted"])
+def test_equals_numpy_on_gaps_one_by_one(monkeypatch, labels, rows_per_update):
+    monkeypatch.setattr(collect, "_ROWS_PER_UPDATE", rows_per_update)
+    model = small_network()
+    statistics = pg.collect_statistics(model, TensorDataset(IMAGES, LABELS), labels=labels, batch_size=7)
+    for name, values in gaps(model).items():
+        check(statistics[name], values, model_weights(model, labels))
+    assert list(statistics) == ["0", "2"]
+
+
+def model_weights(model, labels):
+    # The softmax of predicted labels is taken in float32.
+    if labels == "given":
+        return functional.one_hot(LABELS).double().numpy()
+    return model(IMAGES).float().softmax(1).double().detach().numpy()
+
+
+def test_statistics_serve_the_selectors_end_to_end():
+    model = small_network()
+    statistics = pg.collect_statistics(model, DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16), layers=["2"])
+    for selector in (pg.ClassWise(statistics, quantile=0.3), pg.InstanceWise(statistics, quantile=0.3)):
+        maps = pg.Explainer(model, selector).attribute(IMAGES[:3], [0, 1, 2])
+        assert torch.isfinite(maps).all()
+
+
+def test_unlabelled_images_do_for_predicted_labels():
+    model = small_network()
+    with_labels = pg.collect_statistics(model, TensorDataset(IMAGES, LABELS), labels="predicted")
+    bare = pg.collect_statistics(model, iter(torch.split(IMAGES, 20)), labels="predicted")
+    torch.testing.assert_close(bare["2"].class_mean, with_labels["2"].class_mean, rtol=1e-6, atol=1e-9)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(self.conv(x)).mean((2, 3)))
+
+
+def test_a_convolution_called_twice_has_the_mean_of_its_calls():
+    model = Twice().double().eval()
+    layer = pg.collect_statistics(model, TensorDataset(IMAGES, LABELS % 2))["conv"]
+    first = model.conv(IMAGES)
+    expected = (first.relu().mean((2, 3)) + model.conv(first).relu().mean((2, 3))).mean(0) / 2
+    torch.testing.assert_close(layer.mean, expected.detach())
+
+
+def test_the_sample_of_rows_depends_on_seed_and_number_alone(monkeypatch):
+    monkeypatch.setattr(collect, "_RESERVOIR", 20)
+    model, data = small_network(), TensorDataset(IMAGES, LABELS)
+
+    def shapiro(seed, batch_size, rows_per_update):
+        monkeypatch.setattr(collect, "_ROWS_PER_UPDATE", rows_per_update)
+        return pg.collect_statistics(model, data, seed=seed, batch_size=batch_size)["0"].shapiro_p
+
+    first = shapiro(0, 7, 10)
+    torch.testing.assert_close(shapiro(0, 60, 1024), first)
+    assert not torch.allclose(shapiro(1, 7, 10), first)
+    # Every image is as likely as any other to be in the sample.
+    kept = sum(np.isin(np.arange(60), np.argsort(collect._keys(seed, 0, 60))[:20]).astype(int) for seed in range(600))
+    assert stats.chisquare(kept).pvalue > 1e-3
+
+
+def test_nothing_is_left_on_the_model_and_progress_is_told():
+    model, seen = small_network(), []
+    pg.collect_statistics(model, TensorDataset(IMAGES, LABELS), batch_size=25, on_batch=seen.append)
+    assert seen == [25, 25, 10]
+    with pytest.raises(RuntimeError):
+        pg.collect_statistics(model, TensorDataset(IMAGES[:, :1], LABELS))
+    assert all(not module._forward_hooks for module in model.modules())
+    with pytest.raises(ModelError, match=r"model\.eval\(\)"):
+        pg.collect_statistics(model.train(), TensorDataset(IMAGES, LABELS))
+
+
+def test_constant_channels_count_as_normal():
+    assert collect._shapiro_p(np.ones((10, 2))).tolist() == [1.0, 1.0]
+    assert collect._shapiro_p(np.arange(4.0).reshape(2, 2)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "words"),
+    [
+        (TensorDataset(IMAGES, LABELS + 1), {}, StatisticsError, "name classes 1 to 5, but the model has 5"),
+        (TensorDataset(IMAGES[:1], LABELS[:1]), {}, StatisticsError, "hold 1 images"),
+        (iter([IMAGES]), {}, StatisticsError, "hold no labels"),
+        (TensorDataset(IMAGES, LABELS), {"labels": "guessed"}, SettingError, "given, predicted"),
+    ],
+)
+def test_data_that_cannot_be_used(data, options, error, words):
+    with pytest.raises(error, match=words):
+        pg.collect_statistics(small_network(), data, **options)
