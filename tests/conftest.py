@@ -52,7 +52,7 @@ def random_statistics(channels_of, classes=5, seed=0, images=40):
             std=samples.std(0),
             class_count=torch.tensor([len(group) for group in groups]),
             class_mean=torch.stack([group.mean(0) for group in groups], dim=1),
-            class_variance=torch.stack([group.var(0) for group in groups], dim=1),
+            class_variance=torch.stack([group.var(0) if len(group) > 1 else group[0] * 0 for group in groups], dim=1),
             shapiro_p=torch.full((channels,), 0.01),
         )
     return ChannelStatistics(layers)

@@ -1,4 +1,6 @@
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,3 +160,132 @@ def test_demo(capsys, tmp_path):
     assert "http" not in page
     assert (out / "overview.jpg").exists()
     assert run(capsys, "demo", "--out", out)[0] == 2
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Two classes of three photographs each, in folders by WordNet id."""
+    pictures = {"n07920052": data.coffee(), "n02123045": data.cat()}
+    for synset, picture in pictures.items():
+        (tmp_path / "photographs" / synset).mkdir(parents=True)
+        for index in range(3):
+            Image.fromarray(picture[index * 20 :]).save(tmp_path / "photographs" / synset / f"{index}.png")
+    return tmp_path / "photographs"
+
+
+LAYERS = ("--layers", "blocks.6.0.*,conv_head")
+
+
+def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_path, coffee):
+    file = tmp_path / "lite0.safetensors"
+    options = ["--data", photographs, *LAYERS, "--batch-size", "4", "-o", file]
+    code, printed, said = run(capsys, "stats", "collect", *options)
+    assert code == 0, said
+    assert "4 layers, 3,904 channels, 1000 classes, 6 images" in printed
+    assert [entry.name for entry in tmp_path.glob("*checkpoint*")] == []
+    statistics = parchgrad.ChannelStatistics.load(file)
+    assert statistics["conv_head"].class_count.nonzero().flatten().tolist() == [281, 967]
+    assert statistics.metadata["data"] == "6 photographs in photographs, 2 class folders by WordNet id"
+
+    code, printed, _ = run(capsys, "stats", "show", file, "--target", "espresso", "--top", "2")
+    best = statistics["conv_head"].class_log_p()[:, 967].argsort(stable=True)[:2].tolist()
+    (line,) = (line for line in printed.splitlines() if line.startswith("conv_head"))
+    assert [int(part.rstrip(":")) for part in line.split() if part.endswith(":")] == best
+    code, printed, _ = run(capsys, "stats", "show", file, "--quantile", "0.05")
+    (line,) = (line.split() for line in printed.splitlines() if line.startswith("conv_head"))
+    gated = int((statistics["conv_head"].shapiro_p < 0.05).sum())
+    assert line[1:3] == ["1280", str(gated)]
+
+    for selector, name in (("class", "ClassWise"), ("instance", "InstanceWise")):
+        out = tmp_path / selector
+        options = ["--selector", selector, "--statistics", file, *LAYERS, "--out", out]
+        code, _, said = run(capsys, "explain", coffee, *options)
+        assert code == 0, said
+        settings = json.loads((out / "coffee.json").read_text())["settings"]
+        assert settings["selector"]["name"] == name
+        assert settings["selector"]["statistics"]["data"].startswith("6 photographs")
+
+
+def test_statistics_go_on_after_a_stop_and_merge(capsys, photographs, tmp_path, monkeypatch):
+    file = tmp_path / "one.safetensors"
+    options = ["--data", photographs, "--labels", "predicted", *LAYERS, "--batch-size", "2", "--checkpoint-every", "1"]
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(self, stage, done, total):
+        if done >= 4:
+            raise StoppedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("parchgrad.cli.ProgressBars.update", stop)
+        with pytest.raises(StoppedError):
+            main([str(part) for part in ["stats", "collect", *options, "-o", file]])
+    assert (tmp_path / "one.safetensors.checkpoint").exists()
+    code, _, said = run(capsys, "stats", "collect", *options, "-o", file)
+    assert code == 0, said
+    assert int(parchgrad.ChannelStatistics.load(file)["conv_head"].count) == 6
+
+    (photographs / "n02123045" / "0.png").unlink()
+    other = tmp_path / "two.safetensors"
+    assert run(capsys, "stats", "collect", *options, "--seed", "5", "-o", other)[0] == 0
+    code, printed, said = run(capsys, "stats", "merge", file, other, "-o", tmp_path / "both.safetensors")
+    assert code == 0, said
+    assert "11 images" in printed
+    code, _, said = run(capsys, "stats", "merge", file, file, "-o", tmp_path / "twice.safetensors")
+    assert code == 2
+    assert "Parts 1 and 2 hold the same images" in said
+
+
+def test_bundled_statistics_need_no_set_up(capsys, coffee, tmp_path):
+    code, _, said = run(capsys, "explain", coffee, "--selector", "class", "--layers", "0.5", "--out", tmp_path / "out")
+    assert code == 0, said
+    settings = json.loads((tmp_path / "out" / "coffee.json").read_text())["settings"]
+    assert settings["selector"]["statistics"]["images"] == "1000"
+    bundled = Path(parchgrad.__file__).parent / "statistics" / "bundled" / "efficientnet_lite0.safetensors"
+    code, printed, _ = run(capsys, "stats", "show", bundled)
+    assert code == 0
+    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("preprocessing"))
+
+
+def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
+    convolutions = parchgrad.find_convolutions(parchgrad.load_model("resnet18", pretrained=False).model).values()
+    channels = [convolution.out_channels for convolution in convolutions]
+    lists = {
+        "cls_p_values": [torch.rand(count, 1000) for count in channels],
+        **{name: [torch.rand(count) for count in channels] for name in ("shapiro_p_values", "gap_mean", "gap_std")},
+    }
+    for name, tensors in lists.items():
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(tensors, pickle.HIGHEST_PROTOCOL))
+    file = tmp_path / "resnet18.safetensors"
+    code, printed, said = run(capsys, "stats", "import-pickles", tmp_path, "--model", "resnet18", "-o", file)
+    assert code == 0, said
+    assert "20 layers, 4,800 channels, 1000 classes" in printed
+    code, _, said = run(capsys, "stats", "import-pickles", tmp_path, "--model", "resnet34", "-o", tmp_path / "other")
+    assert code == 2
+    assert "holds 20 layers, but resnet34 has 36 convolutions" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["explain", "coffee.png", "--selector", "class", "--model", "resnet18"], "with this package for 'resnet18'"),
+        (["explain", "coffee.png", "--statistics", "x"], "the selector energy uses none"),
+        (["explain", "coffee.png", "--selector", "class", "--statistics", "none"], "There is no statistics file"),
+        (["explain", "coffee.png", "--selector", "class", "--layers", "all"], "do not hold layer"),
+        (["stats", "collect", "--data", ".", "-o", "x"], "outside of any class folder"),
+        (["stats", "collect", "--data", "none", "-o", "x"], "There is no folder 'none'"),
+        (["stats", "collect", "--data", ".", "-o", "x", "--device", "warp"], "The device 'warp' cannot be used"),
+        (["stats", "collect", "--data", ".", "-o", "coffee.png"], "exists already"),
+        (["stats", "collect", "--data", ".", "--labels", "predicted", "--batch-size", "0", "-o", "x"], "size is 0"),
+        (["stats", "show", "coffee.png"], "cannot be read as channel statistics"),
+        (["stats", "import-pickles", ".", "--model", "resnet18", "-o", "x"], "cannot be read (No such file"),
+    ],
+)  # fmt: skip
+def test_mistakes_with_statistics_are_one_sentence(capsys, coffee, monkeypatch, arguments, words):
+    monkeypatch.chdir(coffee.parent)
+    code, _, said = run(capsys, *arguments)
+    assert code == 2
+    assert said.startswith("Error: ")
+    assert words in said
+    assert said.count("\n") == 1

@@ -75,10 +75,11 @@ def test_timm_models_by_name():
     classifier = pg.load_model("mobilenetv3_small_050", pretrained=False)
     assert isinstance(classifier.model, timm.models.MobileNetV3)
     assert classifier.categories[967] == "espresso"
-    larger = models._timm_categories(timm.create_model("resnet18", num_classes=11821))
-    assert len(larger) == 11821
-    other = models._timm_categories(timm.create_model("resnet18", num_classes=7))
-    assert other[:2] == ("class 0", "class 1")
+    assert (len(classifier.synsets), classifier.synsets[967]) == (1000, "n07920052")
+    larger, synsets = models._timm_classes(timm.create_model("resnet18", num_classes=11821))
+    assert len(larger) == len(synsets) == 11821
+    other, synsets = models._timm_classes(timm.create_model("resnet18", num_classes=7))
+    assert (other[:2], synsets) == (("class 0", "class 1"), ())
 
 
 def test_categories_are_found_by_name_and_index(lite0):

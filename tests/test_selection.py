@@ -8,8 +8,8 @@ from scipy import stats
 from torch import nn
 
 import parchgrad as pg
-from parchgrad.errors import SettingError, StatisticsError
-from parchgrad.selection import LayerSignal, keep_best
+from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
+from parchgrad.selection import LayerSignal, keep_best, make_selector
 from tests import reference
 from tests.conftest import random_statistics
 
@@ -286,3 +286,37 @@ def test_statistics_must_fit_the_layers_and_the_classes():
         pg.FixedChannels({}).check({"head": 3})
     with pytest.raises(SettingError, match="has 2 channels, the layer has 3"):
         pg.FixedChannels({"conv": torch.ones(2, dtype=torch.bool)}).check({"conv": 3})
+
+
+def test_restricted_classes_are_looked_up_and_others_refused():
+    full = random_statistics({"conv": 8}, classes=5)
+    some = pg.ClassWise(full.restrict(classes=[1, 4]), quantile=0.3)
+    some.check_classes(5)
+    signal = LayerSignal(layer="conv", gradient=torch.ones(3, 8, 1), classes=torch.tensor([4, 1, 4]))
+    assert torch.equal(some.select(signal), pg.ClassWise(full, quantile=0.3).select(signal))
+    other = LayerSignal(layer="conv", gradient=torch.ones(1, 8, 1), classes=torch.tensor([2]))
+    with pytest.raises(StatisticsError, match="not class 2"):
+        some.select(other)
+    with pytest.raises(StatisticsError, match="of 5 classes, but the model's output has 2"):
+        some.check_classes(2)
+
+
+def test_single_images_of_a_class_are_said_once():
+    statistics = random_statistics({"a": 4, "b": 4}, classes=5, images=8)
+    with pytest.warns(StatisticsWarning, match="2 of 5 classes have fewer than two images") as said:
+        selector = pg.ClassWise(statistics, quantile=0.5)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    selector.class_masks("b")
+    pg.ClassWise(statistics, quantile=0.5, test="student")
+
+
+def test_selectors_by_their_short_names():
+    statistics = random_statistics({"conv": 4})
+    assert make_selector("random", quantile=0.2) == pg.RandomChannels(quantile=0.2)
+    assert isinstance(make_selector("class", quantile=0.2, statistics=statistics), pg.ClassWise)
+    assert isinstance(make_selector("instance", quantile=0.2, statistics=statistics), pg.InstanceWise)
+    with pytest.raises(StatisticsError, match="'class' needs channel statistics"):
+        make_selector("class", quantile=0.2)
+    with pytest.raises(SettingError, match="one of energy, activation, random, class, instance"):
+        make_selector("best", quantile=0.2)

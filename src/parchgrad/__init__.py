@@ -7,6 +7,7 @@ from parchgrad._version import __version__
 
 if TYPE_CHECKING:
     from parchgrad.attribution import Explainer, heatmap
+    from parchgrad.collection import collect_from_folder
     from parchgrad.engine import ParchGrad
     from parchgrad.errors import ParchGradError
     from parchgrad.explanation import Explanation, explain_images
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
         RandomChannels,
         Selector,
     )
-    from parchgrad.statistics import ChannelStatistics, LayerStatistics
+    from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
+    from parchgrad.statistics.accumulate import merge_statistics
     from parchgrad.statistics.collect import collect_statistics
 
 __all__ = [
@@ -41,14 +43,17 @@ __all__ = [
     "ParchGrad",
     "ParchGradError",
     "RandomChannels",
+    "RankedLayerStatistics",
     "Selector",
     "__version__",
     "choose_layers",
+    "collect_from_folder",
     "collect_statistics",
     "explain_images",
     "find_convolutions",
     "heatmap",
     "load_model",
+    "merge_statistics",
     "partition_gradient",
 ]
 
@@ -71,7 +76,9 @@ _MODULES = {
         "RandomChannels",
         "Selector",
     ),
-    "statistics": ("ChannelStatistics", "LayerStatistics"),
+    "collection": ("collect_from_folder",),
+    "statistics": ("ChannelStatistics", "LayerStatistics", "RankedLayerStatistics"),
+    "statistics.accumulate": ("merge_statistics",),
     "statistics.collect": ("collect_statistics",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

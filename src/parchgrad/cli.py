@@ -1,24 +1,31 @@
 """The command line. A thin front: it reads options, calls the library, and prints."""
 
 import enum
+import json
 import logging
 import math
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from parchgrad._version import __version__
-from parchgrad.errors import ParchGradError, SettingError
+from parchgrad.errors import ParchGradError, SettingError, StatisticsWarning
 
 if TYPE_CHECKING:
-    from parchgrad.models import Prediction
+    import torch
+
+    from parchgrad.models import Classifier, Prediction
+    from parchgrad.statistics import ChannelStatistics
 
 # The heavy imports stand inside the commands, so that --help answers at once.
 
@@ -29,16 +36,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+stats = typer.Typer(
+    help="Collect channel statistics, for the selectors class and instance; show, merge and import them.",
+    no_args_is_help=True,
+)
+app.add_typer(stats, name="stats")
 _out = Console()
 _err = Console(stderr=True)
 
 
 class SelectorName(str, enum.Enum):
-    """Selectors that need no statistics."""
+    """The selectors by their short names."""
 
     energy = "energy"
     activation = "activation"
     random = "random"
+    class_wise = "class"
+    instance = "instance"
+
+
+class LabelsName(str, enum.Enum):
+    """Where the classes of a collection come from."""
+
+    given = "given"
+    predicted = "predicted"
+
+
+class DtypeName(str, enum.Enum):
+    """Precision of the forward passes of a collection."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class ConserveName(str, enum.Enum):
@@ -51,11 +80,25 @@ class ConserveName(str, enum.Enum):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every error of this package ends it with one sentence and exit code 2."""
-    try:
-        app(arguments)
-    except ParchGradError as error:
-        _err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning(warnings.showwarning)
+        try:
+            app(arguments)
+        except ParchGradError as error:
+            _err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            sys.exit(2)
+
+
+def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Say this package's warnings in a line, and leave others as they are."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, StatisticsWarning):
+            _err.print(f"[bold yellow]Note:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
+        else:
+            otherwise(message, category, *place)
+
+    return show
 
 
 def _print_version(wanted: bool) -> None:
@@ -83,8 +126,19 @@ def explain(
         str | None, typer.Option(help="The class to explain, by name or index.", show_default="the predicted class")
     ] = None,
     selector: Annotated[
-        SelectorName, typer.Option(help="What makes a channel matter: gradient energy, gradient x activation, chance.")
+        SelectorName,
+        typer.Option(
+            help="What makes a channel matter: gradient energy, gradient x activation, chance, or by statistics its "
+            "response to the class, or to this very image."
+        ),
     ] = SelectorName.energy,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Channel statistics for the selectors class and instance; see `parchgrad stats`.",
+            show_default="those that come with the package, for efficientnet_lite0",
+        ),
+    ] = None,
     quantile: Annotated[float, typer.Option(help="Share of the channels to keep, in (0, 1].")] = 0.1,
     layers: Annotated[
         str,
@@ -115,15 +169,26 @@ def explain(
         from parchgrad.explanation import Explanation, explain_images
         from parchgrad.files import check_outputs
         from parchgrad.models import load_model
-        from parchgrad.selection import SELECTORS_BY_NAME
+        from parchgrad.selection import STATISTICAL_SELECTORS_BY_NAME, make_selector
+        from parchgrad.statistics import ChannelStatistics
 
         # The hub, imported by now, logs every failed try; the error that follows says it once.
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         stems = _distinct_stems(images)
         check_outputs([file for stem in stems for file in Explanation.files(out, stem)], force=force)
-        chosen = SELECTORS_BY_NAME[selector.value](quantile=quantile)
+        needs_statistics = selector.value in STATISTICAL_SELECTORS_BY_NAME
+        if statistics is not None and not needs_statistics:
+            raise SettingError(
+                f"--statistics is given, but the selector {selector.value} uses none; add --selector class or instance."
+            )
+        held = None
+        if needs_statistics:
+            held = ChannelStatistics.bundled(model) if statistics is None else ChannelStatistics.load(statistics)
+        chosen = make_selector(selector.value, quantile=quantile, statistics=held)
         status.update(f"Loading {escape(model)}")
         classifier = load_model(model)
+        if held is not None:
+            held.check_model(classifier.model)
         status.update("Explaining")
         with warnings.catch_warnings():
             # Captum's notice that a method sets hooks, which are gone by the time it is read.
@@ -195,6 +260,228 @@ def demo(
     _out.print(table)
     _out.print(f"A map that knows nothing scores {CHANCE:.2f}. Higher is better.")
     _out.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)
+
+
+@stats.command()
+def collect(
+    data: Annotated[
+        Path, typer.Option(help="A folder of photographs: a folder for each class, or any with predicted labels.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, such as lite0.safetensors.")],
+    model: Annotated[
+        str, typer.Option(help="A torchvision or timm name; see `parchgrad models`.")
+    ] = "efficientnet_lite0",
+    labels: Annotated[
+        LabelsName,
+        typer.Option(help="'given': the class folders tell; 'predicted': the model's own probabilities do."),
+    ] = LabelsName.given,
+    layers: Annotated[
+        str, typer.Option(help="'all', 'default', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'.")
+    ] = "all",
+    batch_size: Annotated[int, typer.Option(help="Images in one pass.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that read photographs; 0 reads between the passes.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Precision of the passes; below float32 by autocast.")
+    ] = DtypeName.float32,
+    seed: Annotated[int, typer.Option(help="Seed of the sample of images for the normality test.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Batches between two checkpoints.")] = 250,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+) -> None:
+    """Collect channel statistics in one pass over photographs.
+
+    Started again after it was stopped, it goes on where it was. Several processes share the photographs under
+    torchrun: torchrun --nproc-per-node=2 -m parchgrad stats collect ...
+    """
+    with ExitStack() as shown:
+        # Of several processes one speaks.
+        if os.environ.get("RANK", "0") == "0":
+            shown.enter_context(_err.status("Starting"))
+        import torch
+
+        from parchgrad.collection import collect_from_folder
+        from parchgrad.files import check_outputs
+        from parchgrad.models import load_model
+        from parchgrad.statistics.checkpoint import remove_checkpoints
+        from parchgrad.statistics.processes import is_first_process
+
+        check_outputs([out], force=force)
+        classifier = load_model(model)
+        place = _move(classifier, device)
+    precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    with ProgressBars(hidden=not is_first_process()) as progress, precision:
+        found = collect_from_folder(
+            classifier,
+            data,
+            labels=labels.value,
+            layers=_parse_layers(layers),
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            on_progress=progress.update,
+        )
+    if is_first_process():
+        found.save(out)
+        remove_checkpoints(checkpoint)
+        _say_saved(found, out)
+
+
+@stats.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A file that `parchgrad stats collect` wrote.")],
+    quantile: Annotated[float, typer.Option(help="Share of the channels to keep, in (0, 1].")] = 0.1,
+    target: Annotated[str | None, typer.Option(help="A class, by name or index: show its best channels.")] = None,
+    top: Annotated[int, typer.Option(help="How many of its best channels.", min=1)] = 3,
+) -> None:
+    """Show what statistics hold: layer by layer the channels, how many pass the gate, and how many are selected."""
+    with _err.status("Reading"):
+        from parchgrad.selection import ClassWise
+        from parchgrad.statistics import ChannelStatistics
+
+        held = ChannelStatistics.load(file)
+        selector = ClassWise(held, quantile=quantile)
+        selector.check({name: layer.channels for name, layer in held.items()})
+        if target is None:
+            table = _table("layer", *("channels", "not normal", "selected", "fewest", "most"))
+            for name, layer in held.items():
+                gated = int((layer.shapiro_p < cast(float, selector.normality_threshold)).sum())
+                selected = selector.class_masks(name).sum(dim=1)
+                mean = f"{selected.double().mean():.1f}"
+                table.add_row(
+                    escape(name), f"{layer.channels}", f"{gated}", mean, f"{selected.min()}", f"{selected.max()}"
+                )
+            title = f"Channels selected for a class at quantile {quantile:g}: mean, fewest and most"
+        else:
+            column, label = _find_class(held, target)
+            table = _table("layer", *(f"{place + 1}." for place in range(top)))
+            for name, layer in held.items():
+                best = layer.class_log_p(selector.test)[:, column].sort(stable=True)
+                pairs = zip(best.indices[:top].tolist(), best.values[:top].tolist(), strict=True)
+                table.add_row(escape(name), *(f"{channel}: {value / math.log(10):.1f}" for channel, value in pairs))
+            title = f"Channels that respond most to {label}: number and log10 of the p-value"
+        for place, shown in enumerate(table.columns):
+            shown.justify, shown.no_wrap = "right" if place else "left", True
+    for name, text in {**held.metadata, "classes": f"{held.classes} of {held.model_classes}"}.items():
+        if name != "categories":
+            _out.print(f"[bold]{escape(name)}[/]: {escape(text)}", highlight=False, soft_wrap=True)
+    _out.print(f"\n{escape(title)}", style="bold", highlight=False, soft_wrap=True)
+    _out.print(table)
+
+
+@stats.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Files of disjoint sets of images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+) -> None:
+    """Merge statistics that were collected apart, as if all images had been seen in one run."""
+    with _err.status("Reading"):
+        from parchgrad.files import check_outputs
+        from parchgrad.statistics import ChannelStatistics
+        from parchgrad.statistics.accumulate import merge_statistics
+
+        check_outputs([out], force=force)
+        parts = [ChannelStatistics.load(file) for file in files]
+    with ProgressBars() as progress:
+        found = merge_statistics(parts, on_progress=progress.update)
+    found.save(out)
+    _say_saved(found, out)
+
+
+@stats.command()
+def import_pickles(
+    folder: Annotated[
+        Path, typer.Argument(help="The folder of a network, with a folder 'pickles' in it, or that one.")
+    ],
+    model: Annotated[str, typer.Option(help="The network that they are of, by its torchvision or timm name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+) -> None:
+    """Import the pickles of the original research code; nothing in them is executed."""
+    with _err.status("Reading"):
+        from parchgrad.files import check_outputs
+        from parchgrad.models import load_model
+        from parchgrad.statistics.pickles import import_pickles as read_pickles
+
+        check_outputs([out], force=force)
+        # Names and channels are those of the architecture, whatever its weights.
+        found = read_pickles(folder, load_model(model, pretrained=False).model, name=model)
+    found.save(out)
+    _say_saved(found, out)
+
+
+class ProgressBars:
+    """A bar for each stage, with the rate and the time left; on a resumed run both count from where it goes on."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        """Set the columns up; nothing is drawn before the block is entered, and nothing at all where hidden."""
+        columns = (
+            TextColumn("{task.description:22s}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=_err, disable=hidden)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "ProgressBars":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Stopping what never started prints an empty line.
+        if self._tasks:
+            self._progress.stop()
+
+    def update(self, stage: str, done: int, total: int | None) -> None:
+        """Take what the library tells of its progress."""
+        label, unit = {"images": ("Images", "images/s"), "normality": ("Testing for normality", "channels/s")}[stage]
+        if stage not in self._tasks:
+            self._progress.start()
+            self._tasks[stage] = self._progress.add_task(label, completed=done, total=total, rate="")
+        task = self._progress.tasks[self._tasks[stage]]
+        rate = f"{task.speed:,.0f} {unit}" if task.speed else ""
+        self._progress.update(task.id, completed=done, total=total, rate=rate)
+
+
+def _move(classifier: "Classifier", device: str) -> "torch.device":
+    """Move the model; of several processes each takes a GPU of its own."""
+    import torch
+
+    try:
+        place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
+        classifier.model.to(place)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(
+            f"The device {device!r} cannot be used ({str(error).splitlines()[0]}); try 'cpu'."
+        ) from error
+    return place
+
+
+def _find_class(held: "ChannelStatistics", query: str) -> tuple[int, str]:
+    """Column and name of a class by its index or name."""
+    from parchgrad.models import find_category
+
+    try:
+        categories = [str(category) for category in json.loads(held.metadata["categories"])]
+    except (KeyError, ValueError, TypeError):
+        categories = [f"class {index}" for index in range(held.model_classes)]
+    index = find_category(query, categories, held.metadata.get("model", "the model"))
+    return held.columns([index])[0], categories[index]
+
+
+def _say_saved(found: "ChannelStatistics", out: Path) -> None:
+    channels = sum(layer.channels for layer in found.values())
+    _out.print(
+        f"{len(found)} layers, {channels:,} channels, {found.classes} classes, "
+        f"{found.metadata.get('images', 'unknown number of')} images",
+        highlight=False,
+    )
+    _out.print(f"Saved {escape(str(out))} ({out.stat().st_size / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
+    _out.print(f"Look inside with: parchgrad stats show {escape(str(out))}", highlight=False, soft_wrap=True)
 
 
 def _parse_layers(text: str) -> str | float | list[str]:

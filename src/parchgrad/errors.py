@@ -9,6 +9,7 @@ __all__ = [
     "ParchGradError",
     "SettingError",
     "StatisticsError",
+    "StatisticsWarning",
     "TargetError",
     "WeightsError",
 ]
@@ -40,6 +41,10 @@ class TargetError(ParchGradError):
 
 class StatisticsError(ParchGradError):
     """Channel statistics are missing, malformed, or belong to another model."""
+
+
+class StatisticsWarning(UserWarning):
+    """Channel statistics serve, but in another way than was asked for."""
 
 
 class WeightsError(ParchGradError):

@@ -24,6 +24,7 @@ from parchgrad.layers import LayerChoice
 from parchgrad.models import Classifier, Prediction
 from parchgrad.partition import Conserve
 from parchgrad.selection import Selector
+from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import panel, save_figure
 
 __all__ = ["Explanation", "explain_images"]
@@ -188,7 +189,12 @@ def _describe(value: object) -> object:
     """A selector or layer choice as JSON can hold it: its class and its plain settings."""
     if isinstance(value, Selector):
         plain = (str, int, float, bool, type(None))
-        settings = {name: v for name, v in vars(value).items() if isinstance(v, plain) and not name.startswith("_")}
+        settings: dict[str, object] = {
+            name: v for name, v in vars(value).items() if isinstance(v, plain) and not name.startswith("_")
+        }
+        held = getattr(value, "statistics", None)
+        if isinstance(held, ChannelStatistics):
+            settings["statistics"] = {name: text for name, text in held.metadata.items() if name != "categories"}
         return {"name": type(value).__name__, **settings}
     if isinstance(value, (nn.Module, Tensor)):
         return type(value).__name__

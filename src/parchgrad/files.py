@@ -42,7 +42,11 @@ def writing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        # safetensors makes files that nobody else may read, whatever the user's mask says.
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)

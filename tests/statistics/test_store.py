@@ -1,5 +1,7 @@
 import contextlib
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import parchgrad as pg
 from parchgrad.errors import StatisticsError
-from parchgrad.statistics import ChannelStatistics, LayerStatistics
-from tests.conftest import random_statistics
+from parchgrad.statistics import ChannelStatistics, LayerStatistics, RowSample
+from parchgrad.statistics.store import weight_digest
+from tests.conftest import random_statistics, small_network
 
 FIELDS = ("count", "mean", "std", "class_count", "class_mean", "class_variance", "shapiro_p")
 
@@ -46,9 +50,9 @@ def test_what_is_given_is_copied():
         ("count", torch.ones(2), "count has shape"),
         ("mean", torch.full((4,), torch.nan), "mean holds values that are not finite"),
         ("class_variance", torch.full((4, 3), torch.inf), "class_variance holds values"),
-        ("std", torch.full((4,), -1.0), r"std holds values outside \[0, inf\]"),
+        ("std", torch.full((4,), -1.0), r"std holds values outside \[0\.0, inf\]"),
         ("class_count", torch.full((3,), -1.0), "class_count holds values outside"),
-        ("shapiro_p", torch.full((4,), 7.0), r"shapiro_p holds values outside \[0, 1.0\]"),
+        ("shapiro_p", torch.full((4,), 7.0), r"shapiro_p holds values outside \[0\.0, 1\.0\]"),
     ],
 )
 def test_arrays_that_do_not_fit(name, value, words):
@@ -122,7 +126,8 @@ def rewrite(path, tensors=None, **changes):
         ({"layers": "[" * 100_000}, "field 'layers'"),
         ({"layers": "3"}, "header of .* is damaged"),
         ({"metadata": "[]"}, "header of .* is damaged"),
-        ({"layers": '["conv"]'}, "Layer 'conv' in .* lacks 'count'"),
+        ({"layers": '["conv"]'}, "header of .* is damaged"),
+        ({"layers": '[{"name": "conv"}]'}, "Layer 'conv' in .* lacks 'count'"),
         ({"layers": "[]"}, "at least one layer"),
     ],
 )
@@ -167,3 +172,106 @@ def test_damaged_bytes_are_an_error_or_change_numbers_only(tmp_path_factory, dat
     path.write_bytes(content)
     with contextlib.suppress(StatisticsError):
         ChannelStatistics.load(path)
+
+
+def test_restricting_to_classes_keeps_their_tests(tmp_path):
+    statistics = random_statistics({"a": 6, "b": 4}, classes=5, images=60)
+    path = tmp_path / "some.safetensors"
+    statistics.restrict(classes=[3, 1]).save(path)
+    some = ChannelStatistics.load(path)
+    assert (some.class_indices, some.classes, some.model_classes) == ((1, 3), 2, 5)
+    torch.testing.assert_close(some["a"].class_log_p(), statistics["a"].class_log_p()[:, [1, 3]], rtol=1e-9, atol=1e-12)
+    assert torch.equal(some["a"].std, statistics["a"].std)
+    again = some.restrict(["b"], classes=[3])
+    assert (list(again), again.class_indices) == (["b"], (3,))
+    assert again.columns([3]) == [0]
+    with pytest.raises(StatisticsError, match="hold only some classes, and not class 2"):
+        some.restrict(classes=[2])
+    with pytest.raises(StatisticsError, match="hold classes 0 to 4, and not class 9"):
+        statistics.restrict(classes=[9])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_classes": 9}, "class_indices must say"),
+        ({"class_indices": (0, 1)}, "must be 3 different classes"),
+        ({"class_indices": (0, 1, 1)}, "must be 3 different classes"),
+        ({"class_indices": (0, 1, 7), "model_classes": 5}, "from 0 to 4"),
+        ({"sample": RowSample(keys=torch.arange(2), rows={})}, "images of layer 'conv' must be rows of shape"),
+        ({"sample": RowSample(keys=torch.arange(2), rows={"conv": torch.ones(3, 4)})}, r"of shape \(2, 4\)"),
+        ({"sample": RowSample(keys=torch.arange(1), rows={"conv": torch.full((1, 4), torch.nan)})}, "not finite"),
+    ],
+)
+def test_classes_and_samples_that_do_not_fit(changes, words):
+    with pytest.raises(StatisticsError, match=words):
+        ChannelStatistics({"conv": LayerStatistics(**arrays())}, **changes)
+
+
+def collected(model):
+    images = [(torch.randn(3, 8, 8, dtype=torch.float64), index % 5) for index in range(20)]
+    return pg.collect_statistics(model, images, metadata={"model": "tiny", "preprocessing": "none"})
+
+
+def test_a_collection_is_kept_whole_and_checked_against_its_model(tmp_path):
+    model, path = small_network(), tmp_path / "tiny.safetensors"
+    statistics = collected(model)
+    statistics.save(path)
+    loaded = ChannelStatistics.load(path, model)
+    assert all(equal(loaded[name], statistics[name]) for name in statistics)
+    assert loaded.metadata == {"model": "tiny", "preprocessing": "none", "labels": "given", "seed": "0", "images": "20"}
+    assert loaded.weight_digests == {name: weight_digest(model.get_submodule(name)) for name in ("0", "2")}
+    assert torch.equal(loaded.sample.keys, statistics.sample.keys)
+    assert torch.equal(loaded.sample.rows["2"], statistics.sample.rows["2"])
+
+
+def with_other_weights():
+    model = small_network()
+    with torch.no_grad():
+        model[2].weight[0, 0, 0, 0] += 1e-6
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (with_other_weights(), "The weights of layer '2' are not those"),
+        (small_network(channels=5), "layer '0' have 6 channels, the layer has 5"),
+        (torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3)), "layer '0' are not those"),
+        (
+            torch.nn.Sequential(torch.nn.Identity(), torch.nn.Conv2d(3, 6, 3)),
+            "which Sequential does not have",
+        ),
+    ],
+)
+def test_another_model_is_told_by_the_layer(tmp_path, model, words):
+    path = tmp_path / "tiny.safetensors"
+    collected(small_network()).save(path)
+    with pytest.raises(StatisticsError, match=words):
+        ChannelStatistics.load(path, model)
+
+
+def test_digests_hold_across_dtypes_and_are_of_the_values():
+    convolution = torch.nn.Conv2d(3, 4, 3)
+    values = convolution.weight.detach().double().numpy()
+    expected = hashlib.sha256(b"(4, 3, 3, 3)" + values.tobytes()).hexdigest()
+    assert weight_digest(convolution) == weight_digest(convolution.double()) == expected
+    assert weight_digest(convolution.half()) != expected
+
+
+def test_files_follow_the_users_mask(tmp_path):
+    (tmp_path / "plain").touch()
+    collected(small_network()).save(tmp_path / "tiny.safetensors")
+    assert (tmp_path / "tiny.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_bundled_statistics_fit_the_network_that_they_are_of():
+    statistics = ChannelStatistics.bundled("efficientnet_lite0")
+    model = pg.load_model("efficientnet_lite0").model
+    statistics.check_model(model)
+    assert set(pg.choose_layers(model, "default")) < set(statistics) == set(pg.choose_layers(model, 0.5))
+    assert (statistics.classes, statistics.metadata["labels"]) == (1000, "predicted")
+    files = Path(pg.__file__).parent.glob("statistics/bundled/*")
+    assert sum(file.stat().st_size for file in files) <= 12e6
+    with pytest.raises(StatisticsError, match="for 'resnet18', only for efficientnet_lite0; collect"):
+        ChannelStatistics.bundled("resnet18")

@@ -1,32 +1,29 @@
-"""One pass over a data set: the moments of every channel's GAP, and a sample of rows for the normality test."""
+"""One pass over a data set: the GAP of every channel leaves each forward pass, and nothing else does."""
 
-import os
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, cast, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from parchgrad.errors import SettingError, StatisticsError
+from parchgrad.errors import ModelError, SettingError, StatisticsError
 from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
-from parchgrad.statistics.moments import Moments, merge, moments_of_labels, moments_of_weights
-from parchgrad.statistics.store import ChannelStatistics, LayerStatistics
+from parchgrad.statistics.accumulate import Accumulator, Progress
+from parchgrad.statistics.checkpoint import differences, part_of_process, read_checkpoint, write_checkpoint
+from parchgrad.statistics.processes import Processes, joined_processes
+from parchgrad.statistics.store import ChannelStatistics, weight_digest
 
 __all__ = ["Labels", "collect_statistics"]
 
 Labels = Literal["given", "predicted"]
 
-# Shapiro-Wilk's approximation is not valid for more samples.
-_RESERVOIR = 5000
-# Rows gathered before the moments are updated: an update passes over all classes of all channels.
-_ROWS_PER_UPDATE = 1024
+# Elements of an output that are rectified at once on the CPU: what is written stays in the cache until it is summed.
+_ELEMENTS = 1 << 21
 
 _GAPS: ContextVar[dict[str, list[Tensor]] | None] = ContextVar("parchgrad_gaps", default=None)
 
@@ -38,32 +35,50 @@ def collect_statistics(
     layers: LayerChoice = "all",
     labels: Labels = "given",
     batch_size: int = 32,
+    workers: int = 0,
     seed: int = 0,
-    on_batch: Callable[[int], None] | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 250,
+    metadata: Mapping[str, str] | None = None,
+    on_progress: Progress | None = None,
 ) -> ChannelStatistics:
-    """Collect channel statistics in one pass; only the GAP of each channel leaves the forward pass.
+    """Collect channel statistics in one pass over images.
 
     The GAP is the mean over space of relu(output); of a convolution that is called several times in a pass, the mean
-    over the calls. Images go to the model's device; an autocast block around the call is respected.
+    over the calls. Batches go to the model's device; an autocast block around the call is respected.
+
+    Under torchrun, or in an initialised process group, every process must make the same call: each takes its share of
+    the batches, and all get the whole result. With a checkpoint a run that was stopped at any moment goes on when it
+    is started again, and ends as if it had never been stopped. Both need a data set that gives the same item for the
+    same index every time, so no random augmentation.
 
     Args:
         model: a classifier whose output are the logits, shape (B, K), in evaluation mode.
         data: a data set, or batches of it such as a `DataLoader` gives. An item is an input and its class, or with
-            predicted labels the input alone.
+            predicted labels the input alone. An attribute `fingerprint` (text) of a data set stands for its content;
+            without one, its type, length, and first, middle and last item do.
         layers: which convolutions; see `choose_layers`.
         labels: `"given"` takes the classes that the data name; `"predicted"` counts every image in every class with
             the model's own softmax probability, so that unlabelled images will do.
         batch_size: images in one pass, where `data` is a data set.
-        seed: seed of the sample of at most 5,000 rows that the Shapiro-Wilk test sees.
-        on_batch: called with the number of images after each batch, for a progress bar.
+        workers: processes that load images, where `data` is a data set; 0 loads in this process.
+        seed: seed of the sample of at most 5,000 images that the Shapiro-Wilk test sees.
+        checkpoint: file to go on from and to write to; it stays when all is done, until you have saved the result.
+        checkpoint_every: batches between two checkpoints.
+        metadata: what to write into the statistics beside the labels, the seed and the number of images; `model`,
+            `preprocessing` and `data` are the customary names.
+        on_progress: called with the stage (`"images"`, then `"normality"`), how many are done, and how many there are,
+            where that is known.
 
     Returns:
         Statistics of every chosen layer over K classes.
 
     Raises:
-        SettingError: if a setting is out of range.
-        StatisticsError: if there are no images, labels are missing or out of range, or a layer takes no part.
-        ModelError: if the model holds no convolution, or is in training mode.
+        SettingError: if a setting is out of range, or batches are given where a data set is needed.
+        StatisticsError: if there are no images, labels are missing or out of range, a layer takes no part, the
+            checkpoint was made with another model, data or settings, or another process is lost.
+        ModelError: if the model holds no convolution, is in training mode, or its output are no logits.
+        OutputError: if the checkpoint cannot be written.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
@@ -76,136 +91,230 @@ def collect_statistics(
     check_evaluation_mode(model)
     if labels not in get_args(Labels):
         raise SettingError(f"labels is {labels!r}, but it must be one of {', '.join(get_args(Labels))}.")
+    for name, value, lowest in (
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 0),
+        ("checkpoint_every", checkpoint_every, 1),
+    ):
+        if not isinstance(value, int) or value < lowest:
+            raise SettingError(f"{name} is {value!r}, but it must be a whole number of at least {lowest}.")
     chosen = choose_layers(model, layers)
-    device = next(model.parameters()).device
-    collection = _Collection(list(chosen), seed)
-    with _gaps_of(chosen) as gaps, torch.inference_mode():
-        for inputs, given in _batches(data, batch_size, labels):
-            gaps.update({name: [] for name in chosen})
-            logits = model(inputs.to(device))
-            missing = next((name for name, values in gaps.items() if not values), None)
-            if missing is not None:
-                raise StatisticsError(f"Layer {missing!r} was not called by the model; leave it out of layers.")
-            weights = logits.float().softmax(dim=1).cpu() if given is None else given
-            rows = {name: torch.stack(values).mean(0).cpu() for name, values in gaps.items()}
-            collection.add(rows, weights, logits.shape[1])
-            if on_batch is not None:
-                on_batch(inputs.shape[0])
-    return collection.result(
-        {"model": type(model).__name__, "labels": labels, "images": str(collection.images), "seed": str(seed)}
+    with joined_processes() as processes:
+        path, settings = None, {}
+        if checkpoint is not None or processes.count > 1:
+            settings = _settings(model, data, list(chosen), labels, batch_size, seed, processes.count)
+            _check_agreement(settings, processes)
+        if checkpoint is not None:
+            path = part_of_process(Path(checkpoint), processes.rank, processes.count)
+        batches = _Batches(data, batch_size, workers, labels, processes)
+        found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
+        for part in processes.gather({} if found is None else found.tensors()):
+            if found is not None and part:
+                found.merge(Accumulator.restored(part, seed=seed))
+        tensors: Mapping[str, Tensor] = {}
+        if processes.rank == 0:
+            if found is None or found.images < 2:
+                images = 0 if found is None else found.images
+                raise StatisticsError(f"The data hold {images} images, but statistics need at least two.")
+            tensors = {**found.tensors(), "shapiro_p": found.shapiro_p(on_progress)}
+        tensors = processes.broadcast(tensors)
+    return Accumulator.restored(tensors, seed=seed).statistics(
+        {name: module.out_channels for name, module in chosen.items()},
+        tensors["shapiro_p"],
+        {"model": type(model).__name__, **(metadata or {}), "labels": labels, "seed": str(seed)},
+        {name: weight_digest(module) for name, module in chosen.items()},
     )
 
 
-class _Collection:
-    """The accumulator: moments per layer, rows waiting to be added, and the sample of rows."""
+def _collect(
+    model: nn.Module,
+    chosen: Mapping[str, Convolution],
+    batches: "_Batches",
+    seed: int,
+    saver: "_Saver",
+    on_progress: Progress | None,
+) -> Accumulator | None:
+    """Gather the batches of this process, from where its checkpoint stands; nothing where it has no batch."""
+    accumulator, done_before = saver.restored(seed)
+    device = next(model.parameters()).device
+    with _gaps_of(chosen) as gaps:
+        for done, (numbers, inputs, given) in enumerate(batches.after(done_before), start=done_before + 1):
+            values, probabilities = _respond(model, inputs.to(device, non_blocking=True), gaps)
+            if accumulator is None:
+                accumulator = Accumulator(values.shape[1], probabilities.shape[1], seed=seed)
+            accumulator.add(numbers, values, probabilities if given is None else given)
+            saver.save_at_times(accumulator, done, is_last=done == batches.count)
+            if on_progress is not None:
+                on_progress("images", accumulator.images, batches.images)
+    return accumulator
 
-    def __init__(self, layers: list[str], seed: int) -> None:
-        self.images = 0
-        self._layers = layers
-        self._seed = seed
-        self._waiting: dict[str, list[Tensor]] = {name: [] for name in layers}
-        self._weights: list[Tensor] = []
-        self._rows_waiting = 0
-        self._classes = 0
-        self._of_classes: dict[str, Moments] = {}
-        self._of_all: dict[str, Moments] = {}
-        self._keys = np.empty(0, dtype=np.uint64)
-        self._reservoir: dict[str, Tensor] = {}
 
-    def add(self, rows: Mapping[str, Tensor], weights: Tensor, classes: int) -> None:
-        """Add the GAPs (B, C) of one batch with its labels (B,), or class weights (B, K)."""
-        if weights.dim() == 1 and (int(weights.min()) < 0 or int(weights.max()) >= classes):
-            raise StatisticsError(
-                f"The data name classes {int(weights.min())} to {int(weights.max())}, but the model has {classes}; "
-                "use data whose classes are the model's, or labels='predicted'."
-            )
-        self._classes = classes
-        for name, values in rows.items():
-            self._waiting[name].append(values)
-        self._weights.append(weights)
-        self.images += len(weights)
-        self._rows_waiting += len(weights)
-        if self._rows_waiting >= _ROWS_PER_UPDATE:
-            self._update()
+@torch.inference_mode()
+def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """GAPs of all channels (B, C) and softmax probabilities (B, K) of one batch, on the CPU."""
+    for calls in gaps.values():
+        calls.clear()
+    logits = model(inputs)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"The output of {type(model).__name__} is {shape}, but statistics need logits of shape (B, K); "
+            "wrap the model so that it returns them alone."
+        )
+    missing = next((name for name, calls in gaps.items() if not calls), None)
+    if missing is not None:
+        raise StatisticsError(f"Layer {missing!r} was not called by the model; leave it out of layers.")
+    # All layers leave the device in one copy.
+    values = torch.cat([torch.stack(calls).mean(0) for calls in gaps.values()], dim=1)
+    return values.cpu(), logits.float().softmax(dim=1).cpu()
 
-    def _update(self) -> None:
-        weights = torch.cat(self._weights)
-        start = self.images - len(weights)
-        keys = np.concatenate((self._keys, _keys(self._seed, start, len(weights))))
-        kept = np.sort(np.argsort(keys, kind="stable")[:_RESERVOIR])
-        for name in self._layers:
-            values = torch.cat(self._waiting[name])
-            everyone = torch.zeros(len(values), dtype=torch.long)
-            by_class = (
-                moments_of_labels(values, weights, self._classes)
-                if weights.dim() == 1
-                else moments_of_weights(values, weights)
-            )
-            overall = moments_of_labels(values, everyone, 1)
-            if name in self._of_all:
-                by_class, overall = merge(self._of_classes[name], by_class), merge(self._of_all[name], overall)
-                values = torch.cat((self._reservoir[name], values))
-            self._of_classes[name], self._of_all[name] = by_class, overall
-            self._reservoir[name] = values[torch.from_numpy(kept)]
-            self._waiting[name] = []
-        self._keys, self._weights, self._rows_waiting = keys[kept], [], 0
 
-    def result(self, metadata: Mapping[str, str]) -> ChannelStatistics:
-        """Statistics of all that was added."""
-        if self.images < 2:
-            raise StatisticsError(f"The data hold {self.images} images, but statistics need at least two.")
-        if self._rows_waiting:
-            self._update()
-        return ChannelStatistics({name: self._layer(name) for name in self._layers}, metadata)
+class _Saver:
+    """The checkpoint of one process: where it stands, under which settings, how often it is written."""
 
-    def _layer(self, name: str) -> LayerStatistics:
-        overall, by_class = self._of_all[name], self._of_classes[name]
-        return LayerStatistics(
-            count=overall.weight[0],
-            mean=overall.mean[0],
-            std=overall.variance[0].sqrt(),
-            class_count=by_class.weight,
-            class_mean=by_class.mean.T,
-            class_variance=by_class.variance.T,
-            shapiro_p=torch.from_numpy(_shapiro_p(self._reservoir[name].double().numpy())),
-            class_square=by_class.square,
+    def __init__(self, path: Path | None, settings: Mapping[str, str], every: int) -> None:
+        self._path, self._settings, self._every = path, settings, every
+
+    def restored(self, seed: int) -> tuple[Accumulator | None, int]:
+        """What was gathered, and the number of batches that is."""
+        tensors = None if self._path is None else read_checkpoint(self._path, self._settings)
+        if tensors is None:
+            return None, 0
+        return Accumulator.restored(tensors, seed=seed), int(tensors["batches"])
+
+    def save_at_times(self, accumulator: Accumulator, batches: int, *, is_last: bool) -> None:
+        """Write what was gathered, where it is time to."""
+        if self._path is not None and (is_last or batches % self._every == 0):
+            write_checkpoint(self._path, self._settings, {**accumulator.tensors(), "batches": torch.tensor(batches)})
+
+
+class _Batches:
+    """The batches of one process: every n-th of n processes, so that a batch is the same whoever takes it."""
+
+    def __init__(self, data: Any, batch_size: int, workers: int, labels: Labels, processes: Processes) -> None:
+        self._data, self._workers, self._labels = data, workers, labels
+        self._batch_size = batch_size
+        self._numbers: list[range] | None = None
+        self.count: int | None = None
+        self.images: int | None = None
+        if _has_items(data):
+            starts = range(0, len(data), batch_size)[processes.rank :: processes.count]
+            self._numbers = [range(start, min(start + batch_size, len(data))) for start in starts]
+            self.count, self.images = len(self._numbers), sum(len(numbers) for numbers in self._numbers)
+
+    def after(self, done: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Numbers, inputs and given labels of each batch but the first `done`; no labels where they are predicted."""
+        batches: Iterable[Any] = self._data
+        if self._numbers is not None:
+            left: Any = self._numbers[done:]
+            batches = DataLoader(self._data, batch_sampler=left, num_workers=self._workers)
+        elif isinstance(self._data, IterableDataset):
+            batches = DataLoader(self._data, self._batch_size, num_workers=self._workers)
+        first = 0
+        for index, batch in enumerate(batches):
+            inputs, given = (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
+            if self._labels == "given" and given is None:
+                raise StatisticsError("The data hold no labels; give items (input, class), or use labels='predicted'.")
+            if self._numbers is not None:
+                first = self._numbers[done + index].start
+            numbers = torch.arange(first, first + len(inputs))
+            first += len(inputs)
+            yield numbers, inputs, None if self._labels == "predicted" else torch.as_tensor(given).long().cpu()
+
+
+def _has_items(data: object) -> bool:
+    """Whether items can be fetched by index; lists of items are data sets too, as torch's own loader takes them."""
+    return not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _settings(
+    model: nn.Module, data: Any, layers: list[str], labels: Labels, batch_size: int, seed: int, processes: int
+) -> dict[str, str]:
+    """All that the statistics depend on, in words: a run may go on only where none of it has changed."""
+    if not _has_items(data):
+        raise SettingError(
+            f"data is a {type(data).__name__}, but checkpoints and several processes need a data set whose items can "
+            "be fetched by index; give the data set itself, such as loader.dataset."
+        )
+    device = next(model.parameters()).device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
+    return {
+        "model": type(model).__name__,
+        "weights": _digest(model.state_dict()),
+        "data": _fingerprint(data),
+        "layers": ", ".join(layers),
+        "labels": labels,
+        "batch_size": str(batch_size),
+        "seed": str(seed),
+        "autocast": autocast,
+        "processes": str(processes),
+    }
+
+
+def _check_agreement(settings: Mapping[str, str], processes: Processes) -> None:
+    """Raise `StatisticsError` unless all processes were called in the same way."""
+    names = list(settings)
+    mine = {name: torch.tensor(list(value.encode()), dtype=torch.uint8) for name, value in settings.items()}
+    theirs = processes.broadcast(mine)
+    first = {name: bytes(theirs[name].tolist()).decode() for name in names}
+    differing = differences(first, settings)
+    if differing:
+        raise StatisticsError(
+            f"Process {processes.rank + 1} was called otherwise than the first: {differing}; "
+            "call all processes with the same model, data and settings."
         )
 
 
-def _shapiro_p(samples: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shapiro-Wilk p-value of each column (N, C); 1, hence normal, where the test is not defined."""
-    p = np.ones(samples.shape[1])
-    testable = np.flatnonzero(np.ptp(samples, axis=0) > 0) if len(samples) >= 3 else np.empty(0, dtype=np.int64)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        p[testable] = list(pool.map(lambda channel: stats.shapiro(samples[:, channel]).pvalue, testable))
-    return p
+def _fingerprint(data: Any) -> str:
+    """What tells a data set from another: its own word, or its type, length and three items."""
+    own = getattr(data, "fingerprint", None)
+    if isinstance(own, str):
+        return own
+    probes = {index: data[index] for index in sorted({0, len(data) // 2, len(data) - 1}) if len(data)}
+    return f"{len(data)} items of {type(data).__name__}, {_digest(probes)}"
 
 
-def _keys(seed: int, start: int, count: int) -> NDArray[np.uint64]:
-    """A random key per image, from its number alone: the images of the smallest keys are a sample of any stream.
+def _digest(value: Any) -> str:
+    """SHA-256 over nested containers of tensors, arrays and plain values."""
+    digest = hashlib.sha256()
 
-    Splitmix64 (Steele, Lea, Flood 2014).
-    """
-    state = np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    state += np.uint64(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    keys: NDArray[np.uint64] = state ^ (state >> np.uint64(31))
-    return keys
+    def update(part: Any) -> None:
+        if isinstance(part, Tensor):
+            flat = part.detach().cpu().contiguous()
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, Mapping):
+            for name, inner in part.items():
+                digest.update(str(name).encode())
+                update(inner)
+        elif isinstance(part, list | tuple):
+            for inner in part:
+                update(inner)
+        else:
+            digest.update(repr(part).encode())
+
+    update(value)
+    return digest.hexdigest()
+
+
+def _gap(output: Tensor) -> Tensor:
+    """Mean over space of relu(output) of shape (B, C, *S), (B, C), in float32 or wider."""
+    channels = output.flatten(2).flatten(0, 1)
+    at_once = max(1, _ELEMENTS // max(1, channels.shape[1])) if output.device.type == "cpu" else len(channels)
+    wide = torch.promote_types(output.dtype, torch.float32)
+    means = [part.relu().mean(dim=1, dtype=wide) for part in torch.split(channels, at_once)]
+    return torch.cat(means).view(output.shape[:2])
 
 
 @contextmanager
 def _gaps_of(convolutions: Mapping[str, Convolution]) -> Iterator[dict[str, list[Tensor]]]:
     """Hooks that note the GAP of each convolution, for forward passes of this thread or task."""
-    gaps: dict[str, list[Tensor]] = {}
+    gaps: dict[str, list[Tensor]] = {name: [] for name in convolutions}
 
     def hook_for(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if _GAPS.get() is gaps:
-                positions = tuple(range(2, output.dim()))
-                gaps[name].append(
-                    output.relu().mean(dim=positions, dtype=torch.promote_types(output.dtype, torch.float32))
-                )
+                gaps[name].append(_gap(output))
 
         return hook
 
@@ -219,19 +328,3 @@ def _gaps_of(convolutions: Mapping[str, Convolution]) -> Iterator[dict[str, list
         for handle in handles:
             handle.remove()
         _GAPS.reset(token)
-
-
-def _batches(
-    data: Dataset[Any] | Iterable[Any], batch_size: int, labels: Labels
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Inputs and given labels of each batch; no labels where they are predicted."""
-    # Lists of items are data sets too, as torch's own loader takes them.
-    is_data_set = isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
-    batches: Iterable[Any] = (
-        DataLoader(cast(Dataset[Any], data), batch_size) if is_data_set else cast(Iterable[Any], data)
-    )
-    for batch in batches:
-        inputs, given = (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
-        if labels == "given" and given is None:
-            raise StatisticsError("The data hold no labels; give items (input, class), or use labels='predicted'.")
-        yield inputs, None if labels == "predicted" else torch.as_tensor(given).long().cpu()

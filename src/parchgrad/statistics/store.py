@@ -1,133 +1,74 @@
-"""Channel statistics as read-only containers, and their file: safetensors, never a pickle."""
+"""Channel statistics of a model, and their file: safetensors, never a pickle."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from parchgrad.errors import StatisticsError
+from parchgrad.errors import SettingError, StatisticsError
 from parchgrad.files import writing
-from parchgrad.statistics.tests import TTest, class_log_p
+from parchgrad.layers import Convolution, check_model, find_convolutions
+from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
+from parchgrad.statistics.layer import AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
+from parchgrad.statistics.tests import TTest
 
-__all__ = ["ChannelStatistics", "LayerStatistics"]
+__all__ = ["ChannelStatistics", "RowSample", "weight_digest"]
 
 _FORMAT = "parchgrad channel statistics"
 _VERSION = "1"
+_SUFFIX = ".safetensors"
+# No layer has this name, since module names hold no colon.
+_KEYS = ":keys"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LayerStatistics:
-    """Statistics of one convolution's C channels over a data set of K classes.
-
-    Every number is of the GAP of a channel: the mean over space of relu(output). Arrays are kept in float64 on the CPU.
+class RowSample:
+    """A random sample of at most 5,000 images, which the normality test saw and merging needs again.
 
     Attributes:
-        count: number of images, shape ().
-        mean: mean per channel, shape (C,).
-        std: unbiased standard deviation per channel, shape (C,).
-        class_count: images per class, shape (K,); the sum of their weights where images belong to every class to some
-            extent.
-        class_mean: mean per channel and class, shape (C, K).
-        class_variance: unbiased variance per channel and class, shape (C, K).
-        shapiro_p: Shapiro-Wilk p-value per channel, in [0, 1], shape (C,).
-        class_square: sum of the squared weights per class, shape (K,); `class_count` where weights are zero or one.
-
-    Raises:
-        StatisticsError: if a shape does not fit the others, or a number is not finite or out of its range.
-
-    Example:
-        >>> layer = LayerStatistics(
-        ...     count=torch.tensor(40), mean=torch.tensor([1.0]), std=torch.tensor([0.5]),
-        ...     class_count=torch.tensor([20, 20]), class_mean=torch.tensor([[1.3, 0.7]]),
-        ...     class_variance=torch.tensor([[0.16, 0.16]]), shapiro_p=torch.tensor([0.01]))
-        >>> layer.class_log_p().round(decimals=2)
-        tensor([[-11.1200,  -0.0000]], dtype=torch.float64)
+        keys: random key of each image, by which it was drawn, shape (N,), int64.
+        rows: GAP of each of these images by layer, each (N, C).
     """
 
-    count: Tensor
-    mean: Tensor
-    std: Tensor
-    class_count: Tensor
-    class_mean: Tensor
-    class_variance: Tensor
-    shapiro_p: Tensor
-    class_square: Tensor = None  # type: ignore[assignment]  # replaced by class_count as soon as it is made
+    keys: Tensor
+    rows: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        if self.class_square is None:
-            object.__setattr__(self, "class_square", self.class_count)
-        for entry in fields(self):
-            value = torch.as_tensor(getattr(self, entry.name)).detach().to("cpu", torch.float64, copy=True)
-            object.__setattr__(self, entry.name, value)
-        channels, classes = self.channels, self.classes
-        shapes: dict[str, tuple[int, ...]] = {
-            "count": (),
-            "mean": (channels,),
-            "std": (channels,),
-            "class_count": (classes,),
-            "class_mean": (channels, classes),
-            "class_variance": (channels, classes),
-            "shapiro_p": (channels,),
-            "class_square": (classes,),
-        }
-        for name, shape in shapes.items():
-            value = getattr(self, name)
-            if tuple(value.shape) != shape:
-                raise StatisticsError(
-                    f"{name} has shape {tuple(value.shape)}, but {channels} channels and {classes} classes "
-                    f"need {shape}; give arrays that belong to one layer."
-                )
-            # A class with no more than one effective image has no variance; such entries are not read.
-            has_variance = self.class_count.square() > self.class_square
-            readable = value[:, has_variance] if name == "class_variance" else value
-            if not torch.isfinite(readable).all():
-                raise StatisticsError(f"{name} holds values that are not finite; collect the statistics again.")
-            highest = 1.0 if name == "shapiro_p" else torch.inf
-            if not name.endswith("mean") and bool(((readable < 0) | (readable > highest)).any()):
-                raise StatisticsError(f"{name} holds values outside [0, {highest}]; collect the statistics again.")
+        object.__setattr__(self, "rows", MappingProxyType(dict(self.rows)))
 
-    @property
-    def channels(self) -> int:
-        """Number of channels C."""
-        return self.mean.numel()
 
-    @property
-    def classes(self) -> int:
-        """Number of classes K."""
-        return self.class_count.numel()
+def weight_digest(convolution: Convolution) -> str:
+    """SHA-256 of a convolution's weight, the same on any device and in any wider dtype.
 
-    def class_log_p(self, test: TTest = "welch") -> Tensor:
-        """Log p of "this channel is larger on this class than on the others", shape (C, K), natural log, float64.
-
-        Raises:
-            SettingError: if `test` is not `"welch"` or `"student"`.
-        """
-        log_p = class_log_p(
-            self.class_count.numpy(),
-            self.class_square.numpy(),
-            self.class_mean.numpy(),
-            self.class_variance.numpy(),
-            self.count.item(),
-            self.mean.numpy(),
-            self.std.square().numpy(),
-            test=test,
-        )
-        return torch.from_numpy(log_p)
+    Example:
+        >>> convolution = nn.Conv2d(3, 8, 3)
+        >>> weight_digest(convolution) == weight_digest(convolution.double())
+        True
+    """
+    values = convolution.weight.detach().to("cpu", torch.float64).contiguous().numpy()
+    return hashlib.sha256(str(values.shape).encode() + values.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelStatistics(Mapping[str, LayerStatistics]):
-    """A read-only mapping from layer name to `LayerStatistics`, all over the same classes.
+class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
+    """A read-only mapping from layer name to its statistics, all over the same classes.
 
     Attributes:
         layers: statistics by the layer's name in the model.
-        metadata: what they were collected from, text by name.
+        metadata: what they were collected from, text by name: `model`, `preprocessing`, `data`, `labels`, `images`.
+        weight_digests: SHA-256 of each convolution's weight by layer name, where it is known.
+        class_indices: classes of the model that the columns stand for; None where they are all of them.
+        sample: the sampled images, where the statistics can be merged.
+        model_classes: number of classes of the model; as many as the columns unless given.
 
     Raises:
         StatisticsError: if there is no layer, or the layers differ in their number of classes.
@@ -141,12 +82,16 @@ class ChannelStatistics(Mapping[str, LayerStatistics]):
         (['features.0'], 2)
     """
 
-    layers: Mapping[str, LayerStatistics]
+    layers: Mapping[str, AnyLayerStatistics]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    weight_digests: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    class_indices: tuple[int, ...] | None = field(default=None, kw_only=True)
+    sample: RowSample | None = field(default=None, kw_only=True)
+    model_classes: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
-        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+        for name in ("layers", "metadata", "weight_digests"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         if not self.layers:
             raise StatisticsError("Channel statistics need at least one layer; none was given.")
         for name, layer in self.layers.items():
@@ -155,13 +100,38 @@ class ChannelStatistics(Mapping[str, LayerStatistics]):
                     f"Layer {name!r} has statistics of {layer.classes} classes, the first layer of {self.classes}; "
                     "all layers must come from one collection."
                 )
+        if not self.model_classes:
+            object.__setattr__(self, "model_classes", self.classes)
+        indices = self.class_indices
+        if indices is None and self.model_classes != self.classes:
+            raise StatisticsError(
+                f"The statistics are of {self.classes} classes, the model has {self.model_classes}; "
+                "class_indices must say which classes they are."
+            )
+        if indices is not None and (
+            len(set(indices)) != self.classes or not all(0 <= i < self.model_classes for i in indices)
+        ):
+            raise StatisticsError(
+                f"class_indices must be {self.classes} different classes from 0 to {self.model_classes - 1}; "
+                f"{len(indices)} are given."
+            )
+        if self.sample is not None:
+            self._check_sample(self.sample)
+
+    def _check_sample(self, sample: RowSample) -> None:
+        for name, layer in self.layers.items():
+            shape = (len(sample.keys), layer.channels)
+            if name not in sample.rows or tuple(sample.rows[name].shape) != shape:
+                raise StatisticsError(f"The sampled images of layer {name!r} must be rows of shape {shape}.")
+            if not torch.isfinite(sample.rows[name]).all():
+                raise StatisticsError(f"The sampled images of layer {name!r} hold values that are not finite.")
 
     @property
     def classes(self) -> int:
-        """Number of classes K, the same in every layer."""
+        """Number of classes K that the statistics hold, the same in every layer."""
         return next(iter(self.layers.values())).classes
 
-    def __getitem__(self, layer: str) -> LayerStatistics:
+    def __getitem__(self, layer: str) -> AnyLayerStatistics:
         return self.layers[layer]
 
     def __iter__(self) -> Iterator[str]:
@@ -170,17 +140,106 @@ class ChannelStatistics(Mapping[str, LayerStatistics]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def restrict(self, layers: Iterable[str]) -> "ChannelStatistics":
-        """Keep some layers only, in their present order, for a smaller file.
+    def restrict(
+        self, layers: Iterable[str] | None = None, classes: Iterable[int] | None = None
+    ) -> "ChannelStatistics":
+        """Keep some layers or classes only, for a smaller file; the sample that merging needs is left out.
+
+        Args:
+            layers: names of layers, kept in their present order; None keeps all.
+            classes: classes of the model by index; None keeps all.
 
         Raises:
-            StatisticsError: if a layer is not among them.
+            StatisticsError: if a layer or class is not among them.
         """
-        wanted = set(layers)
-        unknown = wanted - set(self.layers)
+        wanted = list(self) if layers is None else list(layers)
+        unknown = set(wanted) - set(self.layers)
         if unknown:
             raise StatisticsError(f"The statistics do not hold layer {min(unknown)!r}; they hold {', '.join(self)}.")
-        return ChannelStatistics({name: self[name] for name in self if name in wanted}, self.metadata)
+        kept = {name: self[name] for name in self if name in set(wanted)}
+        indices = self.class_indices
+        if classes is not None:
+            indices = tuple(sorted(set(classes)))
+            columns = self.columns(indices)
+            kept = {name: layer.restricted(columns) for name, layer in kept.items()}
+        return ChannelStatistics(
+            kept,
+            self.metadata,
+            weight_digests={name: digest for name, digest in self.weight_digests.items() if name in kept},
+            class_indices=indices,
+            model_classes=self.model_classes,
+        )
+
+    def columns(self, classes: Iterable[int]) -> list[int]:
+        """Find the columns that stand for classes of the model.
+
+        Raises:
+            StatisticsError: if a class is not held.
+        """
+        place = {index: column for column, index in enumerate(self.class_indices or range(self.classes))}
+        wanted = list(classes)
+        missing = next((index for index in wanted if index not in place), None)
+        if missing is not None:
+            held = "only some classes" if self.class_indices is not None else f"classes 0 to {self.classes - 1}"
+            raise StatisticsError(
+                f"The statistics hold {held}, and not class {missing}; give statistics of all classes."
+            )
+        return [place[index] for index in wanted]
+
+    def compact(self, *, share: float = 0.5, test: TTest = "welch") -> "ChannelStatistics":
+        """Keep the log p of the best channels of each class in place of all moments, for a file 40 times smaller.
+
+        The selectors take it for a `quantile` up to `share`; it cannot be merged. In the file a value is one of 256
+        levels, so that a few neighbours in the ranking tie.
+
+        Args:
+            share: share of the channels whose log p is kept for each class, in (0, 1].
+            test: the test whose log p are kept.
+
+        Raises:
+            SettingError: if `share` is out of range or `test` unknown.
+            StatisticsError: if the statistics are compact already, and of another test.
+        """
+        layers = {
+            name: RankedLayerStatistics(
+                mean=layer.mean,
+                std=layer.std,
+                shapiro_p=layer.shapiro_p,
+                log_p=keep_share(layer.class_log_p(test), share),
+                test=test,
+                share=share,
+            )
+            for name, layer in self.items()
+        }
+        return ChannelStatistics(
+            layers,
+            self.metadata,
+            weight_digests=self.weight_digests,
+            class_indices=self.class_indices,
+            model_classes=self.model_classes,
+        )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise `StatisticsError` naming the first layer that the model lacks, or has otherwise than here."""
+        check_model(model)
+        convolutions = find_convolutions(model)
+        for name, layer in self.items():
+            if name not in convolutions:
+                raise StatisticsError(
+                    f"The statistics hold layer {name!r}, which {type(model).__name__} does not have; "
+                    "use the model that they were collected on, or collect statistics on this one."
+                )
+            convolution = convolutions[name]
+            if layer.channels != convolution.out_channels:
+                raise StatisticsError(
+                    f"The statistics of layer {name!r} have {layer.channels} channels, the layer has "
+                    f"{convolution.out_channels}; they were collected on another model."
+                )
+            if name in self.weight_digests and self.weight_digests[name] != weight_digest(convolution):
+                raise StatisticsError(
+                    f"The weights of layer {name!r} are not those that the statistics were collected with; "
+                    "collect statistics on this model."
+                )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, over an earlier one of that name; it appears only when it is whole.
@@ -188,24 +247,40 @@ class ChannelStatistics(Mapping[str, LayerStatistics]):
         Raises:
             OutputError: if the file cannot be written.
         """
-        tensors = {
-            f"{name}/{entry.name}": getattr(layer, entry.name).contiguous()
-            for name, layer in self.items()
-            for entry in fields(LayerStatistics)
-        }
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.items():
+            parts = vars(layer) if isinstance(layer, LayerStatistics) else _ranked_parts(layer)
+            tensors |= {f"{name}/{part}": value.contiguous() for part, value in parts.items()}
+        if self.sample is not None:
+            tensors |= {f"{name}/sample": rows.contiguous() for name, rows in self.sample.rows.items()}
+            tensors[_KEYS] = self.sample.keys.contiguous()
         # safetensors does not keep the order of tensors.
-        header = {"format": _FORMAT, "format_version": _VERSION, "layers": json.dumps(list(self))}
-        header["metadata"] = json.dumps(dict(self.metadata))
+        header = {
+            "layers": [self._description(name) for name in self],
+            "metadata": dict(self.metadata),
+            "classes": {"indices": self.class_indices, "of": self.model_classes},
+        }
+        texts = {"format": _FORMAT, "format_version": _VERSION} | {k: json.dumps(v) for k, v in header.items()}
         with writing(Path(path)) as temporary:
-            save_file(tensors, temporary, header)
+            save_file(tensors, temporary, texts)
+
+    def _description(self, name: str) -> dict[str, object]:
+        layer = self[name]
+        kind = {} if isinstance(layer, LayerStatistics) else {"test": layer.test, "share": layer.share}
+        return {"name": name, "weight_sha256": self.weight_digests.get(name), **kind}
 
     @classmethod
-    def load(cls, path: str | Path) -> "ChannelStatistics":
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> "ChannelStatistics":
         """Read a file written by `save`. Nothing in it is executed.
 
+        Args:
+            path: the file.
+            model: the model that the statistics will serve; with it, names, channels and weights of every layer are
+                checked.
+
         Raises:
-            StatisticsError: if the file is missing, cut off, of another kind or version, or holds what does not fit;
-                the layer or field is named.
+            StatisticsError: if the file is missing, cut off, of another kind or version, holds what does not fit, or
+                is of another model; the layer or field is named.
         """
         try:
             with safe_open(path, framework="pt") as opened:
@@ -224,12 +299,70 @@ class ChannelStatistics(Mapping[str, LayerStatistics]):
                 f"{str(path)!r} has format version {header.get('format_version')!r}, this release reads {_VERSION!r}; "
                 "collect the statistics again, or install the release that wrote them."
             )
-        names = _json(header, "layers", path)
-        metadata = _json(header, "metadata", path)
-        if not isinstance(names, list) or not isinstance(metadata, dict):
+        described, metadata, classes = (_json(header, name, path) for name in ("layers", "metadata", "classes"))
+        if not (_is_layer_list(described) and isinstance(metadata, dict) and isinstance(classes, dict)):
             raise StatisticsError(f"The header of {str(path)!r} is damaged; collect the statistics again.")
-        layers = {str(name): _layer_from(tensors, str(name), path) for name in names}
-        return cls(layers, {str(name): str(value) for name, value in metadata.items()})
+        layers = {str(entry["name"]): _layer_from(tensors, entry, path) for entry in described}
+        digests = {str(entry["name"]): str(entry["weight_sha256"]) for entry in described if entry.get("weight_sha256")}
+        indices, outputs = classes.get("indices"), classes.get("of")
+        if not (indices is None or _is_list_of(indices, int)) or not isinstance(outputs, int):
+            raise StatisticsError(
+                f"The field 'classes' in the header of {str(path)!r} is damaged; collect the statistics again."
+            )
+        sample = None
+        if _KEYS in tensors:
+            rows = {name: tensors[f"{name}/sample"] for name in layers if f"{name}/sample" in tensors}
+            sample = RowSample(keys=tensors[_KEYS], rows=rows)
+        try:
+            statistics = cls(
+                layers,
+                {str(name): str(value) for name, value in metadata.items()},
+                weight_digests=digests,
+                class_indices=None if indices is None else tuple(indices),
+                model_classes=outputs,
+                sample=sample,
+            )
+        except StatisticsError as error:
+            raise StatisticsError(f"{str(path)!r} does not fit: {error}") from error
+        if model is not None:
+            statistics.check_model(model)
+        return statistics
+
+    @classmethod
+    def bundled(cls, name: str) -> "ChannelStatistics":
+        """Load the compact statistics that come with this package for a model of `load_model`.
+
+        Raises:
+            StatisticsError: if none come for this model.
+
+        Example:
+            >>> statistics = ChannelStatistics.bundled("efficientnet_lite0")
+            >>> statistics.classes, list(statistics)[-1]
+            (1000, 'conv_head')
+        """
+        folder = resources.files("parchgrad.statistics") / "bundled"
+        names = sorted(entry.name.removesuffix(_SUFFIX) for entry in folder.iterdir() if entry.name.endswith(_SUFFIX))
+        if name not in names:
+            raise StatisticsError(
+                f"No channel statistics come with this package for {name!r}, only for {', '.join(names)}; collect "
+                f"some with `parchgrad stats collect --model {name} --data FOLDER -o FILE`, and give that file."
+            )
+        with resources.as_file(folder / f"{name}{_SUFFIX}") as path:
+            return cls.load(path)
+
+
+def _ranked_parts(layer: RankedLayerStatistics) -> dict[str, Tensor]:
+    """What a file holds of a layer: float32, and log p in a compact form where little is lost by it."""
+    parts = {name: getattr(layer, name).float() for name in ("mean", "std", "shapiro_p")}
+    return parts | (compact_log_p(layer.log_p) if layer.share < 1 else {"log_p": layer.log_p})
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+def _is_layer_list(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(entry, dict) and "name" in entry for entry in value)
 
 
 def _json(header: Mapping[str, str], name: str, path: str | Path) -> object:
@@ -242,12 +375,28 @@ def _json(header: Mapping[str, str], name: str, path: str | Path) -> object:
     return value
 
 
-def _layer_from(tensors: Mapping[str, Tensor], layer: str, path: str | Path) -> LayerStatistics:
-    names = [entry.name for entry in fields(LayerStatistics)]
-    missing = [name for name in names if f"{layer}/{name}" not in tensors]
-    if missing:
-        raise StatisticsError(f"Layer {layer!r} in {str(path)!r} lacks {missing[0]!r}; collect the statistics again.")
+def _layer_from(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], path: str | Path) -> AnyLayerStatistics:
+    """One layer of a file; `entry` is its description in the header."""
+    layer = str(entry["name"])
+    ranked = "test" in entry
+    share = entry.get("share", 1.0)
+    parts: tuple[str, ...] = tuple(field.name for field in fields(LayerStatistics))
+    if ranked:
+        parts = ("mean", "std", "shapiro_p", *(COMPACT_PARTS if share != 1 else ("log_p",)))
+    missing = next((part for part in parts if f"{layer}/{part}" not in tensors), None)
+    if missing is not None:
+        raise StatisticsError(f"Layer {layer!r} in {str(path)!r} lacks {missing!r}; collect the statistics again.")
+    found = {part: tensors[f"{layer}/{part}"] for part in parts}
     try:
-        return LayerStatistics(**{name: tensors[f"{layer}/{name}"] for name in names})
-    except StatisticsError as error:
+        if not ranked:
+            return LayerStatistics(**found)
+        compact = {part: found.pop(part) for part in COMPACT_PARTS if part in found}
+        if compact:
+            found["log_p"] = expand_log_p(compact, found["mean"].numel())
+        return RankedLayerStatistics(**found, test=entry["test"], share=share)
+    except (StatisticsError, SettingError) as error:
         raise StatisticsError(f"Layer {layer!r} in {str(path)!r} does not fit: {error}") from error
+    except TypeError as error:
+        raise StatisticsError(
+            f"Layer {layer!r} in {str(path)!r} is described wrongly ({error}); collect again."
+        ) from error

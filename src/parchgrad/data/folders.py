@@ -1,0 +1,147 @@
+"""Folders of photographs as data sets."""
+
+import copy
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from parchgrad.data.images import read_image
+from parchgrad.errors import ImageError
+
+__all__ = ["PhotographFolder", "match_classes"]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+
+
+class PhotographFolder(Dataset[Any]):
+    """The photographs below a folder, in sorted order: with a folder for each class, or without classes.
+
+    An item is the transformed photograph and its class; without classes, the photograph alone.
+
+    Attributes:
+        files: the photographs.
+        folders: names of the class folders, sorted; empty where a photograph stands outside of any.
+        labels: class of each photograph; None without classes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("cat/a.png", "dog/b.png"):
+        ...         Path(root, name).parent.mkdir()
+        ...         Image.new("RGB", (4, 3)).save(Path(root, name))
+        ...     photographs = PhotographFolder(root, lambda image: image.size).with_classes({"cat": 281, "dog": 207})
+        ...     photographs.folders, photographs[1]
+        (('cat', 'dog'), ((4, 3), 207))
+    """
+
+    def __init__(self, root: str | Path, transform: Callable[[Image.Image], Tensor]) -> None:
+        """Find the photographs: every file with the suffix of an image format, hidden ones and folders left out.
+
+        Args:
+            root: the folder.
+            transform: turns a photograph into what a network takes.
+
+        Raises:
+            ImageError: if there is no such folder, or no photograph in it.
+        """
+        self._root, self._transform = Path(root), transform
+        if not self._root.is_dir():
+            raise ImageError(f"There is no folder {str(root)!r}; check the path.")
+        self.files = tuple(_photographs(self._root))
+        if not self.files:
+            raise ImageError(f"The folder {str(root)!r} holds no photographs; give one with JPEG or PNG files.")
+        parts = [file.relative_to(self._root).parts for file in self.files]
+        self.folders = () if any(len(names) == 1 for names in parts) else tuple(sorted({names[0] for names in parts}))
+        self.labels: tuple[int, ...] | None = None
+
+    def with_classes(self, class_of: Mapping[str, int]) -> "PhotographFolder":
+        """The same photographs, labelled by the class of the folder that they are in."""
+        labelled = copy.copy(self)
+        labelled.labels = tuple(class_of[file.relative_to(self._root).parts[0]] for file in self.files)
+        return labelled
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of names, sizes, classes and transform: another one means other data."""
+        digest = hashlib.sha256(str(self._transform).encode())
+        for index, file in enumerate(self.files):
+            label = None if self.labels is None else self.labels[index]
+            digest.update(f"{file.relative_to(self._root).as_posix()} {file.stat().st_size} {label}\n".encode())
+        return f"{len(self)} photographs, {digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        photograph = self._transform(read_image(self.files[index]))
+        return photograph if self.labels is None else (photograph, self.labels[index])
+
+
+def match_classes(
+    folders: Sequence[str], categories: Sequence[str], synsets: Sequence[str] = ()
+) -> tuple[dict[str, int], str]:
+    """Find the class that each class folder stands for.
+
+    Folders are named by WordNet id, by category, by index, or are as many as the classes and in their order.
+
+    Args:
+        folders: names of the folders, sorted.
+        categories: names of the model's classes.
+        synsets: WordNet ids of the model's classes, where it has them.
+
+    Returns:
+        Class index by folder, and by what it was found.
+
+    Raises:
+        ImageError: if none of these ways leads to all classes.
+
+    Example:
+        >>> match_classes(["great_dane", "pug"], ["Pug", "Tabby", "Great Dane"])
+        ({'great_dane': 2, 'pug': 0}, 'category')
+    """
+    ways: list[tuple[str, Mapping[str, int]]] = [
+        ("WordNet id", _places(synsets)),
+        ("category", _places(_plain(category) for category in categories)),
+        ("index", _places(str(index) for index in range(len(categories)))),
+    ]
+    for way, places in ways:
+        found = {name: places.get(name, places.get(_plain(name), -1)) for name in folders}
+        if folders and -1 not in found.values() and len(set(found.values())) == len(folders):
+            return found, way
+    if len(folders) == len(categories):
+        return _places(folders), "order"
+    raise ImageError(
+        f"The {len(folders)} class folders ({', '.join(folders[:3])}, ...) are neither named by the model's "
+        f"{len(categories)} classes, nor as many; rename them, or use predicted labels, which need none."
+    )
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    """Index by name, for the names that stand there once."""
+    listed = list(names)
+    counts = Counter(listed)
+    return {name: index for index, name in enumerate(listed) if counts[name] == 1}
+
+
+def _plain(name: str) -> str:
+    """A name as folders spell it, whatever the case."""
+    return "_".join(name.casefold().replace("-", " ").replace("_", " ").split())
+
+
+def _photographs(root: Path) -> list[Path]:
+    found, seen = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        # A link may lead back up.
+        seen.add(os.path.realpath(folder))
+        inner[:] = [
+            name for name in inner if name[0] != "." and os.path.realpath(os.path.join(folder, name)) not in seen
+        ]
+        found += [Path(folder, name) for name in names if name[0] != "." and name.lower().endswith(_SUFFIXES)]
+    return sorted(found)

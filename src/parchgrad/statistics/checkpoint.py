@@ -1,0 +1,89 @@
+"""Checkpoints of a collection: written whole or not at all, and read again only under the same settings."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parchgrad.errors import StatisticsError
+from parchgrad.files import writing
+
+__all__ = ["differences", "part_of_process", "read_checkpoint", "remove_checkpoints", "write_checkpoint"]
+
+_FORMAT = "parchgrad collection checkpoint"
+
+
+def part_of_process(path: Path, rank: int, count: int) -> Path:
+    """Name the checkpoint of one of several processes, counted from zero.
+
+    Example:
+        >>> part_of_process(Path("a.checkpoint"), 0, 2).name
+        'a-1-of-2.checkpoint'
+    """
+    return path if count == 1 else path.with_name(f"{path.stem}-{rank + 1}-of-{count}{path.suffix}")
+
+
+def write_checkpoint(path: Path, settings: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint over an earlier one; a process killed at any moment leaves one of the two.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    with writing(path) as temporary:
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(contiguous, temporary, {"format": _FORMAT, "settings": json.dumps(dict(settings))})
+
+
+def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor] | None:
+    """Read a checkpoint, or nothing where there is none; what a killed process left half-written is removed.
+
+    Raises:
+        StatisticsError: if the file is no checkpoint, or was made with other settings, which are named.
+    """
+    for abandoned in path.parent.glob(f".{path.stem}.????????{path.suffix}"):
+        abandoned.unlink(missing_ok=True)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        if header.get("format") != _FORMAT:
+            raise ValueError("it is a file of another kind")
+        earlier = json.loads(header["settings"])
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise StatisticsError(
+            f"The checkpoint {str(path)!r} cannot be read ({error}); delete it to start anew."
+        ) from error
+    differing = differences(earlier, settings)
+    if differing:
+        raise StatisticsError(
+            f"The checkpoint {str(path)!r} cannot be resumed, since {differing}; restore what was, "
+            "or delete the checkpoint to start anew."
+        )
+    return tensors
+
+
+def remove_checkpoints(path: str | Path) -> None:
+    """Remove the checkpoints of all processes of a run, once its result is saved."""
+    path = Path(path)
+    for file in (path, *path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
+        file.unlink(missing_ok=True)
+
+
+def differences(earlier: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say what differs between two settings, in words; empty where nothing does.
+
+    Example:
+        >>> differences({"seed": "0", "model": "a"}, {"seed": "1", "model": "a"})
+        "seed was '0' and is '1'"
+    """
+    names = [name for name in (*now, *(set(earlier) - set(now))) if earlier.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {_short(earlier.get(name))} and is {_short(now.get(name))}" for name in names)
+
+
+def _short(value: str | None) -> str:
+    return repr(value) if value is None or len(value) <= 60 else repr(value[:57] + "...")

@@ -1,0 +1,138 @@
+"""Reading the pickled statistics of the original research code without trusting them."""
+
+import io
+import math
+import pickle
+import pickletools
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad.errors import StatisticsError
+from parchgrad.layers import find_convolutions
+from parchgrad.statistics.layer import RankedLayerStatistics
+from parchgrad.statistics.store import ChannelStatistics
+
+__all__ = ["import_pickles", "read_tensor_list"]
+
+_FILES = ("cls_p_values", "shapiro_p_values", "gap_mean", "gap_std")
+
+# What pickling a list of tensors needs: constants, containers, the memo, and calls of the globals admitted below.
+_OPCODE_NAMES = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 BINFLOAT BINBYTES
+    SHORT_BINBYTES BINBYTES8 BINUNICODE SHORT_BINUNICODE BINUNICODE8 UNICODE EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE
+    TUPLE TUPLE1 TUPLE2 TUPLE3 PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET MEMOIZE GLOBAL STACK_GLOBAL REDUCE
+"""
+_OPCODES = frozenset(_OPCODE_NAMES.split())
+
+
+def import_pickles(folder: str | Path, model: nn.Module, *, name: str) -> ChannelStatistics:
+    """Read `cls_p_values.pkl`, `shapiro_p_values.pkl`, `gap_mean.pkl` and `gap_std.pkl` of the original research code.
+
+    Each holds a list with a tensor for every convolution in module order: (C, K), and three times (C,). They hold
+    p-values rather than moments: such statistics serve the selectors, but cannot be merged, and channels whose p has
+    underflowed to zero tie. Nothing tells whether the weights are the model's.
+
+    Args:
+        folder: the folder that holds the four files, or one that holds them in a folder `pickles`.
+        model: the network they are of.
+        name: its name, for the record.
+
+    Raises:
+        StatisticsError: if a file is missing, holds anything but a list of tensors, or does not fit the model.
+        ModelError: if the model holds no convolution.
+    """
+    root = Path(folder)
+    if not (root / f"{_FILES[0]}.pkl").exists() and (root / "pickles").is_dir():
+        root = root / "pickles"
+    lists = {file: read_tensor_list(root / f"{file}.pkl") for file in _FILES}
+    convolutions = find_convolutions(model)
+    for file, tensors in lists.items():
+        if len(tensors) != len(convolutions):
+            raise StatisticsError(
+                f"'{file}.pkl' holds {len(tensors)} layers, but {name} has {len(convolutions)} convolutions; "
+                "name the model that the pickles are of."
+            )
+    layers = {}
+    for layer, convolution, p, *others in zip(convolutions, convolutions.values(), *lists.values(), strict=True):
+        if p.dim() != 2 or len(p) != convolution.out_channels:
+            raise StatisticsError(
+                f"Layer {layer!r} has p-values of shape {tuple(p.shape)}, but {convolution.out_channels} channels; "
+                "name the model that the pickles are of."
+            )
+        # What is not defined, as of a constant channel, counts as p = 1; a normality test that failed, as normal.
+        known = p.double().nan_to_num(1.0)
+        if bool(((known < 0) | (known > 1)).any()):
+            raise StatisticsError(f"'cls_p_values.pkl' holds values outside [0, 1] for layer {layer!r}.")
+        shapiro_p, mean, std = (part.double().nan_to_num(fill) for part, fill in zip(others, (1, 0, 0), strict=True))
+        smallest = math.log(torch.finfo(p.dtype).smallest_normal) if p.is_floating_point() else -math.inf
+        log_p = torch.where(known > 0, known.log(), smallest - 1.0)
+        try:
+            layers[layer] = RankedLayerStatistics(mean=mean, std=std, shapiro_p=shapiro_p, log_p=log_p, test="welch")
+        except StatisticsError as error:
+            raise StatisticsError(f"Layer {layer!r} in the pickles does not fit: {error}") from error
+    return ChannelStatistics(layers, {"model": name, "data": f"pickles in {root.resolve().parent.name}"})
+
+
+def read_tensor_list(path: Path) -> list[Tensor]:
+    """Read a pickled list of CPU tensors. Every opcode and global is looked at before the first is carried out.
+
+    Raises:
+        StatisticsError: if the file is missing, damaged, or holds anything but a list of tensors.
+    """
+    try:
+        content = path.read_bytes()
+        _check_opcodes(content)
+        value = _TensorUnpickler(io.BytesIO(content)).load()
+    except OSError as error:
+        raise StatisticsError(f"{str(path)!r} cannot be read ({error.strerror}); check the path.") from error
+    except _RefusedError as error:
+        raise StatisticsError(
+            f"{str(path)!r} holds more than a list of tensors: {error}; it was not executed."
+        ) from error
+    except Exception as error:
+        # A damaged pickle makes the unpickler and torch raise what they like.
+        raise StatisticsError(f"{str(path)!r} is no pickled list of tensors ({error}); the file is damaged.") from error
+    if not isinstance(value, list) or not all(isinstance(entry, Tensor) for entry in value):
+        raise StatisticsError(f"{str(path)!r} holds no list of tensors; give the pickles of the research code.")
+    return value
+
+
+class _RefusedError(Exception):
+    """The pickle holds something that a list of tensors does not."""
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Refuse every opcode that a list of tensors does not need, and every global but those admitted.
+
+    The names of a STACK_GLOBAL are on the stack; the unpickler refuses those that it does not admit.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name not in _OPCODES:
+            raise _RefusedError(f"the opcode {opcode.name}")
+        if opcode.name == "GLOBAL" and tuple(str(argument).split(" ", 1)) not in _ADMITTED:
+            raise _RefusedError(f"the global {str(argument).replace(' ', '.')}")
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Give the few functions that tensors are rebuilt by, and refuse all others."""
+        if (module, name) not in _ADMITTED:
+            raise _RefusedError(f"the global {module}.{name}")
+        return _ADMITTED[module, name]
+
+
+def _load_storage(content: bytes) -> Any:
+    """A storage is a file of torch's own within the pickle; torch's version of this function trusts it."""
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): _load_storage,
+    ("collections", "OrderedDict"): OrderedDict,
+}

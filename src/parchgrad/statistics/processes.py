@@ -1,0 +1,111 @@
+"""Several processes at one collection, over torch.distributed: who takes part, and how they tell each other."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+from torch import distributed as dist
+
+from parchgrad.errors import StatisticsError
+
+__all__ = ["Processes", "is_first_process", "joined_processes"]
+
+# The first to finish waits for the slowest.
+_PATIENCE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, and which of them this is.
+
+    Attributes:
+        rank: number of this process, from zero.
+        count: number of processes.
+        group: the group they talk in; None for a process on its own.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Send tensors to the first process, which gets those of the others, one after the other.
+
+        Raises:
+            StatisticsError: if a process is lost.
+        """
+        for sender in range(1, self.count):
+            if self.rank == sender:
+                self._send(tensors, 0)
+            elif self.rank == 0:
+                yield self._receive(sender)
+
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give every process the tensors of the first; those of the others are ignored.
+
+        Raises:
+            StatisticsError: if a process is lost.
+        """
+        if self.rank == 0:
+            for receiver in range(1, self.count):
+                self._send(tensors, receiver)
+            return tensors
+        return self._receive(0)
+
+    def _send(self, tensors: Mapping[str, Tensor], receiver: int) -> None:
+        content = torch.frombuffer(bytearray(save({k: v.contiguous() for k, v in tensors.items()})), dtype=torch.uint8)
+        with self._waiting_for(receiver):
+            dist.send(torch.tensor([content.numel()]), receiver, self.group)
+            dist.send(content, receiver, self.group)
+
+    def _receive(self, sender: int) -> dict[str, Tensor]:
+        size = torch.zeros(1, dtype=torch.int64)
+        with self._waiting_for(sender):
+            dist.recv(size, sender, self.group)
+            content = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(content, sender, self.group)
+        return load(content.numpy().tobytes())
+
+    @contextmanager
+    def _waiting_for(self, other: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise StatisticsError(
+                f"Process {other + 1} of {self.count} was lost, and the run with it; see what it printed, and "
+                "start all processes again: with a checkpoint they go on where it stands."
+            ) from error
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes that torchrun started, or that share an initialised process group; else stand alone.
+
+    Tensors of the CPU are exchanged, over gloo, whatever the backend of the group.
+    """
+    launched = dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched()
+    if launched:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            yield Processes()
+            return
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        try:
+            yield Processes(rank=dist.get_rank(), count=dist.get_world_size(), group=group)
+        finally:
+            dist.destroy_process_group(group)
+    finally:
+        if launched:
+            dist.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that torchrun started, or on its own."""
+    return not dist.is_available() or not dist.is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"

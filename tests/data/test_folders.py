@@ -1,0 +1,90 @@
+import os
+
+import pytest
+from PIL import Image
+
+from parchgrad.data.folders import PhotographFolder, match_classes
+from parchgrad.errors import ImageError
+
+
+def to_colour(image):
+    return image.getpixel((0, 0))
+
+
+def make(root, *names):
+    for index, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3), (index, 0, 0)).save(path)
+    return root
+
+
+def test_a_folder_for_each_class(tmp_path):
+    make(tmp_path, "dog/b.png", "cat/x/z.png", "cat/a.PNG", ".cache/hidden.png", "cat/.hidden.png")
+    (tmp_path / "cat" / "notes.txt").write_text("no photograph")
+    photographs = PhotographFolder(tmp_path, to_colour)
+    assert [file.relative_to(tmp_path).as_posix() for file in photographs.files] == [
+        "cat/a.PNG",
+        "cat/x/z.png",
+        "dog/b.png",
+    ]
+    assert photographs.folders == ("cat", "dog")
+    assert photographs[2] == (0, 0, 0)
+    labelled = photographs.with_classes({"cat": 5, "dog": 2})
+    assert [labelled[index] for index in range(3)] == [((2, 0, 0), 5), ((1, 0, 0), 5), ((0, 0, 0), 2)]
+    assert photographs.labels is None
+
+
+def test_photographs_outside_of_class_folders(tmp_path):
+    assert PhotographFolder(make(tmp_path, "a.png", "cat/b.png"), to_colour).folders == ()
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    make(tmp_path / "elsewhere", "one/b.png")
+    make(tmp_path / "root", "cat/a.png")
+    os.symlink(tmp_path / "elsewhere" / "one", tmp_path / "root" / "dog")
+    os.symlink(tmp_path / "root", tmp_path / "root" / "cat" / "back")
+    assert PhotographFolder(tmp_path / "root", to_colour).folders == ("cat", "dog")
+    assert len(PhotographFolder(tmp_path / "root", to_colour)) == 2
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    make(tmp_path, "cat/a.png", "dog/b.png")
+    plain = PhotographFolder(tmp_path, to_colour)
+    first = plain.with_classes({"cat": 0, "dog": 1})
+    fingerprints = {plain.fingerprint, first.fingerprint, first.with_classes({"cat": 1, "dog": 0}).fingerprint}
+    fingerprints.add(PhotographFolder(tmp_path, str).fingerprint)
+    Image.new("RGB", (400, 300)).save(tmp_path / "dog" / "b.png")
+    fingerprints.add(plain.fingerprint)
+    assert len(fingerprints) == 5
+    assert plain.fingerprint == PhotographFolder(tmp_path, to_colour).fingerprint
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(ImageError, match="There is no folder"):
+        PhotographFolder(tmp_path / "none", to_colour)
+    with pytest.raises(ImageError, match="holds no photographs"):
+        PhotographFolder(tmp_path, to_colour)
+
+
+CATEGORIES = ("great white shark", "Tabby", "crane", "crane", "half-track")
+SYNSETS = ("n1", "n2", "n3", "n4", "n5")
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (["n2", "n5"], ({"n2": 1, "n5": 4}, "WordNet id")),
+        (["Great_White_Shark", "half track"], ({"Great_White_Shark": 0, "half track": 4}, "category")),
+        (["0", "4"], ({"0": 0, "4": 4}, "index")),
+        (["a", "b", "c", "d", "e"], ({"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}, "order")),
+    ],
+)
+def test_how_folders_are_matched(folders, expected):
+    assert match_classes(folders, CATEGORIES, SYNSETS) == expected
+
+
+@pytest.mark.parametrize("folders", [["crane", "tabby"], ["n1", "Tabby"], ["Tabby", "tabby"], ["x", "y"]])
+def test_folders_that_do_not_tell_their_class(folders):
+    with pytest.raises(ImageError, match=r"2 class folders \(.*\) are neither named by the model's 5 classes"):
+        match_classes(folders, CATEGORIES, SYNSETS)

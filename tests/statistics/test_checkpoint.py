@@ -1,0 +1,173 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import parchgrad as pg
+from parchgrad.errors import SettingError, StatisticsError
+from parchgrad.statistics import checkpoint
+from tests.conftest import small_network
+from tests.statistics.test_accumulate import assert_same
+
+IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+DATA = TensorDataset(IMAGES, torch.arange(60) % 5)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after(images):
+    def told(stage, done, total):
+        if done >= images:
+            raise StoppedError
+
+    return told
+
+
+def collect(path=None, model=None, data=DATA, **options):
+    return pg.collect_statistics(
+        model or small_network(), data, **{"batch_size": 7, "checkpoint_every": 2, "checkpoint": path, **options}
+    )
+
+
+@pytest.mark.parametrize("labels", ["given", "predicted"])
+def test_stopped_anywhere_it_ends_as_if_unbroken(tmp_path, labels):
+    whole = collect(tmp_path / "whole", labels=labels)
+    for images in (1, 14, 15, 56, 60):
+        path = tmp_path / f"{images}.checkpoint"
+        with pytest.raises(StoppedError):
+            collect(path, labels=labels, on_progress=stop_after(images))
+        seen = []
+        resumed = collect(path, labels=labels, on_progress=lambda *told, seen=seen: seen.append(told))
+        assert_same(resumed, whole, rtol=0)
+        assert torch.equal(resumed.sample.keys, whole.sample.keys)
+        # Images before the last checkpoint are not passed again.
+        first = next((done for stage, done, _ in seen if stage == "images"), 60)
+        assert first >= min(60, images - images % 14 + 4)
+    assert_same(collect(labels=labels), whole)
+
+
+def test_a_finished_checkpoint_gives_the_result_at_once(tmp_path):
+    whole = collect(tmp_path / "a")
+    assert_same(collect(tmp_path / "a", on_progress=lambda stage, *_: None), whole, rtol=0)
+    checkpoint.remove_checkpoints(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def other_weights():
+    model = small_network()
+    with torch.no_grad():
+        model[7].bias[0] += 1e-3
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": other_weights()}, "since weights was"),
+        ({"data": TensorDataset(IMAGES[:59], DATA.tensors[1][:59])}, "since data was"),
+        ({"data": TensorDataset(IMAGES, (DATA.tensors[1] + 1) % 5)}, "since data was"),
+        ({"layers": ["0"]}, "since layers was '0, 2' and is '0'"),
+        ({"labels": "predicted"}, "since labels was 'given' and is 'predicted'"),
+        ({"batch_size": 8}, "since batch_size was '7' and is '8'"),
+        ({"seed": 3, "batch_size": 9}, "batch_size was '7' and is '9', seed was '0' and is '3'"),
+    ],
+)
+def test_what_has_changed_is_named(tmp_path, change, words):
+    path = tmp_path / "run.checkpoint"
+    with pytest.raises(StoppedError):
+        collect(path, on_progress=stop_after(30))
+    with pytest.raises(StatisticsError, match=words):
+        collect(path, **change)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(StatisticsError, match="autocast was 'off' and is 'torch"),
+    ):
+        collect(path)
+
+
+def test_a_data_set_may_speak_for_itself(tmp_path):
+    class Named(TensorDataset):
+        fingerprint = "first"
+
+    data = Named(IMAGES, DATA.tensors[1])
+    with pytest.raises(StoppedError):
+        collect(tmp_path / "a", data=data, on_progress=stop_after(30))
+    data.fingerprint = "second"
+    with pytest.raises(StatisticsError, match="data was 'first' and is 'second'"):
+        collect(tmp_path / "a", data=data)
+
+
+def test_batches_cannot_be_resumed(tmp_path):
+    with pytest.raises(SettingError, match=r"give the data set itself, such as loader\.dataset"):
+        collect(tmp_path / "a", data=DataLoader(DATA, 7))
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    path = tmp_path / "run.checkpoint"
+    for content in (b"", b"x" * 100):
+        path.write_bytes(content)
+        with pytest.raises(StatisticsError, match=r"cannot be read .*; delete it to start anew"):
+            collect(path)
+    collect().save(path)
+    with pytest.raises(StatisticsError, match="file of another kind"):
+        collect(path)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".run.deadbeef.checkpoint").write_bytes(b"half")
+    (tmp_path / "other.checkpoint").write_bytes(b"")
+    collect(tmp_path / "run.checkpoint")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run.checkpoint", "other.checkpoint"}
+
+
+SCRIPT = """
+import sys, time
+import torch
+import parchgrad as pg
+from tests.conftest import small_network
+from tests.statistics.test_checkpoint import DATA
+
+class Slow(type(DATA)):
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+data = Slow(*DATA.tensors)
+found = pg.collect_statistics(
+    small_network(), data, batch_size=3, checkpoint=sys.argv[1], checkpoint_every=1,
+    on_progress=lambda *told: print(*told, flush=True),
+)
+found.save(sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_statistics(tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run.checkpoint"), str(tmp_path / "out.safetensors")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    starts = []
+    for delay in (0.02, 0.05, 0.11, None):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, cwd=root)
+        starts.append(int(process.stdout.readline().split()[1]))
+        if delay is None:
+            process.communicate()
+        else:
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not (tmp_path / "out.safetensors").exists()
+    assert process.returncode == 0
+    # Every start went on behind the one before it.
+    assert starts == sorted(set(starts))
+    found = pg.ChannelStatistics.load(tmp_path / "out.safetensors")
+    assert int(found["0"].count) == 60
+    assert_same(found, collect(batch_size=3))

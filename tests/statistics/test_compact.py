@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import parchgrad as pg
+from parchgrad.errors import SettingError, StatisticsError
+from parchgrad.statistics.compact import compact_log_p, expand_log_p, keep_share
+from tests.conftest import random_statistics
+from tests.statistics.test_store import header
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**31), st.sampled_from([0.1, 0.5, 1.0]))
+def test_order_survives_but_for_ties(channels, classes, seed, share):
+    log_p = torch.from_numpy(-np.random.default_rng(seed).gamma(0.5, 50.0, size=(channels, classes)))
+    kept = keep_share(log_p, share)
+    for k in range(classes):
+        count = max(1, round(share * channels))
+        assert set(kept[:, k].nonzero().flatten().tolist()) == set(log_p[:, k].argsort()[:count].tolist())
+    found = expand_log_p(compact_log_p(kept), channels)
+    assert torch.equal(found < 0, kept < 0)
+    for k in range(classes):
+        order = kept[:, k].argsort(stable=True)
+        assert (found[order, k].diff() >= 0).all()
+
+
+def test_few_values_are_exact_and_many_are_close():
+    few = -torch.arange(12.0).reshape(4, 3)
+    torch.testing.assert_close(expand_log_p(compact_log_p(few), 4).round(decimals=1), few, rtol=0.05, atol=0.1)
+    many = -torch.rand(500, 40, dtype=torch.float64) * 10 - 1
+    found = expand_log_p(compact_log_p(many), 500).double()
+    assert (found - many).abs().max() < 0.05
+    assert found.unique().numel() <= 256
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classes": torch.tensor(3)}, "bits for another number of channels"),
+        ({"classes": torch.tensor(-2)}, "bits for another number of channels"),
+        ({"level": torch.zeros(3, dtype=torch.uint8)}, "another number of values than bits"),
+        ({"levels": torch.zeros(3)}, "another type or shape"),
+        ({"held": torch.zeros(10)}, "another type or shape"),
+    ],
+)
+def test_parts_that_do_not_fit(change, words):
+    compact = compact_log_p(-torch.rand(10, 8) - 0.1)
+    with pytest.raises(StatisticsError, match=words):
+        expand_log_p({**compact, **change}, 10)
+
+
+def test_a_compact_file_selects_the_same_channels(tmp_path):
+    full = random_statistics({"a": 40, "b": 30}, classes=6, images=60)
+    full.compact(share=0.5, test="student").save(tmp_path / "compact.safetensors")
+    full.save(tmp_path / "full.safetensors")
+    compact = pg.ChannelStatistics.load(tmp_path / "compact.safetensors")
+    for quantile in (0.1, 0.3, 0.5):
+        expected, found = (
+            pg.ClassWise(each, quantile=quantile, test="student").class_masks("a") for each in (full, compact)
+        )
+        # 120 values of 256 levels leave hardly a tie.
+        assert (expected & ~found).sum() == 0
+        assert (found & ~expected).sum() <= 2
+    torch.testing.assert_close(compact["b"].mean, full["b"].mean, rtol=1e-6, atol=0)
+    wider = pg.ClassWise(compact, quantile=0.6, test="student")
+    with pytest.raises(StatisticsError, match=r"rank the best 50% of the channels only, but quantile is 0\.6"):
+        wider.check({"a": 40})
+    with pytest.raises(StatisticsError, match="p-values of the student test only, but 'welch' is asked for"):
+        compact["a"].class_log_p()
+    with pytest.raises(StatisticsError, match="student test only"):
+        compact.compact(test="welch")
+    assert compact.restrict(classes=[4, 2])["a"].classes == 2
+
+
+def test_shares_out_of_range():
+    for share in (0, 1.5):
+        with pytest.raises(SettingError, match="share is"):
+            random_statistics({"a": 4}).compact(share=share)
+
+
+def test_a_damaged_compact_file_names_the_layer(tmp_path):
+    path = tmp_path / "compact.safetensors"
+    random_statistics({"a": 40}, classes=6).compact().save(path)
+    tensors, metadata = load_file(path), header(path)
+    save_file({**tensors, "a/level": tensors["a/level"][:-1].clone()}, path, metadata)
+    with pytest.raises(StatisticsError, match=r"Layer 'a' in .* does not fit: log p has another number of values"):
+        pg.ChannelStatistics.load(path)
+    for field, value in (("test", "t"), ("share", "half"), ("share", 2)):
+        layers = metadata["layers"].replace('"welch"', f'"{value}"') if field == "test" else metadata["layers"]
+        layers = layers.replace("0.5", f'"{value}"' if isinstance(value, str) else str(value))
+        save_file(tensors, path, {**metadata, "layers": layers})
+        with pytest.raises(StatisticsError, match=r"Layer 'a' in .* (does not fit|is described wrongly)"):
+            pg.ChannelStatistics.load(path)

@@ -1,0 +1,153 @@
+import pickle
+import struct
+
+import pytest
+import torch
+from torch import nn
+
+import parchgrad as pg
+from parchgrad.errors import StatisticsError
+from parchgrad.statistics.pickles import import_pickles, read_tensor_list
+
+MODEL = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3)).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What the research code writes for `MODEL`, three classes."""
+    inner = tmp_path / "tiny" / "pickles"
+    inner.mkdir(parents=True)
+    lists = {
+        "cls_p_values": [torch.rand(4, 3) * 0.9 + 0.05, torch.rand(6, 3) * 0.9 + 0.05],
+        "shapiro_p_values": [torch.zeros(4), torch.zeros(6)],
+        "gap_mean": [torch.rand(4), torch.rand(6)],
+        "gap_std": [torch.rand(4), torch.rand(6)],
+    }
+    lists["cls_p_values"][0][0] = torch.tensor([0.0, torch.nan, 1.0])
+    for name, tensors in lists.items():
+        (inner / f"{name}.pkl").write_bytes(pickle.dumps(tensors, pickle.HIGHEST_PROTOCOL))
+    return tmp_path / "tiny", lists
+
+
+def test_the_numbers_of_the_research_code(folder, tmp_path):
+    root, lists = folder
+    statistics = import_pickles(root, MODEL, name="tiny")
+    assert list(statistics) == ["0", "2"]
+    torch.testing.assert_close(statistics["2"].class_log_p(), lists["cls_p_values"][1].double().log())
+    torch.testing.assert_close(statistics["2"].std, lists["gap_std"][1].double())
+    torch.testing.assert_close(statistics["0"].mean, lists["gap_mean"][0].double())
+    # Zero has underflowed below the smallest float32, what is not defined counts as one.
+    assert statistics["0"].log_p[0, 0] < torch.tensor(torch.finfo(torch.float32).smallest_normal).log()
+    assert statistics["0"].log_p[0, 1:].tolist() == [0, 0]
+    statistics.save(tmp_path / "tiny.safetensors")
+    loaded = pg.ChannelStatistics.load(tmp_path / "tiny.safetensors", MODEL)
+    assert torch.equal(loaded["2"].log_p, statistics["2"].log_p)
+    assert loaded.metadata["data"] == "pickles in tiny"
+    masks = pg.ClassWise(loaded, quantile=0.5).class_masks("2")
+    assert torch.equal(masks, (lists["cls_p_values"][1].argsort(dim=0).argsort(dim=0) < 3).T)
+
+
+# The research code wrote the highest protocol, 4 or 5; up to 2 bytes are made by a call of a codec.
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_every_protocol_with_bytes(tmp_path, protocol):
+    tensors = [torch.rand(3, 2), torch.rand(5).double(), torch.arange(4)]
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps(tensors, protocol))
+    assert all(map(torch.equal, read_tensor_list(tmp_path / "list.pkl"), tensors))
+
+
+class Calls:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+class WithState:
+    def __init__(self):
+        self.value = 1
+
+
+def in_a_storage(tmp_path):
+    """A list of tensors whose storage, a file of its own within the pickle, holds the call."""
+    inner = tmp_path / "inner.pt"
+    torch.save(Calls(exec, f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()"), inner)
+    return [Calls(torch.storage._load_from_bytes, inner.read_bytes())]
+
+
+def opcodes(*parts):
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def write(tmp_path, content):
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_malicious_pickle_is_not_executed(tmp_path, protocol):
+    marker = tmp_path / "ran"
+    call = Calls(exec, f"import pathlib; pathlib.Path({str(marker)!r}).touch()")
+    content = pickle.dumps([torch.zeros(2), call], protocol)
+    with pytest.raises(StatisticsError, match="holds more than a list of tensors"):
+        read_tensor_list(write(tmp_path, content))
+    assert not marker.exists()
+    # The pickle does what it says where it is trusted: the test would see it.
+    pickle.loads(content)
+    assert marker.exists()
+
+
+def test_nor_is_one_hidden_in_a_storage(tmp_path):
+    with pytest.raises(StatisticsError, match="is no pickled list of tensors"):
+        read_tensor_list(write(tmp_path, pickle.dumps(in_a_storage(tmp_path))))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (pickle.dumps([WithState()], 2), "the global copyreg|the opcode|the global"),
+        (pickle.dumps({"a": 1}, 2), "the opcode EMPTY_DICT"),
+        (opcodes(b"U\x02id", b"cposix\nsystem\n"), "the opcode SHORT_BINSTRING"),
+        (opcodes(b"cposix\nsystem\n", b"X\x02\x00\x00\x00id", b"\x85R"), "the global posix.system"),
+        (opcodes(b"(cposix\nsystem\n", b"X\x02\x00\x00\x00id", b"o"), "the opcode OBJ|the global posix.system"),
+        (opcodes(b"(X\x02\x00\x00\x00idiposix\nsystem\n"), "the opcode INST"),
+        (opcodes(b"X\x05\x00\x00\x00posix", b"X\x06\x00\x00\x00system", b"\x93"), "the global posix.system"),
+        (opcodes(b"Pname\n"), "the opcode PERSID"),
+        (opcodes(b"\x82\x01"), "the opcode EXT1"),
+        (pickle.dumps(torch.nn.Linear(1, 1)), "more than a list of tensors"),
+    ],
+)
+def test_any_other_opcode_or_global_is_refused(tmp_path, content, words):
+    with pytest.raises(StatisticsError, match=words):
+        read_tensor_list(write(tmp_path, content))
+
+
+def test_lists_of_other_things_and_damaged_files(tmp_path):
+    for value in ([1, 2], (torch.zeros(1),), torch.zeros(2)):
+        with pytest.raises(StatisticsError, match=r"holds no list of tensors|more than"):
+            read_tensor_list(write(tmp_path, pickle.dumps(value)))
+    good = pickle.dumps([torch.rand(30)])
+    for content in (b"", b"\x00", good[:-40], good[:200], struct.pack("<Q", 1) * 9):
+        with pytest.raises(StatisticsError, match=r"evil\.pkl"):
+            read_tensor_list(write(tmp_path, content))
+    with pytest.raises(StatisticsError, match=r"missing\.pkl' cannot be read \(No such file"):
+        read_tensor_list(tmp_path / "missing.pkl")
+
+
+def test_pickles_of_another_model_are_named(folder):
+    root, _ = folder
+    with pytest.raises(StatisticsError, match="holds 2 layers, but other has 1 convolutions"):
+        import_pickles(root, nn.Sequential(nn.Conv2d(3, 4, 3)), name="other")
+    with pytest.raises(StatisticsError, match=r"Layer '1' has p-values of shape \(6, 3\), but 5 channels"):
+        import_pickles(root, nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)), name="other")
+    path = root / "pickles" / "gap_std.pkl"
+    path.write_bytes(pickle.dumps([torch.zeros(4), -torch.ones(6)]))
+    with pytest.raises(StatisticsError, match="Layer '2' in the pickles does not fit: std holds values outside"):
+        import_pickles(root / "pickles", MODEL, name="tiny")
+    (root / "pickles" / "cls_p_values.pkl").write_bytes(pickle.dumps([torch.ones(4, 3) * 2, torch.ones(6, 3)]))
+    with pytest.raises(StatisticsError, match=r"outside \[0, 1\] for layer '0'"):
+        import_pickles(root, MODEL, name="tiny")

@@ -1,0 +1,42 @@
+"""Rebuild the compact channel statistics that come with the package for EfficientNet-Lite0.
+
+    python tools/bundle_statistics.py FOLDER
+
+FOLDER holds photographs of ImageNet's classes; their labels are not used, only the network's own predictions. The
+statistics cover the upper half of the convolutions, which the default layers are part of.
+"""
+
+import argparse
+from pathlib import Path
+
+import parchgrad
+from parchgrad.cli import ProgressBars
+from parchgrad.models import OFFLINE_MODEL
+
+LAYERS = 0.5
+SHARE = 0.5
+TARGET = Path(parchgrad.__file__).parent / "statistics" / "bundled" / f"{OFFLINE_MODEL}.safetensors"
+
+
+def main() -> None:
+    """Collect, make compact, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--full", type=Path, help="save the full statistics too")
+    arguments = parser.parse_args()
+    classifier = parchgrad.load_model(OFFLINE_MODEL)
+    with ProgressBars() as progress:
+        found = parchgrad.collect_from_folder(
+            classifier, arguments.folder, labels="predicted", layers=LAYERS, batch_size=8, on_progress=progress.update
+        )
+    missing = set(parchgrad.choose_layers(classifier.model, "default")) - set(found)
+    if missing:
+        raise SystemExit(f"The default layers {sorted(missing)} are not among those collected.")
+    if arguments.full:
+        found.save(arguments.full)
+    found.compact(share=SHARE).save(TARGET)
+    print(f"{TARGET.name}: {TARGET.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
