@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint check clean
+.PHONY: help demo test lint check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,11 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## measure speed and memory of statistics; minutes, on a quiet machine
+	$(BIN)/python benchmarks/class_log_p.py
+	$(BIN)/python benchmarks/collection.py
+	$(BIN)/python benchmarks/collection.py --memory
 
 check: lint test  ## all that a change must pass
 

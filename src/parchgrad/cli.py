@@ -253,8 +253,8 @@ def demo(
         found = demonstrate()
         page = found.save(out, force=force)
     table = _table("class", *found.shares)
-    for index, explanation in enumerate(found.explanations):
-        table.add_row(explanation.target.category, *(f"{shares[index]:.2f}" for shares in found.shares.values()))
+    for index, category in enumerate(found.categories):
+        table.add_row(category, *(f"{shares[index]:.2f}" for shares in found.shares.values()))
     table.add_row("[bold]mean", *(f"[bold]{shares.mean():.2f}" for shares in found.shares.values()))
     _out.print("Share of the map in the cell that shows the class, 2 x 2 mosaic", style="bold")
     _out.print(table)

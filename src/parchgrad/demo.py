@@ -3,7 +3,7 @@
 import base64
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.explanation import Explanation, explain_images
 from parchgrad.files import check_outputs, writing
 from parchgrad.models import OFFLINE_MODEL, Classifier, load_model
-from parchgrad.selection import GradientEnergy
+from parchgrad.selection import ClassWise, GradientEnergy, Selector
+from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import blend, panel, save_figure
 from parchgrad.visual.maps import COLOUR_MAP
 
@@ -30,6 +31,7 @@ __all__ = ["Demonstration", "demonstrate"]
 QUANTILE = 0.1
 LAYERS = 0.5
 CHANCE = 0.25
+PLAIN = "gradient"
 # scikit-image's name of each photograph and the ImageNet class it shows; None takes the predicted one.
 PHOTOGRAPHS = {"cat": None, "coffee": "espresso", "camera": "tripod", "motorcycle": "moped"}
 
@@ -39,13 +41,13 @@ class Demonstration:
     """What the demonstration found.
 
     Attributes:
-        explanations: one per photograph.
+        explanations: by selector, one per photograph.
         mosaic: the four photographs as one picture, (2 H, 2 W, 3) in [0, 1].
         mosaic_maps: heat maps of the mosaic by method, each (4, 2 H, 2 W), one per class.
         shares: share of each of these maps that lies in the cell of its class, by method, each (4,).
     """
 
-    explanations: tuple[Explanation, ...]
+    explanations: dict[str, tuple[Explanation, ...]]
     mosaic: NDArray[Any]
     mosaic_maps: dict[str, NDArray[Any]]
     shares: dict[str, NDArray[Any]]
@@ -68,22 +70,27 @@ class Demonstration:
             temporary.write_text(self._page(), encoding="utf-8")
         return page
 
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The explained class of each photograph."""
+        return tuple(explanation.target.category for explanation in next(iter(self.explanations.values())))
+
+    def _maps(self) -> dict[str, list[NDArray[Any]]]:
+        """Heat map of each photograph by method, the plain gradient first."""
+        plain = [_heat(explanation.plain) for explanation in next(iter(self.explanations.values()))]
+        return {PLAIN: plain} | {
+            name: [_heat(explanation.attribution) for explanation in found] for name, found in self.explanations.items()
+        }
+
     def _overview(self) -> Any:
-        found = self.explanations
-        return panel(
-            [explanation.picture for explanation in found],
-            {
-                "gradient": [_heat(explanation.plain) for explanation in found],
-                "ParchGrad": [_heat(explanation.attribution) for explanation in found],
-            },
-            labels=[explanation.target.category for explanation in found],
-        )
+        pictures = [explanation.picture for explanation in next(iter(self.explanations.values()))]
+        return panel(pictures, self._maps(), labels=list(self.categories))
 
     def _page(self) -> str:
         import jinja2
 
         environment = jinja2.Environment(loader=jinja2.PackageLoader("parchgrad"), autoescape=True)
-        categories = [explanation.target.category for explanation in self.explanations]
+        maps_of_photographs = self._maps()
         return environment.get_template("demo.html").render(
             version=__version__,
             model=OFFLINE_MODEL,
@@ -96,10 +103,12 @@ class Demonstration:
                     "category": explanation.target.category,
                     "predictions": explanation.predictions[:3],
                     "picture": _embed(explanation.picture),
-                    "gradient": _embed(blend(explanation.picture, _heat(explanation.plain))),
-                    "parchgrad": _embed(blend(explanation.picture, _heat(explanation.attribution))),
+                    "maps": {
+                        method: _embed(blend(explanation.picture, heats[index]))
+                        for method, heats in maps_of_photographs.items()
+                    },
                 }
-                for explanation in self.explanations
+                for index, explanation in enumerate(next(iter(self.explanations.values())))
             ],
             mosaic=_embed(self.mosaic),
             rows=[
@@ -114,7 +123,7 @@ class Demonstration:
                         for method, maps in self.mosaic_maps.items()
                     },
                 }
-                for index, category in enumerate(categories)
+                for index, category in enumerate(self.categories)
             ],
             means={method: shares.mean() for method, shares in self.shares.items()},
         )
@@ -131,13 +140,21 @@ def demonstrate() -> Demonstration:
         if importlib.util.find_spec(module) is None:
             raise ModelError(f"The demonstration needs {package}; run: pip install 'parchgrad[demo]'.")
     classifier = load_model(OFFLINE_MODEL)
-    selector = GradientEnergy(quantile=QUANTILE)
+    selectors: dict[str, Selector] = {
+        "ParchGrad, class-wise": ClassWise(ChannelStatistics.bundled(OFFLINE_MODEL), quantile=QUANTILE),
+        "ParchGrad, gradient energy": GradientEnergy(quantile=QUANTILE),
+    }
     photographs = _photographs()
-    explanations = []
-    for image, category in zip(photographs, PHOTOGRAPHS.values(), strict=True):
-        target = None if category is None else classifier.find_category(category)
-        explanations += explain_images(classifier, [image], selector, layers=LAYERS, target=target)
-    return Demonstration(explanations=tuple(explanations), **_play(classifier, photographs, explanations, selector))
+    targets = [None if name is None else classifier.find_category(name) for name in PHOTOGRAPHS.values()]
+    explanations = {
+        name: tuple(
+            explain_images(classifier, [image], selector, layers=LAYERS, target=target)[0]
+            for image, target in zip(photographs, targets, strict=True)
+        )
+        for name, selector in selectors.items()
+    }
+    classes = [explanation.target.index for explanation in next(iter(explanations.values()))]
+    return Demonstration(explanations=explanations, **_play(classifier, photographs, classes, selectors))
 
 
 def _photographs() -> list[Image.Image]:
@@ -156,16 +173,15 @@ def _photographs() -> list[Image.Image]:
 def _play(
     classifier: Classifier,
     photographs: Sequence[Image.Image],
-    explanations: Sequence[Explanation],
-    selector: GradientEnergy,
+    classes: Sequence[int],
+    selectors: Mapping[str, Selector],
 ) -> dict[str, Any]:
     """The grid pointing game on one mosaic: each class is explained, its own cell should light up."""
     inputs = mosaic(torch.stack([classifier.preprocess(image) for image in photographs]), rows=2, columns=2)
-    targets = torch.tensor([explanation.target.index for explanation in explanations])
     maps, shares = {}, {}
-    for method, chosen in (("gradient", None), ("ParchGrad", selector)):
-        explainer = Explainer(classifier.model, chosen, layers=LAYERS)
-        heat = heatmap(explainer.attribute(inputs.expand(len(targets), -1, -1, -1), targets))
+    for method, selector in {PLAIN: None, **selectors}.items():
+        explainer = Explainer(classifier.model, selector, layers=LAYERS)
+        heat = heatmap(explainer.attribute(inputs.expand(len(classes), -1, -1, -1), torch.tensor(classes)))
         maps[method] = heat.numpy()
         shares[method] = cell_shares(heat, rows=2, columns=2).diagonal().numpy()
     return {"mosaic": classifier.preprocess.picture(inputs[0]), "mosaic_maps": maps, "shares": shares}
