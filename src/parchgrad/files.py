@@ -1,6 +1,7 @@
 """Writing files so that nothing half-written is ever seen and nothing is lost."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from parchgrad.errors import OutputError
 
-__all__ = ["check_outputs", "writing"]
+__all__ = ["check_outputs", "without_addresses", "writing"]
 
 
 def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
@@ -21,6 +22,16 @@ def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise OutputError(f"{str(path)!r} cannot be written below {str(folder)!r}; choose another folder.")
+
+
+def without_addresses(text: str) -> str:
+    """Take memory addresses out of a description, which differ from one process to the next.
+
+    Example:
+        >>> without_addresses("<function crop at 0x7f7c95ad6510>")
+        '<function crop at 0x>'
+    """
+    return re.sub(r"\b0x[0-9a-fA-F]+", "0x", text)
 
 
 @contextmanager

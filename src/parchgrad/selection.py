@@ -1,7 +1,6 @@
 """The selectors: which channels of a layer matter for the explained class, per row of the batch."""
 
 import math
-import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -12,9 +11,9 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
+from parchgrad.errors import SettingError, StatisticsError
 from parchgrad.partition import at_least_float32
-from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
+from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
 from parchgrad.statistics.layer import AnyLayerStatistics
 from parchgrad.statistics.tests import TTest, check_test
 
@@ -354,16 +353,7 @@ class ClassWise(_StatisticalSelector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_test(self.test)
-        layer = next(iter(self.statistics.values()))
-        if self.test == "welch" and isinstance(layer, LayerStatistics):
-            few = int(((layer.effective_count > 0) & (layer.effective_count < 2)).sum())
-            if few:
-                warnings.warn(
-                    f"{few} of {layer.classes} classes have fewer than two images; Welch's test needs two, so that "
-                    "Student's takes its place for them.",
-                    StatisticsWarning,
-                    stacklevel=3,
-                )
+        self.statistics.warn_of_fallback(self.test, stacklevel=4)
 
     def check(self, channels: Mapping[str, int]) -> None:
         """Every layer needs statistics of its own number of channels, and of enough of them (see `Selector.check`)."""

@@ -68,10 +68,17 @@ def other_weights():
     return model
 
 
+def other_architecture():
+    model = small_network()
+    model[5] = torch.nn.AdaptiveMaxPool2d(2).eval()
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"model": other_weights()}, "since weights was"),
+        ({"model": other_architecture()}, "since architecture was"),
         ({"data": TensorDataset(IMAGES[:59], DATA.tensors[1][:59])}, "since data was"),
         ({"data": TensorDataset(IMAGES, (DATA.tensors[1] + 1) % 5)}, "since data was"),
         ({"layers": ["0"]}, "since layers was '0, 2' and is '0'"),

@@ -51,10 +51,9 @@ def test_equals_numpy_on_gaps_one_by_one(monkeypatch, labels, rows_per_update):
 
 
 def model_weights(model, labels):
-    # The softmax of predicted labels is taken in float32.
     if labels == "given":
         return functional.one_hot(LABELS).double().numpy()
-    return model(IMAGES).float().softmax(1).double().detach().numpy()
+    return model(IMAGES).softmax(1).detach().numpy()
 
 
 def test_statistics_serve_the_selectors_end_to_end():

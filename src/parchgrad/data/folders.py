@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from parchgrad.data.images import read_image
 from parchgrad.errors import ImageError
+from parchgrad.files import without_addresses
 
 __all__ = ["PhotographFolder", "match_classes"]
 
@@ -70,7 +71,7 @@ class PhotographFolder(Dataset[Any]):
     @property
     def fingerprint(self) -> str:
         """Digest of names, sizes, classes and transform: another one means other data."""
-        digest = hashlib.sha256(str(self._transform).encode())
+        digest = hashlib.sha256(without_addresses(str(self._transform)).encode())
         for index, file in enumerate(self.files):
             label = None if self.labels is None else self.labels[index]
             digest.update(f"{file.relative_to(self._root).as_posix()} {file.stat().st_size} {label}\n".encode())

@@ -330,9 +330,10 @@ def _keys(seed: int, numbers: Tensor) -> Tensor:
 
 
 def _no_moments(groups: int, channels: int) -> Moments:
-    weight, square = torch.zeros(2, groups, dtype=torch.float64)
-    mean, m2 = torch.zeros(2, groups, channels, dtype=torch.float64)
-    return Moments(weight=weight, square=square, mean=mean, m2=m2)
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+    return Moments(weight=zeros(groups), square=zeros(groups), mean=zeros(groups, channels), m2=zeros(groups, channels))
 
 
 def _columns(moments: Moments, columns: slice) -> Moments:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -43,7 +44,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
     Raises:
         StatisticsError: if the file is no checkpoint, or was made with other settings, which are named.
     """
-    for abandoned in path.parent.glob(f".{path.stem}.????????{path.suffix}"):
+    for abandoned in path.parent.glob(f".{escape(path.stem)}.????????{escape(path.suffix)}"):
         abandoned.unlink(missing_ok=True)
     if not path.exists():
         return None
@@ -70,7 +71,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
 def remove_checkpoints(path: str | Path) -> None:
     """Remove the checkpoints of all processes of a run, once its result is saved."""
     path = Path(path)
-    for file in (path, *path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
+    for file in (path, *path.parent.glob(f"{escape(path.stem)}-*-of-*{escape(path.suffix)}")):
         file.unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from parchgrad.errors import ModelError, SettingError, StatisticsError
+from parchgrad.files import without_addresses
 from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
 from parchgrad.statistics.accumulate import Accumulator, Progress
 from parchgrad.statistics.checkpoint import differences, part_of_process, read_checkpoint, write_checkpoint
@@ -166,7 +167,7 @@ def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) ->
         raise StatisticsError(f"Layer {missing!r} was not called by the model; leave it out of layers.")
     # All layers leave the device in one copy.
     values = torch.cat([torch.stack(calls).mean(0) for calls in gaps.values()], dim=1)
-    return values.cpu(), logits.float().softmax(dim=1).cpu()
+    return values.cpu(), logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1).cpu()
 
 
 class _Saver:
@@ -240,6 +241,7 @@ def _settings(
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
     return {
         "model": type(model).__name__,
+        "architecture": _digest(without_addresses(repr(model))),
         "weights": _digest(model.state_dict()),
         "data": _fingerprint(data),
         "layers": ", ".join(layers),

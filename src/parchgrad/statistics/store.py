@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parchgrad.errors import SettingError, StatisticsError
+from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
 from parchgrad.files import writing
 from parchgrad.layers import Convolution, check_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
@@ -200,6 +201,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             SettingError: if `share` is out of range or `test` unknown.
             StatisticsError: if the statistics are compact already, and of another test.
         """
+        self.warn_of_fallback(test, stacklevel=3)
         layers = {
             name: RankedLayerStatistics(
                 mean=layer.mean,
@@ -218,6 +220,25 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             class_indices=self.class_indices,
             model_classes=self.model_classes,
         )
+
+    def warn_of_fallback(self, test: TTest, *, stacklevel: int = 2) -> None:
+        """Warn where Student's test takes Welch's place, since some classes have fewer than two images.
+
+        Args:
+            test: the test that is asked for.
+            stacklevel: whose line the warning names; see `warnings.warn`.
+        """
+        layer = next(iter(self.values()))
+        if test != "welch" or not isinstance(layer, LayerStatistics):
+            return
+        few = int(((layer.effective_count > 0) & (layer.effective_count < 2)).sum())
+        if few:
+            warnings.warn(
+                f"{few} of {layer.classes} classes have fewer than two images; Welch's test needs two, so that "
+                "Student's takes its place for them.",
+                StatisticsWarning,
+                stacklevel=stacklevel,
+            )
 
     def check_model(self, model: nn.Module) -> None:
         """Raise `StatisticsError` naming the first layer that the model lacks, or has otherwise than here."""
