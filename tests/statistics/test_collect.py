@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import parchgrad as pg
 from parchgrad.errors import ModelError, SettingError, StatisticsError
-from parchgrad.statistics import accumulate
+from parchgrad.statistics import accumulate, collect
 from tests.conftest import small_network
 
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -137,3 +137,51 @@ def test_constant_channels_count_as_normal():
 def test_data_that_cannot_be_used(data, options, error, words):
     with pytest.raises(error, match=words):
         pg.collect_statistics(small_network(), data, **options)
+
+
+def test_autocast_around_the_call_is_respected():
+    model, data = small_network(dtype=torch.float32), TensorDataset(IMAGES.float(), LABELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = pg.collect_statistics(model, data, batch_size=60)["0"]
+        output = model[0](IMAGES.float()).detach()
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.mean, output.double().clamp(min=0).mean((0, 2, 3)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9), (2, 5, 7, 6), (3, 4, 3, 5, 2)])
+@pytest.mark.parametrize("elements", [1, 13, 1 << 21])
+def test_the_gap_in_parts_is_the_gap_of_any_layout(monkeypatch, shape, elements):
+    monkeypatch.setattr(collect, "_ELEMENTS", elements)
+    output = torch.randn(shape)
+    layouts = [output, output.transpose(1, -1).contiguous().transpose(1, -1)]
+    for laid in layouts:
+        expected = np.maximum(output.double().numpy(), 0).mean(axis=tuple(range(2, len(shape))))
+        np.testing.assert_allclose(collect._gap(laid), expected, rtol=1e-6)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return self.conv(x), x
+
+
+def test_models_whose_output_are_no_logits():
+    data = TensorDataset(IMAGES, LABELS)
+    with pytest.raises(
+        ModelError, match=r"TwoOutputs is tuple, but statistics need logits of shape \(B, K\)"
+    ):
+        pg.collect_statistics(TwoOutputs().double().eval(), data)
+    with pytest.raises(ModelError, match=r"output of Sequential is \(32, 3, 6, 6\)"):
+        pg.collect_statistics(nn.Sequential(nn.Conv2d(3, 3, 3)).double().eval(), data)
+
+
+def test_layers_that_are_never_called_are_named():
+    model = small_network()
+    model.append(nn.Sequential(nn.Identity())).eval()
+    model[8].never = nn.Conv2d(1, 1, 1)
+    model[8].forward = lambda x: x
+    with pytest.raises(StatisticsError, match=r"Layer '8\.never' was not called by the model; leave it out"):
+        pg.collect_statistics(model.eval(), TensorDataset(IMAGES, LABELS))
