@@ -169,14 +169,14 @@ def explain(
         from parchgrad.explanation import Explanation, explain_images
         from parchgrad.files import check_outputs
         from parchgrad.models import load_model
-        from parchgrad.selection import STATISTICAL_SELECTORS_BY_NAME, make_selector
+        from parchgrad.selection import STATISTICAL_SELECTORS, make_selector
         from parchgrad.statistics import ChannelStatistics
 
         # The hub, imported by now, logs every failed try; the error that follows says it once.
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         stems = _distinct_stems(images)
         check_outputs([file for stem in stems for file in Explanation.files(out, stem)], force=force)
-        needs_statistics = selector.value in STATISTICAL_SELECTORS_BY_NAME
+        needs_statistics = selector.value in STATISTICAL_SELECTORS
         if statistics is not None and not needs_statistics:
             raise SettingError(
                 f"--statistics is given, but the selector {selector.value} uses none; add --selector class or instance."
@@ -342,7 +342,7 @@ def show(
         from parchgrad.statistics import ChannelStatistics
 
         held = ChannelStatistics.load(file)
-        selector = ClassWise(held, quantile=quantile)
+        selector = ClassWise(held, quantile=quantile, test=held.test)
         selector.check({name: layer.channels for name, layer in held.items()})
         if target is None:
             table = _table("layer", *("channels", "not normal", "selected", "fewest", "most"))
@@ -365,7 +365,7 @@ def show(
         for place, shown in enumerate(table.columns):
             shown.justify, shown.no_wrap = "right" if place else "left", True
     for name, text in {**held.metadata, "classes": f"{held.classes} of {held.model_classes}"}.items():
-        if name != "categories":
+        if name not in ("categories", "collections"):
             _out.print(f"[bold]{escape(name)}[/]: {escape(text)}", highlight=False, soft_wrap=True)
     _out.print(f"\n{escape(title)}", style="bold", highlight=False, soft_wrap=True)
     _out.print(table)

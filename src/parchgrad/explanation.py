@@ -192,9 +192,9 @@ def _describe(value: object) -> object:
         settings: dict[str, object] = {
             name: v for name, v in vars(value).items() if isinstance(v, plain) and not name.startswith("_")
         }
-        held = getattr(value, "statistics", None)
+        held, hidden = getattr(value, "statistics", None), ("categories", "collections")
         if isinstance(held, ChannelStatistics):
-            settings["statistics"] = {name: text for name, text in held.metadata.items() if name != "categories"}
+            settings["statistics"] = {name: text for name, text in held.metadata.items() if name not in hidden}
         return {"name": type(value).__name__, **settings}
     if isinstance(value, (nn.Module, Tensor)):
         return type(value).__name__

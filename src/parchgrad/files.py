@@ -19,6 +19,8 @@ def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
             raise OutputError(
                 f"{str(path)!r} exists already; choose another folder, or overwrite it with force=True (--force)."
             )
+        if not path.name or path.is_dir():
+            raise OutputError(f"{str(path)!r} is a folder; name a file in it.")
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise OutputError(f"{str(path)!r} cannot be written below {str(folder)!r}; choose another folder.")

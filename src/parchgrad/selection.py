@@ -19,7 +19,7 @@ from parchgrad.statistics.tests import TTest, check_test
 
 __all__ = [
     "SELECTORS_BY_NAME",
-    "STATISTICAL_SELECTORS_BY_NAME",
+    "STATISTICAL_SELECTORS",
     "ClassWise",
     "FixedChannels",
     "GradientEnergy",
@@ -378,11 +378,20 @@ class ClassWise(_StatisticalSelector):
         """Look the rows' classes up in the masks of all classes (see `Selector.select`)."""
         classes = _given(signal.classes, "classes")
         if self.statistics.class_indices is not None:
-            classes = torch.tensor(self.statistics.columns(classes.tolist()), device=classes.device)
+            classes = self._columns(classes)
         key = (signal.layer, signal.gradient.device)
         if key not in self._masks:
             self._masks[key] = self.class_masks(signal.layer).to(signal.gradient.device)
         return self._masks[key][classes]
+
+    def _columns(self, classes: Tensor) -> Tensor:
+        """The columns of some of the model's classes, where the statistics do not hold all."""
+        held = torch.tensor(self.statistics.class_indices, device=classes.device)
+        columns = torch.searchsorted(held, classes).clamp(max=len(held) - 1)
+        if not torch.equal(held[columns], classes):
+            # Names the class that is missing.
+            self.statistics.columns(classes.tolist())
+        return columns
 
     def class_masks(self, layer: str) -> Tensor:
         """Mark the channels kept for each class that the statistics hold, shape (K, C).
@@ -391,6 +400,14 @@ class ClassWise(_StatisticalSelector):
         """
         held = self.statistics[layer]
         log_p = held.class_log_p(self.test).T
+        if self.alpha is not None and isinstance(held, RankedLayerStatistics) and held.share < 1:
+            # Where all that are held pass, others that are not held may too.
+            passing = (log_p <= math.log(self.alpha)) | (log_p == 0)
+            if bool(passing.all(dim=1).any()):
+                raise StatisticsError(
+                    f"The statistics of layer {layer!r} are compact, with too few channels for alpha={self.alpha}; "
+                    "lower it, use a quantile, or collect full statistics."
+                )
         kept = self._cut(-log_p, lambda alpha: -math.log(alpha)) & self._gate(held)
         return kept & (log_p < 0).any(dim=1, keepdim=True)
 
@@ -445,18 +462,15 @@ SELECTORS_BY_NAME: Mapping[str, type[GradientEnergy | GradientTimesActivation | 
 }
 """Selectors that need nothing but a quantile, by the short names that command lines and pages use."""
 
-STATISTICAL_SELECTORS_BY_NAME: Mapping[str, type[ClassWise | InstanceWise]] = {
-    "class": ClassWise,
-    "instance": InstanceWise,
-}
-"""Selectors that need channel statistics besides, by their short names."""
+STATISTICAL_SELECTORS = ("class", "instance")
+"""Short names of the selectors that need channel statistics besides."""
 
 
 def make_selector(name: str, *, quantile: float, statistics: ChannelStatistics | None = None) -> Selector:
     """Make a selector by its short name.
 
     Args:
-        name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS_BY_NAME`.
+        name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS`.
         quantile: share of the channels to keep, in (0, 1].
         statistics: channel statistics, for the selectors that need them.
 
@@ -470,12 +484,14 @@ def make_selector(name: str, *, quantile: float, statistics: ChannelStatistics |
     """
     if name in SELECTORS_BY_NAME:
         return SELECTORS_BY_NAME[name](quantile=quantile)
-    if name not in STATISTICAL_SELECTORS_BY_NAME:
-        known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS_BY_NAME)
+    if name not in STATISTICAL_SELECTORS:
+        known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
         raise SettingError(f"selector is {name!r}, but it must be one of {', '.join(known)}.")
     if statistics is None:
         raise StatisticsError(f"The selector {name!r} needs channel statistics; collect some, or choose 'energy'.")
-    return STATISTICAL_SELECTORS_BY_NAME[name](statistics, quantile=quantile)
+    if name == "class":
+        return ClassWise(statistics, quantile=quantile, test=statistics.test)
+    return InstanceWise(statistics, quantile=quantile)
 
 
 def _given(value: Tensor | None, name: str) -> Tensor:

@@ -84,7 +84,32 @@ def test_how_folders_are_matched(folders, expected):
     assert match_classes(folders, CATEGORIES, SYNSETS) == expected
 
 
-@pytest.mark.parametrize("folders", [["crane", "tabby"], ["n1", "Tabby"], ["Tabby", "tabby"], ["x", "y"]])
-def test_folders_that_do_not_tell_their_class(folders):
-    with pytest.raises(ImageError, match=r"2 class folders \(.*\) are neither named by the model's 5 classes"):
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["crane", "tabby"], "'crane' is none"),
+        (["n1", "Tabby"], "mix ways of naming"),
+        (["Tabby", "tabby"], "two are one class"),
+        (["x", "y"], "'x' is none"),
+        # As many as the classes, but one name, or numbers from one, say that the order is another.
+        (["Tabby", "b", "c", "d", "e"], "'b' is none"),
+        (["1", "2", "3", "4", "5"], "'5' is none"),
+    ],
+)
+def test_folders_that_do_not_tell_their_class(folders, words):
+    with pytest.raises(ImageError, match=f"class folders do not tell the model's 5 classes .*{words}"):
         match_classes(folders, CATEGORIES, SYNSETS)
+
+
+def test_content_of_the_same_size_is_told_apart(tmp_path):
+    fingerprints = set()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (4, 3), colour).save(tmp_path / "a.bmp")
+        fingerprints.add(PhotographFolder(tmp_path, to_colour).fingerprint)
+    assert len(fingerprints) == 2
+
+
+def test_a_function_as_transform_has_the_same_fingerprint_everywhere(tmp_path):
+    make(tmp_path, "a.png")
+    one, two = (PhotographFolder(tmp_path, eval("lambda image: image")) for _ in range(2))
+    assert one.fingerprint == two.fingerprint

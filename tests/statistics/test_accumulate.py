@@ -87,7 +87,10 @@ def test_only_the_classes_that_come_are_touched():
     torch.testing.assert_close(after[2], values[2:].mean(0))
 
 
-def test_shapiro_agrees_with_scipy_and_tells_its_progress():
+@pytest.mark.parametrize("worth", [1, 1 << 40])
+def test_shapiro_agrees_with_scipy_and_tells_its_progress(monkeypatch, worth):
+    monkeypatch.setattr(accumulate, "_WORTH_PROCESSES", worth)
+    monkeypatch.setattr(accumulate, "_COLUMNS", 2)
     generator = np.random.default_rng(0)
     rows = np.column_stack([generator.normal(size=300), generator.gamma(1.0, size=300), np.full(300, 2.0)])
     told = []
@@ -107,14 +110,14 @@ def test_responses_that_are_not_finite_are_named():
 def parts():
     values, labels, _ = samples(40)
     return [
-        statistics_of(gathered(values[:25], labels[:25]), labels="given", data="x"),
-        statistics_of(gathered(values[25:], labels[25:], first=25), labels="given", data="y"),
+        statistics_of(gathered(values[:25], labels[:25]), labels="given", data="x", collections="1"),
+        statistics_of(gathered(values[25:], labels[25:], first=25), labels="given", data="y", collections="2"),
     ]
 
 
 def test_merged_metadata_say_what_went_in():
     merged = merge_statistics(parts())
-    assert dict(merged.metadata) == {"labels": "given", "data": "x + y", "images": "40"}
+    assert dict(merged.metadata) == {"labels": "given", "data": "x + y", "images": "40", "collections": "1 2"}
     assert merge_statistics([merged]).metadata["data"] == "x + y"
 
 
@@ -159,5 +162,10 @@ def test_merging_real_collections_of_one_data_set_in_two_files(tmp_path):
     whole = pg.collect_statistics(model, data)
     for name, part in (("first", data[:20]), ("second", data[20:])):
         pg.collect_statistics(model, part, seed=1).save(tmp_path / name)
-    merged = pg.merge_statistics([ChannelStatistics.load(tmp_path / name) for name in ("first", "second")])
+    parts = [ChannelStatistics.load(tmp_path / name) for name in ("first", "second")]
+    merged = pg.merge_statistics(iter(parts))
+    again = pg.collect_statistics(model, data[20:], seed=5, batch_size=3)
+    for twice in ([merged, parts[1]], [parts[1], merged], [*parts, again]):
+        with pytest.raises(StatisticsError, match="hold the same images"):
+            merge_statistics(twice)
     assert_same(merged, whole, rtol=1e-10)

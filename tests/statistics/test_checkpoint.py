@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import parchgrad as pg
@@ -178,3 +180,53 @@ def test_killed_again_and_again_it_ends_with_the_same_statistics(tmp_path):
     found = pg.ChannelStatistics.load(tmp_path / "out.safetensors")
     assert int(found["0"].count) == 60
     assert_same(found, collect(batch_size=3))
+
+
+class Arrays:
+    """Items as numpy arrays, which are long enough for their text to be cut."""
+
+    def __init__(self, shift):
+        self.images = IMAGES.numpy().copy()
+        self.images[:, 1, 4, 4] += shift
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        return self.images[index], index % 5
+
+
+def test_small_changes_in_the_middle_of_the_data_are_seen(tmp_path):
+    changed = IMAGES.clone()
+    changed[17, 1, 4, 4] += 1e-9
+    for first, second in ((DATA, TensorDataset(changed, DATA.tensors[1])), (Arrays(0), Arrays(1e-9))):
+        path = tmp_path / f"{type(first).__name__}.checkpoint"
+        with pytest.raises(StoppedError):
+            collect(path, data=first, on_progress=stop_after(30))
+        with pytest.raises(StatisticsError, match="since data was"):
+            collect(path, data=second)
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    (tmp_path / "run-1-of-2.checkpoint").touch()
+    with pytest.raises(StatisticsError, match="was made by 2 processes, and now there are 1"):
+        collect(tmp_path / "run.checkpoint")
+    with pytest.raises(StatisticsError, match="was made by 2 processes, and now there are 3"):
+        checkpoint.check_parts(tmp_path / "run.checkpoint", 3)
+    checkpoint.check_parts(tmp_path / "run.checkpoint", 2)
+
+
+def test_a_checkpoint_without_its_parts_is_damaged(tmp_path):
+    path = tmp_path / "run.checkpoint"
+    collect(path)
+    with safe_open(path, "pt") as opened:
+        header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    for change in ({"keys": None}, {"class/mean": torch.zeros(1)}, {"batches": None}):
+        parts = {name: value for name, value in {**tensors, **change}.items() if value is not None}
+        save_file(parts, path, header)
+        with pytest.raises(StatisticsError, match=r"run\.checkpoint' is damaged"):
+            collect(path)
+    for settings in ("[1]", "3", "{"):
+        save_file(tensors, path, {**header, "settings": settings})
+        with pytest.raises(StatisticsError, match="cannot be read"):
+            collect(path)

@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import parchgrad as pg
-from parchgrad.errors import ModelError, SettingError, StatisticsError
+from parchgrad.data.folders import PhotographFolder
+from parchgrad.errors import ImageError, ModelError, SettingError, StatisticsError
 from parchgrad.statistics import accumulate, collect
 from tests.conftest import small_network
 
@@ -131,6 +133,20 @@ def test_constant_channels_count_as_normal():
         (TensorDataset(IMAGES, LABELS + 1), {}, StatisticsError, "name classes 1 to 5, but the model has 5"),
         (TensorDataset(IMAGES[:1], LABELS[:1]), {}, StatisticsError, "hold 1 images"),
         (iter([IMAGES]), {}, StatisticsError, "hold no labels"),
+        (TensorDataset(IMAGES), {}, StatisticsError, "hold no labels"),
+        (TensorDataset(IMAGES, LABELS.unsqueeze(1)), {}, StatisticsError, r"labels of shape \(32, 1\)"),
+        (TensorDataset(IMAGES, LABELS + 0.5), {}, StatisticsError, r"type torch\.float32 for 32 inputs"),
+        (TensorDataset(IMAGES, torch.rand(60, 5)), {}, StatisticsError, r"labels of shape \(32, 5\)"),
+        (iter([("x", LABELS)]), {}, StatisticsError, "inputs of type str"),
+        (iter([(IMAGES, LABELS)]), {"workers": 2}, SettingError, "workers is 2, but every worker"),
+        (TensorDataset(IMAGES, LABELS), {"seed": -1}, SettingError, "seed is -1"),
+        (
+            TensorDataset(IMAGES, LABELS),
+            {"metadata": {"a": 1}},
+            SettingError,
+            r"metadata\['a'\] is 1, but",
+        ),
+        (None, {}, SettingError, "data is a NoneType"),
         (TensorDataset(IMAGES, LABELS), {"labels": "guessed"}, SettingError, "given, predicted"),
     ],
 )
@@ -170,9 +186,7 @@ class TwoOutputs(nn.Module):
 
 def test_models_whose_output_are_no_logits():
     data = TensorDataset(IMAGES, LABELS)
-    with pytest.raises(
-        ModelError, match=r"TwoOutputs is tuple, but statistics need logits of shape \(B, K\)"
-    ):
+    with pytest.raises(ModelError, match=r"TwoOutputs is tuple, but statistics need logits of shape \(B, K\)"):
         pg.collect_statistics(TwoOutputs().double().eval(), data)
     with pytest.raises(ModelError, match=r"output of Sequential is \(32, 3, 6, 6\)"):
         pg.collect_statistics(nn.Sequential(nn.Conv2d(3, 3, 3)).double().eval(), data)
@@ -185,3 +199,53 @@ def test_layers_that_are_never_called_are_named():
     model[8].forward = lambda x: x
     with pytest.raises(StatisticsError, match=r"Layer '8\.never' was not called by the model; leave it out"):
         pg.collect_statistics(model.eval(), TensorDataset(IMAGES, LABELS))
+
+
+def test_a_data_set_of_inputs_alone_does_for_predicted_labels():
+    model = small_network()
+    alone = pg.collect_statistics(model, TensorDataset(IMAGES), labels="predicted")["0"]
+    torch.testing.assert_close(alone.mean, pg.collect_statistics(model, TensorDataset(IMAGES, LABELS))["0"].mean)
+
+
+class Caching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale = small_network(), None
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = torch.ones_like(x)
+        return self.body(x * self.scale[: len(x)])
+
+
+def test_the_model_and_the_global_generator_are_as_before():
+    model, state = Caching().eval(), torch.get_rng_state()
+    pg.collect_statistics(model, TensorDataset(IMAGES, LABELS))
+    assert torch.equal(torch.get_rng_state(), state)
+    # What the model kept of a pass serves a gradient later.
+    assert torch.isfinite(pg.Explainer(model, pg.GradientEnergy()).attribute(IMAGES[:2], 0)).all()
+
+
+class Folding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(x.flatten(0, 1).unsqueeze(1)).mean((2, 3)).view(len(x), -1))
+
+
+def test_a_layer_that_sees_other_rows_is_named():
+    with pytest.raises(StatisticsError, match="Layer 'conv' sees another number of rows than the 32 images"):
+        pg.collect_statistics(Folding().double().eval(), TensorDataset(IMAGES, LABELS))
+
+
+def test_a_damaged_photograph_is_one_sentence_from_a_loading_process_too(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    folder = PhotographFolder(tmp_path, lambda image: torch.zeros(3, 8, 8, dtype=torch.float64))
+    for workers in (0, 1):
+        with pytest.raises(ImageError) as caught:
+            pg.collect_statistics(small_network(), folder, labels="predicted", workers=workers)
+        assert "a.png' is no image that can be read" in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 import pickle
 import struct
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ def folder(tmp_path):
         "gap_std": [torch.rand(4), torch.rand(6)],
     }
     lists["cls_p_values"][0][0] = torch.tensor([0.0, torch.nan, 1.0])
+    # The smallest number that float32 knows.
+    lists["cls_p_values"][0][1] = torch.tensor([1.5e-45, 0.5, 0.5])
     for name, tensors in lists.items():
         (inner / f"{name}.pkl").write_bytes(pickle.dumps(tensors, pickle.HIGHEST_PROTOCOL))
     return tmp_path / "tiny", lists
@@ -37,7 +40,7 @@ def test_the_numbers_of_the_research_code(folder, tmp_path):
     torch.testing.assert_close(statistics["2"].std, lists["gap_std"][1].double())
     torch.testing.assert_close(statistics["0"].mean, lists["gap_mean"][0].double())
     # Zero has underflowed below the smallest float32, what is not defined counts as one.
-    assert statistics["0"].log_p[0, 0] < torch.tensor(torch.finfo(torch.float32).smallest_normal).log()
+    assert statistics["0"].log_p[0, 0] < statistics["0"].log_p[1, 0] < -100
     assert statistics["0"].log_p[0, 1:].tolist() == [0, 0]
     statistics.save(tmp_path / "tiny.safetensors")
     loaded = pg.ChannelStatistics.load(tmp_path / "tiny.safetensors", MODEL)
@@ -50,7 +53,7 @@ def test_the_numbers_of_the_research_code(folder, tmp_path):
 # The research code wrote the highest protocol, 4 or 5; up to 2 bytes are made by a call of a codec.
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_every_protocol_with_bytes(tmp_path, protocol):
-    tensors = [torch.rand(3, 2), torch.rand(5).double(), torch.arange(4)]
+    tensors = [torch.rand(3, 2), torch.rand(5).double(), torch.rand(4, 2).T, torch.rand(0, 3)]
     (tmp_path / "list.pkl").write_bytes(pickle.dumps(tensors, protocol))
     assert all(map(torch.equal, read_tensor_list(tmp_path / "list.pkl"), tensors))
 
@@ -151,3 +154,28 @@ def test_pickles_of_another_model_are_named(folder):
     (root / "pickles" / "cls_p_values.pkl").write_bytes(pickle.dumps([torch.ones(4, 3) * 2, torch.ones(6, 3)]))
     with pytest.raises(StatisticsError, match=r"outside \[0, 1\] for layer '0'"):
         import_pickles(root, MODEL, name="tiny")
+
+
+def rebuilt(size, stride, offset=0):
+    """A list of one tensor as its pickle calls for it, whether or not its storage is large enough."""
+    loaded = Calls(torch.storage._load_from_bytes, torch.rand(6)._typed_storage().__reduce__()[1][0])
+    return [Calls(torch._utils._rebuild_tensor_v2, loaded, offset, size, stride, False, OrderedDict())]
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset"),
+    [((280_000,), (1,), 0), ((6,), (1,), 1), ((4, 10**12), (0, 0), 0), ((2,), (-1,), 1), ((2, 2), (1,), 0)],
+)
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path, size, stride, offset):
+    content = pickle.dumps(rebuilt(size, stride, offset))
+    with pytest.raises(StatisticsError, match=r"a tensor beyond its storage|a tensor of odd size or stride"):
+        read_tensor_list(write(tmp_path, content))
+    assert read_tensor_list(write(tmp_path, pickle.dumps(rebuilt((3, 2), (2, 1)))))[0].shape == (3, 2)
+
+
+def test_huge_memos_and_what_stands_behind_the_end_are_refused(tmp_path):
+    good = pickle.dumps([torch.rand(2)])
+    with pytest.raises(StatisticsError, match="3 bytes behind its end"):
+        read_tensor_list(write(tmp_path, good + b"abc"))
+    with pytest.raises(StatisticsError, match="a memo of 134217728 entries"):
+        read_tensor_list(write(tmp_path, b"\x80\x02]r\x00\x00\x00\x08."))

@@ -219,7 +219,8 @@ def test_a_collection_is_kept_whole_and_checked_against_its_model(tmp_path):
     statistics.save(path)
     loaded = ChannelStatistics.load(path, model)
     assert all(equal(loaded[name], statistics[name]) for name in statistics)
-    assert loaded.metadata == {"model": "tiny", "preprocessing": "none", "labels": "given", "seed": "0", "images": "20"}
+    expected = {"model": "tiny", "preprocessing": "none", "labels": "given", "seed": "0", "images": "20"}
+    assert {name: text for name, text in loaded.metadata.items() if name != "collections"} == expected
     assert loaded.weight_digests == {name: weight_digest(model.get_submodule(name)) for name in ("0", "2")}
     assert torch.equal(loaded.sample.keys, statistics.sample.keys)
     assert torch.equal(loaded.sample.rows["2"], statistics.sample.rows["2"])

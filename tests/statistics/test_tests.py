@@ -143,3 +143,38 @@ def test_far_tail_falls_with_t_and_only_infinity_is_impossible():
     assert np.all(np.diff(log_p) < 0)
     assert np.isfinite(log_p[:-1]).all()
     assert log_p[-1] == -np.inf
+
+
+def test_soft_weights_against_the_weights_that_are_left_one_by_one():
+    generator = np.random.default_rng(3)
+    samples = generator.normal(size=(300, 8)) + 100
+    weights = generator.dirichlet(np.full(6, 0.3), size=300)
+    of_classes = moments_of_weights(torch.from_numpy(samples), torch.from_numpy(weights))
+    log_p = class_log_p(
+        *(
+            of_classes.weight.numpy(),
+            of_classes.square.numpy(),
+            of_classes.mean.numpy().T,
+            of_classes.variance.numpy().T,
+        ),
+        *(300.0, samples.mean(0), samples.var(0, ddof=1)),
+    )
+    for k in range(6):
+        parts = []
+        for w in (weights[:, k], 1 - weights[:, k]):
+            mean = w @ samples / w.sum()
+            variance = w @ (samples - mean) ** 2 / (w.sum() - (w**2).sum() / w.sum())
+            parts.append((w.sum() ** 2 / (w**2).sum(), mean, variance))
+        (n, mean, variance), (rest_n, rest_mean, rest_variance) = parts
+        error, rest_error = variance / n, rest_variance / rest_n
+        freedom = (error + rest_error) ** 2 / (error**2 / (n - 1) + rest_error**2 / (rest_n - 1))
+        expected = stats.t.logsf((mean - rest_mean) / np.sqrt(error + rest_error), freedom)
+        np.testing.assert_allclose(log_p[:, k], expected, rtol=1e-9)
+
+
+def test_a_channel_of_one_image_alone_is_finite():
+    samples, labels = np.zeros((20, 1)), np.arange(20) // 2
+    samples[labels == 3] = 1.0
+    log_p = class_log_p(**moments(samples, labels, 10))
+    assert np.isfinite(log_p).all()
+    assert log_p[0, 3] == log_p.min() < -1e20

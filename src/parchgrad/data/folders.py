@@ -20,6 +20,9 @@ __all__ = ["PhotographFolder", "match_classes"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 
+# Files whose content tells the folder from another.
+_PROBES = 64
+
 
 class PhotographFolder(Dataset[Any]):
     """The photographs below a folder, in sorted order: with a folder for each class, or without classes.
@@ -70,8 +73,11 @@ class PhotographFolder(Dataset[Any]):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of names, sizes, classes and transform: another one means other data."""
+        """Digest of names, sizes, classes, transform and the content of 64 files: another one means other data."""
         digest = hashlib.sha256(without_addresses(str(self._transform)).encode())
+        count = min(_PROBES, len(self))
+        for index in range(count):
+            digest.update(self.files[index * (len(self) - 1) // max(1, count - 1)].read_bytes())
         for index, file in enumerate(self.files):
             label = None if self.labels is None else self.labels[index]
             digest.update(f"{file.relative_to(self._root).as_posix()} {file.stat().st_size} {label}\n".encode())
@@ -116,11 +122,17 @@ def match_classes(
         found = {name: places.get(name, places.get(_plain(name), -1)) for name in folders}
         if folders and -1 not in found.values() and len(set(found.values())) == len(folders):
             return found, way
-    if len(folders) == len(categories):
+    known = {name for _, places in ways for name in places}
+    strange = [name for name in folders if name not in known and _plain(name) not in known]
+    # Order is trusted only where no name says otherwise.
+    if len(folders) == len(categories) == len(strange) and not any(name.isdecimal() for name in folders):
         return _places(folders), "order"
+    why = "they mix ways of naming, or two are one class"
+    if strange:
+        why = f"{strange[0]!r} is none by WordNet id, category or index"
     raise ImageError(
-        f"The {len(folders)} class folders ({', '.join(folders[:3])}, ...) are neither named by the model's "
-        f"{len(categories)} classes, nor as many; rename them, or use predicted labels, which need none."
+        f"The {len(folders)} class folders do not tell the model's {len(categories)} classes ({why}); rename the "
+        "folders, or use predicted labels, which need none."
     )
 
 

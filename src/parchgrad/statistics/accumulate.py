@@ -1,10 +1,14 @@
 """What a collection gathers: moments of every channel, overall and per class, and a sample of rows."""
 
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +21,13 @@ from parchgrad.statistics.layer import LayerStatistics
 from parchgrad.statistics.moments import Moments, merge, moments_of_labels, moments_of_weights
 from parchgrad.statistics.store import ChannelStatistics, RowSample
 
-__all__ = ["Accumulator", "Progress", "Stage", "merge_statistics"]
+__all__ = ["COLLECTIONS", "Accumulator", "Progress", "Stage", "merge_statistics"]
 
 Stage = Literal["images", "normality"]
 Progress: TypeAlias = Callable[[Stage, int, int | None], None]
+
+COLLECTIONS = "collections"
+"""Name of the metadata that tell the data sets: their digests, separated by spaces."""
 
 # Shapiro-Wilk's approximation is not valid for more samples.
 _SAMPLE = 5000
@@ -28,6 +35,9 @@ _SAMPLE = 5000
 _ROWS_PER_UPDATE = 1024
 # Channels updated at once: temporary arrays stay small whatever the network.
 _BLOCK = 1024
+# Columns that one process tests at a time, and values from which on processes pay.
+_COLUMNS = 64
+_WORTH_PROCESSES = 4_000_000
 
 
 class Accumulator:
@@ -63,6 +73,10 @@ class Accumulator:
             StatisticsError: if a value is not finite, or a class is out of range.
         """
         classes = self._of_classes.weight.numel()
+        if weights.dim() not in (1, 2) or weights.shape != (len(values), classes)[: weights.dim()]:
+            raise StatisticsError(
+                f"The labels have shape {tuple(weights.shape)}, but there are {len(values)} images, {classes} classes."
+            )
         if weights.dim() == 1 and (int(weights.min()) < 0 or int(weights.max()) >= classes):
             raise StatisticsError(
                 f"The data name classes {int(weights.min())} to {int(weights.max())}, but the model has {classes}; "
@@ -150,7 +164,7 @@ class Accumulator:
     def shapiro_p(self, on_progress: Progress | None = None) -> Tensor:
         """Shapiro-Wilk p-value of every channel over the sampled rows, shape (C,); 1 where the test is not defined."""
         rows = self._rows[self._keys.argsort(stable=True)]
-        return torch.from_numpy(shapiro_p_values(rows.double().numpy(), on_progress))
+        return torch.from_numpy(shapiro_p_values(rows.numpy(), on_progress))
 
     def statistics(
         self,
@@ -223,8 +237,11 @@ class Accumulator:
         return accumulator
 
 
-def merge_statistics(parts: Sequence[ChannelStatistics], *, on_progress: Progress | None = None) -> ChannelStatistics:
+def merge_statistics(parts: Iterable[ChannelStatistics], *, on_progress: Progress | None = None) -> ChannelStatistics:
     """Merge statistics of disjoint image sets, as if all images had been collected together.
+
+    The same data set is recognised if it comes twice; images that stand in two different ones cannot be. The sample for
+    the normality test is that of one run up to 5,000 images, and another of the same kind beyond.
 
     Args:
         parts: what `collect_statistics` gave for each set, over the same layers of the same model.
@@ -242,24 +259,28 @@ def merge_statistics(parts: Sequence[ChannelStatistics], *, on_progress: Progres
         >>> merge_statistics(parts)["0"].class_count
         tensor([6., 6.], dtype=torch.float64)
     """
+    parts = list(parts)
     if not parts:
         raise StatisticsError("There are no statistics to merge; give at least one part.")
     first = parts[0]
     for number, part in enumerate(parts[1:], start=2):
         _check_mergeable(first, part, number)
+    seen: dict[str, int] = {}
     for number, part in enumerate(parts, start=1):
-        earlier = next((other for other, held in enumerate(parts[: number - 1], start=1) if _overlap(held, part)), None)
-        if earlier is not None:
-            raise StatisticsError(
-                f"Parts {earlier} and {number} hold the same images; give every part once, each of images of its own."
-            )
+        for collection in part.metadata.get(COLLECTIONS, "").split():
+            if collection in seen:
+                raise StatisticsError(
+                    f"Parts {seen[collection]} and {number} hold the same images; give every part once, each of its "
+                    "own images."
+                )
+            seen[collection] = number
     merged = Accumulator.of_statistics(first)
     for part in parts[1:]:
         merged.merge(Accumulator.of_statistics(part))
-    metadata = {
-        name: " + ".join(dict.fromkeys(part.metadata[name] for part in parts if name in part.metadata))
-        for name in dict.fromkeys(name for part in parts for name in part.metadata)
-    }
+    metadata = {}
+    for name in dict.fromkeys(name for part in parts for name in part.metadata):
+        texts = dict.fromkeys(part.metadata[name] for part in parts if name in part.metadata)
+        metadata[name] = (" " if name == COLLECTIONS else " + ").join(texts)
     channels = {name: layer.channels for name, layer in first.items()}
     return merged.statistics(channels, merged.shapiro_p(on_progress), metadata, first.weight_digests)
 
@@ -290,31 +311,44 @@ def _check_mergeable(first: ChannelStatistics, part: ChannelStatistics, number: 
             )
 
 
-def _overlap(first: ChannelStatistics, second: ChannelStatistics) -> bool:
-    """Whether the samples share keys and have equal rows under all of them: then they are of the same images."""
-    if first.sample is None or second.sample is None:
-        return False
-    _, mine, theirs = np.intersect1d(first.sample.keys.numpy(), second.sample.keys.numpy(), return_indices=True)
-    name = next(iter(first))
-    return len(mine) > 0 and torch.equal(first.sample.rows[name][mine], second.sample.rows[name][theirs])
+def shapiro_p_values(samples: NDArray[Any], on_progress: Progress | None = None) -> NDArray[np.float64]:
+    """Shapiro-Wilk p-value of each column (N, C); 1, hence normal, where the test is not defined.
 
-
-def shapiro_p_values(samples: NDArray[np.float64], on_progress: Progress | None = None) -> NDArray[np.float64]:
-    """Shapiro-Wilk p-value of each column (N, C); 1, hence normal, where the test is not defined."""
+    Blocks of columns go to processes, since scipy's test holds the interpreter's lock; where they are few, or processes
+    cannot be forked, this one does it all.
+    """
     channels = samples.shape[1]
-    p = np.ones(channels)
-    testable = np.flatnonzero(np.ptp(samples, axis=0) > 0) if len(samples) >= 3 else np.empty(0, dtype=np.int64)
-    columns = np.ascontiguousarray(samples.T)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, (channel, value) in enumerate(
-            zip(testable, pool.map(lambda channel: stats.shapiro(columns[channel]).pvalue, testable), strict=True)
-        ):
-            p[channel] = value
-            if on_progress is not None and done % 64 == 0:
-                on_progress("normality", done, channels)
-    if on_progress is not None:
-        on_progress("normality", channels, channels)
+    blocks = [slice(start, start + _COLUMNS) for start in range(0, channels, _COLUMNS)]
+    work = (samples[:, block] for block in blocks)
+    p = np.empty(channels)
+    with ExitStack() as stack:
+        tested: Iterator[NDArray[np.float64]] = map(_shapiro_of_block, work)
+        if samples.size >= _WORTH_PROCESSES and sys.platform == "linux":
+            processes = os.cpu_count() or 1
+            pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
+            tested = _in_order(stack.enter_context(pool), work, ahead=2 * processes)
+        for block, values in zip(blocks, tested, strict=True):
+            p[block] = values
+            if on_progress is not None:
+                on_progress("normality", min(block.stop, channels), channels)
     return p
+
+
+def _in_order(pool: ProcessPoolExecutor, work: Iterable[NDArray[Any]], ahead: int) -> Iterator[NDArray[np.float64]]:
+    """Results in the order of the blocks, of which only a few are copied ahead."""
+    waiting: deque[Future[NDArray[np.float64]]] = deque()
+    for block in work:
+        waiting.append(pool.submit(_shapiro_of_block, np.ascontiguousarray(block)))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _shapiro_of_block(samples: NDArray[Any]) -> NDArray[np.float64]:
+    columns = samples.astype(np.float64).T
+    defined = [len(column) >= 3 and np.ptp(column) > 0 for column in columns]
+    return np.array([stats.shapiro(c).pvalue if fit else 1.0 for c, fit in zip(columns, defined, strict=True)])
 
 
 def _keys(seed: int, numbers: Tensor) -> Tensor:

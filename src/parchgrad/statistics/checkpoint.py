@@ -12,9 +12,9 @@ from torch import Tensor
 from parchgrad.errors import StatisticsError
 from parchgrad.files import writing
 
-__all__ = ["differences", "part_of_process", "read_checkpoint", "remove_checkpoints", "write_checkpoint"]
+__all__ = ["check_parts", "differences", "part_of_process", "read_checkpoint", "remove_checkpoints", "write_checkpoint"]
 
-_FORMAT = "parchgrad collection checkpoint"
+_FORMAT = "parchgrad collection checkpoint 1"
 
 
 def part_of_process(path: Path, rank: int, count: int) -> Path:
@@ -25,6 +25,20 @@ def part_of_process(path: Path, rank: int, count: int) -> Path:
         'a-1-of-2.checkpoint'
     """
     return path if count == 1 else path.with_name(f"{path.stem}-{rank + 1}-of-{count}{path.suffix}")
+
+
+def check_parts(path: Path, count: int) -> None:
+    """Raise `StatisticsError` if there are checkpoints of another number of processes than now."""
+    parts = path.parent.glob(f"{escape(path.stem)}-*-of-*{escape(path.suffix)}")
+    counts = {int(part.stem.rsplit("-of-", 1)[1]) for part in parts if part.stem.rsplit("-of-", 1)[1].isdecimal()}
+    if path.exists():
+        counts.add(1)
+    others = counts - {count}
+    if others:
+        raise StatisticsError(
+            f"The checkpoint {str(path)!r} was made by {min(others)} processes, and now there are {count}; start "
+            "as many, or delete the checkpoint to start anew."
+        )
 
 
 def write_checkpoint(path: Path, settings: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -44,7 +58,8 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
     Raises:
         StatisticsError: if the file is no checkpoint, or was made with other settings, which are named.
     """
-    for abandoned in path.parent.glob(f".{escape(path.stem)}.????????{escape(path.suffix)}"):
+    hexadecimal = "[0-9a-f]" * 8
+    for abandoned in path.parent.glob(f".{escape(path.stem)}.{hexadecimal}{escape(path.suffix)}"):
         abandoned.unlink(missing_ok=True)
     if not path.exists():
         return None
@@ -53,9 +68,9 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
         if header.get("format") != _FORMAT:
-            raise ValueError("it is a file of another kind")
-        earlier = json.loads(header["settings"])
-    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+            raise ValueError("it is a file of another kind or release")
+        earlier = {str(name): str(text) for name, text in dict(json.loads(header["settings"])).items()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticsError(
             f"The checkpoint {str(path)!r} cannot be read ({error}); delete it to start anew."
         ) from error

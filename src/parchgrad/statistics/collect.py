@@ -7,15 +7,16 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from parchgrad.errors import ModelError, SettingError, StatisticsError
+from parchgrad.errors import ModelError, ParchGradError, SettingError, StatisticsError
 from parchgrad.files import without_addresses
 from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
-from parchgrad.statistics.accumulate import Accumulator, Progress
-from parchgrad.statistics.checkpoint import differences, part_of_process, read_checkpoint, write_checkpoint
+from parchgrad.statistics.accumulate import COLLECTIONS, Accumulator, Progress
+from parchgrad.statistics.checkpoint import check_parts, differences, part_of_process, read_checkpoint, write_checkpoint
 from parchgrad.statistics.processes import Processes, joined_processes
 from parchgrad.statistics.store import ChannelStatistics, weight_digest
 
@@ -25,6 +26,9 @@ Labels = Literal["given", "predicted"]
 
 # Elements of an output that are rectified at once on the CPU: what is written stays in the cache until it is summed.
 _ELEMENTS = 1 << 21
+
+# Items that are looked at to tell a data set from another.
+_PROBES = 64
 
 _GAPS: ContextVar[dict[str, list[Tensor]] | None] = ContextVar("parchgrad_gaps", default=None)
 
@@ -57,7 +61,7 @@ def collect_statistics(
         model: a classifier whose output are the logits, shape (B, K), in evaluation mode.
         data: a data set, or batches of it such as a `DataLoader` gives. An item is an input and its class, or with
             predicted labels the input alone. An attribute `fingerprint` (text) of a data set stands for its content;
-            without one, its type, length, and first, middle and last item do.
+            without one, its type, length and 64 items do.
         layers: which convolutions; see `choose_layers`.
         labels: `"given"` takes the classes that the data name; `"predicted"` counts every image in every class with
             the model's own softmax probability, so that unlabelled images will do.
@@ -88,24 +92,24 @@ def collect_statistics(
         >>> statistics["0"].class_count
         tensor([5., 5.], dtype=torch.float64)
     """
-    check_model(model)
-    check_evaluation_mode(model)
-    if labels not in get_args(Labels):
-        raise SettingError(f"labels is {labels!r}, but it must be one of {', '.join(get_args(Labels))}.")
-    for name, value, lowest in (
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 0),
-        ("checkpoint_every", checkpoint_every, 1),
-    ):
-        if not isinstance(value, int) or value < lowest:
-            raise SettingError(f"{name} is {value!r}, but it must be a whole number of at least {lowest}.")
-    chosen = choose_layers(model, layers)
+    # Joined first: a process that stops at a check must not leave the others waiting for it to join.
     with joined_processes() as processes:
-        path, settings = None, {}
-        if checkpoint is not None or processes.count > 1:
-            settings = _settings(model, data, list(chosen), labels, batch_size, seed, processes.count)
+        check_model(model)
+        check_evaluation_mode(model)
+        _check_settings(data, labels, batch_size, workers, checkpoint_every, seed, metadata or {})
+        chosen = choose_layers(model, layers)
+        path, settings, identity = None, {}, None
+        if _has_items(data):
+            settings = _settings(model, data, list(chosen), labels, batch_size, seed)
+            identity = settings["data"]
             _check_agreement(settings, processes)
+        elif checkpoint is not None or processes.count > 1:
+            raise SettingError(
+                f"data is a {type(data).__name__}, but checkpoints and several processes need a data set whose items "
+                "can be fetched by index; give the data set itself, such as loader.dataset."
+            )
         if checkpoint is not None:
+            check_parts(Path(checkpoint), processes.count)
             path = part_of_process(Path(checkpoint), processes.rank, processes.count)
         batches = _Batches(data, batch_size, workers, labels, processes)
         found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
@@ -119,10 +123,12 @@ def collect_statistics(
                 raise StatisticsError(f"The data hold {images} images, but statistics need at least two.")
             tensors = {**found.tensors(), "shapiro_p": found.shapiro_p(on_progress)}
         tensors = processes.broadcast(tensors)
+    # By this merging knows images that it holds already.
+    origin = {COLLECTIONS: _digest(tensors["rows"] if identity is None else identity)[:16]}
     return Accumulator.restored(tensors, seed=seed).statistics(
         {name: module.out_channels for name, module in chosen.items()},
         tensors["shapiro_p"],
-        {"model": type(model).__name__, **(metadata or {}), "labels": labels, "seed": str(seed)},
+        {"model": type(model).__name__, **(metadata or {}), "labels": labels, "seed": str(seed), **origin},
         {name: weight_digest(module) for name, module in chosen.items()},
     )
 
@@ -150,7 +156,7 @@ def _collect(
     return accumulator
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
     """GAPs of all channels (B, C) and softmax probabilities (B, K) of one batch, on the CPU."""
     for calls in gaps.values():
@@ -165,9 +171,16 @@ def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) ->
     missing = next((name for name, calls in gaps.items() if not calls), None)
     if missing is not None:
         raise StatisticsError(f"Layer {missing!r} was not called by the model; leave it out of layers.")
+    folded = next((name for name, calls in gaps.items() if any(len(call) != len(inputs) for call in calls)), None)
+    if folded is not None:
+        raise StatisticsError(
+            f"Layer {folded!r} sees another number of rows than the {len(inputs)} images of the batch; leave it out of "
+            "layers."
+        )
     # All layers leave the device in one copy.
     values = torch.cat([torch.stack(calls).mean(0) for calls in gaps.values()], dim=1)
-    return values.cpu(), logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1).cpu()
+    # Weights of a row must add up to one as exactly as the moments are kept.
+    return values.cpu(), logits.cpu().double().softmax(dim=1)
 
 
 class _Saver:
@@ -181,7 +194,12 @@ class _Saver:
         tensors = None if self._path is None else read_checkpoint(self._path, self._settings)
         if tensors is None:
             return None, 0
-        return Accumulator.restored(tensors, seed=seed), int(tensors["batches"])
+        try:
+            return Accumulator.restored(tensors, seed=seed), int(tensors["batches"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise StatisticsError(
+                f"The checkpoint {str(self._path)!r} is damaged ({error}); delete it to start anew."
+            ) from error
 
     def save_at_times(self, accumulator: Accumulator, batches: int, *, is_last: bool) -> None:
         """Write what was gathered, where it is time to."""
@@ -206,21 +224,82 @@ class _Batches:
     def after(self, done: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Numbers, inputs and given labels of each batch but the first `done`; no labels where they are predicted."""
         batches: Iterable[Any] = self._data
+        # A generator of its own: the loader would draw from the global one.
+        generator = torch.Generator()
         if self._numbers is not None:
             left: Any = self._numbers[done:]
-            batches = DataLoader(self._data, batch_sampler=left, num_workers=self._workers)
+            batches = DataLoader(self._data, batch_sampler=left, num_workers=self._workers, generator=generator)
         elif isinstance(self._data, IterableDataset):
-            batches = DataLoader(self._data, self._batch_size, num_workers=self._workers)
+            batches = DataLoader(self._data, self._batch_size, generator=generator)
         first = 0
-        for index, batch in enumerate(batches):
-            inputs, given = (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
-            if self._labels == "given" and given is None:
-                raise StatisticsError("The data hold no labels; give items (input, class), or use labels='predicted'.")
+        for index, batch in enumerate(_unwrapped(batches)):
+            inputs, given = (batch[0], batch[1:]) if isinstance(batch, list | tuple) else (batch, ())
+            if not isinstance(inputs, Tensor):
+                raise StatisticsError(
+                    f"The data give inputs of type {type(inputs).__name__}, but they must be tensors; use a transform "
+                    "or a collate function that makes them."
+                )
             if self._numbers is not None:
                 first = self._numbers[done + index].start
             numbers = torch.arange(first, first + len(inputs))
             first += len(inputs)
-            yield numbers, inputs, None if self._labels == "predicted" else torch.as_tensor(given).long().cpu()
+            yield numbers, inputs, _classes(given, len(inputs)) if self._labels == "given" else None
+
+
+def _classes(given: Any, count: int) -> Tensor:
+    """The labels of a batch as integers (B,)."""
+    if not given:
+        raise StatisticsError("The data hold no labels; give items (input, class), or use labels='predicted'.")
+    labels = torch.as_tensor(given[0]).cpu()
+    if tuple(labels.shape) != (count,) or labels.is_floating_point() or labels.is_complex():
+        raise StatisticsError(
+            f"The data give labels of shape {tuple(labels.shape)} and type {labels.dtype} for {count} inputs, but each "
+            "must be one whole number, the index of the class."
+        )
+    return labels.long()
+
+
+def _unwrapped(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches as they come; an error of a loading process without the traceback that torch puts into its text."""
+    try:
+        yield from batches
+    except ParchGradError as error:
+        lines = str(error).strip().splitlines()
+        if len(lines) < 2:
+            raise
+        raise type(error)(lines[-1].split(": ", 1)[-1]) from error
+
+
+def _check_settings(
+    data: object,
+    labels: str,
+    batch_size: object,
+    workers: object,
+    checkpoint_every: object,
+    seed: object,
+    metadata: Mapping[str, str],
+) -> None:
+    """Raise `SettingError` if a setting is out of its range."""
+    if labels not in get_args(Labels):
+        raise SettingError(f"labels is {labels!r}, but it must be one of {', '.join(get_args(Labels))}.")
+    for name, value, lowest in (
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 0),
+        ("checkpoint_every", checkpoint_every, 1),
+        ("seed", seed, 0),
+    ):
+        if not isinstance(value, int) or value < lowest:
+            raise SettingError(f"{name} is {value!r}, but it must be a whole number of at least {lowest}.")
+    if not isinstance(data, Iterable) and not _has_items(data):
+        raise SettingError(f"data is a {type(data).__name__}, but it must be a data set or batches of one.")
+    if workers and not _has_items(data):
+        raise SettingError(
+            f"workers is {workers}, but every worker would go through all of a {type(data).__name__}; use workers=0, "
+            "or give batches of a DataLoader of your own."
+        )
+    unfit = next((name for name, text in metadata.items() if not isinstance(text, str)), None)
+    if unfit is not None:
+        raise SettingError(f"metadata[{unfit!r}] is {metadata[unfit]!r}, but it must be text.")
 
 
 def _has_items(data: object) -> bool:
@@ -229,27 +308,22 @@ def _has_items(data: object) -> bool:
 
 
 def _settings(
-    model: nn.Module, data: Any, layers: list[str], labels: Labels, batch_size: int, seed: int, processes: int
+    model: nn.Module, data: Any, layers: list[str], labels: Labels, batch_size: int, seed: int
 ) -> dict[str, str]:
     """All that the statistics depend on, in words: a run may go on only where none of it has changed."""
-    if not _has_items(data):
-        raise SettingError(
-            f"data is a {type(data).__name__}, but checkpoints and several processes need a data set whose items can "
-            "be fetched by index; give the data set itself, such as loader.dataset."
-        )
     device = next(model.parameters()).device.type
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
     return {
         "model": type(model).__name__,
         "architecture": _digest(without_addresses(repr(model))),
-        "weights": _digest(model.state_dict()),
+        # Buffers that are not saved count too.
+        "weights": _digest([model.state_dict(), dict(model.named_buffers())]),
         "data": _fingerprint(data),
         "layers": ", ".join(layers),
         "labels": labels,
         "batch_size": str(batch_size),
         "seed": str(seed),
         "autocast": autocast,
-        "processes": str(processes),
     }
 
 
@@ -268,11 +342,15 @@ def _check_agreement(settings: Mapping[str, str], processes: Processes) -> None:
 
 
 def _fingerprint(data: Any) -> str:
-    """What tells a data set from another: its own word, or its type, length and three items."""
+    """What tells a data set from another: its own word, all its tensors, or its type, length and some of its items."""
     own = getattr(data, "fingerprint", None)
     if isinstance(own, str):
         return own
-    probes = {index: data[index] for index in sorted({0, len(data) // 2, len(data) - 1}) if len(data)}
+    tensors = getattr(data, "tensors", None)
+    if isinstance(tensors, tuple):
+        return f"{len(data)} items of {type(data).__name__}, {_digest(tensors)}"
+    count = min(_PROBES, len(data))
+    probes = [data[index * (len(data) - 1) // max(1, count - 1)] for index in range(count)]
     return f"{len(data)} items of {type(data).__name__}, {_digest(probes)}"
 
 
@@ -285,6 +363,9 @@ def _digest(value: Any) -> str:
             flat = part.detach().cpu().contiguous()
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
             digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype} {part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
         elif isinstance(part, Mapping):
             for name, inner in part.items():
                 digest.update(str(name).encode())
@@ -293,7 +374,7 @@ def _digest(value: Any) -> str:
             for inner in part:
                 update(inner)
         else:
-            digest.update(repr(part).encode())
+            digest.update(without_addresses(repr(part)).encode())
 
     update(value)
     return digest.hexdigest()
@@ -301,11 +382,9 @@ def _digest(value: Any) -> str:
 
 def _gap(output: Tensor) -> Tensor:
     """Mean over space of relu(output) of shape (B, C, *S), (B, C), in float32 or wider."""
-    channels = output.flatten(2).flatten(0, 1)
-    at_once = max(1, _ELEMENTS // max(1, channels.shape[1])) if output.device.type == "cpu" else len(channels)
-    wide = torch.promote_types(output.dtype, torch.float32)
-    means = [part.relu().mean(dim=1, dtype=wide) for part in torch.split(channels, at_once)]
-    return torch.cat(means).view(output.shape[:2])
+    at_once = max(1, _ELEMENTS // max(1, output[0].numel())) if output.device.type == "cpu" else len(output)
+    positions, wide = tuple(range(2, output.dim())), torch.promote_types(output.dtype, torch.float32)
+    return torch.cat([part.relu().mean(dim=positions, dtype=wide) for part in torch.split(output, at_once)])
 
 
 @contextmanager

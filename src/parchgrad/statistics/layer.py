@@ -67,6 +67,8 @@ class LayerStatistics:
             "shapiro_p": (channels,),
             "class_square": (classes,),
         }
+        if channels < 1 or classes < 1:
+            raise StatisticsError(f"There are {channels} channels and {classes} classes; there must be some.")
         # A class with no more than one effective image has no variance; such entries are not read.
         has_variance = self.class_count.square() > self.class_square
         for name, shape in shapes.items():
@@ -157,8 +159,11 @@ class RankedLayerStatistics:
         check_test(self.test)
         check_share(self.share)
         _copy_to_float64(self, ["mean", "std", "shapiro_p"])
-        object.__setattr__(self, "log_p", torch.as_tensor(self.log_p).detach().to("cpu", torch.float32, copy=True))
+        _copy_to_float64(self, ["log_p"])
+        object.__setattr__(self, "log_p", self.log_p.float())
         classes = self.log_p.shape[-1] if self.log_p.dim() == 2 else 0
+        if self.channels < 1 or (self.log_p.dim() == 2 and classes < 1):
+            raise StatisticsError(f"There are {self.channels} channels and {classes} classes; there must be some.")
         per_channel = (self.channels,)
         for name, shape, lowest, highest in (
             ("mean", per_channel, -torch.inf, torch.inf),
@@ -199,13 +204,16 @@ class RankedLayerStatistics:
         return RankedLayerStatistics(**{entry.name: getattr(self, entry.name) for entry in fields(self)} | changes)
 
 
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 AnyLayerStatistics: TypeAlias = LayerStatistics | RankedLayerStatistics
 
 
 def _copy_to_float64(layer: AnyLayerStatistics, names: Iterable[str]) -> None:
     for name in names:
-        value = torch.as_tensor(getattr(layer, name)).detach().to("cpu", torch.float64, copy=True)
-        object.__setattr__(layer, name, value)
+        given = torch.as_tensor(getattr(layer, name)).detach()
+        if given.dtype not in _NUMBERS or given.layout is not torch.strided:
+            raise StatisticsError(f"{name} is {given.dtype}, {given.layout}; give dense real numbers.")
+        object.__setattr__(layer, name, given.to("cpu", torch.float64, copy=True))
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], channels: int, classes: int) -> None:

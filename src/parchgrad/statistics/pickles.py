@@ -7,7 +7,7 @@ import pickletools
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,10 @@ def import_pickles(folder: str | Path, model: nn.Module, *, name: str) -> Channe
         if bool(((known < 0) | (known > 1)).any()):
             raise StatisticsError(f"'cls_p_values.pkl' holds values outside [0, 1] for layer {layer!r}.")
         shapiro_p, mean, std = (part.double().nan_to_num(fill) for part, fill in zip(others, (1, 0, 0), strict=True))
-        smallest = math.log(torch.finfo(p.dtype).smallest_normal) if p.is_floating_point() else -math.inf
-        log_p = torch.where(known > 0, known.log(), smallest - 1.0)
+        # What has underflowed ranks before the smallest number there is.
+        kind = torch.finfo(p.dtype)
+        underflowed = math.log(kind.smallest_normal) + math.log(kind.eps) - 1
+        log_p = torch.where(known > 0, known.log(), underflowed)
         try:
             layers[layer] = RankedLayerStatistics(mean=mean, std=std, shapiro_p=shapiro_p, log_p=log_p, test="welch")
         except StatisticsError as error:
@@ -79,7 +81,7 @@ def import_pickles(folder: str | Path, model: nn.Module, *, name: str) -> Channe
 
 
 def read_tensor_list(path: Path) -> list[Tensor]:
-    """Read a pickled list of CPU tensors. Every opcode and global is looked at before the first is carried out.
+    """Read a pickled list of tensors. Opcodes are looked at before the first is carried out, globals before each.
 
     Raises:
         StatisticsError: if the file is missing, damaged, or holds anything but a list of tensors.
@@ -97,9 +99,19 @@ def read_tensor_list(path: Path) -> list[Tensor]:
     except Exception as error:
         # A damaged pickle makes the unpickler and torch raise what they like.
         raise StatisticsError(f"{str(path)!r} is no pickled list of tensors ({error}); the file is damaged.") from error
-    if not isinstance(value, list) or not all(isinstance(entry, Tensor) for entry in value):
+    if not isinstance(value, list) or not all(_is_plain(entry) for entry in value):
         raise StatisticsError(f"{str(path)!r} holds no list of tensors; give the pickles of the research code.")
     return value
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a dense tensor of floating-point numbers with all its values in memory."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.is_floating_point()
+    )
 
 
 class _RefusedError(Exception):
@@ -111,11 +123,18 @@ def _check_opcodes(content: bytes) -> None:
 
     The names of a STACK_GLOBAL are on the stack; the unpickler refuses those that it does not admit.
     """
-    for opcode, argument, _ in pickletools.genops(content):
+    end = 0
+    for opcode, argument, position in pickletools.genops(content):
+        end = position or 0
         if opcode.name not in _OPCODES:
             raise _RefusedError(f"the opcode {opcode.name}")
         if opcode.name == "GLOBAL" and tuple(str(argument).split(" ", 1)) not in _ADMITTED:
             raise _RefusedError(f"the global {str(argument).replace(' ', '.')}")
+        # The memo is a list as long as its largest index.
+        if "PUT" in opcode.name and int(cast(int, argument)) > len(content):
+            raise _RefusedError(f"a memo of {argument} entries")
+    if end + 1 != len(content):
+        raise _RefusedError(f"{len(content) - end - 1} bytes behind its end")
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -128,11 +147,27 @@ class _TensorUnpickler(pickle.Unpickler):
 
 def _load_storage(content: bytes) -> Any:
     """A storage is a file of torch's own within the pickle; torch's version of this function trusts it."""
-    return torch.load(io.BytesIO(content), weights_only=True)
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _rebuild_tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:
+    """A tensor within its storage; torch would grow a storage that is too small by whatever stands in memory."""
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise _RefusedError(f"a tensor over a {type(storage).__name__}")
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise _RefusedError("a tensor of odd size or stride")
+    # The public ways to ask for its size warn that this kind of storage will go.
+    held = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if 0 not in size and (last >= held or math.prod(size) > held):
+        raise _RefusedError("a tensor beyond its storage")
+    rebuild: Callable[..., Tensor] = torch._utils._rebuild_tensor_v2
+    return rebuild(storage, offset, size, stride, False, OrderedDict())
 
 
 _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch.storage", "_load_from_bytes"): _load_storage,
     ("collections", "OrderedDict"): OrderedDict,
 }

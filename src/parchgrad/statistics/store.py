@@ -101,6 +101,13 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
                     f"Layer {name!r} has statistics of {layer.classes} classes, the first layer of {self.classes}; "
                     "all layers must come from one collection."
                 )
+        first = next(iter(self.layers.values()))
+        for name, layer in self.layers.items():
+            if isinstance(first, LayerStatistics) and isinstance(layer, LayerStatistics) and layer.count != first.count:
+                raise StatisticsError(
+                    f"Layer {name!r} has statistics of {layer.count:.0f} images, the first layer of {first.count:.0f}; "
+                    "all layers must come from one collection."
+                )
         if not self.model_classes:
             object.__setattr__(self, "model_classes", self.classes)
         indices = self.class_indices
@@ -120,10 +127,16 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             self._check_sample(self.sample)
 
     def _check_sample(self, sample: RowSample) -> None:
+        if sample.keys.dtype != torch.int64 or sample.keys.dim() != 1:
+            raise StatisticsError("The keys of the sampled images must be whole numbers, int64 of shape (N,).")
         for name, layer in self.layers.items():
             shape = (len(sample.keys), layer.channels)
             if name not in sample.rows or tuple(sample.rows[name].shape) != shape:
                 raise StatisticsError(f"The sampled images of layer {name!r} must be rows of shape {shape}.")
+            if sample.rows[name].dtype not in (torch.float32, torch.float64):
+                raise StatisticsError(
+                    f"The sampled images of layer {name!r} are {sample.rows[name].dtype}, not float32."
+                )
             if not torch.isfinite(sample.rows[name]).all():
                 raise StatisticsError(f"The sampled images of layer {name!r} hold values that are not finite.")
 
@@ -131,6 +144,12 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
     def classes(self) -> int:
         """Number of classes K that the statistics hold, the same in every layer."""
         return next(iter(self.layers.values())).classes
+
+    @property
+    def test(self) -> TTest:
+        """The test that compact or imported statistics are of; Welch's for others, which hold what any test needs."""
+        layer = next(iter(self.values()))
+        return "welch" if isinstance(layer, LayerStatistics) else layer.test
 
     def __getitem__(self, layer: str) -> AnyLayerStatistics:
         return self.layers[layer]
@@ -161,6 +180,8 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         indices = self.class_indices
         if classes is not None:
             indices = tuple(sorted(set(classes)))
+            if not indices:
+                raise StatisticsError("No class is left to restrict to; give at least one.")
             columns = self.columns(indices)
             kept = {name: layer.restricted(columns) for name, layer in kept.items()}
         return ChannelStatistics(
@@ -213,13 +234,22 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             )
             for name, layer in self.items()
         }
+        few = self.count_fallbacks(test)
+        note = {"fallback": f"Student's test for {few} of {self.classes} classes"} if few else {}
         return ChannelStatistics(
             layers,
-            self.metadata,
+            {**self.metadata, **note},
             weight_digests=self.weight_digests,
             class_indices=self.class_indices,
             model_classes=self.model_classes,
         )
+
+    def count_fallbacks(self, test: TTest) -> int:
+        """Count the classes of fewer than two images, for which Student's test takes Welch's place."""
+        layer = next(iter(self.values()))
+        if test != "welch" or not isinstance(layer, LayerStatistics):
+            return 0
+        return int(((layer.effective_count > 0) & (layer.effective_count < 2)).sum())
 
     def warn_of_fallback(self, test: TTest, *, stacklevel: int = 2) -> None:
         """Warn where Student's test takes Welch's place, since some classes have fewer than two images.
@@ -228,13 +258,10 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             test: the test that is asked for.
             stacklevel: whose line the warning names; see `warnings.warn`.
         """
-        layer = next(iter(self.values()))
-        if test != "welch" or not isinstance(layer, LayerStatistics):
-            return
-        few = int(((layer.effective_count > 0) & (layer.effective_count < 2)).sum())
+        few = self.count_fallbacks(test)
         if few:
             warnings.warn(
-                f"{few} of {layer.classes} classes have fewer than two images; Welch's test needs two, so that "
+                f"{few} of {self.classes} classes have fewer than two images; Welch's test needs two, so that "
                 "Student's takes its place for them.",
                 StatisticsWarning,
                 stacklevel=stacklevel,
@@ -324,6 +351,8 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         if not (_is_layer_list(described) and isinstance(metadata, dict) and isinstance(classes, dict)):
             raise StatisticsError(f"The header of {str(path)!r} is damaged; collect the statistics again.")
         layers = {str(entry["name"]): _layer_from(tensors, entry, path) for entry in described}
+        if len(layers) < len(described):
+            raise StatisticsError(f"A layer stands twice in the header of {str(path)!r}; collect the statistics again.")
         digests = {str(entry["name"]): str(entry["weight_sha256"]) for entry in described if entry.get("weight_sha256")}
         indices, outputs = classes.get("indices"), classes.get("of")
         if not (indices is None or _is_list_of(indices, int)) or not isinstance(outputs, int):
@@ -337,7 +366,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         try:
             statistics = cls(
                 layers,
-                {str(name): str(value) for name, value in metadata.items()},
+                {_printable(str(name)): _printable(str(value)) for name, value in metadata.items()},
                 weight_digests=digests,
                 class_indices=None if indices is None else tuple(indices),
                 model_classes=outputs,
@@ -384,6 +413,11 @@ def _is_list_of(value: object, kind: type) -> bool:
 
 def _is_layer_list(value: object) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(isinstance(entry, dict) and "name" in entry for entry in value)
+
+
+def _printable(text: str) -> str:
+    """A text without what would steer a terminal or cannot be written."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _json(header: Mapping[str, str], name: str, path: str | Path) -> object:

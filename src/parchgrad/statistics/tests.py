@@ -20,6 +20,8 @@ _ROUNDING = 1e-12
 # Below this scipy's survival function nears the smallest double, and the continued fraction takes over.
 _UNDERFLOW = 1e-280
 _BLOCK = 256
+# Log p where t is infinite, since neither group varies: finite also in float32, and below all others.
+_SEPARATED = -1e30
 
 
 def check_test(test: str) -> None:
@@ -120,7 +122,7 @@ def _log_p_of_channels(
         constant = (np.sqrt(variance) <= _ROUNDING * np.abs(mean))[:, None]
         defined = ~constant & (weight > 0) & (rest_weight > 0) & (freedom > 0) & ~np.isnan(t)
     log_p = student_t_log_sf(np.where(defined, t, 0.0), np.where(defined, freedom, 1.0))
-    return np.where(defined, log_p, 0.0)
+    return np.maximum(np.where(defined, log_p, 0.0), _SEPARATED)
 
 
 def _rest_of_each_class(
