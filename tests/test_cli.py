@@ -193,6 +193,8 @@ def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_pat
     best = statistics["conv_head"].class_log_p()[:, 967].argsort(stable=True)[:2].tolist()
     (line,) = (line for line in printed.splitlines() if line.startswith("conv_head"))
     assert [int(part.rstrip(":")) for part in line.split() if part.endswith(":")] == best
+    assert all(len(line) <= 80 for line in printed.splitlines() if line.startswith(("blocks", "conv")))
+    assert "blocks.6.0.conv_dw" in printed
     code, printed, _ = run(capsys, "stats", "show", file, "--quantile", "0.05")
     (line,) = (line.split() for line in printed.splitlines() if line.startswith("conv_head"))
     gated = int((statistics["conv_head"].shapiro_p < 0.05).sum())

@@ -360,7 +360,7 @@ def show(
             for name, layer in held.items():
                 best = layer.class_log_p(selector.test)[:, column].sort(stable=True)
                 pairs = zip(best.indices[:top].tolist(), best.values[:top].tolist(), strict=True)
-                table.add_row(escape(name), *(f"{channel}: {value / math.log(10):.1f}" for channel, value in pairs))
+                table.add_row(escape(name), *(f"{channel}: {_decades(value)}" for channel, value in pairs))
             title = f"Channels that respond most to {label}: number and log10 of the p-value"
         for place, shown in enumerate(table.columns):
             shown.justify, shown.no_wrap = "right" if place else "left", True
@@ -471,6 +471,11 @@ def _find_class(held: "ChannelStatistics", query: str) -> tuple[int, str]:
         categories = [f"class {index}" for index in range(held.model_classes)]
     index = find_category(query, categories, held.metadata.get("model", "the model"))
     return held.columns([index])[0], categories[index]
+
+
+def _decades(log_p: float) -> str:
+    """Log10 of a p-value; what no number can tell, since a class and its rest do not vary, as -inf."""
+    return f"{log_p / math.log(10):.1f}" if log_p > -1e9 else "-inf"
 
 
 def _say_saved(found: "ChannelStatistics", out: Path) -> None:
