@@ -123,7 +123,7 @@ def test_earlier_results_stay_unless_forced(capsys, coffee, tmp_path):
     assert run(capsys, *arguments)[0] == 0
     code, _, errors = run(capsys, *arguments)
     assert code == 2
-    assert "exists already; choose another folder" in errors
+    assert "exists already; choose another place" in errors
     assert run(capsys, *arguments, "--force")[0] == 0
 
 
@@ -183,7 +183,7 @@ def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_pat
     options = ["--data", photographs, *LAYERS, "--batch-size", "4", "-o", file]
     code, printed, said = run(capsys, "stats", "collect", *options)
     assert code == 0, said
-    assert "4 layers, 3,904 channels, 1000 classes, 6 images" in printed
+    assert "4 layers, 3,904 channels, 2 of 1000 classes, 6 images" in printed
     assert [entry.name for entry in tmp_path.glob("*checkpoint*")] == []
     statistics = parchgrad.ChannelStatistics.load(file)
     assert statistics["conv_head"].class_count.nonzero().flatten().tolist() == [281, 967]
@@ -195,6 +195,13 @@ def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_pat
     assert [int(part.rstrip(":")) for part in line.split() if part.endswith(":")] == best
     assert all(len(line) <= 80 for line in printed.splitlines() if line.startswith(("blocks", "conv")))
     assert "blocks.6.0.conv_dw" in printed
+    for command in (["stats", "show", file], ["explain", coffee, "--selector", "class", "--statistics", file, *LAYERS]):
+        code, _, said = run(capsys, *command, "--target", "golden retriever")
+        assert code == 2
+        assert "hold no image of class 207" in said
+    code, _, said = run(capsys, "stats", "show", tmp_path)
+    assert code == 2
+    assert "is a folder; give a statistics file in it" in said
     code, printed, _ = run(capsys, "stats", "show", file, "--quantile", "0.05")
     (line,) = (line.split() for line in printed.splitlines() if line.startswith("conv_head"))
     gated = int((statistics["conv_head"].shapiro_p < 0.05).sum())
@@ -221,6 +228,13 @@ def test_statistics_go_on_after_a_stop_and_merge(capsys, photographs, tmp_path, 
         if done >= 4:
             raise StoppedError
 
+    def interrupt(self, stage, done, total):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("parchgrad.cli.ProgressBars.update", interrupt)
+        code, _, said = run(capsys, "stats", "collect", *options, "-o", tmp_path / "other.safetensors")
+        assert (code, said.strip()) == (130, "Stopped. The same command goes on from its checkpoint.")
     with monkeypatch.context() as patched:
         patched.setattr("parchgrad.cli.ProgressBars.update", stop)
         with pytest.raises(StoppedError):
@@ -264,7 +278,7 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
     file = tmp_path / "resnet18.safetensors"
     code, printed, said = run(capsys, "stats", "import-pickles", tmp_path, "--model", "resnet18", "-o", file)
     assert code == 0, said
-    assert "20 layers, 4,800 channels, 1000 classes" in printed
+    assert "20 layers, 4,800 channels, 1000 of 1000 classes" in printed
     code, _, said = run(capsys, "stats", "import-pickles", tmp_path, "--model", "resnet34", "-o", tmp_path / "other")
     assert code == 2
     assert "holds 20 layers, but resnet34 has 36 convolutions" in said

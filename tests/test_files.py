@@ -45,5 +45,5 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     check_outputs([path], force=True)
     with pytest.raises(OutputError, match="cannot be written below"):
         check_outputs([path / "deeper" / "b.txt"], force=True)
-    with pytest.raises(OutputError, match="exists already; choose another folder"):
+    with pytest.raises(OutputError, match="exists already; choose another place"):
         check_outputs([path], force=False)

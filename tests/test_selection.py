@@ -303,7 +303,7 @@ def test_restricted_classes_are_looked_up_and_others_refused():
 
 def test_single_images_of_a_class_are_said_once():
     statistics = random_statistics({"a": 4, "b": 4}, classes=5, images=8)
-    with pytest.warns(StatisticsWarning, match="2 of 5 classes have fewer than two images") as said:
+    with pytest.warns(StatisticsWarning, match="2 of 5 classes have images, but fewer than two") as said:
         selector = pg.ClassWise(statistics, quantile=0.5)
     assert len(said) == 1
     assert said[0].filename == __file__

@@ -310,19 +310,24 @@ def collect(
         place = _move(classifier, device)
     precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    with ProgressBars(hidden=not is_first_process()) as progress, precision:
-        found = collect_from_folder(
-            classifier,
-            data,
-            labels=labels.value,
-            layers=_parse_layers(layers),
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            on_progress=progress.update,
-        )
+    try:
+        with ProgressBars(hidden=not is_first_process()) as progress, precision:
+            found = collect_from_folder(
+                classifier,
+                data,
+                labels=labels.value,
+                layers=_parse_layers(layers),
+                batch_size=batch_size,
+                workers=workers,
+                seed=seed,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                on_progress=progress.update,
+            )
+    except KeyboardInterrupt:
+        left = "The same command goes on from its checkpoint." if checkpoint.exists() else "Nothing was kept."
+        _err.print(f"Stopped. {left}", highlight=False)
+        raise typer.Exit(130) from None
     if is_first_process():
         found.save(out)
         remove_checkpoints(checkpoint)
@@ -351,22 +356,23 @@ def show(
                 selected = selector.class_masks(name).sum(dim=1)
                 mean = f"{selected.double().mean():.1f}"
                 table.add_row(
-                    escape(name), f"{layer.channels}", f"{gated}", mean, f"{selected.min()}", f"{selected.max()}"
+                    _shown(name), f"{layer.channels}", f"{gated}", mean, f"{selected.min()}", f"{selected.max()}"
                 )
             title = f"Channels selected for a class at quantile {quantile:g}: mean, fewest and most"
         else:
             column, label = _find_class(held, target)
+            selector.check_known([column if held.class_indices is None else held.class_indices[column]])
             table = _table("layer", *(f"{place + 1}." for place in range(top)))
             for name, layer in held.items():
                 best = layer.class_log_p(selector.test)[:, column].sort(stable=True)
                 pairs = zip(best.indices[:top].tolist(), best.values[:top].tolist(), strict=True)
-                table.add_row(escape(name), *(f"{channel}: {_decades(value)}" for channel, value in pairs))
+                table.add_row(_shown(name), *(f"{channel}: {_decades(value)}" for channel, value in pairs))
             title = f"Channels that respond most to {label}: number and log10 of the p-value"
         for place, shown in enumerate(table.columns):
-            shown.justify, shown.no_wrap = "right" if place else "left", True
+            shown.justify, shown.overflow = "right" if place else "left", "fold"
     for name, text in {**held.metadata, "classes": f"{held.classes} of {held.model_classes}"}.items():
         if name not in ("categories", "collections"):
-            _out.print(f"[bold]{escape(name)}[/]: {escape(text)}", highlight=False, soft_wrap=True)
+            _out.print(f"[bold]{_shown(name)}[/]: {_shown(text)}", highlight=False, soft_wrap=True)
     _out.print(f"\n{escape(title)}", style="bold", highlight=False, soft_wrap=True)
     _out.print(table)
 
@@ -473,6 +479,11 @@ def _find_class(held: "ChannelStatistics", query: str) -> tuple[int, str]:
     return held.columns([index])[0], categories[index]
 
 
+def _shown(text: str) -> str:
+    """A text of a file without what would steer a terminal."""
+    return escape("".join(character if character.isprintable() else " " for character in text))
+
+
 def _decades(log_p: float) -> str:
     """Log10 of a p-value; what no number can tell, since a class and its rest do not vary, as -inf."""
     return f"{log_p / math.log(10):.1f}" if log_p > -1e9 else "-inf"
@@ -480,8 +491,9 @@ def _decades(log_p: float) -> str:
 
 def _say_saved(found: "ChannelStatistics", out: Path) -> None:
     channels = sum(layer.channels for layer in found.values())
+    seen = found.classes - found.count_empty()
     _out.print(
-        f"{len(found)} layers, {channels:,} channels, {found.classes} classes, "
+        f"{len(found)} layers, {channels:,} channels, {seen} of {found.classes} classes, "
         f"{found.metadata.get('images', 'unknown number of')} images",
         highlight=False,
     )

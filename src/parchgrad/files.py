@@ -15,12 +15,12 @@ __all__ = ["check_outputs", "without_addresses", "writing"]
 def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
     """Raise `OutputError` if one of the files exists and `force` is off, or its folder can be neither used nor made."""
     for path in paths:
-        if path.exists() and not force:
-            raise OutputError(
-                f"{str(path)!r} exists already; choose another folder, or overwrite it with force=True (--force)."
-            )
         if not path.name or path.is_dir():
             raise OutputError(f"{str(path)!r} is a folder; name a file in it.")
+        if path.exists() and not force:
+            raise OutputError(
+                f"{str(path)!r} exists already; choose another place, or overwrite it with force=True (--force)."
+            )
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise OutputError(f"{str(path)!r} cannot be written below {str(folder)!r}; choose another folder.")

@@ -3,7 +3,7 @@
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
@@ -393,6 +393,18 @@ class ClassWise(_StatisticalSelector):
             self.statistics.columns(classes.tolist())
         return columns
 
+    def check_known(self, classes: Sequence[int]) -> None:
+        """Raise `StatisticsError` if the statistics know nothing of one of these classes."""
+        held = next(iter(self.statistics.values()))
+        columns = self.statistics.columns(classes)
+        known = (held.class_log_p(self.test) < 0).any(dim=0)[columns].tolist()
+        unknown = next((index for index, found in zip(classes, known, strict=True) if not found), None)
+        if unknown is not None:
+            raise StatisticsError(
+                f"The statistics hold no image of class {unknown}, so that nothing is known about it; collect them "
+                "with images of this class, or with predicted labels."
+            )
+
     def class_masks(self, layer: str) -> Tensor:
         """Mark the channels kept for each class that the statistics hold, shape (K, C).
 
@@ -403,7 +415,7 @@ class ClassWise(_StatisticalSelector):
         if self.alpha is not None and isinstance(held, RankedLayerStatistics) and held.share < 1:
             # Where all that are held pass, others that are not held may too.
             passing = (log_p <= math.log(self.alpha)) | (log_p == 0)
-            if bool(passing.all(dim=1).any()):
+            if bool((passing.all(dim=1) & (log_p < 0).any(dim=1)).any()):
                 raise StatisticsError(
                     f"The statistics of layer {layer!r} are compact, with too few channels for alpha={self.alpha}; "
                     "lower it, use a quantile, or collect full statistics."

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -77,6 +78,7 @@ SYNSETS = ("n1", "n2", "n3", "n4", "n5")
         (["n2", "n5"], ({"n2": 1, "n5": 4}, "WordNet id")),
         (["Great_White_Shark", "half track"], ({"Great_White_Shark": 0, "half track": 4}, "category")),
         (["0", "4"], ({"0": 0, "4": 4}, "index")),
+        (["000", "004"], ({"000": 0, "004": 4}, "index")),
         (["a", "b", "c", "d", "e"], ({"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}, "order")),
     ],
 )
@@ -94,6 +96,8 @@ def test_how_folders_are_matched(folders, expected):
         # As many as the classes, but one name, or numbers from one, say that the order is another.
         (["Tabby", "b", "c", "d", "e"], "'b' is none"),
         (["1", "2", "3", "4", "5"], "'5' is none"),
+        # Sorted as text, not as numbers.
+        (["c1", "c10", "c2", "c3", "c4"], "'c1' is none"),
     ],
 )
 def test_folders_that_do_not_tell_their_class(folders, words):
@@ -113,3 +117,16 @@ def test_a_function_as_transform_has_the_same_fingerprint_everywhere(tmp_path):
     make(tmp_path, "a.png")
     one, two = (PhotographFolder(tmp_path, eval("lambda image: image")) for _ in range(2))
     assert one.fingerprint == two.fingerprint
+    white, black = (PhotographFolder(tmp_path, eval(f"lambda image: {value}")).fingerprint for value in (1, 0))
+    assert white != black
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    make(tmp_path, "a.png")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ImageError, match=r"a\.png' cannot be read \(Permission denied\); check its permissions"):
+        _ = PhotographFolder(tmp_path, to_colour).fingerprint

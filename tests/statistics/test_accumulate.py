@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch.utils.data import DataLoader
 
 import parchgrad as pg
 from parchgrad.errors import StatisticsError
@@ -169,3 +171,31 @@ def test_merging_real_collections_of_one_data_set_in_two_files(tmp_path):
         with pytest.raises(StatisticsError, match="hold the same images"):
             merge_statistics(twice)
     assert_same(merged, whole, rtol=1e-10)
+    # Known by the rows of its images, where the data cannot be told: batches, and a part of a whole.
+    batches = pg.collect_statistics(model, DataLoader(data[20:], batch_size=8), seed=1)
+    for twice in ([parts[1], batches], [pg.collect_statistics(model, data[:20], seed=0), whole]):
+        with pytest.raises(StatisticsError, match="hold the same images"):
+            merge_statistics(twice)
+
+
+TESTS_ITSELF = accumulate._shapiro_of_block
+PARENT = os.getpid()
+
+
+def lost_in_a_child(samples):
+    if os.getpid() != PARENT:
+        os._exit(1)
+    return TESTS_ITSELF(samples)
+
+
+def test_a_lost_process_does_not_cost_the_collection(monkeypatch):
+    values = np.random.default_rng(0).random((30, 130))
+    expected = [stats.shapiro(column).pvalue for column in values.T]
+    monkeypatch.setattr(accumulate, "_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(accumulate, "_shapiro_of_block", lost_in_a_child)
+    told = []
+    np.testing.assert_array_equal(accumulate.shapiro_p_values(values, lambda *all_: told.append(all_[1])), expected)
+    assert told == [64, 128, 130]
+    monkeypatch.setattr(accumulate.multiprocessing.current_process(), "_config", {"daemon": True})
+    monkeypatch.setattr(accumulate, "ProcessPoolExecutor", None)
+    np.testing.assert_array_equal(accumulate.shapiro_p_values(values), expected)

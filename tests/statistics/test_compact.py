@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +96,15 @@ def test_a_damaged_compact_file_names_the_layer(tmp_path):
         save_file(tensors, path, {**metadata, "layers": layers})
         with pytest.raises(StatisticsError, match=r"Layer 'a' in .* (does not fit|is described wrongly)"):
             pg.ChannelStatistics.load(path)
+
+
+def test_alpha_on_compact_statistics_with_a_class_without_images():
+    layer = random_statistics({"a": 20})["a"]
+    no_image = torch.tensor([8, 8, 0, 8, 8])
+    few = pg.ChannelStatistics({"a": dataclasses.replace(layer, class_count=no_image, class_square=no_image)})
+    assert few.count_empty() == 1
+    masks = [
+        pg.ClassWise(each, alpha=1e-9, test="student", normality_threshold=None).class_masks("a")
+        for each in (few, few.compact(test="student"))
+    ]
+    assert torch.equal(*masks)

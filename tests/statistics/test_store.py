@@ -152,7 +152,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 def test_files_of_another_kind(tmp_path):
     with pytest.raises(StatisticsError, match="There is no statistics file"):
         ChannelStatistics.load(tmp_path / "none.safetensors")
-    with pytest.raises(StatisticsError, match="cannot be read as channel statistics"):
+    with pytest.raises(StatisticsError, match="is a folder"):
         ChannelStatistics.load(tmp_path)
     torch.save({"a": torch.zeros(2)}, tmp_path / "pickle.pth")
     with pytest.raises(StatisticsError, match="cannot be read as channel statistics"):
@@ -195,8 +195,9 @@ def test_restricting_to_classes_keeps_their_tests(tmp_path):
     ("changes", "words"),
     [
         ({"model_classes": 9}, "class_indices must say"),
-        ({"class_indices": (0, 1)}, "must be 3 different classes"),
-        ({"class_indices": (0, 1, 1)}, "must be 3 different classes"),
+        ({"class_indices": (0, 1)}, "must be 3 ascending classes"),
+        ({"class_indices": (0, 1, 1)}, "must be 3 ascending classes"),
+        ({"class_indices": (2, 0, 1)}, r"but 3 are given: \(2, 0, 1\)"),
         ({"class_indices": (0, 1, 7), "model_classes": 5}, "from 0 to 4"),
         ({"sample": RowSample(keys=torch.arange(2), rows={})}, "images of layer 'conv' must be rows of shape"),
         ({"sample": RowSample(keys=torch.arange(2), rows={"conv": torch.ones(3, 4)})}, r"of shape \(2, 4\)"),

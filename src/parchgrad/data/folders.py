@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,11 +74,28 @@ class PhotographFolder(Dataset[Any]):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of names, sizes, classes, transform and the content of 64 files: another one means other data."""
+        """Digest of names, sizes, classes, transform, the content of 64 files and three transformed photographs.
+
+        Another one means other data.
+
+        Raises:
+            ImageError: if one of these files cannot be read.
+        """
         digest = hashlib.sha256(without_addresses(str(self._transform)).encode())
         count = min(_PROBES, len(self))
         for index in range(count):
-            digest.update(self.files[index * (len(self) - 1) // max(1, count - 1)].read_bytes())
+            file = self.files[index * (len(self) - 1) // max(1, count - 1)]
+            try:
+                digest.update(file.read_bytes())
+            except OSError as error:
+                raise ImageError(
+                    f"{str(file)!r} cannot be read ({error.strerror or error}); check its permissions."
+                ) from error
+        # What a transform does, its name may not tell.
+        for index in sorted({0, len(self) // 2, len(self) - 1}):
+            seen = self._transform(read_image(self.files[index]))
+            values = seen.cpu().numpy().tobytes() if isinstance(seen, Tensor) else seen
+            digest.update(without_addresses(repr(values)).encode())
         for index, file in enumerate(self.files):
             label = None if self.labels is None else self.labels[index]
             digest.update(f"{file.relative_to(self._root).as_posix()} {file.stat().st_size} {label}\n".encode())
@@ -113,6 +131,10 @@ def match_classes(
         >>> match_classes(["great_dane", "pug"], ["Pug", "Tabby", "Great Dane"])
         ({'great_dane': 2, 'pug': 0}, 'category')
     """
+    if folders and all(name.isdecimal() for name in folders):
+        folders_by_number = {name: int(name) for name in folders}
+        if len(set(folders_by_number.values())) == len(folders) and max(folders_by_number.values()) < len(categories):
+            return folders_by_number, "index"
     ways: list[tuple[str, Mapping[str, int]]] = [
         ("WordNet id", _places(synsets)),
         ("category", _places(_plain(category) for category in categories)),
@@ -124,8 +146,9 @@ def match_classes(
             return found, way
     known = {name for _, places in ways for name in places}
     strange = [name for name in folders if name not in known and _plain(name) not in known]
-    # Order is trusted only where no name says otherwise.
-    if len(folders) == len(categories) == len(strange) and not any(name.isdecimal() for name in folders):
+    # Order is trusted only where no name says otherwise: class10 is sorted before class2.
+    numbered = any(name.isdecimal() for name in folders) or list(folders) != sorted(folders, key=_natural)
+    if len(folders) == len(categories) == len(strange) and not numbered:
         return _places(folders), "order"
     why = "they mix ways of naming, or two are one class"
     if strange:
@@ -141,6 +164,12 @@ def _places(names: Iterable[str]) -> dict[str, int]:
     listed = list(names)
     counts = Counter(listed)
     return {name: index for index, name in enumerate(listed) if counts[name] == 1}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts the numbers in names as numbers."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
 def _plain(name: str) -> str:

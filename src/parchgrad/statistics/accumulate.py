@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -267,6 +267,11 @@ def merge_statistics(parts: Iterable[ChannelStatistics], *, on_progress: Progres
         _check_mergeable(first, part, number)
     seen: dict[str, int] = {}
     for number, part in enumerate(parts, start=1):
+        earlier = next((other for other, held in enumerate(parts[: number - 1], start=1) if _overlap(held, part)), None)
+        if earlier is not None:
+            raise StatisticsError(
+                f"Parts {earlier} and {number} hold the same images; give every part once, each of its own images."
+            )
         for collection in part.metadata.get(COLLECTIONS, "").split():
             if collection in seen:
                 raise StatisticsError(
@@ -283,6 +288,18 @@ def merge_statistics(parts: Iterable[ChannelStatistics], *, on_progress: Progres
         metadata[name] = (" " if name == COLLECTIONS else " + ").join(texts)
     channels = {name: layer.channels for name, layer in first.items()}
     return merged.statistics(channels, merged.shapiro_p(on_progress), metadata, first.weight_digests)
+
+
+def _overlap(first: ChannelStatistics, second: ChannelStatistics) -> bool:
+    """Whether the samples share keys, and have the same rows under all of them: then they are of the same images."""
+    if first.sample is None or second.sample is None:
+        return False
+    _, mine, theirs = np.intersect1d(first.sample.keys.numpy(), second.sample.keys.numpy(), return_indices=True)
+    # Passes of other sizes round otherwise.
+    return len(mine) > 0 and all(
+        torch.allclose(rows[mine], second.sample.rows[name][theirs].to(rows.dtype), rtol=1e-4)
+        for name, rows in first.sample.rows.items()
+    )
 
 
 def _check_mergeable(first: ChannelStatistics, part: ChannelStatistics, number: int) -> None:
@@ -314,23 +331,33 @@ def _check_mergeable(first: ChannelStatistics, part: ChannelStatistics, number: 
 def shapiro_p_values(samples: NDArray[Any], on_progress: Progress | None = None) -> NDArray[np.float64]:
     """Shapiro-Wilk p-value of each column (N, C); 1, hence normal, where the test is not defined.
 
-    Blocks of columns go to processes, since scipy's test holds the interpreter's lock; where they are few, or processes
-    cannot be forked, this one does it all.
+    Blocks of columns go to processes, since scipy's test holds the interpreter's lock; where they are few, processes
+    cannot be forked or one is lost, this one does it all.
     """
     channels = samples.shape[1]
     blocks = [slice(start, start + _COLUMNS) for start in range(0, channels, _COLUMNS)]
-    work = (samples[:, block] for block in blocks)
     p = np.empty(channels)
-    with ExitStack() as stack:
-        tested: Iterator[NDArray[np.float64]] = map(_shapiro_of_block, work)
-        if samples.size >= _WORTH_PROCESSES and sys.platform == "linux":
-            processes = os.cpu_count() or 1
-            pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
-            tested = _in_order(stack.enter_context(pool), work, ahead=2 * processes)
-        for block, values in zip(blocks, tested, strict=True):
+
+    def fill(tested: Iterable[NDArray[np.float64]], left: list[slice]) -> None:
+        for block, values in zip(left, tested, strict=True):
             p[block] = values
+            done.append(block)
             if on_progress is not None:
                 on_progress("normality", min(block.stop, channels), channels)
+
+    done: list[slice] = []
+    # A daemonic process, such as a worker of a pool, may have no children.
+    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    if samples.size >= _WORTH_PROCESSES and can_fork:
+        processes = len(os.sched_getaffinity(0))
+        try:
+            with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+                fill(_in_order(pool, (samples[:, block] for block in blocks), ahead=2 * processes), blocks)
+        except (BrokenProcessPool, OSError):
+            # What is left is tested below: a lost process must not cost the collection.
+            pass
+    left = blocks[len(done) :]
+    fill((_shapiro_of_block(samples[:, block]) for block in left), left)
     return p
 
 

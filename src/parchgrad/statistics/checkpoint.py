@@ -1,6 +1,7 @@
 """Checkpoints of a collection: written whole or not at all, and read again only under the same settings."""
 
 import json
+import re
 from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
@@ -29,15 +30,14 @@ def part_of_process(path: Path, rank: int, count: int) -> Path:
 
 def check_parts(path: Path, count: int) -> None:
     """Raise `StatisticsError` if there are checkpoints of another number of processes than now."""
-    parts = path.parent.glob(f"{escape(path.stem)}-*-of-*{escape(path.suffix)}")
-    counts = {int(part.stem.rsplit("-of-", 1)[1]) for part in parts if part.stem.rsplit("-of-", 1)[1].isdecimal()}
+    found = {int(part.stem.rsplit("-of-", 1)[1]): part for part in _parts(path)}
     if path.exists():
-        counts.add(1)
-    others = counts - {count}
+        found[1] = path
+    others = found.keys() - {count}
     if others:
         raise StatisticsError(
-            f"The checkpoint {str(path)!r} was made by {min(others)} processes, and now there are {count}; start "
-            "as many, or delete the checkpoint to start anew."
+            f"The checkpoint {str(found[min(others)])!r} was made by {min(others)} processes, and now there are "
+            f"{count}; start as many, or delete the checkpoint to start anew."
         )
 
 
@@ -86,8 +86,14 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
 def remove_checkpoints(path: str | Path) -> None:
     """Remove the checkpoints of all processes of a run, once its result is saved."""
     path = Path(path)
-    for file in (path, *path.parent.glob(f"{escape(path.stem)}-*-of-*{escape(path.suffix)}")):
+    for file in (path, *_parts(path)):
         file.unlink(missing_ok=True)
+
+
+def _parts(path: Path) -> list[Path]:
+    """The checkpoints of several processes of this run, and not those of a run whose name only begins alike."""
+    name = re.compile(rf"{re.escape(path.stem)}-\d+-of-\d+{re.escape(path.suffix)}")
+    return [file for file in path.parent.glob(f"{escape(path.stem)}-*") if name.fullmatch(file.name)]
 
 
 def differences(earlier: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -100,7 +100,7 @@ def collect_statistics(
         chosen = choose_layers(model, layers)
         path, settings, identity = None, {}, None
         if _has_items(data):
-            settings = _settings(model, data, list(chosen), labels, batch_size, seed)
+            settings = _settings(model, data, list(chosen), labels, batch_size, seed, workers)
             identity = settings["data"]
             _check_agreement(settings, processes)
         elif checkpoint is not None or processes.count > 1:
@@ -142,17 +142,29 @@ def _collect(
     on_progress: Progress | None,
 ) -> Accumulator | None:
     """Gather the batches of this process, from where its checkpoint stands; nothing where it has no batch."""
-    accumulator, done_before = saver.restored(seed)
+    accumulator, done = saver.restored(seed)
     device = next(model.parameters()).device
+    if accumulator is not None and on_progress is not None:
+        on_progress("images", accumulator.images, batches.images)
+    is_whole = True
     with _gaps_of(chosen) as gaps:
-        for done, (numbers, inputs, given) in enumerate(batches.after(done_before), start=done_before + 1):
-            values, probabilities = _respond(model, inputs.to(device, non_blocking=True), gaps)
-            if accumulator is None:
-                accumulator = Accumulator(values.shape[1], probabilities.shape[1], seed=seed)
-            accumulator.add(numbers, values, probabilities if given is None else given)
-            saver.save_at_times(accumulator, done, is_last=done == batches.count)
-            if on_progress is not None:
-                on_progress("images", accumulator.images, batches.images)
+        try:
+            for numbers, inputs, given in batches.after(done):
+                values, probabilities = _respond(model, inputs.to(device, non_blocking=True), gaps)
+                if accumulator is None:
+                    accumulator = Accumulator(values.shape[1], probabilities.shape[1], seed=seed)
+                is_whole = False
+                accumulator.add(numbers, values, probabilities if given is None else given)
+                done += 1
+                is_whole = True
+                saver.save_at_times(accumulator, done, is_last=done == batches.count)
+                if on_progress is not None:
+                    on_progress("images", accumulator.images, batches.images)
+        except KeyboardInterrupt:
+            # Unless a batch was just being added, nothing is lost.
+            if is_whole and accumulator is not None:
+                saver.save(accumulator, done)
+            raise
     return accumulator
 
 
@@ -203,7 +215,12 @@ class _Saver:
 
     def save_at_times(self, accumulator: Accumulator, batches: int, *, is_last: bool) -> None:
         """Write what was gathered, where it is time to."""
-        if self._path is not None and (is_last or batches % self._every == 0):
+        if is_last or batches % self._every == 0:
+            self.save(accumulator, batches)
+
+    def save(self, accumulator: Accumulator, batches: int) -> None:
+        """Write what was gathered, where there is a checkpoint."""
+        if self._path is not None:
             write_checkpoint(self._path, self._settings, {**accumulator.tensors(), "batches": torch.tensor(batches)})
 
 
@@ -250,7 +267,13 @@ def _classes(given: Any, count: int) -> Tensor:
     """The labels of a batch as integers (B,)."""
     if not given:
         raise StatisticsError("The data hold no labels; give items (input, class), or use labels='predicted'.")
-    labels = torch.as_tensor(given[0]).cpu()
+    try:
+        labels = torch.as_tensor(given[0]).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StatisticsError(
+            f"The data give labels of type {type(given[0]).__name__}, but each must be one whole number, the index of "
+            "the class."
+        ) from error
     if tuple(labels.shape) != (count,) or labels.is_floating_point() or labels.is_complex():
         raise StatisticsError(
             f"The data give labels of shape {tuple(labels.shape)} and type {labels.dtype} for {count} inputs, but each "
@@ -308,7 +331,7 @@ def _has_items(data: object) -> bool:
 
 
 def _settings(
-    model: nn.Module, data: Any, layers: list[str], labels: Labels, batch_size: int, seed: int
+    model: nn.Module, data: Any, layers: list[str], labels: Labels, batch_size: int, seed: int, workers: int
 ) -> dict[str, str]:
     """All that the statistics depend on, in words: a run may go on only where none of it has changed."""
     device = next(model.parameters()).device.type
@@ -318,7 +341,7 @@ def _settings(
         "architecture": _digest(without_addresses(repr(model))),
         # Buffers that are not saved count too.
         "weights": _digest([model.state_dict(), dict(model.named_buffers())]),
-        "data": _fingerprint(data),
+        "data": _fingerprint(data, workers),
         "layers": ", ".join(layers),
         "labels": labels,
         "batch_size": str(batch_size),
@@ -341,17 +364,28 @@ def _check_agreement(settings: Mapping[str, str], processes: Processes) -> None:
         )
 
 
-def _fingerprint(data: Any) -> str:
-    """What tells a data set from another: its own word, all its tensors, or its type, length and some of its items."""
+def _fingerprint(data: Any, workers: int) -> str:
+    """What tells a data set from another: its own word, or its type, length, some of its items, and any tensors."""
     own = getattr(data, "fingerprint", None)
     if isinstance(own, str):
         return own
-    tensors = getattr(data, "tensors", None)
-    if isinstance(tensors, tuple):
-        return f"{len(data)} items of {type(data).__name__}, {_digest(tensors)}"
     count = min(_PROBES, len(data))
-    probes = [data[index * (len(data) - 1) // max(1, count - 1)] for index in range(count)]
-    return f"{len(data)} items of {type(data).__name__}, {_digest(probes)}"
+    probes = [index * (len(data) - 1) // max(1, count - 1) for index in range(count)]
+    # Fetched as the items will be: what a data set opens in this process, its workers would share.
+    items = DataLoader(
+        data,
+        batch_size=None,
+        sampler=probes,
+        num_workers=min(1, workers),
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),
+    )
+    # All of the tensors, where they are at hand: a transform in between shows in the items.
+    return f"{len(data)} items of {type(data).__name__}, {_digest([list(items), getattr(data, 'tensors', ())])}"
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _digest(value: Any) -> str:
@@ -382,7 +416,7 @@ def _digest(value: Any) -> str:
 
 def _gap(output: Tensor) -> Tensor:
     """Mean over space of relu(output) of shape (B, C, *S), (B, C), in float32 or wider."""
-    at_once = max(1, _ELEMENTS // max(1, output[0].numel())) if output.device.type == "cpu" else len(output)
+    at_once = max(1, _ELEMENTS // max(1, output.shape[1:].numel())) if output.device.type == "cpu" else len(output)
     positions, wide = tuple(range(2, output.dim())), torch.promote_types(output.dtype, torch.float32)
     return torch.cat([part.relu().mean(dim=positions, dtype=wide) for part in torch.split(output, at_once)])
 

@@ -59,7 +59,7 @@ def weight_digest(convolution: Convolution) -> str:
     return hashlib.sha256(str(values.shape).encode() + values.tobytes()).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
     """A read-only mapping from layer name to its statistics, all over the same classes.
 
@@ -117,11 +117,13 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
                 "class_indices must say which classes they are."
             )
         if indices is not None and (
-            len(set(indices)) != self.classes or not all(0 <= i < self.model_classes for i in indices)
+            len(indices) != self.classes
+            or list(indices) != sorted(set(indices))
+            or not all(0 <= i < self.model_classes for i in indices)
         ):
             raise StatisticsError(
-                f"class_indices must be {self.classes} different classes from 0 to {self.model_classes - 1}; "
-                f"{len(indices)} are given."
+                f"class_indices must be {self.classes} ascending classes from 0 to {self.model_classes - 1}, "
+                f"but {len(indices)} are given: {indices[:10]}."
             )
         if self.sample is not None:
             self._check_sample(self.sample)
@@ -150,6 +152,10 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         """The test that compact or imported statistics are of; Welch's for others, which hold what any test needs."""
         layer = next(iter(self.values()))
         return "welch" if isinstance(layer, LayerStatistics) else layer.test
+
+    def __repr__(self) -> str:
+        channels = sum(layer.channels for layer in self.values())
+        return f"ChannelStatistics({len(self)} layers, {channels} channels, {self.classes} classes)"
 
     def __getitem__(self, layer: str) -> AnyLayerStatistics:
         return self.layers[layer]
@@ -251,6 +257,11 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             return 0
         return int(((layer.effective_count > 0) & (layer.effective_count < 2)).sum())
 
+    def count_empty(self) -> int:
+        """Count the classes that no image is of."""
+        layer = next(iter(self.values()))
+        return int((layer.effective_count == 0).sum()) if isinstance(layer, LayerStatistics) else 0
+
     def warn_of_fallback(self, test: TTest, *, stacklevel: int = 2) -> None:
         """Warn where Student's test takes Welch's place, since some classes have fewer than two images.
 
@@ -260,9 +271,11 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         """
         few = self.count_fallbacks(test)
         if few:
+            empty = self.count_empty()
+            none = f", and {empty} have none" if empty else ""
             warnings.warn(
-                f"{few} of {self.classes} classes have fewer than two images; Welch's test needs two, so that "
-                "Student's takes its place for them.",
+                f"{few} of {self.classes} classes have images, but fewer than two{none}; Welch's test needs two, so "
+                "that Student's takes its place for them.",
                 StatisticsWarning,
                 stacklevel=stacklevel,
             )
@@ -337,6 +350,8 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         except FileNotFoundError as error:
             raise StatisticsError(f"There is no statistics file {str(path)!r}; check the path.") from error
         except (SafetensorError, OSError, ValueError) as error:
+            if Path(path).is_dir():
+                raise StatisticsError(f"{str(path)!r} is a folder; give a statistics file in it.") from error
             raise StatisticsError(
                 f"{str(path)!r} cannot be read as channel statistics ({error}); it may be cut off or of another kind."
             ) from error
@@ -366,7 +381,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         try:
             statistics = cls(
                 layers,
-                {_printable(str(name)): _printable(str(value)) for name, value in metadata.items()},
+                {str(name): str(value) for name, value in metadata.items()},
                 weight_digests=digests,
                 class_indices=None if indices is None else tuple(indices),
                 model_classes=outputs,
@@ -413,11 +428,6 @@ def _is_list_of(value: object, kind: type) -> bool:
 
 def _is_layer_list(value: object) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(isinstance(entry, dict) and "name" in entry for entry in value)
-
-
-def _printable(text: str) -> str:
-    """A text without what would steer a terminal or cannot be written."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _json(header: Mapping[str, str], name: str, path: str | Path) -> object:
