@@ -16,6 +16,7 @@ ORDER = [
     {"statistics", "statistics.store"},
     {"statistics.accumulate", "statistics.pickles", "selection"},
     {"statistics.collect"},
+    {"convolution"},
     {"engine"},
     {"attribution"},
     {"data", "data.images", "data.folders", "models", "evaluation", "evaluation.localisation", "visual", "visual.maps"},

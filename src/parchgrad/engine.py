@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
 from parchgrad.errors import InputError, ModelError, ParchGradError, SettingError, TargetError
 from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, partition_gradient
@@ -193,8 +194,8 @@ class _Session:
             if self.owner is not None:
                 self._handles.append(self.model.register_forward_pre_hook(self._begin))
                 for name, convolution in self.owner._convolutions.items():
-                    hook = functools.partial(self._attach, self.owner, name)
-                    self._handles.append(convolution.register_forward_hook(hook))
+                    hook = functools.partial(self._attach, self.owner, name, plain_geometry(convolution))
+                    self._handles.append(convolution.register_forward_hook(hook, prepend=True))
                 # Called after an exception too, so that a failed pass leaves no state behind.
                 self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
             _SESSIONS.set((*_SESSIONS.get(), self))
@@ -222,30 +223,43 @@ class _Session:
             _FORWARDS.set((*_FORWARDS.get(), _Forward(self, self.owner)))
 
     def _attach(
-        self, owner: ParchGrad, layer: str, convolution: Convolution, inputs: tuple[object, ...], output: Tensor
-    ) -> None:
+        self,
+        owner: ParchGrad,
+        layer: str,
+        geometry: Geometry | None,
+        convolution: Convolution,
+        inputs: tuple[Any, ...],
+        output: Tensor,
+    ) -> Tensor | None:
+        """Put in place of a convolution's output one whose backward pass is edited."""
         if self not in _SESSIONS.get():
-            return
+            return None
         # A part of the model called on its own has no forward pass of the model around it.
         forward = self._forward() or _Forward(self, owner)
         forward.reached = True
         if not self._decides_over(convolution) or output.grad_fn is None:
-            return
+            return None
         if output.dim() != len(convolution.kernel_size) + 2:
             raise InputError(
                 f"Layer {layer!r} was given an input without a batch dimension; give a batch: inputs.unsqueeze(0)."
             )
-        earlier = _edit_of(output)
-        if earlier is not None and earlier.forward is forward:
+        earlier = getattr(output.grad_fn, "edit", None)
+        if isinstance(earlier, _Edit) and earlier.forward is forward:
             # A convolution that hands over to another one inside it: one operation is edited once.
-            return
+            return None
         forward.expect_rows(output.shape[0])
+        values = output.detach()
         with torch.no_grad():
-            observation = owner._selector.observe(output.detach())
-        # Neither holds the output, which would keep the graph alive; in-place operations that follow leave both behind.
+            observation = owner._selector.observe(values)
+        # It does not hold the output, which would keep the graph alive.
         edit = _Edit(forward, layer, observation)
-        _metadata(output)[_EDIT] = edit
-        output.register_hook(edit)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if geometry is None or len(inputs) != 1:
+            return cast(Tensor, _EditedOutput.apply(output, edit))
+        if not inputs[0].requires_grad:
+            # Nothing flows on to the input.
+            return None
+        weight = convolution.weight.detach()
+        return cast(Tensor, _EditedConvolution.apply(inputs[0], values, weight, geometry, edit))
 
     def _end(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         forward = self._forward()
@@ -288,12 +302,7 @@ class _Forward:
             if owner._targets is not None:
                 check_target_range(owner._highest_target, classes)
             elif output.grad_fn is not None:
-                edit = _edit_of(output)
-                if edit is not None and edit.forward is self:
-                    # A convolution is the last operation: its edit runs before a hook set now.
-                    edit.reads_class = True
-                else:
-                    output.register_hook(self.read)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                output.register_hook(self.read)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         elif owner._targets is None:
             raise ModelError(
                 f"The model returns a {type(output).__name__}, off which no class can be read; wrap it so that it "
@@ -323,45 +332,71 @@ class _Forward:
 
 
 class _Edit:
-    """The hook on one convolution's output."""
+    """What the edit of one convolution's output in one forward pass needs."""
 
     def __init__(self, forward: _Forward, layer: str, observation: Tensor | None) -> None:
         self.forward = forward
-        self.reads_class = False
         self._layer = layer
         self._observation = observation
 
-    def __call__(self, gradient: Tensor) -> Tensor:
+    def select(self, gradient: Tensor) -> Tensor:
+        """Ask the selector for the mask of the kept channels, shape (B, C)."""
         if torch.is_grad_enabled():
             raise SettingError(
                 "Second derivatives (create_graph=True) through ParchGrad are not defined, since the edit is no "
                 "function of the input alone; take first derivatives only."
             )
-        owner = self.forward.owner
-        if self.reads_class:
-            self.forward.read(gradient)
+        selector = self.forward.owner._selector
         classes = None
-        if owner._selector.needs_class:
+        if selector.needs_class:
             classes = self.forward.classes_of(gradient.shape[0], self._layer, gradient.device)
-        channel_mask = owner._selector.select(
+        return selector.select(
             LayerSignal(layer=self._layer, gradient=gradient, observation=self._observation, classes=classes)
         )
-        return partition_gradient(gradient, channel_mask, gamma=owner._gamma, conserve=owner._conserve)
 
 
-_EDIT = "parchgrad.edit"
+class _EditedConvolution(torch.autograd.Function):
+    """A convolution that was computed already; its backward pass partitions, and goes to the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, output: Tensor, weight: Tensor, geometry: Geometry, edit: _Edit) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.geometry, ctx.input_shape, ctx.edit = geometry, source.shape, edit
+        return output.data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        owner = ctx.edit.forward.owner
+        found = partitioned_input_gradient(
+            gradient,
+            ctx.edit.select(gradient),
+            weight,
+            ctx.geometry,
+            ctx.input_shape,
+            gamma=owner._gamma,
+            conserve=owner._conserve,
+        )
+        return found, None, None, None, None
+
+
+class _EditedOutput(torch.autograd.Function):
+    """The output of a convolution with a way of its own; the gradient is partitioned before it goes on to it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, edit: _Edit) -> Tensor:
+        ctx.edit = edit
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        owner = ctx.edit.forward.owner
+        mask = ctx.edit.select(gradient)
+        return partition_gradient(gradient, mask, gamma=owner._gamma, conserve=owner._conserve), None
+
+
 _SESSIONS: ContextVar[tuple[_Session, ...]] = ContextVar("parchgrad_sessions", default=())
 _FORWARDS: ContextVar[tuple[_Forward, ...]] = ContextVar("parchgrad_forwards", default=())
-
-
-def _metadata(output: Tensor) -> dict[str, object]:
-    """Notes that torch keeps on the operation that made a tensor."""
-    return cast(dict[str, object], output.grad_fn.metadata) if output.grad_fn is not None else {}
-
-
-def _edit_of(output: Tensor) -> _Edit | None:
-    edit = _metadata(output).get(_EDIT)
-    return edit if isinstance(edit, _Edit) else None
 
 
 def _current_backward_pass() -> int:

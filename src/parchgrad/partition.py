@@ -16,7 +16,15 @@ from torch import Tensor
 
 from parchgrad.errors import SettingError
 
-__all__ = ["Conserve", "at_least_float32", "check_edit_settings", "partition_gradient"]
+__all__ = [
+    "Conserve",
+    "at_least_float32",
+    "check_edit_settings",
+    "partition_gradient",
+    "pruning_scale",
+    "rounding_error",
+    "safe_norm",
+]
 
 Conserve = Literal["independent", "exact", "none"]
 
@@ -72,12 +80,73 @@ def partition_gradient(
     wide = at_least_float32(gradient)
     # A backward pass inside an autocast block would run the sums in half precision.
     with torch.autocast(gradient.device.type, enabled=False):
-        groups = _group_sums(wide, channel_mask)
-    kept_scale, rest_scale = _group_scales(groups, gamma=gamma, conserve=conserve)
+        sums = _group_sums(wide, channel_mask)
+    if math.isinf(gamma):
+        kept_scale = pruning_scale(sums.kept, sums.kept + sums.rest, sums.kept_rounding, conserve=conserve)
+        rest_scale = torch.zeros_like(kept_scale)
+    else:
+        kept_scale, rest_scale = _damping_scales(sums, gamma=gamma, conserve=conserve)
     scale = torch.where(channel_mask, kept_scale.unsqueeze(1), rest_scale.unsqueeze(1))
     one_sided = (channel_mask.all(1) | ~channel_mask.any(1)).unsqueeze(1)
-    scale = scale.masked_fill(one_sided, 1.0)
+    scale = scale.masked_fill(one_sided, 1.0).to(wide.dtype)
     return (wide * scale.reshape(*scale.shape, *[1] * (gradient.dim() - 2))).to(gradient.dtype)
+
+
+def pruning_scale(kept: Tensor, total: Tensor, kept_rounding: Tensor, *, conserve: Conserve) -> Tensor:
+    """Factor of H where L is pruned (gamma infinite), from sums over channels alone.
+
+    Args:
+        kept: the gradient summed over H, shape (B, *S).
+        total: the gradient summed over all channels, shape (B, *S).
+        kept_rounding: see `rounding_error`, shape (B,).
+        conserve: see `partition_gradient`.
+
+    Returns:
+        Beta of each row, shape (B,), in the dtype of `kept`.
+
+    Example:
+        >>> kept, total = torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0, -3.0]])
+        >>> pruning_scale(kept, total, torch.zeros(1), conserve="independent")
+        tensor([2.2361])
+    """
+    if conserve == "none":
+        return torch.ones_like(kept_rounding, dtype=kept.dtype)
+    other = total - kept if conserve == "independent" else total
+    of_kept, of_other = _strength(torch.stack((kept, other))).unbind()
+    if kept.shape[1:].numel() == 1:
+        beta = ((of_kept + of_other) if conserve == "independent" else of_other).div_(of_kept).sqrt_()
+    else:
+        beta = (torch.hypot(of_kept, of_other) if conserve == "independent" else of_other) / of_kept
+    return beta.masked_fill_(of_kept <= kept_rounding, 1.0).to(kept.dtype)
+
+
+def rounding_error(values: Tensor, channels: int) -> Tensor:
+    """How large the error of a sum over channels may be, as `_strength` measures signals, shape (B,).
+
+    Args:
+        values: what is summed, shape (B, K, *S).
+        channels: number of channels C of the layer, of which these are some.
+    """
+    # The error of a sum grows like sqrt(C) times the summed magnitudes, which are at most sqrt(K) times their norm.
+    factor = torch.finfo(values.dtype).eps * math.sqrt(channels * values.shape[1])
+    return safe_norm(values, dim=tuple(range(1, values.dim()))) * factor
+
+
+def safe_norm(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
+    """Euclidean norm over some dimensions, in which the squares of tiny values do not vanish.
+
+    Example:
+        >>> safe_norm(torch.tensor([3e-30, 4e-30]), dim=0)
+        tensor(5.0000e-30, dtype=torch.float64)
+    """
+    norm: Tensor
+    if values.dtype != torch.float64 and values.device.type != "mps":
+        norm = torch.linalg.vector_norm(values, dim=dim, dtype=torch.float64)
+        return norm
+    # No wider type is there: the values are divided by their peak.
+    peak = values.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    norm = torch.linalg.vector_norm(values / peak, dim=dim)
+    return norm * peak.amax(dim=dim)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -100,34 +169,33 @@ def _group_sums(gradient: Tensor, channel_mask: Tensor) -> _Groups:
     flat = gradient.reshape(batch, channels, math.prod(spatial))
     weights = torch.stack((channel_mask, ~channel_mask), dim=1).to(gradient.dtype)
     kept, rest = torch.bmm(weights, flat).unbind(1)
-    # The error of a sum of C numbers grows like sqrt(C) times their summed magnitude, here averaged over space.
-    magnitude = torch.linalg.vector_norm(flat, 1, dim=2) / flat.shape[2]
-    rounding = (weights * magnitude.unsqueeze(1)).sum(2) * (torch.finfo(gradient.dtype).eps * math.sqrt(channels))
-    return _Groups(kept, rest, *rounding.unbind(1))
+    norms = safe_norm(flat, dim=2).to(gradient.dtype).unsqueeze(1)
+    errors = (rounding_error(part.unsqueeze(2), channels) * math.sqrt(channels) for part in (weights * norms).unbind(1))
+    return _Groups(kept, rest, *errors)
 
 
-def _group_scales(groups: _Groups, *, gamma: float, conserve: Conserve) -> tuple[Tensor, Tensor]:
-    """Factors of H and of L, each (B,)."""
-    kept = _strength(groups.kept, groups.kept_rounding)
-    rest = _strength(groups.rest, groups.rest_rounding)
-    ones, zeros = torch.ones_like(kept), torch.zeros_like(kept)
+def _damping_scales(groups: _Groups, *, gamma: float, conserve: Conserve) -> tuple[Tensor, Tensor]:
+    """Factors of H and of L for a finite gamma, each (B,)."""
+    errors = torch.stack((groups.kept_rounding, groups.rest_rounding))
+    kept, rest = _above(_strength(torch.stack((groups.kept, groups.rest))), errors)
+    ones = torch.ones_like(kept)
     single = groups.kept.shape[1] == 1
     usable = kept > 0
     # sqrt(N / M); what a row without M gives is replaced at the end.
     ratio = _root_ratio(rest, kept, single)
 
     if conserve == "none":
-        kept_scale, rest_scale = (ones, zeros) if math.isinf(gamma) else (gamma * ratio, ones)
+        kept_scale, rest_scale = gamma * ratio, ones
     elif conserve == "exact":
         # g_hat and 1, divided by their length: g_hat itself may overflow.
-        length = ones if math.isinf(gamma) else torch.hypot(ones, gamma * ratio)
-        gain = ones if math.isinf(gamma) else torch.hypot(ones, 1 / (gamma * ratio)).reciprocal()
-        damping = zeros if math.isinf(gamma) else length.reciprocal()
-        after = _strength(
-            gain.unsqueeze(1) * groups.kept + damping.unsqueeze(1) * groups.rest,
-            gain * groups.kept_rounding + damping * groups.rest_rounding,
+        length = torch.hypot(ones, gamma * ratio)
+        gain = torch.hypot(ones, 1 / (gamma * ratio)).reciprocal()
+        damping = length.reciprocal()
+        edited = gain.unsqueeze(1) * groups.kept + damping.unsqueeze(1) * groups.rest
+        errors = torch.stack(
+            (errors.sum(dim=0), gain * groups.kept_rounding + damping * groups.rest_rounding),
         )
-        before = _strength(groups.kept + groups.rest, groups.kept_rounding + groups.rest_rounding)
+        before, after = _above(_strength(torch.stack((groups.kept + groups.rest, edited.to(groups.kept)))), errors)
         beta = _root_ratio(before, after, single)
         usable = usable & (after > 0)
         # A magnitude stands for a variance there, and grows with the length rather than with its square.
@@ -135,16 +203,10 @@ def _group_scales(groups: _Groups, *, gamma: float, conserve: Conserve) -> tuple
         kept_scale, rest_scale = beta * gain, beta * damping
     else:
         # With M g_hat^2 = gamma^2 N put into the equations: an edited sum without variance, N = 0, stays.
-        share = 1.0 if math.isinf(gamma) else gamma / math.hypot(1.0, gamma)
-        kept_scale = share * torch.hypot(ones, ratio)
-        if math.isinf(gamma):
-            rest_scale = zeros
-        else:
-            rest_scale = torch.hypot(ones, 1 / ratio) / math.hypot(1.0, gamma)
-            usable = usable & (rest > 0)
-
-    untouched = zeros if math.isinf(gamma) else ones
-    return torch.where(usable, kept_scale, ones), torch.where(usable, rest_scale, untouched)
+        kept_scale = gamma / math.hypot(1.0, gamma) * torch.hypot(ones, ratio)
+        rest_scale = torch.hypot(ones, 1 / ratio) / math.hypot(1.0, gamma)
+        usable = usable & (rest > 0)
+    return torch.where(usable, kept_scale, ones), torch.where(usable, rest_scale, ones)
 
 
 def _root_ratio(numerator: Tensor, denominator: Tensor, single: bool) -> Tensor:
@@ -154,15 +216,17 @@ def _root_ratio(numerator: Tensor, denominator: Tensor, single: bool) -> Tensor:
     return ratio.sqrt() if single else ratio
 
 
-def _strength(signal: Tensor, rounding: Tensor) -> Tensor:
-    """Standard deviation of a summed signal (B, S) over space, or its magnitude where there is a single position.
+def _above(strength: Tensor, rounding: Tensor) -> Tensor:
+    """Zero where it is no more than the given rounding error."""
+    return torch.where(strength > rounding, strength, 0.0)
 
-    It is exactly zero where the signal is constant up to the given rounding error.
+
+def _strength(signal: Tensor) -> Tensor:
+    """Deviation over space of summed signals (N, B, *S), or their magnitude at a single position, shape (N, B).
+
+    The root of the sum of squares, which is sqrt(S - 1) times the standard deviation: only ratios of it are of use.
     """
-    # Of the signal divided by its peak: squares of tiny gradients would underflow.
-    peak = signal.abs().amax(dim=1)
-    if signal.shape[1] == 1:
-        return peak
-    unit = signal / torch.where(peak > 0, peak, torch.ones_like(peak)).unsqueeze(1)
-    deviation = unit.std(dim=1) * peak
-    return torch.where(deviation > rounding, deviation, torch.zeros_like(deviation))
+    if signal.shape[2:].numel() == 1:
+        return signal.abs().flatten(1)
+    positions = tuple(range(2, signal.dim()))
+    return safe_norm(signal - signal.mean(dim=positions, keepdim=True), dim=positions)

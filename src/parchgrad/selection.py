@@ -12,7 +12,7 @@ from scipy import special
 from torch import Tensor
 
 from parchgrad.errors import SettingError, StatisticsError
-from parchgrad.partition import at_least_float32
+from parchgrad.partition import at_least_float32, safe_norm
 from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
 from parchgrad.statistics.layer import AnyLayerStatistics
 from parchgrad.statistics.tests import TTest, check_test
@@ -149,7 +149,7 @@ class GradientEnergy(Selector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g^2` (see `Selector.select`)."""
-        return keep_best(_unit_rows(signal.gradient).square().sum(dim=2), self.quantile)
+        return keep_best(_energy(_flat(signal.gradient)), self.quantile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -512,9 +512,28 @@ def _given(value: Tensor | None, name: str) -> Tensor:
     return value
 
 
+# Norms between these are taken in float32 without loss: squares that matter neither vanish nor overflow.
+_SAFE_NORMS = (2.0**-40, 2.0**60)
+
+
+def _energy(flat: Tensor) -> Tensor:
+    """Root of the sum of squares of each channel of (B, C, S), shape (B, C)."""
+    if flat.device.type == "cpu" and flat.dtype == torch.float32:
+        norms: Tensor = torch.linalg.vector_norm(flat, dim=2)
+        # Reading numbers is no wait on the CPU, and a wider type costs a copy of the gradient.
+        largest = norms.amax(dim=1).tolist()
+        if _SAFE_NORMS[0] < min(largest) and max(largest) < _SAFE_NORMS[1]:
+            return norms
+    return safe_norm(flat, dim=2)
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    """The positions in one dimension, shape (B, C, S)."""
+    return gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
+
+
 def _unit_rows(gradient: Tensor) -> Tensor:
     """Each row divided by its largest magnitude, at least float32, shape (B, C, S): squares must not underflow."""
-    flat = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
-    wide = at_least_float32(flat)
+    wide = at_least_float32(_flat(gradient))
     peak = torch.linalg.vector_norm(wide, math.inf, dim=(1, 2), keepdim=True)
     return wide / torch.where(peak > 0, peak, torch.ones_like(peak))

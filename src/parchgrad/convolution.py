@@ -1,0 +1,280 @@
+"""The backward pass of a convolution to its input: from all output channels, or from the kept ones alone.
+
+What a pruned channel sends back is zero, so that only the kept channels' rows of the weight take part. Rows of a batch
+that keep different channels become groups of one grouped convolution, without a loop over rows or channels. The
+gradient of the weight is never computed.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad.layers import Convolution
+from parchgrad.partition import Conserve, at_least_float32, partition_gradient, pruning_scale, rounding_error
+
+__all__ = ["Geometry", "partitioned_input_gradient", "plain_geometry"]
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input; each tuple holds a number per spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def plain_geometry(convolution: Convolution) -> Geometry | None:
+    """Geometry of a convolution that does what its parameters say; None if it is a variant with a way of its own.
+
+    Variants are subclasses with another forward, paddings other than zeros or unequal on both sides, and weights that
+    are computed anew in every pass.
+
+    Example:
+        >>> plain_geometry(nn.Conv2d(4, 8, 3, padding="same", groups=2))
+        Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2)
+        >>> plain_geometry(nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect")) is None
+        True
+    """
+    kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(convolution, kind)), None)
+    found = type(convolution)
+    if kind is None or found.forward is not kind.forward or found._conv_forward is not kind._conv_forward:
+        return None
+    if {"forward", "_conv_forward"} & vars(convolution).keys() or "weight" not in convolution._parameters:
+        return None
+    # Pairs of paddings, the last dimension first.
+    ends = convolution._reversed_padding_repeated_twice
+    before, after = tuple(ends[-2::-2]), tuple(ends[::-2])
+    if convolution.padding_mode != "zeros" or before != after:
+        return None
+    return Geometry(convolution.stride, before, convolution.dilation, convolution.groups)
+
+
+def partitioned_input_gradient(
+    gradient: Tensor,
+    channel_mask: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    input_shape: torch.Size,
+    *,
+    gamma: float = math.inf,
+    conserve: Conserve = "independent",
+) -> Tensor:
+    """Send a gradient that is partitioned at a convolution's output back to its input.
+
+    Where the other channels are pruned (`gamma` infinite), the kept ones are taken alone if that is faster. The result
+    is that of `partition_gradient` followed by the convolution's backward pass, up to rounding.
+
+    Args:
+        gradient: gradient at the convolution's output, shape (B, C, *S).
+        channel_mask: boolean, shape (B, C); true for the channels that matter (H).
+        weight: weight of the convolution, shape (C, D / groups, *kernel).
+        geometry: how the convolution moves.
+        input_shape: shape (B, D, *I) of the convolution's input.
+        gamma: see `partition_gradient`.
+        conserve: see `partition_gradient`.
+
+    Returns:
+        Gradient at the convolution's input, shape (B, D, *I), in the dtype of `gradient`.
+
+    Raises:
+        SettingError: if a setting is out of range, or the mask does not fit the gradient.
+
+    Example:
+        >>> gradient = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]])
+        >>> partitioned_input_gradient(
+        ...     gradient, torch.tensor([[True, False]]), torch.tensor([[[10.0]], [[1.0]]]),
+        ...     Geometry((1,), (0,), (1,), 1), torch.Size((1, 1, 2)))
+        tensor([[[ 22.3607, -22.3607]]])
+    """
+    weight = weight.to(gradient.dtype)
+    kept = None
+    if math.isinf(gamma):
+        kept = _find_kept(channel_mask, geometry.groups, gradient.shape[2:].numel())
+    if kept is None:
+        edited = partition_gradient(gradient, channel_mask, gamma=gamma, conserve=conserve)
+        return _input_gradient(edited, weight, geometry, input_shape)
+    pruned = _prune(gradient, kept, conserve)
+    found = _sparse_input_gradient(pruned, kept, weight, geometry, input_shape)
+    return found.contiguous(memory_format=_memory_format(gradient))
+
+
+class _Kept(NamedTuple):
+    """The kept channels as indices, as many for each of R distinct masks.
+
+    Attributes:
+        channels: k channels of each of A groups of the convolution, shape (R, A * k).
+        occupied: false where a place is only filled up, shape (R, A * k); None if none is.
+        groups: which groups of the convolution these are, shape (R, A); None if all take part.
+        order: the rows so that they go through the masks again and again, shape (B,); None if they do so already.
+    """
+
+    channels: Tensor
+    occupied: Tensor | None
+    groups: Tensor | None
+    order: Tensor | None
+
+
+# Found by measuring (see benchmarks/sparse.py): a channel taken out costs more than one in place, preparing its weights
+# as much as so many positions, and kernels work on so many channels at a time.
+_COST_OF_A_KEPT_CHANNEL = 1.5
+_POSITIONS_PER_WEIGHT = 200
+_CHANNELS_AT_A_TIME = 8
+
+
+def _find_kept(channel_mask: Tensor, groups: int, positions: int) -> _Kept | None:
+    """Find the kept channels of each row; None if it is faster to take all, or a row keeps none and passes unchanged.
+
+    How much there is to do follows from the mask alone, so that it must be read here: the one wait for the device.
+    """
+    rows, channels = channel_mask.shape
+    per_group = channels // groups
+    masks, order = _distinct_masks(channel_mask)
+
+    def is_faster(taken: int) -> bool:
+        sparse = taken * (rows * positions + masks.shape[0] * _POSITIONS_PER_WEIGHT)
+        dense = channels * (rows * positions + _POSITIONS_PER_WEIGHT)
+        return _COST_OF_A_KEPT_CHANNEL * sparse < dense
+
+    if masks.shape[0] == 1 and groups == 1:
+        found = masks.flatten().nonzero().T
+        return _Kept(found, None, None, order) if found.shape[1] and is_faster(found.shape[1]) else None
+    by_group = masks.reshape(-1, groups, per_group)
+    counts = by_group.sum(dim=2)
+    sizes = torch.stack((counts.amax(), (counts > 0).sum(dim=1).amax(), counts.sum(dim=1).amin()))
+    most, active, fewest = sizes.tolist()
+    most = min(per_group, -(-most // _CHANNELS_AT_A_TIME) * _CHANNELS_AT_A_TIME)
+    if fewest == 0 or not is_faster(active * most):
+        return None
+    if active == groups:
+        chosen, first = None, torch.arange(0, channels, per_group, device=masks.device)
+    else:
+        chosen = (counts > 0).byte().topk(active, dim=1).indices
+        by_group = by_group.gather(1, chosen.unsqueeze(2).expand(-1, -1, per_group))
+        first = chosen * per_group
+    occupied, places = by_group.byte().topk(most, dim=2)
+    return _Kept((places + first.unsqueeze(-1)).flatten(1), occupied.bool().flatten(1), chosen, order)
+
+
+def _distinct_masks(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Masks (R, C) that the rows go through again and again, and the order of the rows in which they do.
+
+    Rows that share a mask are found if every mask has as many rows; else each row brings its own.
+    """
+    rows = mask.shape[0]
+    if rows == 1:
+        return mask, None
+    distinct, which, counts = torch.unique(mask, dim=0, return_inverse=True, return_counts=True)
+    if distinct.shape[0] == 1:
+        return distinct, None
+    if distinct.shape[0] == rows or bool((counts != counts[0]).any()):
+        return mask, None
+    return distinct, which.argsort(stable=True).reshape(distinct.shape[0], -1).T.flatten()
+
+
+def _prune(gradient: Tensor, kept: _Kept, conserve: Conserve) -> Tensor:
+    """The kept channels, re-scaled, shape (B, A * k, *S), rows in the order of `kept`; zero where only filled up."""
+    rows, channels = gradient.shape[:2]
+    trailing = [1] * (gradient.dim() - 2)
+    taken = at_least_float32(_take_channels(gradient, kept))
+    if kept.occupied is not None:
+        occupied = kept.occupied.repeat(rows // kept.occupied.shape[0], 1)
+        taken = taken.masked_fill_(~occupied.reshape(*occupied.shape, *trailing), 0.0)
+    if conserve == "none":
+        return taken.to(gradient.dtype)
+    total = gradient.sum(dim=1, dtype=taken.dtype)
+    total = total if kept.order is None else total[kept.order]
+    scale = pruning_scale(taken.sum(dim=1), total, rounding_error(taken, channels), conserve=conserve)
+    return taken.mul_(scale.reshape(rows, 1, *trailing)).to(gradient.dtype)
+
+
+def _take_channels(gradient: Tensor, kept: _Kept) -> Tensor:
+    """Copy the kept channels of each row, shape (B, A * k, *S)."""
+    rows, channels, *spatial = gradient.shape
+    if kept.channels.shape[0] == 1:
+        return gradient.index_select(1, kept.channels[0])
+    index = kept.channels.repeat(rows // kept.channels.shape[0], 1)
+    if gradient.is_contiguous():
+        first = torch.arange(0, rows * channels, channels, device=gradient.device)
+        first = first if kept.order is None else first[kept.order]
+        flat = gradient.reshape(rows * channels, *spatial)
+        return flat.index_select(0, (index + first.unsqueeze(1)).flatten()).reshape(rows, -1, *spatial)
+    last = gradient.movedim(1, -1)
+    last = last if kept.order is None else last[kept.order]
+    taken: Tensor = last.gather(-1, index.reshape(rows, *[1] * len(spatial), -1).expand(rows, *spatial, -1))
+    return taken.movedim(-1, 1)
+
+
+def _sparse_input_gradient(
+    pruned: Tensor, kept: _Kept, weight: Tensor, geometry: Geometry, input_shape: torch.Size
+) -> Tensor:
+    """Send the kept channels alone back to the input, shape (B, D, *I)."""
+    rows, places, *positions = pruned.shape
+    masks = kept.channels.shape[0]
+    groups = geometry.groups if kept.groups is None else kept.groups.shape[1]
+    per_group = weight.shape[1]
+    taken = weight.index_select(0, kept.channels.flatten())
+    if geometry.groups == 1 and weight.shape[2:].numel() == 1 and not any(geometry.padding):
+        found = _pointwise_input_gradient(pruned, taken.reshape(masks, places, -1), geometry, input_shape)
+    else:
+        # Rows that share a mask are a batch; masks, and in each the groups of the convolution, are groups.
+        folded = pruned.reshape(rows // masks, masks * places, *positions)
+        shape = torch.Size((rows // masks, masks * groups * per_group, *input_shape[2:]))
+        found = _input_gradient(folded, taken, geometry._replace(groups=masks * groups), shape)
+        found = found.reshape(rows, groups * per_group, *input_shape[2:])
+    if kept.groups is not None:
+        by_group = found.reshape(rows, groups, per_group, *input_shape[2:])
+        index = kept.groups.repeat(rows // masks, 1).reshape(rows, groups, *[1] * (by_group.dim() - 2))
+        everything = found.new_zeros(rows, geometry.groups, per_group, *input_shape[2:])
+        found = everything.scatter_(1, index.expand_as(by_group), by_group).flatten(1, 2)
+    if kept.order is None:
+        return found
+    restored = torch.empty_like(found)
+    restored[kept.order] = found
+    return restored
+
+
+def _pointwise_input_gradient(pruned: Tensor, weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:
+    """Send channels back through kernels of one position: a product of matrices; weight of shape (R, k, D)."""
+    rows, taken, *positions = pruned.shape
+    weight = weight.expand(rows, -1, -1) if weight.shape[0] == 1 else weight.repeat(rows // weight.shape[0], 1, 1)
+    # The product would run in half precision where the backward pass is inside an autocast block.
+    with torch.autocast(pruned.device.type, enabled=False):
+        product = torch.bmm(weight.mT, pruned.reshape(rows, taken, -1)).reshape(rows, -1, *positions)
+    if all(step == 1 for step in geometry.stride):
+        return product
+    found = product.new_zeros(input_shape)
+    steps = zip(geometry.stride, positions, strict=True)
+    places: tuple[Any, ...] = (..., *[slice(0, step * count, step) for step, count in steps])
+    found[places] = product
+    return found
+
+
+def _memory_format(values: Tensor) -> torch.memory_format:
+    """Channels last where the values are laid out so, else contiguous."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(values.dim())
+    is_last = last is not None and not values.is_contiguous() and values.is_contiguous(memory_format=last)
+    return last if last is not None and is_last else torch.contiguous_format
+
+
+def _input_gradient(gradient: Tensor, weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:
+    """Backward pass of a convolution to its input alone, shape (B, D, *I)."""
+    # Of the input only shape and layout are read, so that it need not be kept.
+    shape_only = gradient.new_empty(input_shape)
+    found: Tensor = torch.ops.aten.convolution_backward(
+        gradient,
+        shape_only,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * len(geometry.stride),
+        geometry.groups,
+        [True, False, False],
+    )[0]
+    return found

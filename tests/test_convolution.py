@@ -1,0 +1,171 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from parchgrad import convolution as module
+from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
+from tests import reference
+
+
+def dense_reference(convolution, x, gradient, mask, conserve="independent"):
+    """The reference's edit, and torch's own backward pass of the convolution behind it."""
+    edited = torch.from_numpy(reference.edit(gradient.double(), mask, math.inf, conserve)).to(gradient.dtype)
+    leaf = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(convolution(leaf), leaf, edited)[0]
+
+
+def random_masks(rows, channels, kept, distinct, groups=1, seed=0):
+    """Masks of exactly `kept` channels, of which so many differ, dealt out to the rows by turns."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(distinct, channels, dtype=torch.bool)
+    for mask in masks:
+        mask[torch.randperm(channels, generator=generator)[:kept]] = True
+    return masks[torch.arange(rows) % distinct]
+
+
+SPARSE = {
+    "3 x 3": (nn.Conv2d(5, 64, 3, padding=1), 6),
+    "3 x 3, strided": (nn.Conv2d(5, 64, 3, padding=1, stride=2), 6),
+    "uneven stride and kernel": (nn.Conv2d(5, 64, (3, 5), padding=(1, 2), stride=(2, 1)), 6),
+    "stride beyond the kernel": (nn.Conv2d(5, 64, 2, stride=3), 6),
+    "dilated": (nn.Conv2d(5, 64, 3, padding=2, dilation=2), 6),
+    "no padding": (nn.Conv2d(5, 64, 3), 6),
+    "same": (nn.Conv2d(5, 64, 3, padding="same"), 6),
+    "1 x 1": (nn.Conv2d(16, 64, 1), 6),
+    "1 x 1, strided": (nn.Conv2d(16, 64, 1, stride=2), 6),
+    "1 x 1, padded": (nn.Conv2d(16, 64, 1, padding=1), 6),
+    "one position": (nn.Conv2d(5, 64, 9), 6),
+    "grouped": (nn.Conv2d(32, 128, 3, padding=1, groups=8), 8),
+    "grouped 1 x 1": (nn.Conv2d(32, 128, 1, groups=4), 8),
+    "grouped, few channels": (nn.Conv2d(32, 64, 3, padding=1, groups=16), 3),
+    "depthwise": (nn.Conv2d(64, 64, 3, padding=1, groups=64), 6),
+    "depthwise with a multiplier": (nn.Conv2d(32, 64, 5, padding=2, stride=2, groups=32), 6),
+    "signal": (nn.Conv1d(5, 64, 3, padding=1), 6),
+    "volume": (nn.Conv3d(3, 64, 3, padding=1), 6),
+}
+
+
+@pytest.fixture
+def is_sparse(monkeypatch):
+    """Whether the sparse way was gone."""
+    taken = []
+    original = module._sparse_input_gradient
+    monkeypatch.setattr(module, "_sparse_input_gradient", lambda *arguments: taken.append(True) or original(*arguments))
+    return lambda: bool(taken)
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize(("rows", "distinct"), [(1, 1), (4, 1), (4, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+def test_sparse_equals_dense(kind, rows, distinct, dtype, tolerance, is_sparse, monkeypatch):
+    # Small layers are not worth it, but must be right.
+    monkeypatch.setattr(module, "_POSITIONS_PER_WEIGHT", 0)
+    monkeypatch.setattr(module, "_COST_OF_A_KEPT_CHANNEL", 0.5)
+    convolution, kept = SPARSE[kind]
+    convolution = convolution.to(dtype)
+    dimensions = len(convolution.kernel_size)
+    x = torch.randn(rows, convolution.in_channels, *[9, 10, 9][:dimensions], dtype=dtype)
+    x = x[..., :9] if kind == "one position" else x
+    gradient = torch.randn_like(convolution(x))
+    mask = random_masks(rows, convolution.out_channels, kept, distinct)
+    for conserve in ("independent", "exact", "none"):
+        expected = dense_reference(convolution, x, gradient, mask, conserve)
+        found = partitioned_input_gradient(
+            gradient, mask, convolution.weight.detach(), plain_geometry(convolution), x.shape, conserve=conserve
+        )
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+        assert found.dtype == dtype
+    assert is_sparse()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 7),
+    groups=st.sampled_from([1, 2, 8, 32]),
+    share=st.floats(0, 0.5),
+    scale=st.sampled_from([1.0, 1e-12, 1e-30]),
+)
+def test_any_masks_equal_dense(seed, rows, groups, share, scale):
+    """Rows of any number of channels, none and all included."""
+    generator = torch.Generator().manual_seed(seed)
+    convolution = nn.Conv2d(32, 64, 3, padding=1, groups=groups).double()
+    x = torch.zeros(rows, 32, 6, 6, dtype=torch.float64)
+    gradient = scale * torch.randn(rows, 64, 6, 6, dtype=torch.float64, generator=generator)
+    mask = torch.rand(rows, 64, generator=generator) < share
+    expected = dense_reference(convolution, x, gradient, mask)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "_POSITIONS_PER_WEIGHT", 0)
+        patched.setattr(module, "_COST_OF_A_KEPT_CHANNEL", 0.5)
+        found = partitioned_input_gradient(
+            gradient, mask, convolution.weight.detach(), plain_geometry(convolution), x.shape
+        )
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["3 x 3", "3 x 3, strided", "1 x 1", "1 x 1, strided", "depthwise"])
+@pytest.mark.parametrize(("rows", "distinct"), [(1, 1), (4, 1), (4, 4), (6, 2)], ids=str)
+def test_channels_last_is_kept(kind, rows, distinct, monkeypatch):
+    monkeypatch.setattr(module, "_POSITIONS_PER_WEIGHT", 0)
+    convolution, kept = SPARSE[kind]
+    convolution = convolution.float()
+    x = torch.randn(rows, convolution.in_channels, 9, 10)
+    gradient = torch.randn_like(convolution(x)).contiguous(memory_format=torch.channels_last)
+    mask = random_masks(rows, convolution.out_channels, kept, distinct)
+    weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
+    found = partitioned_input_gradient(gradient, mask, weight, plain_geometry(convolution), x.shape)
+    expected = dense_reference(convolution, x, gradient, mask)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 8, 2, padding="same"),
+        weight_norm(nn.Conv2d(4, 8, 3)),
+        type("Standardised", (nn.Conv2d,), {"forward": lambda self, x: x})(4, 8, 3),
+        type("Padded", (nn.Conv2d,), {"_conv_forward": lambda self, x, weight, bias: x})(4, 8, 3),
+    ],
+    ids=["padding mode", "uneven padding", "computed weight", "forward", "_conv_forward"],
+)
+def test_variants_have_no_plain_geometry(convolution):
+    assert plain_geometry(convolution) is None
+
+
+def test_geometry_of_uneven_numbers():
+    convolution = nn.Conv3d(2, 4, (1, 3, 5), stride=(1, 2, 3), padding=(0, 1, 2), dilation=(1, 1, 2), groups=2)
+    assert plain_geometry(convolution) == Geometry((1, 2, 3), (0, 1, 2), (1, 1, 2), 2)
+    subclass = type("Named", (nn.Conv1d,), {})(2, 4, 3, padding="same", dilation=2)
+    assert plain_geometry(subclass) == Geometry((1,), (2,), (2,), 1)
+
+
+def test_the_way_follows_the_cost(is_sparse):
+    convolution = nn.Conv2d(8, 64, 3, padding=1)
+    geometry, weight = plain_geometry(convolution), convolution.weight.detach()
+    x = torch.zeros(1, 8, 20, 20)
+    gradient = torch.randn(1, 64, 20, 20)
+    for kept in (64, 60):
+        mask = random_masks(1, 64, kept, 1)
+        found = partitioned_input_gradient(gradient, mask, weight, geometry, x.shape)
+        torch.testing.assert_close(found, dense_reference(convolution, x, gradient, mask), rtol=1e-4, atol=1e-4)
+    partitioned_input_gradient(gradient, random_masks(1, 64, 6, 1), weight, geometry, x.shape, gamma=2.0)
+    assert not is_sparse()
+    partitioned_input_gradient(gradient, random_masks(1, 64, 6, 1), weight, geometry, x.shape)
+    assert is_sparse()
+
+
+def test_what_is_pruned_cannot_spoil_the_rest():
+    convolution = nn.Conv2d(8, 64, 3, padding=1)
+    gradient = torch.randn(2, 64, 20, 20)
+    mask = random_masks(2, 64, 6, 2)
+    args = (convolution.weight.detach(), plain_geometry(convolution), torch.Size((2, 8, 20, 20)))
+    expected = partitioned_input_gradient(gradient, mask, *args, conserve="none")
+    gradient[~mask] = math.nan
+    assert torch.equal(partitioned_input_gradient(gradient, mask, *args, conserve="none"), expected)
