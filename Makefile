@@ -30,7 +30,8 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## measure speed and memory of statistics; minutes, on a quiet machine
+bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistics; an hour, on a quiet machine
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/class_log_p.py
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py --memory

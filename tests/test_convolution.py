@@ -50,6 +50,12 @@ SPARSE = {
 }
 
 
+def prefer_sparse(monkeypatch):
+    """Small layers are not worth it, but must be right."""
+    for name in ("_COST_OF_A_KEPT_CHANNEL", "_COST_IN_GROUPS", "_POSITIONS_PER_WEIGHT"):
+        monkeypatch.setattr(module, name, 0.5 if name.startswith("_COST") else 0)
+
+
 @pytest.fixture
 def is_sparse(monkeypatch):
     """Whether the sparse way was gone."""
@@ -63,9 +69,7 @@ def is_sparse(monkeypatch):
 @pytest.mark.parametrize(("rows", "distinct"), [(1, 1), (4, 1), (4, 4), (6, 2)], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 def test_sparse_equals_dense(kind, rows, distinct, dtype, tolerance, is_sparse, monkeypatch):
-    # Small layers are not worth it, but must be right.
-    monkeypatch.setattr(module, "_POSITIONS_PER_WEIGHT", 0)
-    monkeypatch.setattr(module, "_COST_OF_A_KEPT_CHANNEL", 0.5)
+    prefer_sparse(monkeypatch)
     convolution, kept = SPARSE[kind]
     convolution = convolution.to(dtype)
     dimensions = len(convolution.kernel_size)
@@ -100,8 +104,7 @@ def test_any_masks_equal_dense(seed, rows, groups, share, scale):
     mask = torch.rand(rows, 64, generator=generator) < share
     expected = dense_reference(convolution, x, gradient, mask)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "_POSITIONS_PER_WEIGHT", 0)
-        patched.setattr(module, "_COST_OF_A_KEPT_CHANNEL", 0.5)
+        prefer_sparse(patched)
         found = partitioned_input_gradient(
             gradient, mask, convolution.weight.detach(), plain_geometry(convolution), x.shape
         )
@@ -111,7 +114,7 @@ def test_any_masks_equal_dense(seed, rows, groups, share, scale):
 @pytest.mark.parametrize("kind", ["3 x 3", "3 x 3, strided", "1 x 1", "1 x 1, strided", "depthwise"])
 @pytest.mark.parametrize(("rows", "distinct"), [(1, 1), (4, 1), (4, 4), (6, 2)], ids=str)
 def test_channels_last_is_kept(kind, rows, distinct, monkeypatch):
-    monkeypatch.setattr(module, "_POSITIONS_PER_WEIGHT", 0)
+    prefer_sparse(monkeypatch)
     convolution, kept = SPARSE[kind]
     convolution = convolution.float()
     x = torch.randn(rows, convolution.in_channels, 9, 10)

@@ -117,9 +117,11 @@ class _Kept(NamedTuple):
     order: Tensor | None
 
 
-# Found by measuring (see benchmarks/sparse.py): a channel taken out costs more than one in place, preparing its weights
-# as much as so many positions, and kernels work on so many channels at a time.
+# Found by measuring (see benchmarks/sparse.py): a channel taken out costs more than one in place, the more so out of a
+# convolution with groups; preparing its weights costs as much as so many positions, and kernels work on so many
+# channels at a time.
 _COST_OF_A_KEPT_CHANNEL = 1.5
+_COST_IN_GROUPS = 4.0
 _POSITIONS_PER_WEIGHT = 200
 _CHANNELS_AT_A_TIME = 8
 
@@ -136,7 +138,7 @@ def _find_kept(channel_mask: Tensor, groups: int, positions: int) -> _Kept | Non
     def is_faster(taken: int) -> bool:
         sparse = taken * (rows * positions + masks.shape[0] * _POSITIONS_PER_WEIGHT)
         dense = channels * (rows * positions + _POSITIONS_PER_WEIGHT)
-        return _COST_OF_A_KEPT_CHANNEL * sparse < dense
+        return (_COST_OF_A_KEPT_CHANNEL if groups == 1 else _COST_IN_GROUPS) * sparse < dense
 
     if masks.shape[0] == 1 and groups == 1:
         found = masks.flatten().nonzero().T

@@ -43,6 +43,10 @@ class ParchGrad:
     re-scaled. The class of each row is read off the backward signal at the model's output, so batches that a method
     expands on its own (steps, noise samples) get the right class per row.
 
+    The edit is in what passes on to a convolution's input; the gradient at its own output stays as it came. With
+    `gamma` infinite only the kept channels are sent back, where that is faster. The weights of the chosen convolutions
+    get no gradient.
+
     The model is not changed, and on leaving the block no hook is left. One object may be entered several times and
     from several threads; blocks of other threads are not affected. Of nested blocks only the innermost around a
     convolution acts, with its own layers alone. First derivatives only: `create_graph=True` is refused.
@@ -99,11 +103,7 @@ class ParchGrad:
                 "DataParallel copies the model in every pass, out of reach of the edit; explain model.module, "
                 "one process per device."
             )
-        if hasattr(model, "_orig_mod"):
-            raise ModelError(
-                "A model compiled by torch.compile runs past the hooks of its layers; explain the model that was "
-                "compiled, model._orig_mod."
-            )
+        _check_not_compiled(model)
         if not isinstance(selector, Selector):
             raise SettingError(f"selector is {selector!r}, but it must be a Selector such as GradientEnergy().")
         check_edit_settings(gamma, conserve)
@@ -114,6 +114,8 @@ class ParchGrad:
         self._targets = None if target is None else integer_targets(target)
         self._highest_target = -1 if self._targets is None else int(self._targets.max())
         self._convolutions = choose_layers(model, layers)
+        # Most selectors look at the gradient alone.
+        self._observes = type(selector).observe is not Selector.observe
         self._sessions: list[_Session] = []
         selector.check({name: module.out_channels for name, module in self._convolutions.items()})
 
@@ -126,9 +128,10 @@ class ParchGrad:
         """Set the hooks.
 
         Raises:
-            ModelError: if the model or a part of it is in training mode.
+            ModelError: if the model or a part of it is in training mode or compiled.
         """
         check_evaluation_mode(self._model)
+        _check_not_compiled(self._model)
         session = _Session(self._model, self)
         self._sessions.append(session)
         session.open()
@@ -156,6 +159,16 @@ class ParchGrad:
         session.close()
         if session in self._sessions:
             self._sessions.remove(session)
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Raise `ModelError` if the model or a part of it was compiled: what is compiled may run past hooks set later."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelError(
+                "The model or a part of it was compiled by torch.compile and may run past the hooks of its layers; "
+                "explain the model as it was before, such as model._orig_mod or a copy that is not compiled."
+            )
 
 
 @contextmanager
@@ -212,11 +225,17 @@ class _Session:
 
     def _decides_over(self, convolution: nn.Module) -> bool:
         """Whether this is the innermost block, in this thread or task, around this convolution."""
-        around = (s for s in reversed(_SESSIONS.get()) if s._is_open and id(convolution) in s.covered)
-        return next(around, None) is self
+        key = id(convolution)
+        for session in reversed(_SESSIONS.get()):
+            if session._is_open and key in session.covered:
+                return session is self
+        return False
 
     def _forward(self) -> "_Forward | None":
-        return next((forward for forward in reversed(_FORWARDS.get()) if forward.session is self), None)
+        for forward in reversed(_FORWARDS.get()):
+            if forward.session is self:
+                return forward
+        return None
 
     def _begin(self, model: nn.Module, inputs: tuple[object, ...]) -> None:
         if self in _SESSIONS.get() and self.owner is not None:
@@ -243,23 +262,27 @@ class _Session:
             raise InputError(
                 f"Layer {layer!r} was given an input without a batch dimension; give a batch: inputs.unsqueeze(0)."
             )
+        if torch._C._are_functorch_transforms_active():
+            raise ModelError(
+                "ParchGrad does not work within transforms of torch.func such as grad, vmap and jacrev; use "
+                "torch.autograd.grad or a Captum method."
+            )
         earlier = getattr(output.grad_fn, "edit", None)
         if isinstance(earlier, _Edit) and earlier.forward is forward:
             # A convolution that hands over to another one inside it: one operation is edited once.
             return None
         forward.expect_rows(output.shape[0])
-        values = output.detach()
-        with torch.no_grad():
-            observation = owner._selector.observe(values)
-        # It does not hold the output, which would keep the graph alive.
+        observation = None
+        if owner._observes:
+            with torch.no_grad():
+                observation = owner._selector.observe(output.detach())
         edit = _Edit(forward, layer, observation)
         if geometry is None or len(inputs) != 1:
             return cast(Tensor, _EditedOutput.apply(output, edit))
         if not inputs[0].requires_grad:
             # Nothing flows on to the input.
             return None
-        weight = convolution.weight.detach()
-        return cast(Tensor, _EditedConvolution.apply(inputs[0], values, weight, geometry, edit))
+        return cast(Tensor, _EditedConvolution.apply(inputs[0], [output, convolution.weight], geometry, edit))
 
     def _end(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         forward = self._forward()
@@ -356,10 +379,15 @@ class _Edit:
 
 
 class _EditedConvolution(torch.autograd.Function):
-    """A convolution that was computed already; its backward pass partitions, and goes to the input alone."""
+    """A convolution that was computed already; its backward pass partitions, and goes to the input alone.
+
+    Output and weight come in a list, into which autograd does not look. The output leaves as a new tensor on the same
+    memory: its own backward pass is forgotten, and operations in place may follow.
+    """
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, output: Tensor, weight: Tensor, geometry: Geometry, edit: _Edit) -> Tensor:
+    def forward(ctx: Any, source: Tensor, hidden: list[Tensor], geometry: Geometry, edit: _Edit) -> Tensor:
+        output, weight = hidden
         ctx.save_for_backward(weight)
         ctx.geometry, ctx.input_shape, ctx.edit = geometry, source.shape, edit
         return output.data
@@ -377,7 +405,7 @@ class _EditedConvolution(torch.autograd.Function):
             gamma=owner._gamma,
             conserve=owner._conserve,
         )
-        return found, None, None, None, None
+        return found, None, None, None
 
 
 class _EditedOutput(torch.autograd.Function):

@@ -33,8 +33,8 @@ def check_model(model: nn.Module) -> None:
 
 def check_evaluation_mode(model: nn.Module) -> None:
     """Raise `ModelError` if the model or a part of it is in training mode."""
-    name = next((name for name, module in model.named_modules() if module.training), None)
-    if name is not None:
+    if any(module.training for module in model.modules()):
+        name = next(name for name, module in model.named_modules() if module.training)
         part = f"{type(model).__name__} (in {name!r})" if name else type(model).__name__
         raise ModelError(f"{part} is in training mode, which makes its output depend on the batch; call model.eval().")
 

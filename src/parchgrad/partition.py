@@ -127,9 +127,10 @@ def rounding_error(values: Tensor, channels: int) -> Tensor:
         values: what is summed, shape (B, K, *S).
         channels: number of channels C of the layer, of which these are some.
     """
-    # The error of a sum grows like sqrt(C) times the summed magnitudes, which are at most sqrt(K) times their norm.
-    factor = torch.finfo(values.dtype).eps * math.sqrt(channels * values.shape[1])
-    return safe_norm(values, dim=tuple(range(1, values.dim()))) * factor
+    positions = max(1, values.shape[2:].numel())
+    # The error of a sum grows like sqrt(C) times the summed magnitudes, here their mean over space.
+    factor = torch.finfo(values.dtype).eps * math.sqrt(channels / positions)
+    return values.abs().sum(dim=tuple(range(1, values.dim()))) * factor
 
 
 def safe_norm(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
@@ -169,8 +170,9 @@ def _group_sums(gradient: Tensor, channel_mask: Tensor) -> _Groups:
     flat = gradient.reshape(batch, channels, math.prod(spatial))
     weights = torch.stack((channel_mask, ~channel_mask), dim=1).to(gradient.dtype)
     kept, rest = torch.bmm(weights, flat).unbind(1)
-    norms = safe_norm(flat, dim=2).to(gradient.dtype).unsqueeze(1)
-    errors = (rounding_error(part.unsqueeze(2), channels) * math.sqrt(channels) for part in (weights * norms).unbind(1))
+    magnitudes = flat.abs().mean(dim=2).unsqueeze(1)
+    factor = math.sqrt(flat.shape[2])
+    errors = [rounding_error(part.unsqueeze(2), channels) * factor for part in (weights * magnitudes).unbind(1)]
     return _Groups(kept, rest, *errors)
 
 
