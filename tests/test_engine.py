@@ -3,6 +3,7 @@ import copy
 import gc
 import math
 import threading
+import warnings
 import weakref
 
 import captum.attr
@@ -13,7 +14,15 @@ from torch.nn import functional
 
 import parchgrad as pg
 from parchgrad.engine import read_classes
-from parchgrad.errors import InputError, ModelError, ParchGradError, SettingError, StatisticsError, TargetError
+from parchgrad.errors import (
+    InputError,
+    ModelError,
+    ModelWarning,
+    ParchGradError,
+    SettingError,
+    StatisticsError,
+    TargetError,
+)
 from tests import reference
 from tests.conftest import random_statistics, small_network
 
@@ -472,6 +481,24 @@ def test_compiled_models_and_parts_are_refused(network):
     assert hooks(network) == 0
 
 
+def test_a_block_in_which_the_model_is_not_called_warns(network):
+    compiled = torch.compile(network, backend="eager")
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        compiled(x)
+    block = pg.ParchGrad(network, pg.GradientEnergy(), layers="all")
+    with pytest.warns(ModelWarning, match="Nothing was edited, since Sequential was not called in this block"), block:
+        pass
+    # A compiled wrapper made before the block may run past its hooks; then it warns, and else it is edited.
+    plain = input_gradient(network, x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with block:
+            found = input_gradient(compiled, x)
+    said = any(issubclass(warning.category, ModelWarning) for warning in caught)
+    assert said == torch.allclose(found, plain)
+
+
 def test_transforms_of_torch_func_are_refused(network):
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with (
@@ -525,7 +552,9 @@ def test_nested_contexts_only_the_innermost_acts(network):
             assert torch.equal(input_gradient(network, x), alone(inner))
             with again:
                 assert torch.equal(input_gradient(network, x), alone(outer))
-            with pg.ParchGrad(small_network(), inner):
+            other = small_network()
+            with pg.ParchGrad(other, inner):
+                input_gradient(other, x)
                 assert torch.equal(input_gradient(network, x), alone(inner))
         assert torch.equal(input_gradient(network, x), alone(outer))
     with again:

@@ -6,6 +6,7 @@ hook that fires for another thread, or for a block that is not the innermost one
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
-from parchgrad.errors import InputError, ModelError, ParchGradError, SettingError, TargetError
+from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError
 from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, partition_gradient
 from parchgrad.selection import LayerSignal, Selector
@@ -143,7 +144,7 @@ class ParchGrad:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove the hooks, whatever happened in the block.
+        """Remove the hooks, whatever happened in the block. Warns where the model was not called in it.
 
         Raises:
             ParchGradError: if the block is left in another thread or task than it was entered in, or was not entered.
@@ -159,6 +160,13 @@ class ParchGrad:
         session.close()
         if session in self._sessions:
             self._sessions.remove(session)
+        if kind is None and not session.was_called:
+            warnings.warn(
+                f"Nothing was edited, since {type(self._model).__name__} was not called in this block; call the model "
+                "itself rather than a compiled or functional copy, in the thread that entered the block.",
+                ModelWarning,
+                stacklevel=2,
+            )
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -201,6 +209,7 @@ class _Session:
         self.covered = {id(module) for module in model.modules() if isinstance(module, Convolution)}
         self._handles: list[RemovableHandle] = []
         self._is_open = True
+        self.was_called = False
 
     def open(self) -> None:
         try:
@@ -239,6 +248,7 @@ class _Session:
 
     def _begin(self, model: nn.Module, inputs: tuple[object, ...]) -> None:
         if self in _SESSIONS.get() and self.owner is not None:
+            self.was_called = True
             _FORWARDS.set((*_FORWARDS.get(), _Forward(self, self.owner)))
 
     def _attach(
@@ -255,7 +265,7 @@ class _Session:
             return None
         # A part of the model called on its own has no forward pass of the model around it.
         forward = self._forward() or _Forward(self, owner)
-        forward.reached = True
+        forward.reached = self.was_called = True
         if not self._decides_over(convolution) or output.grad_fn is None:
             return None
         if output.dim() != len(convolution.kernel_size) + 2:

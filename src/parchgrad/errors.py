@@ -5,6 +5,7 @@ __all__ = [
     "InputError",
     "LayerError",
     "ModelError",
+    "ModelWarning",
     "OutputError",
     "ParchGradError",
     "SettingError",
@@ -41,6 +42,10 @@ class TargetError(ParchGradError):
 
 class StatisticsError(ParchGradError):
     """Channel statistics are missing, malformed, or belong to another model."""
+
+
+class ModelWarning(UserWarning):
+    """A model was not run in the way in which it is edited."""
 
 
 class StatisticsWarning(UserWarning):
