@@ -131,6 +131,9 @@ class ResearchWay:
             leaf = image.unsqueeze(0).clone().requires_grad_()
             self.model(leaf)[0, category].backward()
             maps.append(leaf.grad)
+        # Nothing is held between calls, which is what memory is compared with.
+        self.inputs.clear()
+        self.model.zero_grad()
         return torch.cat(maps)
 
 
@@ -168,12 +171,14 @@ Figures = dict[str, dict[str, float]]
 
 
 def by_turns(ways: dict[str, Way], inputs: Tensor, target: Tensor, rounds: int, *, warm: bool = True) -> Figures:
-    """Median seconds of each way, and the median over rounds of its ratio to the first."""
+    """Median seconds of each way, and the median over rounds of its ratio to the first in the list."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
     for turn in range(rounds + warm):
-        for name, way in ways.items():
+        # Everyone goes first in turn.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
-            way(inputs, target)
+            ways[name](inputs, target)
             if turn >= warm:
                 seconds[name].append(time.perf_counter() - start)
     first = seconds[next(iter(ways))]
@@ -241,15 +246,16 @@ def machine() -> dict[str, object]:
 
 def show(title: str, results: dict[str, Figures], unit: str) -> None:
     """Print a table: a row for each way, a column for each case."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0), title_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for case in results:
         table.add_column(case, justify="right", no_wrap=True)
     for way in next(iter(results.values())):
         table.add_row(way, *(f"{ways[way]['ratio']:.2f}" for ways in results.values()))
     absolute = [f"{next(iter(ways.values()))[unit]:,.3f}" for ways in results.values()]
-    table.add_row(f"[dim]the first, {unit}", *(f"[dim]{value}" for value in absolute))
+    table.add_row(f"[dim]1.00 stands for, {unit}", *(f"[dim]{value}" for value in absolute))
     console = Console(width=max(120, 40 + 18 * len(results)))
+    console.print(title, style="bold")
     console.print(table)
     console.print()
 

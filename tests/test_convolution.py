@@ -9,6 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from parchgrad import convolution as module
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
+from parchgrad.errors import SettingError
 from tests import reference
 
 
@@ -92,16 +93,21 @@ def test_sparse_equals_dense(kind, rows, distinct, dtype, tolerance, is_sparse, 
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 7),
     groups=st.sampled_from([1, 2, 8, 32]),
-    share=st.floats(0, 0.5),
+    share=st.floats(0, 0.4),
+    whole=st.sampled_from([None, True, False]),
     scale=st.sampled_from([1.0, 1e-12, 1e-30]),
 )
-def test_any_masks_equal_dense(seed, rows, groups, share, scale):
+def test_any_masks_equal_dense(seed, rows, groups, share, whole, scale):
     """Rows of any number of channels, none and all included."""
     generator = torch.Generator().manual_seed(seed)
     convolution = nn.Conv2d(32, 64, 3, padding=1, groups=groups).double()
     x = torch.zeros(rows, 32, 6, 6, dtype=torch.float64)
     gradient = scale * torch.randn(rows, 64, 6, 6, dtype=torch.float64, generator=generator)
     mask = torch.rand(rows, 64, generator=generator) < share
+    # Rows that share masks, in unequal numbers.
+    mask = mask[torch.randint(rows, (rows,), generator=generator)]
+    if whole is not None:
+        mask[0] = whole
     expected = dense_reference(convolution, x, gradient, mask)
     with pytest.MonkeyPatch.context() as patched:
         prefer_sparse(patched)
@@ -172,3 +178,87 @@ def test_what_is_pruned_cannot_spoil_the_rest():
     expected = partitioned_input_gradient(gradient, mask, *args, conserve="none")
     gradient[~mask] = math.nan
     assert torch.equal(partitioned_input_gradient(gradient, mask, *args, conserve="none"), expected)
+
+
+def test_rows_that_share_masks_in_unequal_numbers(is_sparse):
+    convolution = nn.Conv2d(8, 64, 3, padding=1).double()
+    x = torch.zeros(5, 8, 12, 12, dtype=torch.float64)
+    gradient = torch.randn(5, 64, 12, 12, dtype=torch.float64)
+    mask = random_masks(2, 64, 6, 2)[[0, 1, 1, 0, 1]]
+    found = partitioned_input_gradient(
+        gradient, mask, convolution.weight.detach(), plain_geometry(convolution), x.shape
+    )
+    torch.testing.assert_close(found, dense_reference(convolution, x, gradient, mask), rtol=1e-10, atol=1e-13)
+    assert is_sparse()
+
+
+@pytest.mark.parametrize("conserve", ["independent", "exact"])
+def test_a_kept_sum_without_variance_is_not_scaled(conserve, is_sparse):
+    convolution = nn.Conv2d(8, 64, 3, padding=1)
+    geometry, weight, shape = plain_geometry(convolution), convolution.weight.detach(), torch.Size((2, 8, 20, 20))
+    gradient = torch.randn(2, 64, 20, 20)
+    mask = random_masks(2, 64, 6, 2)
+    # Constant over space but for rounding.
+    gradient[mask] = torch.randn(12, 1, 1) * (1 + 1e-8 * torch.randn(12, 20, 20)).float()
+    found = partitioned_input_gradient(gradient, mask, weight, geometry, shape, conserve=conserve)
+    unscaled = partitioned_input_gradient(gradient, mask, weight, geometry, shape, conserve="none")
+    assert torch.equal(found, unscaled)
+    assert is_sparse()
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-31, 2.0**60, 2.0**110])
+def test_scaling_is_exact(scale, is_sparse):
+    convolution = nn.Conv2d(8, 64, 1)
+    geometry, weight, shape = plain_geometry(convolution), convolution.weight.detach(), torch.Size((2, 8, 20, 20))
+    gradient, mask = torch.randn(2, 64, 20, 20), random_masks(2, 64, 6, 2)
+    found = partitioned_input_gradient(gradient, mask, weight, geometry, shape)
+    scaled = partitioned_input_gradient(scale * gradient, mask, weight, geometry, shape)
+    assert torch.equal(scaled, scale * found)
+    assert is_sparse()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype, is_sparse):
+    convolution = nn.Conv2d(8, 512, 1).to(dtype)
+    gradient, mask = torch.randn(1, 512, 30, 30).to(dtype), random_masks(1, 512, 50, 1)
+    shape = torch.Size((1, 8, 30, 30))
+    pruned = module._prune(gradient, module._find_kept(mask, 1, 900), "independent")
+    expected = torch.from_numpy(reference.edit(gradient.double(), mask))[mask].to(dtype)
+    # One rounding at the end.
+    torch.testing.assert_close(pruned[0], expected, rtol=torch.finfo(dtype).eps, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = partitioned_input_gradient(
+            gradient.float(), mask, convolution.weight.detach(), plain_geometry(convolution), shape
+        )
+    expected = dense_reference(convolution.float(), torch.zeros(shape), gradient.float(), mask)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert is_sparse()
+
+
+def test_a_convolution_that_was_changed_is_taken_as_it_is():
+    convolution = nn.Conv2d(4, 8, 3, padding=1)
+    convolution.padding, convolution.dilation = (2, 2), (2, 2)
+    assert plain_geometry(convolution) == Geometry((1, 1), (2, 2), (2, 2), 1)
+    convolution.padding, convolution.dilation, convolution.stride = 0, 1, 4
+    assert plain_geometry(convolution) == Geometry((4, 4), (0, 0), (1, 1), 1)
+    assert plain_geometry(nn.Conv2d(4, 8, 3, padding="valid")).padding == (0, 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 32), (4, 64), (2, 64, 1, 1), (64,)])
+def test_masks_that_do_not_fit_are_refused(shape):
+    convolution = nn.Conv2d(8, 64, 3, padding=1)
+    call = (convolution.weight.detach(), plain_geometry(convolution), torch.Size((2, 8, 20, 20)))
+    gradient = torch.randn(2, 64, 20, 20)
+    with pytest.raises(SettingError, match="channel_mask is"):
+        partitioned_input_gradient(gradient, torch.zeros(shape, dtype=torch.bool), *call)
+    with pytest.raises(SettingError, match="channel_mask is"):
+        partitioned_input_gradient(gradient, torch.zeros(2, 64), *call)
+    with pytest.raises(SettingError, match="conserve is 'typo'"):
+        partitioned_input_gradient(gradient, torch.ones(2, 64, dtype=torch.bool), *call, conserve="typo")
+
+
+def test_no_rows_give_no_rows():
+    convolution = nn.Conv2d(8, 64, 3, padding=1)
+    call = (convolution.weight.detach(), plain_geometry(convolution), torch.Size((0, 8, 20, 20)))
+    found = partitioned_input_gradient(torch.zeros(0, 64, 20, 20), torch.zeros(0, 64, dtype=torch.bool), *call)
+    assert found.shape == (0, 8, 20, 20)

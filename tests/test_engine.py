@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
-from parchgrad.engine import read_classes
+from parchgrad.engine import plain_gradients, read_classes
 from parchgrad.errors import (
     InputError,
     ModelError,
@@ -401,8 +401,94 @@ def test_where_no_input_asks_for_its_gradient_nothing_is_in_the_way(network):
             module.inplace = False
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     with pg.ParchGrad(network, PinnedChannels(), layers="all"):
+        assert torch.autograd.grad(network(x)[:, 1].sum(), network[0].weight)[0].abs().max() > 0
         found = captum.attr.LayerGradCam(network, network[0]).attribute(x, target=1)
     assert found.shape == (1, 1, 8, 8)
+
+
+def doubled(module, inputs, output):
+    return 2 * output if isinstance(module, nn.Conv2d) else output
+
+
+def test_what_other_hooks_put_in_place_is_not_lost(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    selector = pg.FixedChannels({name: torch.ones(6, dtype=torch.bool) for name in ("0", "2")})
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        expected = input_gradient(network, x)
+        with pg.ParchGrad(network, selector, layers="all"):
+            torch.testing.assert_close(input_gradient(network, x), expected)
+    finally:
+        handle.remove()
+    with pg.ParchGrad(network, selector, layers="all"):
+        handles = [network[index].register_forward_hook(doubled, prepend=True) for index in (0, 2)]
+        torch.testing.assert_close(input_gradient(network, x), expected)
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("where", ["inside", "behind the block", "in a plain block", "in another thread"])
+def test_checkpointed_parts_are_edited(network, where):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            x = torch.utils.checkpoint.checkpoint(self.network[:5], x, use_reentrant=False)
+            return self.network[5:](x)
+
+    model = Checkpointed().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(network, PinnedChannels(), layers="all"):
+        expected = input_gradient(network, x, target=1)
+    found = []
+
+    def backward():
+        found.append(torch.autograd.grad(score, x)[0])
+
+    with pg.ParchGrad(model, PinnedChannels(), layers="all"):
+        score = model(x)[:, 1].sum()
+        if where == "inside":
+            backward()
+        elif where == "in a plain block":
+            with plain_gradients(model):
+                backward()
+        elif where == "in another thread":
+            thread = threading.Thread(target=backward)
+            thread.start()
+            thread.join()
+    if where == "behind the block":
+        backward()
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_a_weight_changed_before_the_backward_pass_is_noticed(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(network, PinnedChannels(), layers="all"):
+        score = network(x).sum()
+        with torch.no_grad():
+            network[2].weight += 1
+        with pytest.raises(ModelError, match="weight of a convolution was changed"):
+            score.backward()
+
+
+def test_an_output_changed_in_place_that_others_need_is_noticed(network):
+    """Torch's own check: what an operation saved may not be overwritten."""
+    kept = []
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(network, PinnedChannels(), layers="all"):
+        handle = network[0].register_forward_hook(lambda module, inputs, output: kept.append(output.square()))
+        score = network(x).sum() + kept[0].sum()
+        handle.remove()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            score.backward()
+
+
+def test_an_empty_batch(network):
+    for selector in (pg.GradientEnergy(), pg.RandomChannels()):
+        with pg.ParchGrad(network, selector, layers="all"):
+            assert input_gradient(network, torch.zeros(0, 3, 8, 8, dtype=torch.float64)).shape == (0, 3, 8, 8)
 
 
 class Delegating(nn.Conv2d):
@@ -506,6 +592,11 @@ def test_transforms_of_torch_func_are_refused(network):
         pg.ParchGrad(network, pg.GradientEnergy(), layers="all"),
     ):
         torch.func.grad(lambda inputs: network(inputs)[:, 0].sum())(x)
+    with (
+        pytest.raises(ModelError, match=r"not work within transforms of torch\.func"),
+        pg.ParchGrad(network, pg.GradientEnergy(), layers="all"),
+    ):
+        torch.func.vmap(lambda row: network(row.unsqueeze(0)))(x)
     assert hooks(network) == 0
 
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad.layers import Convolution
-from parchgrad.partition import Conserve, at_least_float32, partition_gradient, pruning_scale, rounding_error
+from parchgrad.partition import (
+    Conserve,
+    at_least_float32,
+    check_channel_mask,
+    check_edit_settings,
+    partition_gradient,
+    pruning_scale,
+    rounding_error,
+)
 
 __all__ = ["Geometry", "partitioned_input_gradient", "plain_geometry"]
 
@@ -44,12 +52,24 @@ def plain_geometry(convolution: Convolution) -> Geometry | None:
         return None
     if {"forward", "_conv_forward"} & vars(convolution).keys() or "weight" not in convolution._parameters:
         return None
-    # Pairs of paddings, the last dimension first.
-    ends = convolution._reversed_padding_repeated_twice
-    before, after = tuple(ends[-2::-2]), tuple(ends[::-2])
-    if convolution.padding_mode != "zeros" or before != after:
+    kernel = convolution.weight.shape[2:]
+    stride, dilation = (_per_dimension(value, len(kernel)) for value in (convolution.stride, convolution.dilation))
+    padding: str | int | tuple[int, ...] = convolution.padding
+    if padding == "same":
+        around = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        padding = tuple(total // 2 for total in around)
+        if any(total % 2 for total in around):
+            return None
+    elif padding == "valid":
+        padding = 0
+    if convolution.padding_mode != "zeros" or isinstance(padding, str):
         return None
-    return Geometry(convolution.stride, before, convolution.dilation, convolution.groups)
+    return Geometry(stride, _per_dimension(padding, len(kernel)), dilation, convolution.groups)
+
+
+def _per_dimension(value: int | tuple[int, ...], dimensions: int) -> tuple[int, ...]:
+    """A number for each dimension: users who change a convolution may give one for all."""
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
 def partitioned_input_gradient(
@@ -89,6 +109,10 @@ def partitioned_input_gradient(
         ...     Geometry((1,), (0,), (1,), 1), torch.Size((1, 1, 2)))
         tensor([[[ 22.3607, -22.3607]]])
     """
+    check_edit_settings(gamma, conserve)
+    check_channel_mask(channel_mask, gradient)
+    if gradient.numel() == 0:
+        return gradient.new_zeros(input_shape)
     weight = weight.to(gradient.dtype)
     kept = None
     if math.isinf(gamma):
@@ -127,8 +151,9 @@ _CHANNELS_AT_A_TIME = 8
 
 
 def _find_kept(channel_mask: Tensor, groups: int, positions: int) -> _Kept | None:
-    """Find the kept channels of each row; None if it is faster to take all, or a row keeps none and passes unchanged.
+    """Find the kept channels of each row; None if it is faster to take all.
 
+    A row that keeps no channel passes unchanged, as one that keeps all, and takes the batch with it.
     How much there is to do follows from the mask alone, so that it must be read here: the one wait for the device.
     """
     rows, channels = channel_mask.shape

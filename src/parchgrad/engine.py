@@ -45,8 +45,8 @@ class ParchGrad:
     expands on its own (steps, noise samples) get the right class per row.
 
     The edit is in what passes on to a convolution's input; the gradient at its own output stays as it came. With
-    `gamma` infinite only the kept channels are sent back, where that is faster. The weights of the chosen convolutions
-    get no gradient.
+    `gamma` infinite only the kept channels are sent back, where that is faster. Gradients of weights have no meaning in
+    the block: those of most chosen convolutions stay None.
 
     The model is not changed, and on leaving the block no hook is left. One object may be entered several times and
     from several threads; blocks of other threads are not affected. Of nested blocks only the innermost around a
@@ -216,7 +216,7 @@ class _Session:
             if self.owner is not None:
                 self._handles.append(self.model.register_forward_pre_hook(self._begin))
                 for name, convolution in self.owner._convolutions.items():
-                    hook = functools.partial(self._attach, self.owner, name, plain_geometry(convolution))
+                    hook = functools.partial(self._attach, self.owner, name)
                     self._handles.append(convolution.register_forward_hook(hook, prepend=True))
                 # Called after an exception too, so that a failed pass leaves no state behind.
                 self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
@@ -255,7 +255,6 @@ class _Session:
         self,
         owner: ParchGrad,
         layer: str,
-        geometry: Geometry | None,
         convolution: Convolution,
         inputs: tuple[Any, ...],
         output: Tensor,
@@ -266,16 +265,18 @@ class _Session:
         # A part of the model called on its own has no forward pass of the model around it.
         forward = self._forward() or _Forward(self, owner)
         forward.reached = self.was_called = True
-        if not self._decides_over(convolution) or output.grad_fn is None:
+        if not self._decides_over(convolution):
             return None
-        if output.dim() != len(convolution.kernel_size) + 2:
-            raise InputError(
-                f"Layer {layer!r} was given an input without a batch dimension; give a batch: inputs.unsqueeze(0)."
-            )
         if torch._C._are_functorch_transforms_active():
             raise ModelError(
                 "ParchGrad does not work within transforms of torch.func such as grad, vmap and jacrev; use "
                 "torch.autograd.grad or a Captum method."
+            )
+        if output.grad_fn is None:
+            return None
+        if output.dim() != len(convolution.kernel_size) + 2:
+            raise InputError(
+                f"Layer {layer!r} was given an input without a batch dimension; give a batch: inputs.unsqueeze(0)."
             )
         earlier = getattr(output.grad_fn, "edit", None)
         if isinstance(earlier, _Edit) and earlier.forward is forward:
@@ -287,7 +288,10 @@ class _Session:
             with torch.no_grad():
                 observation = owner._selector.observe(output.detach())
         edit = _Edit(forward, layer, observation)
-        if geometry is None or len(inputs) != 1:
+        geometry = plain_geometry(convolution)
+        # Not if a hook that came first put something else in its place.
+        is_plain = geometry is not None and len(inputs) == 1 and output.grad_fn.name() == "ConvolutionBackward0"
+        if not is_plain:
             return cast(Tensor, _EditedOutput.apply(output, edit))
         if not inputs[0].requires_grad:
             # Nothing flows on to the input.
@@ -398,18 +402,22 @@ class _EditedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: Tensor, hidden: list[Tensor], geometry: Geometry, edit: _Edit) -> Tensor:
         output, weight = hidden
-        ctx.save_for_backward(weight)
+        # Not by save_for_backward: checkpointing counts what is saved, and its recomputation may be outside the block.
+        ctx.weight, ctx.version = weight, _version(weight)
         ctx.geometry, ctx.input_shape, ctx.edit = geometry, source.shape, edit
-        return output.data
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        if _version(ctx.weight) != ctx.version:
+            raise ModelError(
+                "The weight of a convolution was changed between the forward and the backward pass; run both anew."
+            )
         owner = ctx.edit.forward.owner
         found = partitioned_input_gradient(
             gradient,
             ctx.edit.select(gradient),
-            weight,
+            ctx.weight.detach(),
             ctx.geometry,
             ctx.input_shape,
             gamma=owner._gamma,
@@ -435,6 +443,11 @@ class _EditedOutput(torch.autograd.Function):
 
 _SESSIONS: ContextVar[tuple[_Session, ...]] = ContextVar("parchgrad_sessions", default=())
 _FORWARDS: ContextVar[tuple[_Forward, ...]] = ContextVar("parchgrad_forwards", default=())
+
+
+def _version(values: Tensor) -> int | None:
+    """Counts the changes in place; inference tensors have no such count."""
+    return None if values.is_inference() else values._version
 
 
 def _current_backward_pass() -> int:

@@ -19,6 +19,7 @@ from parchgrad.errors import SettingError
 __all__ = [
     "Conserve",
     "at_least_float32",
+    "check_channel_mask",
     "check_edit_settings",
     "partition_gradient",
     "pruning_scale",
@@ -35,6 +36,15 @@ def check_edit_settings(gamma: float, conserve: str) -> None:
         raise SettingError(f"gamma is {gamma!r}, but it must be a positive number; infinity prunes the other channels.")
     if conserve not in get_args(Conserve):
         raise SettingError(f"conserve is {conserve!r}, but it must be one of {', '.join(get_args(Conserve))}.")
+
+
+def check_channel_mask(channel_mask: Tensor, gradient: Tensor) -> None:
+    """Raise `SettingError` unless the mask is boolean, with a row for each row of the gradient."""
+    if channel_mask.dtype != torch.bool or channel_mask.shape != gradient.shape[:2]:
+        raise SettingError(
+            f"channel_mask is {channel_mask.dtype} of shape {tuple(channel_mask.shape)}, but the gradient of shape "
+            f"{tuple(gradient.shape)} needs a boolean mask of shape {tuple(gradient.shape[:2])}."
+        )
 
 
 def partition_gradient(
@@ -70,11 +80,7 @@ def partition_gradient(
                  [ 0.0000, -0.0000]]])
     """
     check_edit_settings(gamma, conserve)
-    if channel_mask.dtype != torch.bool or channel_mask.shape != gradient.shape[:2]:
-        raise SettingError(
-            f"channel_mask is {channel_mask.dtype} of shape {tuple(channel_mask.shape)}, but the gradient of shape "
-            f"{tuple(gradient.shape)} needs a boolean mask of shape {tuple(gradient.shape[:2])}."
-        )
+    check_channel_mask(channel_mask, gradient)
     if gradient.numel() == 0:
         return gradient.clone()
     wide = at_least_float32(gradient)
@@ -130,7 +136,8 @@ def rounding_error(values: Tensor, channels: int) -> Tensor:
     positions = max(1, values.shape[2:].numel())
     # The error of a sum grows like sqrt(C) times the summed magnitudes, here their mean over space.
     factor = torch.finfo(values.dtype).eps * math.sqrt(channels / positions)
-    return values.abs().sum(dim=tuple(range(1, values.dim()))) * factor
+    # Scaled first: the sum of huge values would overflow.
+    return values.mul(factor).abs_().sum(dim=tuple(range(1, values.dim())))
 
 
 def safe_norm(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:

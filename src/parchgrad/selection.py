@@ -149,7 +149,7 @@ class GradientEnergy(Selector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g^2` (see `Selector.select`)."""
-        return keep_best(_energy(_flat(signal.gradient)), self.quantile)
+        return keep_best(safe_norm(_flat(signal.gradient), dim=2), self.quantile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,21 +510,6 @@ def _given(value: Tensor | None, name: str) -> Tensor:
     if value is None:
         raise SettingError(f"The layer signal comes without {name}, which this selector needs; see LayerSignal.")
     return value
-
-
-# Norms between these are taken in float32 without loss: squares that matter neither vanish nor overflow.
-_SAFE_NORMS = (2.0**-40, 2.0**60)
-
-
-def _energy(flat: Tensor) -> Tensor:
-    """Root of the sum of squares of each channel of (B, C, S), shape (B, C)."""
-    if flat.device.type == "cpu" and flat.dtype == torch.float32:
-        norms: Tensor = torch.linalg.vector_norm(flat, dim=2)
-        # Reading numbers is no wait on the CPU, and a wider type costs a copy of the gradient.
-        largest = norms.amax(dim=1).tolist()
-        if _SAFE_NORMS[0] < min(largest) and max(largest) < _SAFE_NORMS[1]:
-            return norms
-    return safe_norm(flat, dim=2)
 
 
 def _flat(gradient: Tensor) -> Tensor:
