@@ -320,3 +320,39 @@ def test_selectors_by_their_short_names():
         make_selector("class", quantile=0.2)
     with pytest.raises(SettingError, match="one of energy, activation, random, class, instance"):
         make_selector("best", quantile=0.2)
+
+
+def near_ties(rows, channels=20):
+    """Channels that are permutations of each other: their energies differ by rounding alone."""
+    values = torch.randn(rows, 1, 300)
+    return torch.stack([values[row, 0, torch.randperm(300)] for row in range(rows) for _ in range(channels)]).reshape(
+        rows, channels, 300
+    )
+
+
+def test_energy_ranks_alike_at_any_scale_and_in_any_batch():
+    gradient = near_ties(6)
+    selector = pg.GradientEnergy(quantile=0.3)
+
+    def masks(values):
+        return selector.select(LayerSignal(layer="conv", gradient=values))
+
+    expected = masks(gradient)
+    for scale in (2.0**-100, 2.0**-50, 2.0**-31, 2.0**-29, 2.0**70, 2.0**100):
+        assert torch.equal(masks(gradient * scale), expected)
+    # A row of zeros, tiny and huge rows beside them change nothing.
+    others = torch.cat((torch.zeros(1, 20, 300), gradient[:1] * 2.0**-90, gradient[1:2] * 2.0**90))
+    assert torch.equal(masks(torch.cat((others, gradient)))[3:], expected)
+    assert torch.equal(masks(torch.cat((others, gradient)))[1:3], expected[:2])
+    alone = torch.cat([masks(row.unsqueeze(0)) for row in gradient])
+    assert torch.equal(alone, expected)
+
+
+def test_energy_of_subnormal_and_half_precision_gradients():
+    gradient = torch.randn(2, 20, 50)
+    selector = pg.GradientEnergy(quantile=0.3)
+    expected = selector.select(LayerSignal(layer="conv", gradient=gradient.double()))
+    assert torch.equal(selector.select(LayerSignal(layer="conv", gradient=gradient)), expected)
+    half = gradient.half()
+    expected = selector.select(LayerSignal(layer="conv", gradient=half.double()))
+    assert torch.equal(selector.select(LayerSignal(layer="conv", gradient=half)), expected)

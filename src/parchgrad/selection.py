@@ -149,7 +149,7 @@ class GradientEnergy(Selector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g^2` (see `Selector.select`)."""
-        return keep_best(safe_norm(_flat(signal.gradient), dim=2), self.quantile)
+        return keep_best(_channel_norms(_flat(signal.gradient)), self.quantile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,6 +510,32 @@ def _given(value: Tensor | None, name: str) -> Tensor:
     if value is None:
         raise SettingError(f"The layer signal comes without {name}, which this selector needs; see LayerSignal.")
     return value
+
+
+# Largest norms of a row between which no square that counts vanishes or overflows in float32, and the share of the
+# largest below which a norm counts as zero: so neither the scale of a row nor the rows beside it change its ranking.
+_SAFE_NORMS = (2.0**-30, 2.0**60)
+_NEGLIGIBLE = 2.0**-22
+
+
+def _channel_norms(flat: Tensor) -> Tensor:
+    """Root of the energy of each channel of (B, C, S), up to a power of two for each row, shape (B, C)."""
+    if flat.device.type != "cpu" or flat.dtype == torch.float64:
+        return safe_norm(flat, dim=2)
+    # A wider type would cost a copy of the gradient, and reading a number is no wait on the CPU.
+    wide = at_least_float32(flat)
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=2)
+    largest = norms.amax(dim=1, keepdim=True)
+    numbers = largest.flatten().tolist()
+    if numbers and not _SAFE_NORMS[0] < min(numbers) <= max(numbers) < _SAFE_NORMS[1]:
+        peak = torch.maximum(wide.amax(dim=(1, 2), keepdim=True), -wide.amin(dim=(1, 2), keepdim=True))
+        # A power of two changes no digit; halved twice, since that of a subnormal peak alone would overflow.
+        exponent = -torch.frexp(peak).exponent
+        half = torch.div(exponent, 2, rounding_mode="floor")
+        scaled = wide * torch.ldexp(torch.ones_like(peak), half) * torch.ldexp(torch.ones_like(peak), exponent - half)
+        norms = torch.linalg.vector_norm(scaled, dim=2)
+        largest = norms.amax(dim=1, keepdim=True)
+    return norms.masked_fill_(norms < largest * _NEGLIGIBLE, 0.0)
 
 
 def _flat(gradient: Tensor) -> Tensor:
