@@ -20,6 +20,7 @@ from parchgrad.partition import (
     partition_gradient,
     pruning_scale,
     rounding_error,
+    without_autocast,
 )
 
 __all__ = ["Geometry", "partitioned_input_gradient", "plain_geometry"]
@@ -267,8 +268,7 @@ def _pointwise_input_gradient(pruned: Tensor, weight: Tensor, geometry: Geometry
     """Send channels back through kernels of one position: a product of matrices; weight of shape (R, k, D)."""
     rows, taken, *positions = pruned.shape
     weight = weight.expand(rows, -1, -1) if weight.shape[0] == 1 else weight.repeat(rows // weight.shape[0], 1, 1)
-    # The product would run in half precision where the backward pass is inside an autocast block.
-    with torch.autocast(pruned.device.type, enabled=False):
+    with without_autocast(pruned.device.type):
         product = torch.bmm(weight.mT, pruned.reshape(rows, taken, -1)).reshape(rows, -1, *positions)
     if all(step == 1 for step in geometry.stride):
         return product
@@ -281,10 +281,10 @@ def _pointwise_input_gradient(pruned: Tensor, weight: Tensor, geometry: Geometry
 
 def _memory_format(values: Tensor) -> torch.memory_format:
     """Channels last where the values are laid out so, else contiguous."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(values.dim())
-    is_last = last is not None and not values.is_contiguous() and values.is_contiguous(memory_format=last)
-    return last if last is not None and is_last else torch.contiguous_format
+    if values.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.dim(), torch.contiguous_format)
+    return last if values.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def _input_gradient(gradient: Tensor, weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:

@@ -9,6 +9,7 @@ is scaled by ``beta * gamma * sqrt(N / M)`` and L by ``beta``.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,17 +26,19 @@ __all__ = [
     "pruning_scale",
     "rounding_error",
     "safe_norm",
+    "without_autocast",
 ]
 
 Conserve = Literal["independent", "exact", "none"]
+_WAYS = get_args(Conserve)
 
 
 def check_edit_settings(gamma: float, conserve: str) -> None:
     """Raise `SettingError` unless `gamma` and `conserve` are settings that `partition_gradient` knows."""
     if not isinstance(gamma, int | float) or not gamma > 0:
         raise SettingError(f"gamma is {gamma!r}, but it must be a positive number; infinity prunes the other channels.")
-    if conserve not in get_args(Conserve):
-        raise SettingError(f"conserve is {conserve!r}, but it must be one of {', '.join(get_args(Conserve))}.")
+    if conserve not in _WAYS:
+        raise SettingError(f"conserve is {conserve!r}, but it must be one of {', '.join(_WAYS)}.")
 
 
 def check_channel_mask(channel_mask: Tensor, gradient: Tensor) -> None:
@@ -84,8 +87,7 @@ def partition_gradient(
     if gradient.numel() == 0:
         return gradient.clone()
     wide = at_least_float32(gradient)
-    # A backward pass inside an autocast block would run the sums in half precision.
-    with torch.autocast(gradient.device.type, enabled=False):
+    with without_autocast(gradient.device.type):
         sums = _group_sums(wide, channel_mask)
     if math.isinf(gamma):
         kept_scale = pruning_scale(sums.kept, sums.kept + sums.rest, sums.kept_rounding, conserve=conserve)
@@ -155,6 +157,11 @@ def safe_norm(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
     peak = values.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     norm = torch.linalg.vector_norm(values / peak, dim=dim)
     return norm * peak.amax(dim=dim)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """A context in which products are not run in half precision, though the backward pass is in an autocast block."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def at_least_float32(values: Tensor) -> Tensor:
