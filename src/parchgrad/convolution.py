@@ -154,8 +154,8 @@ _CHANNELS_AT_A_TIME = 8
 def _find_kept(channel_mask: Tensor, groups: int, positions: int) -> _Kept | None:
     """Find the kept channels of each row; None if it is faster to take all.
 
-    A row that keeps no channel passes unchanged, as one that keeps all, and takes the batch with it.
-    How much there is to do follows from the mask alone, so that it must be read here: the one wait for the device.
+    A row that keeps no channel passes unchanged, as one that keeps all, and takes the batch with it. How much there is
+    to do follows from the mask alone, so that it must be read here, and the device waited for.
     """
     rows, channels = channel_mask.shape
     per_group = channels // groups

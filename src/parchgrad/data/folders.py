@@ -131,14 +131,10 @@ def match_classes(
         >>> match_classes(["great_dane", "pug"], ["Pug", "Tabby", "Great Dane"])
         ({'great_dane': 2, 'pug': 0}, 'category')
     """
-    if folders and all(name.isdecimal() for name in folders):
-        folders_by_number = {name: int(name) for name in folders}
-        if len(set(folders_by_number.values())) == len(folders) and max(folders_by_number.values()) < len(categories):
-            return folders_by_number, "index"
     ways: list[tuple[str, Mapping[str, int]]] = [
         ("WordNet id", _places(synsets)),
         ("category", _places(_plain(category) for category in categories)),
-        ("index", _places(str(index) for index in range(len(categories)))),
+        ("index", {name: int(name) for name in folders if name.isdecimal() and int(name) < len(categories)}),
     ]
     for way, places in ways:
         found = {name: places.get(name, places.get(_plain(name), -1)) for name in folders}
