@@ -47,14 +47,15 @@ def plain_geometry(convolution: Convolution) -> Geometry | None:
         >>> plain_geometry(nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect")) is None
         True
     """
-    kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(convolution, kind)), None)
-    found = type(convolution)
-    if kind is None or found.forward is not kind.forward or found._conv_forward is not kind._conv_forward:
+    own = vars(convolution)
+    if not _is_plain_class(type(convolution)) or "forward" in own or "_conv_forward" in own:
         return None
-    if {"forward", "_conv_forward"} & vars(convolution).keys() or "weight" not in convolution._parameters:
+    weight = convolution._parameters.get("weight")
+    if weight is None:
         return None
-    kernel = convolution.weight.shape[2:]
-    stride, dilation = (_per_dimension(value, len(kernel)) for value in (convolution.stride, convolution.dilation))
+    kernel = weight.shape[2:]
+    stride = _per_dimension(convolution.stride, len(kernel))
+    dilation = _per_dimension(convolution.dilation, len(kernel))
     padding: str | int | tuple[int, ...] = convolution.padding
     if padding == "same":
         around = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
@@ -66,6 +67,14 @@ def plain_geometry(convolution: Convolution) -> Geometry | None:
     if convolution.padding_mode != "zeros" or isinstance(padding, str):
         return None
     return Geometry(stride, _per_dimension(padding, len(kernel)), dilation, convolution.groups)
+
+
+def _is_plain_class(found: type[Convolution]) -> bool:
+    """Whether a class is one of torch's convolutions, or a subclass that changes nothing about what it computes."""
+    if found is nn.Conv2d or found is nn.Conv1d or found is nn.Conv3d:
+        return True
+    kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if issubclass(found, kind)), None)
+    return kind is not None and found.forward is kind.forward and found._conv_forward is kind._conv_forward
 
 
 def _per_dimension(value: int | tuple[int, ...], dimensions: int) -> tuple[int, ...]:

@@ -272,13 +272,15 @@ class _Session:
                 "ParchGrad does not work within transforms of torch.func such as grad, vmap and jacrev; use "
                 "torch.autograd.grad or a Captum method."
             )
-        if output.grad_fn is None:
+        # Asked for once: each time costs a wrapper around torch's own node.
+        node = output.grad_fn
+        if node is None:
             return None
         if output.dim() != len(convolution.kernel_size) + 2:
             raise InputError(
                 f"Layer {layer!r} was given an input without a batch dimension; give a batch: inputs.unsqueeze(0)."
             )
-        earlier = getattr(output.grad_fn, "edit", None)
+        earlier = getattr(node, "edit", None)
         if isinstance(earlier, _Edit) and earlier.forward is forward:
             # A convolution that hands over to another one inside it: one operation is edited once.
             return None
@@ -290,7 +292,7 @@ class _Session:
         edit = _Edit(forward, layer, observation)
         geometry = plain_geometry(convolution)
         # Not if a hook that came first put something else in its place.
-        is_plain = geometry is not None and len(inputs) == 1 and output.grad_fn.name() == "ConvolutionBackward0"
+        is_plain = geometry is not None and len(inputs) == 1 and node.name() == "ConvolutionBackward0"
         if not is_plain:
             return cast(Tensor, _EditedOutput.apply(output, edit))
         if not inputs[0].requires_grad:

@@ -101,8 +101,11 @@ def keep_best(scores: Tensor, quantile: float) -> Tensor:
         >>> keep_best(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), 0.5)
         tensor([[ True, False,  True,  True]])
     """
-    kept = max(1, int(quantile * scores.shape[1]))
-    return scores >= scores.topk(kept, dim=1).values[:, -1:]
+    return scores >= scores.topk(_kept_count(scores, quantile), dim=1).values[:, -1:]
+
+
+def _kept_count(scores: Tensor, quantile: float) -> int:
+    return max(1, int(quantile * scores.shape[1]))
 
 
 def _check_quantile(quantile: float) -> None:
@@ -149,7 +152,7 @@ class GradientEnergy(Selector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g^2` (see `Selector.select`)."""
-        return keep_best(_channel_norms(_flat(signal.gradient)), self.quantile)
+        return _keep_most_energy(_flat(signal.gradient), self.quantile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -518,24 +521,24 @@ _SAFE_NORMS = (2.0**-30, 2.0**60)
 _NEGLIGIBLE = 2.0**-22
 
 
-def _channel_norms(flat: Tensor) -> Tensor:
-    """Root of the energy of each channel of (B, C, S), up to a power of two for each row, shape (B, C)."""
+def _keep_most_energy(flat: Tensor, quantile: float) -> Tensor:
+    """`keep_best` of the energies of the channels of (B, C, S), at any scale of the rows, shape (B, C)."""
     if flat.device.type != "cpu" or flat.dtype == torch.float64:
-        return safe_norm(flat, dim=2)
+        return keep_best(safe_norm(flat, dim=2), quantile)
     # A wider type would cost a copy of the gradient, and reading a number is no wait on the CPU.
     wide = at_least_float32(flat)
     norms: Tensor = torch.linalg.vector_norm(wide, dim=2)
-    largest = norms.amax(dim=1, keepdim=True)
-    numbers = largest.flatten().tolist()
-    if numbers and not _SAFE_NORMS[0] < min(numbers) <= max(numbers) < _SAFE_NORMS[1]:
+    best = norms.topk(_kept_count(norms, quantile), dim=1).values
+    largest = best[:, 0].tolist()
+    if largest and not _SAFE_NORMS[0] < min(largest) <= max(largest) < _SAFE_NORMS[1]:
         peak = torch.maximum(wide.amax(dim=(1, 2), keepdim=True), -wide.amin(dim=(1, 2), keepdim=True))
-        # A power of two changes no digit; halved twice, since that of a subnormal peak alone would overflow.
-        exponent = -torch.frexp(peak).exponent
-        half = torch.div(exponent, 2, rounding_mode="floor")
-        scaled = wide * torch.ldexp(torch.ones_like(peak), half) * torch.ldexp(torch.ones_like(peak), exponent - half)
-        norms = torch.linalg.vector_norm(scaled, dim=2)
-        largest = norms.amax(dim=1, keepdim=True)
-    return norms.masked_fill_(norms < largest * _NEGLIGIBLE, 0.0)
+        # A power of two changes no digit; within the normal range, it need not bring the peak to 1.
+        exponent = torch.frexp(peak).exponent.clamp_(-126, 126)
+        norms = torch.linalg.vector_norm(wide * torch.ldexp(torch.ones_like(peak), -exponent), dim=2)
+        best = norms.topk(best.shape[1], dim=1).values
+    # All that counts as zero ties at zero.
+    threshold = best[:, -1:]
+    return norms >= threshold.masked_fill(threshold < best[:, :1] * _NEGLIGIBLE, 0.0)
 
 
 def _flat(gradient: Tensor) -> Tensor:
