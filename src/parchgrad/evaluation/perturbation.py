@@ -1,0 +1,437 @@
+"""Does a classifier's probability fall when the pixels that a map calls relevant are replaced?
+
+Pixels are replaced from the most relevant on (MoRF) or from the least relevant on (LeRF); a map that points at what
+the classifier uses makes the first fall fast and the second slowly. Maps that are the same everywhere or not finite
+have no order: they give NaN, never a score.
+
+Sources: Samek et al. (2017), "Evaluating the Visualization of What a Deep Neural Network Has Learned" (AOPC); Chen et
+al. (2019), "L-Shapley and C-Shapley" (log-odds); Petsiuk, Das, Saenko (2018), "RISE" (insertion, deletion).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+
+from parchgrad.errors import InputError, SettingError
+
+__all__ = [
+    "RATIOS",
+    "Order",
+    "Replacement",
+    "Responses",
+    "accuracy",
+    "area_under_curve",
+    "deletion",
+    "fractional_difference",
+    "has_order",
+    "insertion",
+    "log_odds",
+    "perturb",
+    "probability_drop",
+    "rank_pixels",
+    "replacement_images",
+    "respond",
+]
+
+Order = Literal["morf", "lerf"]
+Replacement = Literal["zero", "mean", "blur", "noise"]
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Shares of the pixels that are replaced unless others are given."""
+
+# Of the shorter side: wide enough that what is blurred is no longer recognised.
+_BLUR = 0.05
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Responses:
+    """What a classifier says of images of which a growing share of the pixels is replaced.
+
+    Attributes:
+        ratios: the shares, R of them, in [0, 1].
+        target: class in question of each image, shape (B,).
+        clean_target: log probability of `target` with no pixel replaced, shape (B,).
+        clean_predicted: log probability of the class predicted then, shape (B,).
+        of_target: log probability of `target` at each share, shape (B, R).
+        of_predicted: log probability at each share of the class that is predicted with none replaced, shape (B, R).
+        predicted: class predicted at each share, shape (B, R).
+        valid: false for images whose map gives no order, shape (B,).
+    """
+
+    ratios: tuple[float, ...]
+    target: Tensor
+    clean_target: Tensor
+    clean_predicted: Tensor
+    of_target: Tensor
+    of_predicted: Tensor
+    predicted: Tensor
+    valid: Tensor
+
+
+def rank_pixels(heat: Tensor, *, order: Order = "morf", seed: int = 0) -> Tensor:
+    """Find the place of each pixel in the order of relevance.
+
+    Args:
+        heat: maps (B, H, W).
+        order: `"morf"`, the most relevant pixel has rank 0, or `"lerf"`, the least relevant has.
+        seed: breaks ties, in the same way in every map of that size.
+
+    Returns:
+        Ranks 0 to H * W - 1, shape (B, H, W), integer.
+
+    Raises:
+        SettingError: if the order is unknown.
+        InputError: if the maps are not of shape (B, H, W).
+
+    Example:
+        >>> rank_pixels(torch.tensor([[[0.1, 0.9], [0.5, 0.2]]]))
+        tensor([[[3, 0],
+                 [1, 2]]])
+    """
+    if order not in get_args(Order):
+        raise SettingError(f"order is {order!r}, but it must be one of {', '.join(get_args(Order))}.")
+    if heat.dim() != 3:
+        raise InputError(f"The maps have shape {tuple(heat.shape)}, but (B, H, W) is needed; see heatmap().")
+    flat = heat.flatten(1)
+    shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed)).to(heat.device)
+    best_first = shuffled[flat[:, shuffled].argsort(dim=1, descending=order == "morf", stable=True)]
+    places = torch.arange(flat.shape[1], device=heat.device).expand_as(best_first)
+    return torch.empty_like(best_first).scatter_(1, best_first, places).reshape(heat.shape)
+
+
+def replacement_images(images: Tensor, replacement: Replacement, *, seed: int = 0) -> Tensor:
+    """What is put in place of pixels, for the whole of each image.
+
+    Args:
+        images: preprocessed images (B, C, H, W).
+        replacement: `"zero"`, which is the mean colour of normalised images; `"mean"`, the mean of each channel of each
+            image; `"blur"`, the image itself, Gaussian with sigma a twentieth of the shorter side; `"noise"`, Gaussian
+            with each channel's mean and standard deviation, the same draw for every image.
+        seed: seed of the noise.
+
+    Returns:
+        Images (B, C, H, W).
+
+    Raises:
+        SettingError: if the replacement is unknown.
+
+    Example:
+        >>> replacement_images(torch.tensor([[[[1.0, 3.0]]]]), "mean")
+        tensor([[[[2., 2.]]]])
+    """
+    if replacement == "zero":
+        return torch.zeros_like(images)
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    if replacement == "mean":
+        return mean.expand_as(images)
+    if replacement == "blur":
+        sigma = _BLUR * min(images.shape[2:])
+        # Three sigmas on either side, but no more than reflection at the edge can give.
+        reach = min(math.ceil(3 * sigma), min(images.shape[2:]) - 1)
+        blurred: Tensor = gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
+        return blurred
+    if replacement == "noise":
+        noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)).to(images)
+        return mean + noise * images.std(dim=(2, 3), keepdim=True)
+    raise SettingError(f"replacement is {replacement!r}, but it must be one of {', '.join(get_args(Replacement))}.")
+
+
+def perturb(images: Tensor, replaced_by: Tensor, ranks: Tensor, ratios: Tensor) -> Tensor:
+    """Replace a share of the pixels of each image, first those of the lowest ranks.
+
+    Args:
+        images: shape (B, C, H, W).
+        replaced_by: what is put in their place, shape (B, C, H, W).
+        ranks: place of each pixel in the order, shape (B, H, W); see `rank_pixels`.
+        ratios: share for each image, in [0, 1], shape (B,); rounded to whole pixels.
+
+    Returns:
+        Images (B, C, H, W).
+
+    Example:
+        >>> image, ranks = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), torch.tensor([[[3, 0, 1, 2]]])
+        >>> perturb(image, torch.zeros_like(image), ranks, torch.tensor([0.5]))
+        tensor([[[[1., 0., 0., 4.]]]])
+    """
+    counts = (ratios.double() * ranks[0].numel()).round()
+    return torch.where((ranks < counts.reshape(-1, 1, 1)).unsqueeze(1), replaced_by, images)
+
+
+def respond(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    heat: Tensor,
+    *,
+    order: Order = "morf",
+    ratios: Sequence[float] = RATIOS,
+    replacement: Replacement = "zero",
+    seed: int = 0,
+    internal_batch_size: int = 32,
+) -> Responses:
+    """Ask a classifier about images with growing shares of their pixels replaced, all shares in few passes.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        images: preprocessed images (B, C, H, W).
+        target: class in question of each image, shape (B,): the one that was explained.
+        heat: maps (B, H, W), larger for more relevant pixels; signed maps may be given as they are.
+        order: which pixels go first; see `rank_pixels`.
+        ratios: shares of the pixels that are replaced, in [0, 1].
+        replacement: what is put in their place; see `replacement_images`.
+        seed: breaks ties and draws the noise.
+        internal_batch_size: images in one pass.
+
+    Returns:
+        What the classifier says; see `Responses`.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        InputError: if images, maps and classes do not go together.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False)).eval()
+        >>> model[1].weight.data = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+        >>> image = torch.ones(1, 1, 2, 2)
+        >>> found = respond(model, image, torch.tensor([0]), torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]), ratios=[0.25])
+        >>> found.clean_target.exp(), found.of_target.exp()
+        (tensor([0.9526], dtype=torch.float64), tensor([[0.7311]], dtype=torch.float64))
+    """
+    _check(images, target, heat, ratios)
+    ranks = rank_pixels(heat, order=order, seed=seed)
+    replaced_by = replacement_images(images, replacement, seed=seed)
+    shares = torch.tensor(ratios, device=images.device, dtype=torch.float64)
+    with torch.no_grad():
+        clean = torch.cat([_log_probabilities(model, part) for part in torch.split(images, internal_batch_size)])
+        classes = torch.stack((target, clean.argmax(dim=1)), dim=1)
+        asked, predicted = [], []
+        rows = torch.arange(len(images) * len(shares), device=images.device)
+        for part in torch.split(rows, internal_batch_size):
+            row = part.div(len(shares), rounding_mode="floor")
+            given = perturb(images[row], replaced_by[row], ranks[row], shares[part % len(shares)])
+            found = _log_probabilities(model, given)
+            asked.append(found.gather(1, classes[row]))
+            predicted.append(found.argmax(dim=1))
+    of_target, of_predicted = torch.cat(asked).reshape(len(images), len(shares), 2).unbind(2)
+    clean_target, clean_predicted = clean.gather(1, classes).unbind(1)
+    return Responses(
+        ratios=tuple(ratios),
+        target=target,
+        clean_target=clean_target,
+        clean_predicted=clean_predicted,
+        of_target=of_target,
+        of_predicted=of_predicted,
+        predicted=torch.cat(predicted).reshape(len(images), len(shares)),
+        valid=has_order(heat),
+    )
+
+
+def deletion(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    heat: Tensor,
+    *,
+    steps: int = 20,
+    replacement: Replacement = "zero",
+    seed: int = 0,
+    internal_batch_size: int = 32,
+) -> Tensor:
+    """Area under the probability while pixels are deleted, the most relevant first; lower is better.
+
+    Source: Petsiuk, Das, Saenko (2018), "RISE", section 4.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        images: preprocessed images (B, C, H, W).
+        target: class in question of each image, shape (B,).
+        heat: maps (B, H, W).
+        steps: into how many equal steps the pixels are divided, at least 1.
+        replacement: what is put in the place of pixels; see `replacement_images`.
+        seed: breaks ties and draws the noise.
+        internal_batch_size: images in one pass.
+
+    Returns:
+        Areas in [0, 1], shape (B,); NaN where the map gives no order.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        InputError: if images, maps and classes do not go together.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).eval()
+        >>> _ = model[1].weight.data.zero_(), model[1].bias.data.zero_()
+        >>> deletion(model, torch.ones(1, 1, 1, 2), torch.tensor([0]), torch.tensor([[[1.0, 0.0]]]), steps=2)
+        tensor([0.5000], dtype=torch.float64)
+    """
+    found = respond(
+        model,
+        images,
+        target,
+        heat,
+        ratios=_even_steps(steps),
+        replacement=replacement,
+        seed=seed,
+        internal_batch_size=internal_batch_size,
+    )
+    return area_under_curve(found)
+
+
+def insertion(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    heat: Tensor,
+    *,
+    steps: int = 20,
+    replacement: Replacement = "blur",
+    seed: int = 0,
+    internal_batch_size: int = 32,
+) -> Tensor:
+    """Area under the probability while pixels are inserted, the most relevant first; higher is better.
+
+    To have inserted a share of the most relevant pixels is to have deleted the others.
+
+    Source: Petsiuk, Das, Saenko (2018), "RISE", section 4.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        images: preprocessed images (B, C, H, W).
+        target: class in question of each image, shape (B,).
+        heat: maps (B, H, W).
+        steps: into how many equal steps the pixels are divided, at least 1.
+        replacement: what the image starts from; see `replacement_images`.
+        seed: breaks ties and draws the noise.
+        internal_batch_size: images in one pass.
+
+    Returns:
+        Areas in [0, 1], shape (B,); NaN where the map gives no order.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        InputError: if images, maps and classes do not go together.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).eval()
+        >>> _ = model[1].weight.data.zero_(), model[1].bias.data.zero_()
+        >>> insertion(model, torch.ones(1, 1, 1, 2), torch.tensor([0]), torch.tensor([[[1.0, 0.0]]]), steps=2)
+        tensor([0.5000], dtype=torch.float64)
+    """
+    found = respond(
+        model,
+        images,
+        target,
+        heat,
+        order="lerf",
+        ratios=_even_steps(steps),
+        replacement=replacement,
+        seed=seed,
+        internal_batch_size=internal_batch_size,
+    )
+    return area_under_curve(found)
+
+
+def probability_drop(responses: Responses) -> Tensor:
+    """How far the probability of the class in question falls at each share; its mean over shares is the AOPC.
+
+    Higher is better in the order MoRF, lower in LeRF.
+
+    Returns:
+        `p(x) - p(x_r)` in [-1, 1], shape (B, R), float64; NaN where the map gives no order.
+
+    Source: Samek et al. (2017), equation 12, with probabilities.
+    """
+    drop = responses.clean_target.exp().unsqueeze(1) - responses.of_target.exp()
+    return _where_valid(drop, responses)
+
+
+def log_odds(responses: Responses) -> Tensor:
+    """Logarithm of the ratio of the probability of the class in question, after to before, at each share.
+
+    Lower is better in the order MoRF, higher in LeRF.
+
+    Returns:
+        `log(p(x_r) / p(x))`, shape (B, R), float64; NaN where the map gives no order.
+
+    Source: Chen et al. (2019), "L-Shapley and C-Shapley", section 5.
+    """
+    return _where_valid(responses.of_target - responses.clean_target.unsqueeze(1), responses)
+
+
+def accuracy(responses: Responses) -> Tensor:
+    """Whether the class in question is still predicted at each share, 0 or 1.
+
+    With labels for classes its mean is the accuracy: lower is better in the order MoRF, higher in LeRF.
+
+    Returns:
+        Shape (B, R), float64; NaN where the map gives no order.
+    """
+    return _where_valid((responses.predicted == responses.target.unsqueeze(1)).double(), responses)
+
+
+def fractional_difference(responses: Responses) -> Tensor:
+    """Which share of the probability of the predicted class is lost at each share of pixels.
+
+    Higher is better in the order MoRF, lower in LeRF.
+
+    Returns:
+        `1 - p(x_r) / p(x)`, at most 1, shape (B, R), float64; NaN where the map gives no order.
+    """
+    kept = (responses.of_predicted - responses.clean_predicted.unsqueeze(1)).exp()
+    return _where_valid(1 - kept, responses)
+
+
+def area_under_curve(responses: Responses) -> Tensor:
+    """Area under the probability of the class in question over the shares, by the trapezoidal rule, per unit of share.
+
+    Returns:
+        Shape (B,), float64, in [0, 1]; NaN where the map gives no order.
+
+    Raises:
+        SettingError: if there are not two shares at least, in ascending order.
+    """
+    ratios = torch.tensor(responses.ratios, dtype=torch.float64, device=responses.target.device)
+    if len(ratios) < 2 or not bool((ratios.diff() > 0).all()):
+        raise SettingError(f"ratios are {responses.ratios}, but an area needs at least two, each larger than the last.")
+    area = torch.trapezoid(responses.of_target.exp(), ratios, dim=1) / (ratios[-1] - ratios[0])
+    return _where_valid(area, responses)
+
+
+def has_order(heat: Tensor) -> Tensor:
+    """Whether each map of (B, H, W) is finite and not the same everywhere, shape (B,)."""
+    flat = heat.flatten(1)
+    return flat.isfinite().all(dim=1) & (flat != flat[:, :1]).any(dim=1)
+
+
+def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    logits: Tensor = model(images)
+    return logits.double().log_softmax(dim=1)
+
+
+def _where_valid(values: Tensor, responses: Responses) -> Tensor:
+    return values.masked_fill(~responses.valid.reshape(-1, *[1] * (values.dim() - 1)), math.nan)
+
+
+def _even_steps(steps: int) -> list[float]:
+    if steps < 1:
+        raise SettingError(f"steps is {steps}, but it must be a whole number from 1 on.")
+    return [step / steps for step in range(steps + 1)]
+
+
+def _check(images: Tensor, target: Tensor, heat: Tensor, ratios: Sequence[float]) -> None:
+    if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
+        raise SettingError(f"ratios are {tuple(ratios)}, but they must be shares of the pixels, in [0, 1].")
+    if images.dim() != 4 or heat.shape != (images.shape[0], *images.shape[2:]):
+        raise InputError(
+            f"Images of shape {tuple(images.shape)} and maps of shape {tuple(heat.shape)} do not go together; "
+            "give images (B, C, H, W) and one map (H, W) for each."
+        )
+    if target.shape != images.shape[:1] or target.is_floating_point():
+        raise InputError(
+            f"target is {target.dtype} of shape {tuple(target.shape)}, but there must be one class index for each of "
+            f"the {images.shape[0]} images."
+        )
