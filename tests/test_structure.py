@@ -27,6 +27,8 @@ ORDER = [
         "evaluation",
         "evaluation.localisation",
         "evaluation.perturbation",
+        "evaluation.methods",
+        "evaluation.sanity",
         "evaluation.sparsity",
         "visual",
         "visual.maps",

@@ -1,0 +1,142 @@
+"""What is evaluated: anything that makes a map of each image, the controls that every claim must beat among them."""
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from captum.attr import LayerAttribution, LayerGradCam
+from torch import Tensor, nn
+
+from parchgrad.attribution import Explainer, heatmap
+from parchgrad.engine import plain_gradients
+from parchgrad.errors import LayerError
+from parchgrad.evaluation.localisation import centre_gaussian
+from parchgrad.layers import LayerChoice, find_convolutions
+from parchgrad.selection import RandomChannels
+
+__all__ = ["CONTROLS", "Method", "centre_blob", "grad_cam", "make_controls", "maps_of", "random_map"]
+
+Method = Callable[[Tensor, Tensor], Tensor]
+"""Images (B, C, H, W) and the class to explain of each (B,) in, non-negative maps (B, H, W) out."""
+
+CONTROLS = ("gradient", "random map", "random channels", "Grad-CAM", "centre blob")
+"""Names of the controls, the plain gradient first."""
+
+
+def maps_of(explainer: Explainer) -> Method:
+    """Heat maps of an explainer: magnitudes averaged over colours.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
+        >>> maps_of(Explainer(model, None))(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
+        torch.Size([2, 4, 4])
+    """
+
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        return heatmap(explainer.attribute(images, target))
+
+    return method
+
+
+def random_map(*, seed: int = 0) -> Method:
+    """Noise, uniform in [0, 1): what any map must beat.
+
+    Each image has a map of its own, which follows from the seed and the image alone.
+
+    Example:
+        >>> images = torch.rand(2, 3, 4, 4)
+        >>> method, target = random_map(seed=1), torch.tensor([0, 1])
+        >>> bool((method(images, target)[1:] == method(images[1:], target[1:])).all())
+        True
+    """
+
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        maps = []
+        for image in images.detach().cpu():
+            own = zlib.crc32(image.contiguous().view(torch.uint8).numpy().tobytes(), seed)
+            maps.append(torch.rand(image.shape[1:], generator=torch.Generator().manual_seed(own)))
+        return torch.stack(maps).to(images)
+
+    return method
+
+
+def centre_blob(*, sigma: float = 0.25) -> Method:
+    """A Gaussian about the centre, the same for every image: objects tend to stand there.
+
+    Args:
+        sigma: standard deviation, as a share of height and of width.
+
+    Example:
+        >>> centre_blob()(torch.zeros(1, 3, 1, 3), torch.tensor([0]))
+        tensor([[[0.4111, 1.0000, 0.4111]]])
+    """
+
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        return centre_gaussian(height, width, sigma=sigma).to(images).expand(len(images), height, width)
+
+    return method
+
+
+def grad_cam(model: nn.Module, *, layer: str | None = None, internal_batch_size: int = 32) -> Method:
+    """Grad-CAM by Captum, brought to the size of the image by bilinear interpolation.
+
+    Source: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization".
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        layer: name of a convolution; None takes the last one.
+        internal_batch_size: images in one pass.
+
+    Raises:
+        LayerError: if the model has no such convolution.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
+        >>> grad_cam(model)(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
+        torch.Size([2, 4, 4])
+    """
+    convolutions = find_convolutions(model)
+    if layer is not None and layer not in convolutions:
+        raise LayerError(f"Grad-CAM was asked for at {layer!r}, but that is no convolution of the model; name one.")
+    chosen = convolutions[layer or list(convolutions)[-1]]
+
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        maps = []
+        with plain_gradients(model):
+            for part, classes in zip(
+                torch.split(images, internal_batch_size), torch.split(target, internal_batch_size), strict=True
+            ):
+                coarse = LayerGradCam(model, chosen).attribute(part, target=classes, relu_attributions=True)
+                fine = LayerAttribution.interpolate(coarse, tuple(images.shape[2:]), "bilinear")
+                maps.append(fine.detach().squeeze(1))
+        return torch.cat(maps)
+
+    return method
+
+
+def make_controls(
+    model: nn.Module, *, layers: LayerChoice = "default", quantile: float = 0.1, seed: int = 0
+) -> dict[str, Method]:
+    """Make all of the controls, by the names in `CONTROLS`.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        layers: convolutions of the random channels; see `choose_layers`.
+        quantile: share of the channels that are kept at random, in (0, 1].
+        seed: seed of the draws.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
+        >>> list(make_controls(model))
+        ['gradient', 'random map', 'random channels', 'Grad-CAM', 'centre blob']
+    """
+    selector = RandomChannels(quantile=quantile, seed=seed)
+    found = (
+        maps_of(Explainer(model, None)),
+        random_map(seed=seed),
+        maps_of(Explainer(model, selector, layers=layers)),
+        grad_cam(model),
+        centre_blob(),
+    )
+    return dict(zip(CONTROLS, found, strict=True))

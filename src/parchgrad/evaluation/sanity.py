@@ -1,0 +1,404 @@
+"""Does a map depend on what it should: the trained weights, the class, and not on noise that nobody sees?
+
+Source: Adebayo et al. (2018), "Sanity Checks for Saliency Maps".
+"""
+
+import copy
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from captum.metrics import sensitivity_max
+from scipy.stats import rankdata
+from skimage.metrics import structural_similarity
+from torch import Tensor, nn
+
+from parchgrad.attribution import Explainer, heatmap
+from parchgrad.errors import InputError, LayerError, SettingError
+from parchgrad.evaluation.methods import Method
+from parchgrad.layers import LayerChoice
+from parchgrad.partition import Conserve
+from parchgrad.selection import FixedChannels, LayerSignal, Selector
+
+__all__ = [
+    "ClassMaps",
+    "RandomisationOrder",
+    "RandomisationStep",
+    "class_sensitivity",
+    "max_sensitivity",
+    "parameter_randomisation",
+    "randomised_models",
+    "spearman",
+    "structural_similarities",
+]
+
+RandomisationOrder = Literal["top_down", "bottom_up", "independent"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RandomisationStep:
+    """How alike maps are before and after weights were drawn anew.
+
+    Attributes:
+        module: what was randomised last.
+        seed: of the draw.
+        spearman: rank correlation of the maps, in [-1, 1], shape (B,).
+        structural_similarity: of the maps, in [-1, 1], shape (B,).
+    """
+
+    module: str
+    seed: int
+    spearman: Tensor
+    structural_similarity: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClassMaps:
+    """Maps of one gradient, partitioned by three masks of as many channels; each of shape (B, H, W).
+
+    Attributes:
+        right: by the mask of the class that is explained.
+        wrong: by the mask of another class.
+        random: by channels drawn at random, as many in each row and layer as the mask of the explained class keeps.
+    """
+
+    right: Tensor
+    wrong: Tensor
+    random: Tensor
+
+
+def spearman(first: Tensor, second: Tensor) -> Tensor:
+    """Rank correlation of two maps, ties by average rank.
+
+    Args:
+        first: maps (B, H, W).
+        second: maps of that shape.
+
+    Returns:
+        Correlations in [-1, 1], shape (B,), float64; NaN where one map is the same everywhere or not finite.
+
+    Raises:
+        InputError: if the shapes differ.
+
+    Example:
+        >>> spearman(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 3.0, 2.0]]]))
+        tensor([0.5000], dtype=torch.float64)
+    """
+    _check_pair(first, second)
+    flat = torch.stack((first, second)).flatten(2).double().cpu()
+    ranks = torch.from_numpy(rankdata(flat.numpy(), axis=2))
+    centred = ranks - ranks.mean(dim=2, keepdim=True)
+    found: Tensor = (centred[0] * centred[1]).sum(dim=1) / centred.square().sum(dim=2).sqrt().prod(dim=0)
+    return found.masked_fill(~flat.isfinite().all(dim=2).all(dim=0), math.nan).to(first.device)
+
+
+def structural_similarities(first: Tensor, second: Tensor) -> Tensor:
+    """Structural similarity (SSIM) of two maps, each divided by its peak, by scikit-image.
+
+    Source: Wang et al. (2004), "Image Quality Assessment: From Error Visibility to Structural Similarity".
+
+    Args:
+        first: non-negative maps (B, H, W).
+        second: maps of that shape.
+
+    Returns:
+        Similarities in [-1, 1], shape (B,), float64; NaN where one map is zero everywhere or not finite.
+
+    Raises:
+        InputError: if the shapes differ, or the maps are smaller than 3 x 3.
+
+    Example:
+        >>> heat = torch.rand(1, 8, 8)
+        >>> structural_similarities(heat, 3 * heat).round(decimals=6)
+        tensor([1.], dtype=torch.float64)
+    """
+    _check_pair(first, second)
+    if min(first.shape[1:]) < 3:
+        raise InputError(
+            f"The maps have shape {tuple(first.shape)}, but windows of 3 x 3 pixels at least are compared."
+        )
+    both = torch.stack((first, second)).double().cpu()
+    scaled = (both / both.amax(dim=(2, 3), keepdim=True)).numpy()
+    # The usual window, or the largest odd one that fits.
+    window = min(7, (min(first.shape[1:]) - 1) // 2 * 2 + 1)
+    found = [
+        structural_similarity(one, other, win_size=window, data_range=1.0)
+        if np.isfinite(one).all() and np.isfinite(other).all()
+        else math.nan
+        for one, other in zip(*scaled, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64, device=first.device)
+
+
+def randomised_models(
+    model: nn.Module, *, order: RandomisationOrder = "top_down", seed: int = 0, modules: Sequence[str] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Copy a model and draw its weights anew, as torch initialises them: module by module.
+
+    Top down the last module goes first, and what was randomised stays so; bottom up the first goes first; independent,
+    each module alone. Of a parameter whose module does not say how it is initialised the entries are shuffled.
+
+    Args:
+        model: the trained model, which is not touched.
+        order: `"top_down"`, `"bottom_up"` or `"independent"`.
+        seed: of the draw.
+        modules: names of the modules, from the bottom up, each with all inside it; None takes every module that has
+            parameters of its own.
+
+    Yields:
+        Name of the module that was randomised last, and the model; it is changed further as the iteration goes on.
+
+    Raises:
+        SettingError: if the order is unknown.
+        LayerError: if the model has no such module, or one without parameters is named.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> [name for name, _ in randomised_models(model)]
+        ['3', '0']
+    """
+    if order not in get_args(RandomisationOrder):
+        raise SettingError(f"order is {order!r}, but it must be one of {', '.join(get_args(RandomisationOrder))}.")
+    known = dict(model.named_modules())
+    own = [name for name, module in known.items() if any(True for _ in module.parameters(recurse=False))]
+    names = own if modules is None else list(modules)
+    for name in names:
+        if name not in known or not any(True for _ in known[name].parameters()):
+            raise LayerError(f"There is no module {name!r} with parameters to randomise; name one of the model's.")
+    working = copy.deepcopy(model)
+    for name in reversed(names) if order == "top_down" else names:
+        if order == "independent":
+            working = copy.deepcopy(model)
+        for place, module in working.get_submodule(name).named_modules():
+            _randomise(module, seed=_seed_of(seed, f"{name}.{place}"))
+        yield name, working
+
+
+def parameter_randomisation(
+    model: nn.Module,
+    make_method: Callable[[nn.Module], Method],
+    images: Tensor,
+    target: Tensor,
+    *,
+    order: RandomisationOrder = "top_down",
+    seeds: Sequence[int] = (0,),
+    modules: Sequence[str] | None = None,
+) -> list[RandomisationStep]:
+    """Compare maps of a trained model with those of the model with its weights drawn anew; lower is better.
+
+    A map that stays the same does not show what the model has learned. A method on channel statistics may collect them
+    anew in `make_method`, or bring those of the trained model: report both.
+
+    Args:
+        model: the trained model, in evaluation mode.
+        make_method: makes the method for a model.
+        images: shape (B, C, H, W).
+        target: class of each image, shape (B,).
+        order: see `randomised_models`.
+        seeds: a run for each.
+        modules: see `randomised_models`.
+
+    Returns:
+        A step for each module and seed, in the order in which they were randomised.
+
+    Raises:
+        SettingError: if the order is unknown.
+        LayerError: if the model has no such module.
+
+    Example:
+        >>> from parchgrad.evaluation.methods import maps_of
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+        >>> images, target = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+        >>> steps = parameter_randomisation(model, lambda m: maps_of(Explainer(m, None)), images, target)
+        >>> [step.module for step in steps]
+        ['3', '0']
+    """
+    before = make_method(model)(images, target)
+    steps = []
+    for seed in seeds:
+        for name, changed in randomised_models(model, order=order, seed=seed, modules=modules):
+            after = make_method(changed)(images, target)
+            steps.append(
+                RandomisationStep(
+                    module=name,
+                    seed=seed,
+                    spearman=spearman(before, after),
+                    structural_similarity=structural_similarities(before, after),
+                )
+            )
+    return steps
+
+
+def class_sensitivity(
+    model: nn.Module,
+    selector: Selector,
+    images: Tensor,
+    right: Tensor,
+    wrong: Tensor,
+    *,
+    layers: LayerChoice = "default",
+    gamma: float = math.inf,
+    conserve: Conserve = "independent",
+    seed: int = 0,
+) -> ClassMaps:
+    """Explain a class with its own mask, with that of another class, and with a random one of the same size.
+
+    Where the mask carries what tells the class, the first map is better; where it does not, all three are alike.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        selector: which channels matter.
+        images: shape (B, C, H, W).
+        right: class that is explained, shape (B,).
+        wrong: class whose mask is tried instead, shape (B,).
+        layers: which convolutions are edited; see `choose_layers`.
+        gamma: see `partition_gradient`.
+        conserve: see `partition_gradient`.
+        seed: of the random masks.
+
+    Returns:
+        The three maps of each image.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        LayerError: if the layers are not in the model.
+        TargetError: if a class does not exist.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
+        >>> images, classes = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+        >>> maps = class_sensitivity(model, pg.GradientEnergy(quantile=0.5), images, classes, 1 - classes)
+        >>> maps.wrong.shape
+        torch.Size([2, 4, 4])
+    """
+
+    def explain(chosen: Selector, target: Tensor) -> Tensor:
+        explainer = Explainer(
+            model, chosen, layers=layers, gamma=gamma, conserve=conserve, internal_batch_size=len(images)
+        )
+        return heatmap(explainer.attribute(images, target))
+
+    of_right, of_wrong = _Recorder(selector), _Recorder(selector)
+    explained = explain(of_right, right)
+    explain(of_wrong, wrong)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = {layer: _shuffle_rows(mask, generator) for layer, mask in of_right.masks.items()}
+    return ClassMaps(
+        right=explained,
+        wrong=explain(FixedChannels(of_wrong.masks), right),
+        random=explain(FixedChannels(shuffled), right),
+    )
+
+
+def max_sensitivity(
+    method: Method, images: Tensor, target: Tensor, *, radius: float = 0.02, samples: int = 10, seed: int = 0
+) -> Tensor:
+    """Largest relative change of a map under uniform noise on the image, by Captum; lower is better.
+
+    Source: Yeh et al. (2019), "On the (In)fidelity and Sensitivity of Explanations", definition 3.
+
+    Args:
+        method: makes the maps.
+        images: shape (B, C, H, W).
+        target: class of each image, shape (B,).
+        radius: the noise lies in [-radius, radius], in units of the preprocessed image.
+        samples: number of noisy copies of each image, at least 1.
+        seed: of the noise.
+
+    Returns:
+        `max |map(x + noise) - map(x)| / |map(x)|`, shape (B,), float64; NaN where the map is zero everywhere.
+
+    Raises:
+        SettingError: if radius or samples is out of range.
+
+    Example:
+        >>> max_sensitivity(lambda images, target: images[:, 0] * 0 + 1, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
+        tensor([0., 0.], dtype=torch.float64)
+    """
+    if not radius > 0 or samples < 1:
+        raise SettingError(
+            f"radius is {radius} and samples is {samples}, but the noise needs a positive radius and a sample at least."
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def perturbed(inputs: tuple[Tensor, ...] | Tensor, within: float) -> tuple[Tensor, ...]:
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        return tuple(
+            part + within * (2 * torch.rand(part.shape, generator=generator, dtype=torch.float64) - 1).to(part)
+            for part in given
+        )
+
+    def explain(inputs: tuple[Tensor, ...] | Tensor, target: Tensor) -> tuple[Tensor]:
+        # Double, in which the squares of tiny gradients do not vanish.
+        return (method(inputs[0] if isinstance(inputs, tuple) else inputs, target).double(),)
+
+    found: Tensor = sensitivity_max(
+        explain, images, perturb_func=perturbed, perturb_radius=radius, n_perturb_samples=samples, target=target
+    )
+    clean = method(images, target).flatten(1)
+    return found.masked_fill((clean == 0).all(dim=1), math.nan)
+
+
+class _Recorder(Selector):
+    """Selects as another selector does, and keeps the masks."""
+
+    def __init__(self, selector: Selector) -> None:
+        self._selector = selector
+        self.needs_class = selector.needs_class  # type: ignore[misc]  # as the selector inside says it for its class
+        self.masks: dict[str, Tensor] = {}
+
+    def check(self, channels: Mapping[str, int]) -> None:
+        self._selector.check(channels)
+
+    def check_classes(self, classes: int) -> None:
+        self._selector.check_classes(classes)
+
+    def observe(self, output: Tensor) -> Tensor | None:
+        return self._selector.observe(output)
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        mask = self._selector.select(signal)
+        self.masks[signal.layer] = mask.clone()
+        return mask
+
+
+def _randomise(module: nn.Module, *, seed: int) -> None:
+    """Draw the parameters that a module itself holds."""
+    if not any(True for _ in module.parameters(recurse=False)):
+        return
+    reset = getattr(module, "reset_parameters", None)
+    with torch.no_grad():
+        if callable(reset):
+            devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
+            # torch's own initialisation draws from the global generators.
+            with torch.random.fork_rng(devices=sorted(devices, key=str)):
+                torch.manual_seed(seed)
+                reset()
+            return
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in module.parameters(recurse=False):
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def _shuffle_rows(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Move the kept channels of each row of (B, C) to random places."""
+    places = torch.rand(mask.shape, generator=generator).argsort(dim=1).to(mask.device)
+    return mask.gather(1, places)
+
+
+def _check_pair(first: Tensor, second: Tensor) -> None:
+    if first.dim() != 3 or first.shape != second.shape:
+        raise InputError(
+            f"Maps of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be compared; "
+            "give two batches of maps (B, H, W) of one size."
+        )
