@@ -30,6 +30,7 @@ ORDER = [
         "evaluation.methods",
         "evaluation.sanity",
         "evaluation.sparsity",
+        "evaluation.summary",
         "visual",
         "visual.maps",
     },

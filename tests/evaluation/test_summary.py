@@ -1,0 +1,89 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from parchgrad.errors import InputError, SettingError
+from parchgrad.evaluation.summary import compare, rank_methods, valid_mean
+
+
+def test_a_mean_counts_what_it_is_taken_over():
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=20)
+    scores[[3, 8]] = math.nan
+    kept = np.delete(scores, [3, 8])
+    found = valid_mean(scores)
+    assert found.value == pytest.approx(kept.mean())
+    assert found.standard_error == pytest.approx(stats.sem(kept))
+    assert (found.valid, found.total) == (18, 20)
+    nothing = valid_mean([math.nan, math.nan])
+    assert math.isnan(nothing.value)
+    assert (nothing.valid, nothing.total) == (0, 2)
+    assert math.isnan(valid_mean([1.0]).standard_error)
+
+
+def test_an_interval_of_many_normal_differences_is_the_normal_one():
+    generator = np.random.default_rng(1)
+    baseline, gain = generator.normal(size=2000), generator.normal(0.1, 0.5, size=2000)
+    found = compare(baseline + gain, baseline)
+    half = 1.96 * gain.std(ddof=1) / math.sqrt(2000)
+    assert found.difference == pytest.approx(gain.mean())
+    assert found.low == pytest.approx(gain.mean() - half, abs=0.05 * half)
+    assert found.high == pytest.approx(gain.mean() + half, abs=0.05 * half)
+    assert found.settled
+    assert found == compare(baseline + gain, baseline)
+    wider = compare(baseline + gain, baseline, confidence=0.99)
+    assert wider.low < found.low
+    assert wider.high > found.high
+
+
+def test_intervals_hold_the_true_difference_as_often_as_they_say():
+    generator = np.random.default_rng(2)
+    hits = 0
+    for _ in range(200):
+        # Skewed, with mean 0.
+        scores = generator.exponential(size=40) - 1
+        found = compare(scores, np.zeros(40), resamples=499, confidence=0.9)
+        hits += found.low <= 0 <= found.high
+    assert stats.binomtest(hits, 200, 0.9).pvalue > 1e-3
+
+
+def test_pairs_without_both_scores_are_left_out():
+    scores, baseline = [1.0, math.nan, 3.0, 5.0], [0.0, 1.0, math.nan, 1.0]
+    found = compare(scores, baseline)
+    assert found.images == 2
+    assert found.difference == pytest.approx(2.5)
+    none = compare([math.nan], [1.0])
+    assert none.images == 0
+    assert not none.settled
+    assert math.isnan(none.difference)
+
+
+def test_equal_differences_and_too_few_images_say_no_more_than_they_can():
+    same = compare([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+    assert (same.low, same.high, same.settled) == (1.0, 1.0, True)
+    assert not compare([1.0, 2.0], [1.0, 2.0]).settled
+    one = compare([2.0], [1.0])
+    assert one.difference == 1.0
+    assert math.isnan(one.low)
+    assert not one.settled
+
+
+def test_ranks_are_averaged_over_images_that_all_have_scores_of():
+    scores = {"a": [1.0, 5.0, 2.0], "b": [2.0, 5.0, math.nan], "c": [3.0, 1.0, 9.0]}
+    assert rank_methods(scores, higher_is_better=True) == {"a": 2.25, "b": 1.75, "c": 2.0}
+    assert rank_methods(scores, higher_is_better=False) == {"a": 1.75, "b": 2.25, "c": 2.0}
+    assert all(math.isnan(rank) for rank in rank_methods({"a": [math.nan]}, higher_is_better=True).values())
+
+
+def test_scores_that_do_not_fit():
+    with pytest.raises(InputError, match="cannot be paired"):
+        compare([1.0], [1.0, 2.0])
+    with pytest.raises(InputError, match="shape"):
+        valid_mean([[1.0]])
+    with pytest.raises(InputError, match="different numbers"):
+        rank_methods({"a": [1.0], "b": []}, higher_is_better=True)
+    for options in ({"confidence": 1.0}, {"resamples": 0}):
+        with pytest.raises(SettingError, match="confidence is"):
+            compare([1.0, 2.0], [0.0, 0.0], **options)
