@@ -29,6 +29,7 @@ ORDER = [
         "evaluation.perturbation",
         "evaluation.methods",
         "evaluation.sanity",
+        "evaluation.scores",
         "evaluation.sparsity",
         "evaluation.summary",
         "visual",

@@ -1,0 +1,202 @@
+"""All scores of a map in one table: what they are called, which way is better, and how they are had."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad.errors import SettingError
+from parchgrad.evaluation import localisation, perturbation, sanity
+from parchgrad.evaluation.methods import Method
+from parchgrad.evaluation.perturbation import RATIOS, Replacement
+from parchgrad.evaluation.sparsity import gini
+
+__all__ = ["FAMILIES", "SCORES", "Direction", "Family", "Score", "ScoreSettings", "at_ratio", "score_maps"]
+
+Direction = Literal["higher", "lower", "neither"]
+Family = Literal["perturbation", "insertion", "localisation", "sparsity", "sensitivity"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A number that is had of every map.
+
+    Attributes:
+        title: what it is called where people read it.
+        better: which direction is better; `"neither"` for what only describes.
+        family: the scores that are had together.
+        by_ratio: whether it is also had at each share of replaced pixels, of which it is the mean.
+    """
+
+    title: str
+    better: Direction
+    family: Family
+    by_ratio: bool = False
+
+
+SCORES: Mapping[str, Score] = {
+    "aopc": Score(title="AOPC, MoRF minus LeRF", better="higher", family="perturbation", by_ratio=True),
+    "aopc_morf": Score(title="AOPC, MoRF", better="higher", family="perturbation", by_ratio=True),
+    "aopc_lerf": Score(title="AOPC, LeRF", better="lower", family="perturbation", by_ratio=True),
+    "log_odds_morf": Score(title="log-odds, MoRF", better="lower", family="perturbation", by_ratio=True),
+    "log_odds_lerf": Score(title="log-odds, LeRF", better="higher", family="perturbation", by_ratio=True),
+    "accuracy_morf": Score(title="accuracy, MoRF", better="lower", family="perturbation", by_ratio=True),
+    "accuracy_lerf": Score(title="accuracy, LeRF", better="higher", family="perturbation", by_ratio=True),
+    "fractional_difference_morf": Score(
+        title="fractional difference, MoRF", better="higher", family="perturbation", by_ratio=True
+    ),
+    "fractional_difference_lerf": Score(
+        title="fractional difference, LeRF", better="lower", family="perturbation", by_ratio=True
+    ),
+    "insertion": Score(title="insertion", better="higher", family="insertion"),
+    "deletion": Score(title="deletion", better="lower", family="insertion"),
+    "mass_inside": Score(title="mass inside", better="higher", family="localisation"),
+    "weighted_mass_inside": Score(title="mass inside, by area", better="higher", family="localisation"),
+    "pointing_game": Score(title="pointing game", better="higher", family="localisation"),
+    "gini": Score(title="Gini index", better="neither", family="sparsity"),
+    "max_sensitivity": Score(title="max-sensitivity", better="lower", family="sensitivity"),
+}
+"""The scores by their names in results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How the scores are had.
+
+    Attributes:
+        families: which of them; `"insertion"` and `"sensitivity"` cost most and are left out unless asked for.
+        ratios: shares of the pixels that are replaced, in [0, 1].
+        replacement: what is put in their place; see `replacement_images`.
+        steps: of insertion and deletion, at least 1.
+        tolerance: of the pointing game, in pixels.
+        radius: of the noise of max-sensitivity, in units of the preprocessed image.
+        samples: noisy copies for max-sensitivity, at least 1.
+        seed: breaks ties and draws noise.
+        internal_batch_size: images in one pass, at least 1.
+
+    Raises:
+        SettingError: if there is no such family.
+    """
+
+    families: tuple[Family, ...] = ("perturbation", "localisation", "sparsity")
+    ratios: tuple[float, ...] = RATIOS
+    replacement: Replacement = "zero"
+    steps: int = 20
+    tolerance: float = 15.0
+    radius: float = 0.02
+    samples: int = 10
+    seed: int = 0
+    internal_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for family in self.families:
+            if family not in FAMILIES:
+                raise SettingError(f"There are no scores {family!r}; the families are: {', '.join(FAMILIES)}.")
+        if self.internal_batch_size < 1:
+            raise SettingError(f"internal_batch_size is {self.internal_batch_size}, but it must be 1 or more.")
+
+
+def at_ratio(name: str, ratio: float) -> str:
+    """Name of a score at one share of replaced pixels.
+
+    Example:
+        >>> at_ratio("aopc_morf", 0.1)
+        'aopc_morf@0.1'
+    """
+    return f"{name}@{ratio:g}"
+
+
+def score_maps(
+    model: nn.Module,
+    method: Method,
+    images: Tensor,
+    target: Tensor,
+    heat: Tensor,
+    regions: Sequence[Tensor | None],
+    settings: ScoreSettings | None = None,
+) -> dict[str, Tensor]:
+    """Score the maps of a batch.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        method: what made the maps; asked again for max-sensitivity alone.
+        images: shape (B, C, H, W).
+        target: class that was explained, shape (B,).
+        heat: maps (B, H, W).
+        regions: where the class is seen in each image, boolean (H, W); None where nobody knows.
+        settings: how; None takes the defaults.
+
+    Returns:
+        Scores by name, each of shape (B,), float64; NaN where nothing can be said.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        InputError: if images, maps and regions do not go together.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
+        >>> images, target = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+        >>> def method(images, target):
+        ...     return images.mean(1)
+        >>> found = score_maps(model, method, images, target, method(images, target), [None, None])
+        >>> found["mass_inside"]
+        tensor([nan, nan], dtype=torch.float64)
+    """
+    chosen = settings or ScoreSettings()
+    found: dict[str, Tensor] = {}
+    if "perturbation" in chosen.families:
+        found |= _perturbation_scores(model, images, target, heat, chosen)
+    if "insertion" in chosen.families:
+        for name, area in (("insertion", perturbation.insertion), ("deletion", perturbation.deletion)):
+            found[name] = area(
+                model,
+                images,
+                target,
+                heat,
+                steps=chosen.steps,
+                seed=chosen.seed,
+                internal_batch_size=chosen.internal_batch_size,
+            )
+    if "localisation" in chosen.families:
+        nowhere = torch.zeros(heat.shape[1:], dtype=torch.bool, device=heat.device)
+        region = torch.stack([nowhere if known is None else known.to(heat.device) for known in regions])
+        found["mass_inside"] = localisation.mass_inside(heat, region)
+        found["weighted_mass_inside"] = localisation.weighted_mass_inside(heat, region)
+        found["pointing_game"] = localisation.pointing_game(heat, region, tolerance=chosen.tolerance)
+    if "sparsity" in chosen.families:
+        found["gini"] = gini(heat)
+    if "sensitivity" in chosen.families:
+        found["max_sensitivity"] = sanity.max_sensitivity(
+            method, images, target, radius=chosen.radius, samples=chosen.samples, seed=chosen.seed
+        )
+    return found
+
+
+def _perturbation_scores(
+    model: nn.Module, images: Tensor, target: Tensor, heat: Tensor, settings: ScoreSettings
+) -> dict[str, Tensor]:
+    by_ratio: dict[str, Tensor] = {}
+    for order in get_args(perturbation.Order):
+        responses = perturbation.respond(
+            model,
+            images,
+            target,
+            heat,
+            order=order,
+            ratios=settings.ratios,
+            replacement=settings.replacement,
+            seed=settings.seed,
+            internal_batch_size=settings.internal_batch_size,
+        )
+        by_ratio[f"aopc_{order}"] = perturbation.probability_drop(responses)
+        by_ratio[f"log_odds_{order}"] = perturbation.log_odds(responses)
+        by_ratio[f"accuracy_{order}"] = perturbation.accuracy(responses)
+        by_ratio[f"fractional_difference_{order}"] = perturbation.fractional_difference(responses)
+    by_ratio["aopc"] = by_ratio["aopc_morf"] - by_ratio["aopc_lerf"]
+    found = {name: values.mean(dim=1) for name, values in by_ratio.items()}
+    for name, values in by_ratio.items():
+        found |= {at_ratio(name, ratio): values[:, place] for place, ratio in enumerate(settings.ratios)}
+    return found

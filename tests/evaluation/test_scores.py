@@ -1,0 +1,66 @@
+import math
+
+import pytest
+import torch
+
+import parchgrad as pg
+from parchgrad.errors import SettingError
+from parchgrad.evaluation import localisation, perturbation
+from parchgrad.evaluation.methods import maps_of
+from parchgrad.evaluation.sanity import max_sensitivity
+from parchgrad.evaluation.scores import FAMILIES, SCORES, ScoreSettings, at_ratio, score_maps
+
+
+@pytest.fixture
+def scored(network):
+    images, target = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
+    method = maps_of(pg.Explainer(network, None))
+    heat = method(images, target)
+    region = torch.rand(8, 8) > 0.5
+    settings = ScoreSettings(
+        families=FAMILIES, ratios=(0.25, 0.75), replacement="mean", steps=3, tolerance=1, samples=2
+    )
+    found = score_maps(network, method, images, target, heat, [region, None, ~region], settings)
+    return network, method, images, target, heat, region, found
+
+
+def test_every_score_is_there_by_its_name(scored):
+    *_, found = scored
+    by_ratio = {at_ratio(name, ratio) for name, score in SCORES.items() if score.by_ratio for ratio in (0.25, 0.75)}
+    assert set(found) == {*SCORES, *by_ratio}
+    assert all(values.shape == (3,) and values.dtype == torch.float64 for values in found.values())
+
+
+def test_scores_are_what_their_functions_say(scored):
+    network, method, images, target, heat, region, found = scored
+    morf, lerf = (
+        perturbation.respond(network, images, target, heat, order=order, ratios=(0.25, 0.75), replacement="mean")
+        for order in ("morf", "lerf")
+    )
+    drop = perturbation.probability_drop(morf) - perturbation.probability_drop(lerf)
+    torch.testing.assert_close(found["aopc"], drop.mean(1))
+    torch.testing.assert_close(found["aopc@0.75"], drop[:, 1])
+    torch.testing.assert_close(found["log_odds_lerf@0.25"], perturbation.log_odds(lerf)[:, 0])
+    torch.testing.assert_close(found["accuracy_morf"], perturbation.accuracy(morf).mean(1))
+    torch.testing.assert_close(found["fractional_difference_lerf"], perturbation.fractional_difference(lerf).mean(1))
+    torch.testing.assert_close(found["insertion"], perturbation.insertion(network, images, target, heat, steps=3))
+    torch.testing.assert_close(found["deletion"], perturbation.deletion(network, images, target, heat, steps=3))
+    regions = torch.stack((region, region, ~region))
+    for name, expected in (
+        ("mass_inside", localisation.mass_inside(heat, regions)),
+        ("weighted_mass_inside", localisation.weighted_mass_inside(heat, regions)),
+        ("pointing_game", localisation.pointing_game(heat, regions, tolerance=1)),
+    ):
+        expected[1] = math.nan
+        torch.testing.assert_close(found[name], expected, equal_nan=True)
+    torch.testing.assert_close(found["max_sensitivity"], max_sensitivity(method, images, target, samples=2))
+
+
+def test_only_the_families_asked_for_are_had(network):
+    images, target, heat = torch.randn(1, 3, 8, 8).double(), torch.tensor([0]), torch.rand(1, 8, 8)
+    found = score_maps(network, lambda *_: heat, images, target, heat, [None], ScoreSettings(families=("sparsity",)))
+    assert list(found) == ["gini"]
+    with pytest.raises(SettingError, match="no scores 'faithfulness'"):
+        ScoreSettings(families=("faithfulness",))
+    with pytest.raises(SettingError, match="internal_batch_size is 0"):
+        ScoreSettings(internal_batch_size=0)
