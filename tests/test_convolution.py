@@ -148,6 +148,13 @@ def test_variants_have_no_plain_geometry(convolution):
     assert plain_geometry(convolution) is None
 
 
+def test_a_convolution_with_a_way_of_its_own_alone_has_no_plain_geometry():
+    for name in ("forward", "_conv_forward"):
+        convolution = nn.Conv2d(2, 4, 3)
+        setattr(convolution, name, getattr(convolution, name))
+        assert plain_geometry(convolution) is None
+
+
 def test_geometry_of_uneven_numbers():
     convolution = nn.Conv3d(2, 4, (1, 3, 5), stride=(1, 2, 3), padding=(0, 1, 2), dilation=(1, 1, 2), groups=2)
     assert plain_geometry(convolution) == Geometry((1, 2, 3), (0, 1, 2), (1, 1, 2), 2)
@@ -226,6 +233,13 @@ def test_half_precision_is_summed_in_float32(dtype, is_sparse):
     expected = torch.from_numpy(reference.edit(gradient.double(), mask))[mask].to(dtype)
     # One rounding at the end.
     torch.testing.assert_close(pruned[0], expected, rtol=torch.finfo(dtype).eps, atol=0)
+    # What the others sum to varies by less than half precision tells apart at that size.
+    gradient = torch.full((1, 512, 30, 30), 4.0).to(dtype)
+    gradient[:, ::2] += torch.randn(1, 1, 30, 30).sign().to(dtype) / 32
+    gradient[mask] = torch.randn(50, 30, 30).to(dtype) / 32
+    pruned = module._prune(gradient, module._find_kept(mask, 1, 900), "independent")
+    expected = torch.from_numpy(reference.edit(gradient.double(), mask))[mask].to(dtype)
+    torch.testing.assert_close(pruned[0], expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         found = partitioned_input_gradient(
             gradient.float(), mask, convolution.weight.detach(), plain_geometry(convolution), shape
@@ -233,6 +247,31 @@ def test_half_precision_is_summed_in_float32(dtype, is_sparse):
     expected = dense_reference(convolution.float(), torch.zeros(shape), gradient.float(), mask)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert is_sparse()
+
+
+def test_a_kept_sum_that_varies_by_its_rounding_alone_is_not_rescaled(is_sparse):
+    convolution = nn.Conv2d(4, 64, 1)
+    gradient, mask = torch.randn(1, 64, 4, 4), torch.zeros(1, 64, dtype=torch.bool)
+    mask[0, 5] = True
+    # More than the rounding of one channel, less than that of a sum over 64.
+    gradient[0, 5] = 1 + 4 * torch.finfo(torch.float32).eps * (torch.arange(16).reshape(4, 4) % 2)
+    x = torch.zeros(1, 4, 4, 4)
+    found = partitioned_input_gradient(
+        gradient, mask, convolution.weight.detach(), plain_geometry(convolution), x.shape
+    )
+    assert is_sparse()
+    torch.testing.assert_close(found, convolution.weight.detach()[5].reshape(1, 4, 1, 1).expand_as(found))
+
+
+def test_huge_gradients_are_rescaled_as_others(is_sparse):
+    convolution = nn.Conv2d(4, 64, 1)
+    gradient, mask = torch.randn(1, 64, 20, 20), random_masks(1, 64, 6, 1)
+    weight, geometry, shape = convolution.weight.detach(), plain_geometry(convolution), torch.Size((1, 4, 20, 20))
+    expected = partitioned_input_gradient(gradient, mask, weight, geometry, shape)
+    # The sum of all magnitudes is beyond float32.
+    found = partitioned_input_gradient(gradient * 2.0**118, mask, weight, geometry, shape)
+    assert is_sparse()
+    torch.testing.assert_close(found, expected * 2.0**118)
 
 
 def test_a_convolution_that_was_changed_is_taken_as_it_is():

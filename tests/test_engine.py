@@ -410,7 +410,15 @@ def doubled(module, inputs, output):
     return 2 * output if isinstance(module, nn.Conv2d) else output
 
 
-def test_what_other_hooks_put_in_place_is_not_lost(network):
+def convolved(module, inputs, output):
+    if not isinstance(module, nn.Conv2d):
+        return output
+    weight = torch.linspace(-1, 1, 9 * output.shape[1] ** 2, dtype=output.dtype).reshape(*[output.shape[1]] * 2, 3, 3)
+    return nn.functional.conv2d(output, weight, padding=1)
+
+
+@pytest.mark.parametrize("doubled", [doubled, convolved])
+def test_what_other_hooks_put_in_place_is_not_lost(network, doubled):
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     selector = pg.FixedChannels({name: torch.ones(6, dtype=torch.bool) for name in ("0", "2")})
     handle = nn.modules.module.register_module_forward_hook(doubled)
@@ -425,6 +433,28 @@ def test_what_other_hooks_put_in_place_is_not_lost(network):
         torch.testing.assert_close(input_gradient(network, x), expected)
         for handle in handles:
             handle.remove()
+
+
+def test_chosen_layers_that_were_never_called_are_named(network):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.unused = network, nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.network(x)
+
+    model, x = Half().double().eval(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    with (
+        pytest.warns(ModelWarning, match=r"1 of 3 chosen convolutions were never called and not edited: unused;"),
+        pg.ParchGrad(model, PinnedChannels(), layers="all"),
+    ):
+        found = input_gradient(model, x)
+    with pg.ParchGrad(model, PinnedChannels(), layers=["network.*"]):
+        torch.testing.assert_close(input_gradient(model, x), found)
+    # A part of the model alone is no pass of the model.
+    with pg.ParchGrad(model, PinnedChannels(), layers="all"):
+        network[:2](x)
 
 
 @pytest.mark.parametrize("where", ["inside", "behind the block", "in a plain block", "in another thread"])

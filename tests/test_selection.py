@@ -348,7 +348,30 @@ def test_energy_ranks_alike_at_any_scale_and_in_any_batch():
     assert torch.equal(alone, expected)
 
 
-def test_energy_of_subnormal_and_half_precision_gradients():
+def test_energy_at_the_ends_of_the_range():
+    selector = pg.GradientEnergy(quantile=0.3)
+    # Whole numbers keep all their digits as subnormals.
+    gradient = -torch.randint(1, 16, (2, 20, 50)).float()
+    gradient[:, :, 1:] *= torch.randint(0, 2, (2, 20, 49))
+    expected = selector.select(LayerSignal(layer="conv", gradient=gradient.double()))
+    for scale in (2.0**-148, 2.0**-145, 2.0**-126, 2.0**120, 2.0**123):
+        assert torch.equal(selector.select(LayerSignal(layer="conv", gradient=gradient * scale)), expected)
+
+
+def test_energy_far_below_the_largest_is_ranked_all_the_same():
+    selector = pg.GradientEnergy(quantile=0.1)
+    gradient = 1e-7 * torch.randn(3, 64, 49)
+    gradient[::2, 0] = torch.randn(49)
+    mask = selector.select(LayerSignal(layer="conv", gradient=gradient))
+    assert torch.equal(mask, selector.select(LayerSignal(layer="conv", gradient=gradient.double())))
+    assert mask.sum(1).tolist() == [6, 6, 6]
+    # The squares of the others vanish in float32, that of the largest does not.
+    gradient[::2, 0] *= 1e8
+    for scale in (2.0**-54, 2.0**-30, 1.0):
+        assert torch.equal(selector.select(LayerSignal(layer="conv", gradient=scale * gradient[::2])), mask[::2])
+
+
+def test_energy_of_half_precision_gradients():
     gradient = torch.randn(2, 20, 50)
     selector = pg.GradientEnergy(quantile=0.3)
     expected = selector.select(LayerSignal(layer="conv", gradient=gradient.double()))

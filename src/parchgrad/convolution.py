@@ -298,7 +298,7 @@ def _memory_format(values: Tensor) -> torch.memory_format:
 
 def _input_gradient(gradient: Tensor, weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:
     """Backward pass of a convolution to its input alone, shape (B, D, *I)."""
-    # Of the input only shape and layout are read, so that it need not be kept.
+    # Of the input only the shape is read, so that it need not be kept.
     shape_only = gradient.new_empty(input_shape)
     found: Tensor = torch.ops.aten.convolution_backward(
         gradient,

@@ -52,6 +52,8 @@ class ParchGrad:
     from several threads; blocks of other threads are not affected. Of nested blocks only the innermost around a
     convolution acts, with its own layers alone. First derivatives only: `create_graph=True` is refused.
 
+    Checkpointing needs `use_reentrant=False`: the other way is edited only if the backward pass is in the block too.
+
     What the backward signal shows is the seed: of a loss such as cross-entropy, whose largest positive gradient is at
     a competing class, give `target`.
 
@@ -167,6 +169,14 @@ class ParchGrad:
                 ModelWarning,
                 stacklevel=2,
             )
+        elif kind is None and session.missed:
+            warnings.warn(
+                f"{len(session.missed)} of {len(self.layers)} chosen convolutions were never called and not edited: "
+                f"{', '.join(session.missed[:3])}{', ...' if len(session.missed) > 3 else ''}; leave out those that "
+                "take no part, and explain the model as it was before a part of it was compiled.",
+                ModelWarning,
+                stacklevel=2,
+            )
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -210,6 +220,15 @@ class _Session:
         self._handles: list[RemovableHandle] = []
         self._is_open = True
         self.was_called = False
+        self._reached: set[str] = set()
+        self._was_passed = False
+
+    @property
+    def missed(self) -> list[str]:
+        """Chosen convolutions that were never called, though the model and others were."""
+        if self.owner is None or not (self._was_passed and self._reached):
+            return []
+        return [name for name in self.owner.layers if name not in self._reached]
 
     def open(self) -> None:
         try:
@@ -265,6 +284,7 @@ class _Session:
         # A part of the model called on its own has no forward pass of the model around it.
         forward = self._forward() or _Forward(self, owner)
         forward.reached = self.was_called = True
+        self._reached.add(layer)
         if not self._decides_over(convolution):
             return None
         if torch._C._are_functorch_transforms_active():
@@ -292,8 +312,7 @@ class _Session:
         edit = _Edit(forward, layer, observation)
         geometry = plain_geometry(convolution)
         # Not if a hook that came first put something else in its place.
-        is_plain = geometry is not None and len(inputs) == 1 and node.name() == "ConvolutionBackward0"
-        if not is_plain:
+        if geometry is None or len(inputs) != 1 or not _is_convolution_of(node, inputs[0]):
             return cast(Tensor, _EditedOutput.apply(output, edit))
         if not inputs[0].requires_grad:
             # Nothing flows on to the input.
@@ -307,6 +326,7 @@ class _Session:
         _FORWARDS.set(tuple(other for other in _FORWARDS.get() if other is not forward))
         # After an exception the output is None.
         if output is not None:
+            self._was_passed = True
             forward.watch(output)
 
 
@@ -441,6 +461,19 @@ class _EditedOutput(torch.autograd.Function):
         owner = ctx.edit.forward.owner
         mask = ctx.edit.select(gradient)
         return partition_gradient(gradient, mask, gamma=owner._gamma, conserve=owner._conserve), None
+
+
+def _is_convolution_of(node: Any, source: Tensor) -> bool:
+    """Whether a node of the graph is that of a convolution, straight from this input."""
+    if node.name() != "ConvolutionBackward0":
+        return False
+    before = node.next_functions[0][0]
+    if before is not None and before.name() == "ToCopyBackward0":
+        # Autocast brings the input to half precision.
+        before = before.next_functions[0][0]
+    if source.grad_fn is None:
+        return not source.requires_grad or getattr(before, "variable", None) is source
+    return before is source.grad_fn
 
 
 _SESSIONS: ContextVar[tuple[_Session, ...]] = ContextVar("parchgrad_sessions", default=())

@@ -481,13 +481,16 @@ STATISTICAL_SELECTORS = ("class", "instance")
 """Short names of the selectors that need channel statistics besides."""
 
 
-def make_selector(name: str, *, quantile: float, statistics: ChannelStatistics | None = None) -> Selector:
+def make_selector(
+    name: str, *, quantile: float, statistics: ChannelStatistics | None = None, seed: int = 0
+) -> Selector:
     """Make a selector by its short name.
 
     Args:
         name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS`.
         quantile: share of the channels to keep, in (0, 1].
         statistics: channel statistics, for the selectors that need them.
+        seed: for the selector that draws.
 
     Raises:
         SettingError: if the name is unknown or `quantile` is out of range.
@@ -497,6 +500,8 @@ def make_selector(name: str, *, quantile: float, statistics: ChannelStatistics |
         >>> make_selector("energy", quantile=0.2)
         GradientEnergy(quantile=0.2)
     """
+    if name == "random":
+        return RandomChannels(quantile=quantile, seed=seed)
     if name in SELECTORS_BY_NAME:
         return SELECTORS_BY_NAME[name](quantile=quantile)
     if name not in STATISTICAL_SELECTORS:
@@ -516,7 +521,7 @@ def _given(value: Tensor | None, name: str) -> Tensor:
 
 
 # Largest norms of a row between which no square that counts vanishes or overflows in float32, and the share of the
-# largest below which a norm counts as zero: so neither the scale of a row nor the rows beside it change its ranking.
+# largest below which squares may: so neither the scale of a row nor the rows beside it change its ranking.
 _SAFE_NORMS = (2.0**-30, 2.0**60)
 _NEGLIGIBLE = 2.0**-22
 
@@ -536,9 +541,11 @@ def _keep_most_energy(flat: Tensor, quantile: float) -> Tensor:
         exponent = torch.frexp(peak).exponent.clamp_(-126, 126)
         norms = torch.linalg.vector_norm(wide * torch.ldexp(torch.ones_like(peak), -exponent), dim=2)
         best = norms.topk(best.shape[1], dim=1).values
-    # All that counts as zero ties at zero.
-    threshold = best[:, -1:]
-    return norms >= threshold.masked_fill(threshold < best[:, :1] * _NEGLIGIBLE, 0.0)
+    mask = norms >= best[:, -1:]
+    lost = best[:, -1:] < best[:, :1] * _NEGLIGIBLE
+    if bool(lost.any()):
+        mask = torch.where(lost, keep_best(safe_norm(flat, dim=2), quantile), mask)
+    return mask
 
 
 def _flat(gradient: Tensor) -> Tensor:

@@ -1,0 +1,461 @@
+"""Runs: a grid of settings over a data set, one row for each image and setting, resumed where they stopped.
+
+A run is a folder: `run.json` says what is evaluated on what, and each process appends its rows to a file of its own,
+`rows-0.jsonl` and so on. A row is a JSON object on a line. What stands there is never scored again, so that a run goes
+on after it was stopped, with more settings, or with another number of processes.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from parchgrad._version import __version__
+from parchgrad.attribution import Explainer
+from parchgrad.data.samples import Sample
+from parchgrad.errors import InputError, OutputError, SettingError
+from parchgrad.evaluation.localisation import boxes_to_region
+from parchgrad.evaluation.methods import Method, centre_blob, grad_cam, maps_of, random_map
+from parchgrad.evaluation.scores import ScoreSettings, score_maps
+from parchgrad.files import writing
+from parchgrad.layers import LayerChoice
+from parchgrad.partition import Conserve
+from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, make_selector
+from parchgrad.statistics import ChannelStatistics
+
+__all__ = ["Grid", "Row", "Setting", "TargetChoice", "evaluate", "make_method", "read_rows"]
+
+Row = dict[str, Any]
+TargetChoice = Literal["label", "predicted"]
+_FORMAT = 1
+
+_CONTROL_METHODS: Mapping[str, Callable[[nn.Module, int], Method]] = {
+    "random_map": lambda model, seed: random_map(seed=seed),
+    "grad_cam": lambda model, seed: grad_cam(model),
+    "centre_blob": lambda model, seed: centre_blob(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way of explaining.
+
+    Attributes:
+        method: of the explainer, such as `"gradient"`, `"smoothgrad"` or a Captum class name; or a control:
+            `"random_map"`, `"grad_cam"`, `"centre_blob"`.
+        selector: short name of the selector, such as `"energy"`; None for the plain method, which ignores what follows.
+        quantile: share of the channels to keep, in (0, 1].
+        layers: which convolutions are edited; see `choose_layers`.
+        gamma: see `partition_gradient`.
+        conserve: see `partition_gradient`.
+
+    Raises:
+        SettingError: if there is no such selector, or a control is given one.
+    """
+
+    method: str = "gradient"
+    selector: str | None = None
+    quantile: float = 0.1
+    layers: str | float | tuple[str, ...] = "default"
+    gamma: float = math.inf
+    conserve: Conserve = "independent"
+
+    def __post_init__(self) -> None:
+        known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
+        if self.selector is not None and self.selector not in known:
+            raise SettingError(f"selector is {self.selector!r}, but it must be one of {', '.join(known)}.")
+        if self.selector is not None and self.method in _CONTROL_METHODS:
+            raise SettingError(f"The control {self.method!r} has no selector; leave {self.selector!r} out.")
+
+    @property
+    def title(self) -> str:
+        """What the setting is called where people read it; settings that differ have titles that do.
+
+        Example:
+            >>> Setting(selector="energy", layers="all").title
+            'gradient, energy 0.1, all layers'
+        """
+        if self.selector is None:
+            return self.method.replace("_", " ")
+        layers = "+".join(self.layers) if isinstance(self.layers, tuple) else f"{self.layers}"
+        parts = [self.method.replace("_", " "), f"{self.selector} {self.quantile:g}", f"{layers} layers"]
+        parts += [f"gamma {self.gamma:g}"] if math.isfinite(self.gamma) else []
+        parts += [f"conserve {self.conserve}"] if self.conserve != "independent" else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """All combinations of settings, and the controls that always come with them.
+
+    Attributes:
+        methods: see `Setting.method`.
+        selectors: see `Setting.selector`.
+        quantiles: see `Setting.quantile`.
+        layers: see `Setting.layers`.
+        gammas: see `Setting.gamma`.
+        conserves: see `Setting.conserve`.
+    """
+
+    methods: tuple[str, ...] = ("gradient",)
+    selectors: tuple[str | None, ...] = ("energy",)
+    quantiles: tuple[float, ...] = (0.1,)
+    layers: tuple[str | float | tuple[str, ...], ...] = ("default",)
+    gammas: tuple[float, ...] = (math.inf,)
+    conserves: tuple[Conserve, ...] = ("independent",)
+
+    def settings(self) -> tuple[Setting, ...]:
+        """The controls, the plain gradient first, then all combinations, each once.
+
+        Every partitioned setting has its twin of random channels.
+
+        Example:
+            >>> [setting.title for setting in Grid().settings()][:3]
+            ['gradient', 'random map', 'grad cam']
+            >>> [setting.title for setting in Grid().settings()][4:]
+            ['gradient, random 0.1, default layers', 'gradient, energy 0.1, default layers']
+        """
+        found = [Setting(), *(Setting(method=name) for name in _CONTROL_METHODS)]
+        edits = list(itertools.product(self.quantiles, self.layers, self.gammas, self.conserves))
+        for method, selector in itertools.product(self.methods, self.selectors):
+            found.append(Setting(method=method))
+            if selector is None or method in _CONTROL_METHODS:
+                continue
+            for quantile, layers, gamma, conserve in edits:
+                for name in ("random", selector):
+                    found.append(
+                        Setting(
+                            method=method,
+                            selector=name,
+                            quantile=quantile,
+                            layers=layers,
+                            gamma=gamma,
+                            conserve=conserve,
+                        )
+                    )
+        return tuple(dict.fromkeys(found))
+
+
+def make_method(
+    model: nn.Module, setting: Setting, *, statistics: ChannelStatistics | None = None, seed: int = 0
+) -> Method:
+    """Make the method that a setting describes.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        setting: what is asked for.
+        statistics: for the selectors that need some.
+        seed: of random maps and random channels.
+
+    Raises:
+        ParchGradError: if the setting does not fit the model; see `Explainer`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
+        >>> make_method(model, Setting(selector="energy"))(torch.rand(1, 3, 4, 4), torch.tensor([0])).shape
+        torch.Size([1, 4, 4])
+    """
+    if setting.method in _CONTROL_METHODS:
+        return _CONTROL_METHODS[setting.method](model, seed)
+    selector = None
+    if setting.selector is not None:
+        selector = make_selector(setting.selector, quantile=setting.quantile, statistics=statistics, seed=seed)
+    layers: LayerChoice = list(setting.layers) if isinstance(setting.layers, tuple) else setting.layers
+    return maps_of(
+        Explainer(model, selector, layers=layers, gamma=setting.gamma, conserve=setting.conserve, method=setting.method)
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset[Sample],
+    settings: Sequence[Setting],
+    folder: str | Path,
+    *,
+    name: str = "model",
+    scores: ScoreSettings | None = None,
+    target: TargetChoice = "label",
+    statistics: ChannelStatistics | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    process: tuple[int, int] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Score the maps of every setting on every image, and append a row for each to the run's folder.
+
+    What the folder holds already is skipped: an interrupted run goes on, and finished settings cost nothing. Several
+    processes share the images; under torchrun without further words.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        data: the images, with `fingerprint`.
+        settings: what is compared; see `Grid`.
+        folder: of the run, made where there is none.
+        name: of the model in the rows.
+        scores: which scores, and how; None takes the defaults.
+        target: which class is explained: `"label"` or `"predicted"`.
+        statistics: for the selectors that need some.
+        batch_size: images that are loaded and scored together, at least 1.
+        seed: of random maps and random channels.
+        process: number of this process, from zero, and of all of them; None asks torchrun's environment.
+        on_progress: called with the rows that this process has, and those it will have.
+
+    Raises:
+        SettingError: if a setting is out of range, or the folder holds a run of something else.
+        InputError: if the images differ in size, or a file of the run is damaged.
+        OutputError: if the folder cannot be written.
+        ParchGradError: if a setting does not fit the model; see `Explainer`.
+
+    Example:
+        >>> import tempfile
+        >>> class Noise(Dataset):
+        ...     fingerprint = "two noisy images"
+        ...     def __len__(self):
+        ...         return 2
+        ...     def __getitem__(self, index):
+        ...         return Sample(image=torch.rand(3, 8, 8), label=index, name=f"noise {index}")
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     evaluate(model, Noise(), [Setting(), Setting(selector="energy")], folder)
+        ...     [(row["setting"], row["image"]) for row in read_rows(folder)][:2]
+        [('gradient', 'noise 0'), ('gradient', 'noise 1')]
+    """
+    if target not in get_args(TargetChoice):
+        raise SettingError(f"target is {target!r}, but it must be one of {', '.join(get_args(TargetChoice))}.")
+    if batch_size < 1:
+        raise SettingError(f"batch_size is {batch_size}, but it must be 1 or more.")
+    rank, count = process or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    chosen = scores or ScoreSettings()
+    methods = {
+        setting: make_method(model, setting, statistics=statistics, seed=seed) for setting in dict.fromkeys(settings)
+    }
+    place = Path(folder)
+    _join_run(
+        place,
+        {
+            "format": _FORMAT,
+            "model": name,
+            "weights": _weight_digest(model),
+            "data": getattr(data, "fingerprint", None),
+            "images": len(data),  # type: ignore[arg-type]  # torch's Dataset promises no length, ours has one
+            "target": target,
+            "scores": asdict(chosen),
+            "seed": seed,
+            "statistics": None if statistics is None else _digest(json.dumps(statistics.metadata, default=str)),
+        },
+    )
+    done = {(row["setting"], row["index"]) for row in read_rows(place)}
+    own = range(rank, len(data), count)  # type: ignore[arg-type]  # as above
+    pending = {setting: [index for index in own if (setting.title, index) not in done] for setting in methods}
+    total = len(own) * len(methods)
+    finished = total - sum(len(indices) for indices in pending.values())
+    wanted = sorted(set().union(*pending.values())) if pending else []
+    with _Appender(place / f"rows-{rank}.jsonl") as rows:
+        for start in range(0, len(wanted), batch_size):
+            batch = _load(data, wanted[start : start + batch_size], model, target)
+            for setting, method in methods.items():
+                places = [place for place, index in enumerate(batch.indices) if index in set(pending[setting])]
+                if not places:
+                    continue
+                rows.append(_score(model, setting, method, batch.take(places), chosen, name))
+                finished += len(places)
+                if on_progress is not None:
+                    on_progress(finished, total)
+
+
+def read_rows(folder: str | Path) -> list[Row]:
+    """Read the rows of a run, those of all processes, by setting in order of appearance, and by image.
+
+    Raises:
+        InputError: if there is no run in the folder, or a file of it is damaged.
+    """
+    place = Path(folder)
+    if not (place / "run.json").is_file():
+        raise InputError(f"There is no run in {str(folder)!r}; name the folder that an evaluation wrote.")
+    found: dict[tuple[str, int], Row] = {}
+    for file in sorted(place.glob("rows-*.jsonl")):
+        for number, line in enumerate(_complete_lines(file), start=1):
+            try:
+                row = json.loads(line)
+                key = (row["setting"], row["index"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"Line {number} of {str(file)!r} is no row of a run; remove it, and run the evaluation again."
+                ) from error
+            found.setdefault(key, {field: math.nan if value is None else value for field, value in row.items()})
+    order = {title: place for place, title in enumerate(dict.fromkeys(title for title, _ in found))}
+    return [found[key] for key in sorted(found, key=lambda key: (order[key[0]], key[1]))]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Batch:
+    """Some images of the data, with what the classifier says of them."""
+
+    indices: list[int]
+    samples: list[Sample]
+    images: Tensor
+    target: Tensor
+    predicted: Tensor
+    probability: Tensor
+
+    def take(self, places: list[int]) -> "_Batch":
+        if len(places) == len(self.indices):
+            return self
+        return _Batch(
+            indices=[self.indices[place] for place in places],
+            samples=[self.samples[place] for place in places],
+            images=self.images[places],
+            target=self.target[places],
+            predicted=self.predicted[places],
+            probability=self.probability[places],
+        )
+
+
+def _load(data: Dataset[Sample], indices: list[int], model: nn.Module, target: TargetChoice) -> _Batch:
+    samples = [data[index] for index in indices]
+    shapes = {tuple(sample.image.shape) for sample in samples}
+    if len(shapes) > 1:
+        listed = " and ".join(str(shape) for shape in sorted(shapes)[:2])
+        raise InputError(f"The images have shapes {listed}; bring them to one size, or take batch_size=1.")
+    weight = next(model.parameters())
+    images = torch.stack([sample.image for sample in samples]).to(weight)
+    with torch.no_grad():
+        probability, predicted = model(images).softmax(dim=1).max(dim=1)
+    labels = torch.tensor([sample.label for sample in samples], device=images.device)
+    return _Batch(
+        indices=indices,
+        samples=samples,
+        images=images,
+        target=labels if target == "label" else predicted,
+        predicted=predicted,
+        probability=probability,
+    )
+
+
+def _score(
+    model: nn.Module, setting: Setting, method: Method, batch: _Batch, scores: ScoreSettings, name: str
+) -> list[Row]:
+    """Rows of a batch under one setting."""
+    start = time.perf_counter()
+    heat = method(batch.images, batch.target)
+    seconds = (time.perf_counter() - start) / len(batch.indices)
+    regions = [_region(sample) for sample in batch.samples]
+    found = score_maps(model, method, batch.images, batch.target, heat, regions, scores)
+    columns = {score: values.tolist() for score, values in found.items()}
+    described = {**asdict(setting), "gamma": "inf" if math.isinf(setting.gamma) else setting.gamma}
+    return [
+        {
+            "model": name,
+            "setting": setting.title,
+            **described,
+            "index": index,
+            "image": sample.name,
+            "label": sample.label,
+            "target": target,
+            "predicted": predicted,
+            "probability": probability,
+            "seconds": seconds,
+            **{score: values[place] for score, values in columns.items()},
+        }
+        for place, (index, sample, target, predicted, probability) in enumerate(
+            zip(
+                batch.indices,
+                batch.samples,
+                batch.target.tolist(),
+                batch.predicted.tolist(),
+                batch.probability.tolist(),
+                strict=True,
+            )
+        )
+    ]
+
+
+def _region(sample: Sample) -> Tensor | None:
+    """Where the class is seen: the exact mask before the boxes."""
+    if sample.mask is not None or sample.boxes is None:
+        return sample.mask
+    height, width = sample.image.shape[1:]
+    return boxes_to_region(sample.boxes, height=height, width=width)
+
+
+class _Appender:
+    """Appends rows to a file, a whole batch at once; a line that an interrupted run left unfinished is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> "_Appender":
+        try:
+            if self._path.exists():
+                whole = sum(len(line) for line in _complete_lines(self._path))
+                os.truncate(self._path, whole)
+            self._file = self._path.open("ab")
+        except OSError as error:
+            raise self._cannot(error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, rows: Sequence[Row]) -> None:
+        lines = [json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) for row in rows]
+        try:
+            self._file.write("".join(f"{line}\n" for line in lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    def _cannot(self, error: OSError) -> OutputError:
+        return OutputError(f"{str(self._path)!r} cannot be written ({error.strerror or error}); choose another folder.")
+
+
+def _plain(value: object) -> object:
+    """JSON knows neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _complete_lines(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as opened:
+        yield from (line for line in opened if line.endswith(b"\n"))
+
+
+def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
+    """Write what is evaluated, or make sure that the folder's run evaluates the same."""
+    path, wanted = folder / "run.json", json.loads(json.dumps(described))
+    if not path.exists():
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps({**wanted, "parchgrad": __version__}, indent=2) + "\n")
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}); choose another folder.") from error
+    different = [key for key, value in wanted.items() if not isinstance(found, dict) or found.get(key) != value]
+    if different:
+        raise SettingError(
+            f"The run in {str(folder)!r} differs in {', '.join(different)}; choose another folder, or the settings "
+            "that it was started with."
+        )
+
+
+def _weight_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, values in model.state_dict().items():
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
