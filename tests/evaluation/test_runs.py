@@ -1,0 +1,269 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import parchgrad as pg
+from parchgrad.data.samples import Sample
+from parchgrad.errors import InputError, LayerError, OutputError, SettingError, StatisticsError
+from parchgrad.evaluation.localisation import boxes_to_region
+from parchgrad.evaluation.methods import centre_blob, grad_cam, maps_of, random_map
+from parchgrad.evaluation.runs import Grid, Setting, evaluate, make_method, read_rows
+from parchgrad.evaluation.scores import ScoreSettings, score_maps
+from tests.conftest import random_statistics, small_network
+
+SETTINGS = (Setting(), Setting(method="centre_blob"), Setting(selector="energy", quantile=0.34, layers="all"))
+SCORES = ScoreSettings(ratios=(0.2, 0.6), tolerance=1)
+
+
+class Noise(Dataset):
+    """Noise with a box, a mask, or nothing known, by turns."""
+
+    fingerprint = "noise"
+
+    def __init__(self, count=7, pause=0.0):
+        self.count, self.pause = count, pause
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        time.sleep(self.pause)
+        generator = torch.Generator().manual_seed(index)
+        image = torch.randn(3, 8, 8, generator=generator)
+        boxes = torch.tensor([[1.0, 2.0, 5.0, 6.0]]) if index % 3 == 0 else None
+        mask = torch.rand(8, 8, generator=generator) > 0.5 if index % 3 == 1 else None
+        return Sample(image=image, label=index % 5, name=f"noise {index}", boxes=boxes, mask=mask)
+
+
+def run(folder, data=None, settings=SETTINGS, **options):
+    evaluate(small_network(), data or Noise(), settings, folder, scores=SCORES, batch_size=3, **options)
+    return comparable(read_rows(folder))
+
+
+def comparable(rows):
+    """Without times, and with NaN that equals itself."""
+    return [
+        {key: "NaN" if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for row in ({key: value for key, value in row.items() if key != "seconds"} for row in rows)
+    ]
+
+
+def close(first, second):
+    """Rows of the same images under the same settings, up to the rounding that another batch brings."""
+    assert [row.keys() for row in first] == [row.keys() for row in second]
+    for one, other in zip(first, second, strict=True):
+        for key, value in one.items():
+            assert value == (pytest.approx(other[key], rel=1e-9, abs=1e-12) if isinstance(value, float) else other[key])
+
+
+def test_rows_are_what_the_scores_of_each_image_say(tmp_path):
+    network, data = small_network(), Noise()
+    rows = run(tmp_path, name="small")
+    assert [(row["setting"], row["index"]) for row in rows] == [
+        (setting.title, index) for setting in SETTINGS for index in range(7)
+    ]
+    methods = (
+        maps_of(pg.Explainer(network, None)),
+        centre_blob(),
+        maps_of(pg.Explainer(network, pg.GradientEnergy(quantile=0.34), layers="all")),
+    )
+    for row, (method, index) in zip(rows, [(method, index) for method in methods for index in range(7)], strict=True):
+        sample = data[index]
+        image, target = sample.image.double().unsqueeze(0), torch.tensor([sample.label])
+        region = sample.mask
+        if sample.boxes is not None:
+            region = boxes_to_region(sample.boxes, height=8, width=8)
+        found = score_maps(network, method, image, target, method(image, target), [region], SCORES)
+        for name, value in found.items():
+            expected = "NaN" if value.isnan() else pytest.approx(value.item(), rel=1e-9, abs=1e-12)
+            assert row[name] == expected, name
+        probability = network(image).softmax(1)[0]
+        assert row["predicted"] == probability.argmax().item()
+        assert row["probability"] == pytest.approx(probability.max().item())
+        assert (row["label"], row["target"], row["image"], row["model"]) == (
+            sample.label,
+            sample.label,
+            sample.name,
+            "small",
+        )
+    assert rows[-1]["gamma"] == "inf"
+    assert rows[-1]["quantile"] == 0.34
+
+
+def test_the_predicted_class_may_be_explained(tmp_path):
+    rows = run(tmp_path, target="predicted")
+    assert all(row["target"] == row["predicted"] for row in rows)
+    assert any(row["label"] != row["target"] for row in rows)
+    with pytest.raises(SettingError, match="target is 'best'"):
+        run(tmp_path, target="best")
+
+
+def test_a_run_goes_on_and_finished_settings_cost_nothing(tmp_path):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", settings=SETTINGS[:1])
+
+    class Counting(Noise):
+        loaded = 0
+
+        def __getitem__(self, index):
+            Counting.loaded += 1
+            return super().__getitem__(index)
+
+    assert run(tmp_path / "parts", data=Counting(), settings=SETTINGS[:1])
+    assert Counting.loaded == 0
+    told = []
+    close(run(tmp_path / "parts", data=Counting(), on_progress=lambda *counts: told.append(counts)), whole)
+    assert Counting.loaded == 7
+    assert told[0] == (10, 21)
+    assert told[-1] == (21, 21)
+
+
+@pytest.mark.parametrize("cut", [1, 30, 400, 4000])
+def test_a_line_that_was_cut_off_is_had_again(tmp_path, cut):
+    whole = run(tmp_path)
+    file = tmp_path / "rows-0.jsonl"
+    file.write_bytes(file.read_bytes()[:-cut])
+    close(run(tmp_path), whole)
+    assert len(file.read_text().splitlines()) == 21
+
+
+def test_killed_at_any_time_it_goes_on(tmp_path):
+    whole = run(tmp_path / "whole", data=Noise(40))
+    script = (
+        "import sys; from tests.evaluation.test_runs import Noise, run\nrun(sys.argv[1], data=Noise(40, pause=0.01))"
+    )
+    folder, kills = tmp_path / "killed", 0
+    for rows in (3, 30, 60):
+        process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=Path(__file__).parents[2])
+        file = folder / "rows-0.jsonl"
+        while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") > rows):
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills > 0
+    assert len(read_rows(folder)) < 120
+    close(run(folder, data=Noise(40)), whole)
+
+
+def test_two_processes_share_the_images(tmp_path):
+    whole = run(tmp_path / "whole")
+    script = "import sys; from tests.evaluation.test_runs import Noise, run\nrun(sys.argv[1], data=Noise(pause=0.05))"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "shared")],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    counts = [len((tmp_path / "shared" / f"rows-{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
+    assert counts == [12, 9]
+    close(sorted(comparable(read_rows(tmp_path / "shared")), key=order), sorted(whole, key=order))
+    # Another number of processes finds everything done.
+    run(tmp_path / "shared")
+    assert (tmp_path / "shared" / "rows-0.jsonl").read_text().count("\n") == 12
+
+
+def order(row):
+    return row["setting"], row["index"]
+
+
+def test_a_run_of_something_else_is_not_mixed_in(tmp_path):
+    run(tmp_path)
+    with pytest.raises(SettingError, match="differs in seed; choose another folder"):
+        run(tmp_path, seed=1)
+    other = Noise(5)
+    other.fingerprint = "other noise"
+    with pytest.raises(SettingError, match="differs in data, images;"):
+        run(tmp_path, data=other)
+    changed = small_network()
+    with torch.no_grad():
+        changed[0].bias[0] += 1e-6
+    with pytest.raises(SettingError, match="differs in weights"):
+        evaluate(changed, Noise(), SETTINGS, tmp_path, scores=SCORES)
+
+
+def test_damaged_rows_and_folders_are_said(tmp_path):
+    run(tmp_path)
+    with (tmp_path / "rows-0.jsonl").open("a") as file:
+        file.write("not a row\n")
+    with pytest.raises(InputError, match=r"Line 22 of .*rows-0.jsonl"):
+        read_rows(tmp_path)
+    with pytest.raises(InputError, match="no run"):
+        read_rows(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        run(tmp_path / "file" / "below")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run.json"):
+        run(tmp_path)
+
+
+def test_images_of_several_sizes_are_said(tmp_path):
+    class Uneven(Noise):
+        def __getitem__(self, index):
+            return Sample(image=torch.randn(3, 8, 8 + index), label=0, name=f"{index}")
+
+    with pytest.raises(InputError, match=r"\(3, 8, 8\) and \(3, 8, 9\)"):
+        run(tmp_path, data=Uneven())
+
+
+def test_the_grid_brings_the_controls_and_a_random_twin_of_every_edit():
+    grid = Grid(
+        methods=("gradient", "smoothgrad"),
+        selectors=(None, "energy", "activation"),
+        quantiles=(0.1, 0.3),
+        layers=("all", 0.5),
+        gammas=(math.inf, 2.0),
+    )
+    settings = grid.settings()
+    assert len(set(settings)) == len(settings)
+    assert len({setting.title for setting in settings}) == len(settings)
+    assert [setting.method for setting in settings[:4]] == ["gradient", "random_map", "grad_cam", "centre_blob"]
+    edits = [setting for setting in settings if setting.selector]
+    assert len(edits) == 2 * 3 * 8
+    for setting in edits:
+        twin = Setting(**{**vars(setting), "selector": "random"})
+        assert twin in settings
+    assert Setting(method="smoothgrad") in settings
+    json.dumps([setting.title for setting in settings])
+
+
+def test_settings_make_the_methods_they_name(network):
+    images, target = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1])
+    held = random_statistics({"0": 6, "2": 6})
+    for setting, expected in (
+        (Setting(method="random_map"), random_map(seed=4)),
+        (Setting(method="grad_cam"), grad_cam(network)),
+        (Setting(method="input_x_gradient"), maps_of(pg.Explainer(network, None, method="input_x_gradient"))),
+        (
+            Setting(selector="random", layers=("2",), quantile=0.5),
+            maps_of(pg.Explainer(network, pg.RandomChannels(quantile=0.5, seed=4), layers=["2"])),
+        ),
+        (
+            Setting(selector="class", layers="all", gamma=3.0, conserve="exact"),
+            maps_of(pg.Explainer(network, pg.ClassWise(held, quantile=0.1), layers="all", gamma=3.0, conserve="exact")),
+        ),
+    ):
+        method = make_method(network, setting, statistics=held, seed=4)
+        torch.testing.assert_close(method(images, target), expected(images, target))
+    with pytest.raises(StatisticsError, match="needs channel statistics"):
+        make_method(network, Setting(selector="instance"))
+    with pytest.raises(LayerError):
+        make_method(network, Setting(selector="energy", layers=("nowhere",)))
+    with pytest.raises(SettingError, match="selector is 'best'"):
+        Setting(selector="best")
+    with pytest.raises(SettingError, match="has no selector"):
+        Setting(method="grad_cam", selector="energy")
