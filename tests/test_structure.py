@@ -30,6 +30,7 @@ ORDER = [
         "evaluation.perturbation",
         "evaluation.methods",
         "evaluation.sanity",
+        "evaluation.report",
         "evaluation.runs",
         "evaluation.scores",
         "evaluation.sparsity",

@@ -1,0 +1,257 @@
+"""From the rows of a run to a table that says no more than they do."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from parchgrad.errors import InputError, SettingError
+from parchgrad.evaluation.runs import Row
+from parchgrad.evaluation.scores import SCORES, Direction
+from parchgrad.evaluation.summary import Comparison, Mean, compare, rank_methods, valid_mean
+
+__all__ = [
+    "BASELINE",
+    "Cell",
+    "Summary",
+    "Verdict",
+    "csv_table",
+    "markdown_table",
+    "relative_time",
+    "summarise",
+    "title_of",
+]
+
+BASELINE = "gradient"
+"""The setting that others are compared with."""
+
+Verdict = Literal["better", "worse", "open"]
+_ARROWS: Mapping[Direction, str] = {"higher": "↑", "lower": "↓", "neither": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One score of one setting.
+
+    Attributes:
+        mean: over the images.
+        comparison: with the baseline, on the same images; None for the baseline itself.
+        rank: mean rank among all settings over the images, 1 for the best; NaN where no direction is better.
+        verdict: `"better"` or `"worse"` than the baseline where the interval leaves out zero, else `"open"`.
+    """
+
+    mean: Mean
+    comparison: Comparison | None
+    rank: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Summary:
+    """What a run found.
+
+    Attributes:
+        model: name of the model.
+        images: number of images.
+        settings: titles, in order of appearance.
+        scores: names, in the order of `SCORES`.
+        cells: by setting and score.
+        seconds: median over the images of the time of a map, by setting.
+        confidence: level of the intervals.
+    """
+
+    model: str
+    images: int
+    settings: tuple[str, ...]
+    scores: tuple[str, ...]
+    cells: Mapping[tuple[str, str], Cell]
+    seconds: Mapping[str, float]
+    confidence: float
+
+
+def summarise(
+    rows: Sequence[Row],
+    *,
+    scores: Sequence[str] | None = None,
+    baseline: str = BASELINE,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Summary:
+    """Average the rows of one model, and compare every setting with the baseline on the same images.
+
+    Only images that every setting has rows of take part: settings are compared on the same ground.
+
+    Args:
+        rows: of one run; see `read_rows`.
+        scores: names of the scores, those at single ratios (`"aopc@0.1"`) among them; None takes all means.
+        baseline: title of the setting that others are compared with.
+        confidence: level of the intervals, in (0, 1).
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: if there are no rows, those of several models, or no image has rows of every setting.
+        SettingError: if there is no such score or baseline.
+
+    Example:
+        >>> rows = [
+        ...     {"model": "m", "setting": setting, "index": index, "seconds": 1.0, "gini": index + gain}
+        ...     for setting, gain in (("gradient", 0.0), ("other", 0.5)) for index in range(3)
+        ... ]
+        >>> cell = summarise(rows).cells["other", "gini"]
+        >>> cell.mean.value, cell.comparison.difference, cell.verdict
+        (1.5, 0.5, 'open')
+    """
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    if len(models) != 1:
+        raise InputError(f"The rows are of {', '.join(models) or 'no model'}, but one model is summarised at a time.")
+    by_setting: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_setting.setdefault(row["setting"], {})[row["index"]] = row
+    common = sorted(set.intersection(*(set(found) for found in by_setting.values())))
+    if not common:
+        raise InputError("No image has rows of every setting; let the evaluation go on until it is finished.")
+    if baseline not in by_setting:
+        raise SettingError(f"There is no setting {baseline!r} to compare with; there are: {', '.join(by_setting)}.")
+    held = set().union(*(row for row in rows))
+    known = [name for name in SCORES if name in held] if scores is None else list(scores)
+    for name in known:
+        if name not in held or _base(name) not in SCORES:
+            raise SettingError(f"The rows hold no score {name!r}; they hold: {', '.join(sorted(held & set(SCORES)))}.")
+
+    cells = {}
+    for name in known:
+        columns = {
+            title: [float(found[index].get(name, math.nan)) for index in common] for title, found in by_setting.items()
+        }
+        better = SCORES[_base(name)].better
+        ranks = dict.fromkeys(columns, math.nan)
+        if better != "neither":
+            ranks = rank_methods(columns, higher_is_better=better == "higher")
+        for title, values in columns.items():
+            found = None
+            if title != baseline:
+                found = compare(values, columns[baseline], confidence=confidence, seed=seed)
+            cells[title, name] = Cell(
+                mean=valid_mean(values), comparison=found, rank=ranks[title], verdict=_verdict(found, better)
+            )
+    seconds = {
+        title: statistics.median([found[index]["seconds"] for index in common]) for title, found in by_setting.items()
+    }
+    return Summary(
+        model=models[0],
+        images=len(common),
+        settings=tuple(by_setting),
+        scores=tuple(known),
+        cells=cells,
+        seconds=seconds,
+        confidence=confidence,
+    )
+
+
+def markdown_table(summary: Summary) -> str:
+    """Write a summary as a Markdown table: a row for each setting, a column for each score.
+
+    A cell holds the mean and, behind it, the interval of the difference to the baseline. A setting that is better than
+    the baseline stands in bold, one that is worse in italics; where the interval holds zero it is neither.
+
+    Example:
+        >>> rows = [{"model": "m", "setting": "gradient", "index": i, "seconds": 1.0, "gini": 0.5} for i in range(2)]
+        >>> print(markdown_table(summarise(rows)))
+        | setting | Gini index | time |
+        |---|---:|---:|
+        | gradient | 0.500 | 1.00 |
+    """
+    header = ["setting", *(title_of(name) for name in summary.scores), "time"]
+    lines = [_line(header), "|---" + "|---:" * (len(header) - 1) + "|"]
+    for setting in summary.settings:
+        cells = [_shown(summary.cells[setting, name]) for name in summary.scores]
+        lines.append(_line([setting, *cells, f"{relative_time(summary, setting):.2f}"]))
+    return "\n".join(lines)
+
+
+def csv_table(summary: Summary) -> str:
+    """Write a summary as comma-separated values: a line for each setting and score, with all that is known of it.
+
+    Example:
+        >>> rows = [{"model": "m", "setting": "gradient", "index": i, "seconds": 1.0, "gini": 0.5} for i in range(2)]
+        >>> csv_table(summarise(rows)).splitlines()[1]
+        'm,gradient,gini,neither,0.5,0.0,2,2,,,,,,open,1.0'
+    """
+    lines = []
+    for (setting, name), cell in summary.cells.items():
+        against = cell.comparison
+        lines.append(
+            {
+                "model": summary.model,
+                "setting": setting,
+                "score": name,
+                "better": SCORES[_base(name)].better,
+                "mean": _known(cell.mean.value),
+                "standard_error": _known(cell.mean.standard_error),
+                "valid": cell.mean.valid,
+                "images": cell.mean.total,
+                "difference": None if against is None else _known(against.difference),
+                "low": None if against is None else _known(against.low),
+                "high": None if against is None else _known(against.high),
+                "pairs": None if against is None else against.images,
+                "rank": _known(cell.rank),
+                "verdict": cell.verdict,
+                "relative_time": relative_time(summary, setting),
+            }
+        )
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def title_of(name: str) -> str:
+    """What a score is called where people read it, with an arrow that points where it is better.
+
+    Example:
+        >>> title_of("aopc_lerf@0.1")
+        'AOPC, LeRF at 0.1 ↓'
+    """
+    score = SCORES[_base(name)]
+    ratio = f" at {name.partition('@')[2]}" if "@" in name else ""
+    return f"{score.title}{ratio} {_ARROWS[score.better]}".rstrip()
+
+
+def relative_time(summary: Summary, setting: str) -> float:
+    """Median time of a map over that of the baseline, or of the first setting where there is no baseline."""
+    base = summary.seconds.get(BASELINE, summary.seconds[summary.settings[0]])
+    return summary.seconds[setting] / base if base > 0 else math.nan
+
+
+def _verdict(comparison: Comparison | None, better: Direction) -> Verdict:
+    if comparison is None or not comparison.settled or better == "neither":
+        return "open"
+    return "better" if (comparison.difference > 0) == (better == "higher") else "worse"
+
+
+def _shown(cell: Cell) -> str:
+    if not cell.mean.valid:
+        return "none valid"
+    text = f"{cell.mean.value:.3f}"
+    if cell.comparison is not None and not math.isnan(cell.comparison.low):
+        text += f" ({cell.comparison.low:+.3f} to {cell.comparison.high:+.3f})"
+    if cell.mean.valid < cell.mean.total:
+        text += f", {cell.mean.valid} of {cell.mean.total} images"
+    mark = {"better": "**", "worse": "*", "open": ""}[cell.verdict]
+    return f"{mark}{text}{mark}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _base(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
