@@ -26,6 +26,7 @@ ORDER = [
         "data.samples",
         "models",
         "evaluation",
+        "evaluation.grid_pointing",
         "evaluation.localisation",
         "evaluation.perturbation",
         "evaluation.methods",
