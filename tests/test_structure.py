@@ -37,9 +37,10 @@ ORDER = [
         "evaluation.sparsity",
         "evaluation.summary",
         "visual",
+        "visual.charts",
         "visual.maps",
     },
-    {"collection", "explanation", "demo"},
+    {"collection", "explanation", "demo", "reporting"},
     {"cli"},
 ]
 SOURCE = Path(parchgrad.__file__).parent

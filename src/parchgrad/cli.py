@@ -262,6 +262,47 @@ def demo(
     _out.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluations.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page and the tables.")] = Path("outputs/report"),
+    score: Annotated[
+        list[str] | None, typer.Option(help="A score to show, such as aopc or aopc@0.1; may be given several times.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Level of the intervals, in (0, 1).")] = 0.95,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier report.")] = False,
+) -> None:
+    """Report what evaluations found: a page (report.html) and two tables (report.md, report.csv)."""
+    with _err.status("Comparing"):
+        from parchgrad.evaluation.report import relative_time, title_of
+        from parchgrad.files import check_outputs
+        from parchgrad.reporting import HEADLINES, Report, make_report
+
+        check_outputs(Report.files(out), force=force)
+        found = make_report(runs, scores=score, confidence=confidence)
+        page = found.save(out, force=force)
+    colours = {"better": "[green]", "worse": "[red]", "open": ""}
+    for summary in found.summaries:
+        # The page has room for all, the terminal for a few.
+        shown = summary.scores if score else [name for name in HEADLINES if name in summary.scores][:3]
+        table = _table("setting", *(title_of(name) for name in shown), "time")
+        table.columns[0].no_wrap = True
+        for setting in summary.settings:
+            cells = [summary.cells[setting, name] for name in shown]
+            texts = ["none" if math.isnan(cell.mean.value) else f"{cell.mean.value:.3f}" for cell in cells]
+            marked = [f"{colours[cell.verdict]}{text}" for cell, text in zip(cells, texts, strict=True)]
+            table.add_row(escape(setting), *marked, f"{relative_time(summary, setting):.2f}")
+        _out.print(f"{escape(summary.model)}, {summary.images} images", style="bold", highlight=False)
+        _out.print(table)
+        _out.print()
+    _out.print(
+        f"Green is better than the plain gradient, red worse, each by its {confidence:.0%} interval; "
+        "arrows point where a score is better.",
+        highlight=False,
+    )
+    _out.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)
+
+
 @stats.command()
 def collect(
     data: Annotated[

@@ -1,7 +1,6 @@
 """The demonstration: four photographs, their mosaic, and a page that shows both. Offline."""
 
 import base64
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from PIL import Image
 
 from parchgrad._version import __version__
 from parchgrad.attribution import Explainer, heatmap
-from parchgrad.errors import ModelError
 from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.explanation import Explanation, explain_images
 from parchgrad.files import check_outputs, writing
@@ -133,12 +131,8 @@ def demonstrate() -> Demonstration:
     """Explain scikit-image's photographs, and play the grid pointing game on their mosaic.
 
     Raises:
-        ModelError: if scikit-image or Jinja is not installed.
         WeightsError: if the network's weights are not installed.
     """
-    for package, module in (("scikit-image", "skimage"), ("jinja2", "jinja2")):
-        if importlib.util.find_spec(module) is None:
-            raise ModelError(f"The demonstration needs {package}; run: pip install 'parchgrad[demo]'.")
     classifier = load_model(OFFLINE_MODEL)
     selectors: dict[str, Selector] = {
         "ParchGrad, class-wise": ClassWise(ChannelStatistics.bundled(OFFLINE_MODEL), quantile=QUANTILE),

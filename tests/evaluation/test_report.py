@@ -78,6 +78,19 @@ def test_ranks_follow_the_direction_of_the_score():
     assert [found.cells[setting, "aopc_lerf"].rank for setting in SETTINGS] == pytest.approx(expected.tolist())
 
 
+def test_a_setting_without_scores_leaves_the_others_ranked():
+    rows = made_up_rows()
+    expected = summarise([row for row in rows if row["setting"] != "twin"])
+    found = summarise([{**row, "aopc": math.nan} if row["setting"] == "twin" else row for row in rows])
+    for setting in SETTINGS[:3]:
+        assert found.cells[setting, "aopc"].rank == expected.cells[setting, "aopc"].rank
+    assert math.isnan(found.cells["twin", "aopc"].rank)
+    assert found.cells["twin", "aopc"].verdict == "open"
+    assert "| none valid |" in markdown_table(found).splitlines()[-1]
+    # Nobody has boxes, so nobody asks how much lies in them.
+    assert "mass_inside" not in summarise([{**row, "mass_inside": math.nan} for row in rows]).scores
+
+
 def test_settings_are_compared_on_the_images_that_all_have():
     rows = [row for row in made_up_rows() if row["setting"] != "twin" or row["index"] < 5]
     found = summarise(rows)

@@ -116,7 +116,9 @@ def summarise(
     if baseline not in by_setting:
         raise SettingError(f"There is no setting {baseline!r} to compare with; there are: {', '.join(by_setting)}.")
     held = set().union(*(row for row in rows))
-    known = [name for name in SCORES if name in held] if scores is None else list(scores)
+    # A score that no image has one of, such as that of a box where there are none, is left out unless asked for.
+    known = [name for name in SCORES if any(not math.isnan(row.get(name, math.nan)) for row in rows)]
+    known = known if scores is None else list(scores)
     for name in known:
         if name not in held or _base(name) not in SCORES:
             raise SettingError(f"The rows hold no score {name!r}; they hold: {', '.join(sorted(held & set(SCORES)))}.")
@@ -129,7 +131,9 @@ def summarise(
         better = SCORES[_base(name)].better
         ranks = dict.fromkeys(columns, math.nan)
         if better != "neither":
-            ranks = rank_methods(columns, higher_is_better=better == "higher")
+            # One that has no score at all would leave nothing to rank.
+            ranked = {title: values for title, values in columns.items() if not all(map(math.isnan, values))}
+            ranks |= rank_methods(ranked, higher_is_better=better == "higher")
         for title, values in columns.items():
             found = None
             if title != baseline:

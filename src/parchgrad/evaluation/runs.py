@@ -44,6 +44,7 @@ _CONTROL_METHODS: Mapping[str, Callable[[nn.Module, int], Method]] = {
     "grad_cam": lambda model, seed: grad_cam(model),
     "centre_blob": lambda model, seed: centre_blob(),
 }
+_TITLES = {"grad_cam": "Grad-CAM", "smoothgrad": "SmoothGrad"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,11 @@ class Setting:
             >>> Setting(selector="energy", layers="all").title
             'gradient, energy 0.1, all layers'
         """
+        name = _TITLES.get(self.method, self.method.replace("_", " "))
         if self.selector is None:
-            return self.method.replace("_", " ")
+            return name
         layers = "+".join(self.layers) if isinstance(self.layers, tuple) else f"{self.layers}"
-        parts = [self.method.replace("_", " "), f"{self.selector} {self.quantile:g}", f"{layers} layers"]
+        parts = [name, f"{self.selector} {self.quantile:g}", f"{layers} layers"]
         parts += [f"gamma {self.gamma:g}"] if math.isfinite(self.gamma) else []
         parts += [f"conserve {self.conserve}"] if self.conserve != "independent" else []
         return ", ".join(parts)
@@ -121,7 +123,7 @@ class Grid:
 
         Example:
             >>> [setting.title for setting in Grid().settings()][:3]
-            ['gradient', 'random map', 'grad cam']
+            ['gradient', 'random map', 'Grad-CAM']
             >>> [setting.title for setting in Grid().settings()][4:]
             ['gradient, random 0.1, default layers', 'gradient, energy 0.1, default layers']
         """

@@ -1,0 +1,299 @@
+"""Reports: runs in, one self-contained page and two tables out."""
+
+import base64
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from parchgrad._version import __version__
+from parchgrad.errors import InputError
+from parchgrad.evaluation.report import (
+    BASELINE,
+    Cell,
+    Summary,
+    csv_table,
+    markdown_table,
+    relative_time,
+    summarise,
+    title_of,
+)
+from parchgrad.evaluation.runs import Row, read_rows
+from parchgrad.evaluation.scores import at_ratio
+from parchgrad.files import check_outputs, writing
+from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS
+from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
+
+__all__ = ["HEADLINES", "Report", "make_report"]
+
+HEADLINES = ("aopc", "mass_inside", "pointing_game", "insertion", "deletion", "max_sensitivity")
+"""The scores that are drawn."""
+
+# More lines than that in one chart are no longer told apart.
+_MOST_CURVES = 7
+_SWEPT = {"quantile": "share of the channels that is kept", "layers": "layers", "gamma": "gamma"}
+_DESCRIBING = ("quantile", "layers", "gamma", "conserve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A chart of the page, once for light and once for dark paper, as data URIs.
+
+    Attributes:
+        title: above it.
+        note: what it shows, in a sentence.
+        light: a picture.
+        dark: a picture.
+    """
+
+    title: str
+    note: str
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Report:
+    """What several runs found.
+
+    Attributes:
+        summaries: of each run.
+        rows: of each run.
+    """
+
+    summaries: tuple[Summary, ...]
+    rows: tuple[tuple[Row, ...], ...]
+
+    @staticmethod
+    def files(folder: str | Path) -> tuple[Path, Path, Path]:
+        """Name the three files that `save` writes: the page and the two tables."""
+        return Path(folder) / "report.html", Path(folder) / "report.md", Path(folder) / "report.csv"
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write the page, the Markdown and the CSV table, and return the page.
+
+        Raises:
+            OutputError: if a file exists and `force` is off, or cannot be written.
+        """
+        page, markdown, table = self.files(folder)
+        check_outputs((page, markdown, table), force=force)
+        parts = [f"## {found.model}, {found.images} images\n\n{markdown_table(found)}\n" for found in self.summaries]
+        tables = [csv_table(found).splitlines() for found in self.summaries]
+        lines = [*tables[0][:1], *(line for found in tables for line in found[1:])]
+        for path, text in (
+            (markdown, "\n".join(parts)),
+            (table, "\n".join(lines) + "\n"),
+            (page, self._page()),
+        ):
+            with writing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return page
+
+    def _page(self) -> str:
+        # Imported when a page is made: no other part needs it.
+        from jinja2 import Environment, PackageLoader
+
+        runs = [
+            {
+                "summary": found,
+                "headers": [(title_of(name), name) for name in found.scores],
+                "lines": [_table_line(found, setting) for setting in found.settings],
+                "charts": _charts(found, rows),
+            }
+            for found, rows in zip(self.summaries, self.rows, strict=True)
+        ]
+        template = Environment(loader=PackageLoader("parchgrad"), autoescape=True).get_template("report.html")
+        return template.render(runs=runs, version=__version__, baseline=BASELINE)
+
+
+def make_report(
+    folders: Sequence[str | Path], *, scores: Sequence[str] | None = None, confidence: float = 0.95, seed: int = 0
+) -> Report:
+    r"""Read runs and summarise each.
+
+    Args:
+        folders: of the runs.
+        scores: which are shown; None takes all means.
+        confidence: level of the intervals, in (0, 1).
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: if there is no run in a folder, or it is damaged or unfinished.
+        SettingError: if there is no such score.
+
+    Example:
+        >>> import tempfile, json
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "run.json").write_text("{}")
+        ...     row = {"model": "m", "setting": "gradient", "index": 0, "seconds": 1.0, "gini": 0.5}
+        ...     _ = Path(folder, "rows-0.jsonl").write_text(json.dumps(row) + "\n")
+        ...     make_report([folder]).summaries[0].scores
+        ('gini',)
+    """
+    if not folders:
+        raise InputError("A report needs one run at least; name the folders that evaluations wrote.")
+    rows = tuple(tuple(read_rows(folder)) for folder in folders)
+    found = tuple(summarise(part, scores=scores, confidence=confidence, seed=seed) for part in rows)
+    return Report(summaries=found, rows=rows)
+
+
+def _table_line(summary: Summary, setting: str) -> dict[str, object]:
+    cells = []
+    for name in summary.scores:
+        cell = summary.cells[setting, name]
+        cells.append({"cell": cell, "interval": _interval_text(cell), "mean": _number(cell.mean.value)})
+    return {"setting": setting, "cells": cells, "time": _number(relative_time(summary, setting), digits=2)}
+
+
+def _interval_text(cell: Cell) -> str:
+    found = cell.comparison
+    if found is None or math.isnan(found.low):
+        return ""
+    return f"{found.low:+.3f} to {found.high:+.3f}"
+
+
+def _number(value: float, *, digits: int = 3) -> str:
+    return "none" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
+    """The charts that the rows have something to say in."""
+    found = []
+    shown = [name for name in HEADLINES if name in summary.scores]
+    for name in shown:
+        intervals = [
+            Interval(
+                label=setting,
+                middle=cell.comparison.difference,
+                low=cell.comparison.low,
+                high=cell.comparison.high,
+                verdict=cell.verdict,
+            )
+            for setting in summary.settings
+            if (cell := summary.cells[setting, name]).comparison is not None and not math.isnan(cell.comparison.low)
+        ]
+        if intervals:
+            found.append(
+                _chart(
+                    f"{title_of(name)}, against the plain gradient",
+                    f"Mean difference on the same images, with its {summary.confidence:.0%} interval. What is coloured "
+                    "is settled: the interval leaves out zero.",
+                    partial(interval_chart, intervals, x_label="difference"),
+                )
+            )
+    found += _curve_charts(summary, rows)
+    for name in shown:
+        found += _sweep_charts(summary, rows, name)
+    points = {
+        setting: (relative_time(summary, setting), summary.cells[setting, shown[0]].mean.value)
+        for setting in summary.settings
+        if shown and not math.isnan(summary.cells[setting, shown[0]].mean.value)
+    }
+    if points:
+        found.append(
+            _chart(
+                "Cost against quality",
+                "Time of a map over that of the plain gradient, as this machine took it in the run.",
+                partial(scatter_chart, points, x_label="time", y_label=title_of(shown[0])),
+            )
+        )
+    return found
+
+
+def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
+    """How the probability falls with the share of replaced pixels."""
+    ratios = sorted(
+        {float(name.partition("@")[2]) for row in rows[:1] for name in row if name.startswith("aopc_morf@")}
+    )
+    if not ratios or "aopc" not in summary.scores:
+        return []
+    leading = sorted(
+        (setting for setting in summary.settings if setting != BASELINE),
+        key=lambda setting: -_sortable(summary.cells[setting, "aopc"].mean.value),
+    )
+    curves = []
+    for number, setting in enumerate([BASELINE, *leading][:_MOST_CURVES]):
+        own = [row for row in rows if row["setting"] == setting]
+        for order, dashed in (("morf", False), ("lerf", True)):
+            heights = [_mean(own, at_ratio(f"aopc_{order}", ratio)) for ratio in ratios]
+            label = "" if dashed else setting
+            curves.append(Curve(label=label, x=ratios, y=heights, colour=number, dashed=dashed))
+    note = "Solid lines replace the most relevant pixels first and should be high, dashed lines the least relevant."
+    if len(summary.settings) > _MOST_CURVES:
+        note += f" The plain gradient and the {_MOST_CURVES - 1} settings of the highest AOPC."
+    return [
+        _chart(
+            "How far the probability falls",
+            note,
+            partial(curve_chart, curves, x_label="share of replaced pixels", y_label="drop of the probability"),
+        )
+    ]
+
+
+def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Chart]:
+    """A score over each setting of which several values were tried, all others kept."""
+    known = {*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS}
+    described = {row["setting"]: row for row in rows if row.get("selector") in known}
+    varied = [key for key in _DESCRIBING if len({_shown(row[key]) for row in described.values()}) > 1]
+    found = []
+    for field, label in _SWEPT.items():
+        lines: dict[str, list[tuple[str | float, float]]] = {}
+        for setting, row in described.items():
+            others = [str(row["method"]), str(row["selector"])]
+            others += [f"{key} {_shown(row[key])}" for key in varied if key != field]
+            lines.setdefault(", ".join(others), []).append(
+                (_place(row[field]), summary.cells[setting, name].mean.value)
+            )
+        swept = {line: sorted(points, key=_order) for line, points in lines.items() if len(points) > 1}
+        if swept:
+            curves = [
+                Curve(label=line, x=[x for x, _ in points], y=[y for _, y in points], colour=number)
+                for number, (line, points) in enumerate(swept.items())
+            ]
+            found.append(
+                _chart(
+                    f"{title_of(name)} by {field}",
+                    f"Mean over the images at every {field.removesuffix('s')} setting that was tried, all else kept.",
+                    partial(curve_chart, curves, x_label=label, y_label=title_of(name)),
+                )
+            )
+    return found
+
+
+def _place(value: object) -> str | float:
+    """Numbers by their size, all else by name: infinity has no place on an axis."""
+    return float(value) if isinstance(value, int | float) else _shown(value)
+
+
+def _order(point: tuple[str | float, float]) -> tuple[bool, float, str]:
+    place = point[0]
+    return (False, place, "") if isinstance(place, float) else (True, 0.0, place)
+
+
+def _shown(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _chart(title: str, note: str, draw: Callable[..., Figure]) -> Chart:
+    """Draw a chart for either paper; `draw` takes the theme by its name."""
+    light, dark = (_picture(draw(theme=theme)) for theme in (LIGHT, DARK))
+    return Chart(title=title, note=note, light=light, dark=dark)
+
+
+def _picture(figure: Figure) -> str:
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=170, transparent=True)
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    values = [row[name] for row in rows if not math.isnan(row[name])]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _sortable(value: float) -> float:
+    return -math.inf if math.isnan(value) else value

@@ -1,0 +1,199 @@
+"""Charts of what an evaluation found, on light and on dark paper."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from parchgrad.errors import InputError
+
+__all__ = ["DARK", "LIGHT", "Curve", "Interval", "Theme", "curve_chart", "interval_chart", "scatter_chart"]
+
+
+# Inches, of a picture that fills half of a page.
+_WIDTH = 6.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a chart; its paper is transparent.
+
+    Attributes:
+        ink: of text and axes.
+        faint: of lines that guide the eye.
+        good: of what is better than the baseline.
+        bad: of what is worse.
+        open: of what is neither.
+        lines: of curves, by turns; told apart with any colour vision.
+    """
+
+    ink: str
+    faint: str
+    good: str
+    bad: str
+    open: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+    ink="#1d1d22",
+    faint="#d3d0c7",
+    good="#00735c",
+    bad="#b3400e",
+    open="#7b7b86",
+    lines=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#1d1d22"),
+)
+DARK = Theme(
+    ink="#ececf0",
+    faint="#3a3a44",
+    good="#3fd0a8",
+    bad="#ff8c5a",
+    open="#9a9aa6",
+    lines=("#56b4e9", "#ff9d57", "#3fd0a8", "#e6a3c8", "#f0e442", "#8fb7ff", "#ececf0"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A line of a chart.
+
+    Attributes:
+        label: in the legend; empty for none.
+        x: places, all of them numbers or some of them names.
+        y: heights; NaN leaves a gap.
+        colour: number of the theme's colour.
+        dashed: whether the line is dashed.
+    """
+
+    label: str
+    x: Sequence[float | str]
+    y: Sequence[float]
+    colour: int = 0
+    dashed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A line of an interval chart.
+
+    Attributes:
+        label: beside the interval.
+        middle: the estimate.
+        low: lower end.
+        high: upper end.
+        verdict: `"better"`, `"worse"` or `"open"`.
+    """
+
+    label: str
+    middle: float
+    low: float
+    high: float
+    verdict: str
+
+
+def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, theme: Theme = LIGHT) -> Figure:
+    """Draw curves over one axis, with a legend below them.
+
+    Raises:
+        InputError: if there are no curves.
+
+    Example:
+        >>> figure = curve_chart([Curve(label="a", x=[0, 1], y=[0.5, 1.0])], x_label="share", y_label="drop")
+        >>> figure.axes[0].get_xlabel()
+        'share'
+    """
+    if not curves:
+        raise InputError("A chart without curves was asked for; give one at least.")
+    figure = _figure(3.3, [curve.label for curve in curves])
+    axes = _axes(figure, theme, x_label, y_label)
+    for curve in curves:
+        colour = theme.lines[curve.colour % len(theme.lines)]
+        # Later rounds of colours are told apart by their marks.
+        mark = "os^Dv"[curve.colour // len(theme.lines) % 5]
+        style = "--" if curve.dashed else "-"
+        names = any(isinstance(place, str) for place in curve.x)
+        places = [f"{place:g}" if names and isinstance(place, float) else place for place in curve.x]
+        axes.plot(places, curve.y, style, color=colour, marker=mark, markersize=3.5, linewidth=1.6, label=curve.label)
+    _legend(figure, theme)
+    return figure
+
+
+def interval_chart(intervals: Sequence[Interval], *, x_label: str, theme: Theme = LIGHT) -> Figure:
+    """Draw estimates with their intervals, one below the other, about a line at zero.
+
+    Raises:
+        InputError: if there are no intervals.
+
+    Example:
+        >>> found = Interval(label="a", middle=0.2, low=0.1, high=0.3, verdict="better")
+        >>> interval_chart([found], x_label="difference").axes[0].get_xlabel()
+        'difference'
+    """
+    if not intervals:
+        raise InputError("A chart without intervals was asked for; give one at least.")
+    figure = Figure(figsize=(_WIDTH, 0.8 + 0.25 * len(intervals)), layout="constrained")
+    axes = _axes(figure, theme, x_label, "")
+    colours = {"better": theme.good, "worse": theme.bad, "open": theme.open}
+    axes.axvline(0, color=theme.ink, linewidth=0.9)
+    for place, found in enumerate(intervals):
+        colour = colours[found.verdict]
+        axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot([found.middle], [place], "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(intervals)), [found.label for found in intervals])
+    axes.set_ylim(len(intervals) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def scatter_chart(
+    points: Mapping[str, tuple[float, float]], *, x_label: str, y_label: str, theme: Theme = LIGHT
+) -> Figure:
+    """Draw labelled points, their labels in a legend, since those of neighbours would overlap.
+
+    Raises:
+        InputError: if there are no points.
+
+    Example:
+        >>> len(scatter_chart({"a": (1.0, 2.0)}, x_label="cost", y_label="quality").axes[0].lines)
+        1
+    """
+    if not points:
+        raise InputError("A chart without points was asked for; give one at least.")
+    figure = _figure(3.3, points)
+    axes = _axes(figure, theme, x_label, y_label)
+    for number, (label, (x, y)) in enumerate(points.items()):
+        colour = theme.lines[number % len(theme.lines)]
+        mark = "os^Dv"[number // len(theme.lines) % 5]
+        axes.plot([x], [y], mark, color=colour, markersize=7, label=label)
+    _legend(figure, theme)
+    return figure
+
+
+def _figure(height: float, labels: Iterable[str]) -> Figure:
+    """Room for a chart of this height, in inches, and for a line of the legend for each two labels."""
+    lines = math.ceil(sum(bool(label) for label in labels) / 2)
+    return Figure(figsize=(_WIDTH, height + 0.19 * lines), layout="constrained")
+
+
+def _legend(figure: Figure, theme: Theme) -> None:
+    if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+        figure.legend(
+            loc="outside lower left", ncols=2, frameon=False, fontsize=8.5, labelcolor=theme.ink, columnspacing=1.5
+        )
+
+
+def _axes(figure: Figure, theme: Theme, x_label: str, y_label: str) -> Any:
+    figure.set_facecolor("none")
+    axes = figure.subplots()
+    axes.set_facecolor("none")
+    axes.set_xlabel(x_label, color=theme.ink, fontsize=9.5)
+    axes.set_ylabel(y_label, color=theme.ink, fontsize=9.5)
+    axes.tick_params(colors=theme.ink, labelsize=8.5)
+    axes.grid(visible=True, color=theme.faint, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.faint)
+    return axes

@@ -1,0 +1,81 @@
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from parchgrad.errors import InputError
+from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
+
+
+def drawn(figure):
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=100)
+    return np.asarray(Image.open(held).convert("RGBA"))
+
+
+def test_curves_keep_their_values_colours_and_dashes():
+    curves = [
+        Curve(label="a", x=[0.1, 0.5], y=[0.2, math.nan]),
+        Curve(label="", x=[0.1, 0.5], y=[0.3, 0.4], colour=8, dashed=True),
+    ]
+    figure = curve_chart(curves, x_label="share", y_label="drop", theme=DARK)
+    first, second = figure.axes[0].lines
+    np.testing.assert_array_equal(first.get_ydata(), [0.2, math.nan])
+    assert second.get_linestyle() == "--"
+    assert (first.get_color(), second.get_color()) == (DARK.lines[0], DARK.lines[1])
+    assert first.get_marker() != second.get_marker()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a"]
+
+
+def test_numbers_and_names_share_an_axis():
+    figure = curve_chart([Curve(label="", x=[0.5, "all"], y=[1.0, 2.0])], x_label="layers", y_label="score")
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0.5", "all"]
+    assert not figure.legends
+
+
+def test_intervals_stand_in_order_in_the_colour_of_their_verdict():
+    intervals = [
+        Interval(label="up", middle=0.2, low=0.1, high=0.3, verdict="better"),
+        Interval(label="down", middle=-0.2, low=-0.3, high=-0.1, verdict="worse"),
+        Interval(label="nothing", middle=0.0, low=-0.1, high=0.1, verdict="open"),
+    ]
+    axes = interval_chart(intervals, x_label="difference", theme=LIGHT).axes[0]
+    lines = axes.lines[1:]
+    for place, found in enumerate(intervals):
+        bar, middle = lines[2 * place : 2 * place + 2]
+        assert list(bar.get_xdata()) == [found.low, found.high]
+        assert list(middle.get_xdata()) == [found.middle]
+        assert list(bar.get_ydata()) == [place, place]
+        assert bar.get_color() == {"better": LIGHT.good, "worse": LIGHT.bad, "open": LIGHT.open}[found.verdict]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first stands on top"
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_nothing_touches_the_edge_and_the_paper_is_transparent(theme):
+    labels = [f"integrated gradients, energy {number}, all layers" for number in range(9)]
+    for figure in (
+        curve_chart([Curve(label=name, x=[0, 1], y=[0, 1]) for name in labels], x_label="x", y_label="y", theme=theme),
+        scatter_chart(dict.fromkeys(labels, (1.0, 2.0)), x_label="x", y_label="y", theme=theme),
+        interval_chart(
+            [Interval(label=name, middle=0, low=-1, high=1, verdict="open") for name in labels],
+            x_label="difference",
+            theme=theme,
+        ),
+    ):
+        opacity = drawn(figure)[..., 3]
+        edge = np.concatenate((opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]))
+        assert not edge.any()
+        assert opacity.max() == 255
+
+
+def test_charts_of_nothing_are_refused():
+    for draw in (
+        lambda: curve_chart([], x_label="", y_label=""),
+        lambda: interval_chart([], x_label=""),
+        lambda: scatter_chart({}, x_label="", y_label=""),
+    ):
+        with pytest.raises(InputError, match="give one at least"):
+            draw()
