@@ -23,6 +23,7 @@ ORDER = [
         "data",
         "data.images",
         "data.folders",
+        "data.geometry",
         "data.samples",
         "models",
         "evaluation",

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parchgrad.data.images import read_image
+from parchgrad.data.images import read_image, stored_frame
 from parchgrad.errors import ImageError
 
 
@@ -86,3 +86,19 @@ def test_files_that_are_no_images(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match="too many pixels"):
         read_image(large)
+
+
+@pytest.mark.parametrize("orientation", [None, 0, 1, 5, 8, 9])
+def test_the_stored_frame_tells_how_the_photograph_is_turned(tmp_path, orientation):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.fromarray(gradient_picture()).save(tmp_path / "a.png", exif=exif)
+    width, height, turn = stored_frame(tmp_path / "a.png")
+    assert (width, height, turn) == (20, 12, orientation if orientation in (5, 8) else 1)
+    assert read_image(tmp_path / "a.png").size == ((height, width) if turn >= 5 else (width, height))
+
+
+def test_the_stored_frame_of_no_image(tmp_path):
+    with pytest.raises(ImageError, match="There is no file"):
+        stored_frame(tmp_path / "missing.jpg")

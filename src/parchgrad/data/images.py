@@ -1,5 +1,7 @@
 """Photographs from files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from parchgrad.errors import ImageError
 
-__all__ = ["read_image"]
+__all__ = ["read_image", "stored_frame"]
+
+_ORIENTATION = 0x0112
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -27,9 +31,42 @@ def read_image(path: str | Path) -> Image.Image:
         ...     read_image(path).size
         (4, 3)
     """
+    with _opened(path) as opened:
+        return _to_rgb(ImageOps.exif_transpose(opened))
+
+
+def stored_frame(path: str | Path) -> tuple[int, int, int]:
+    """Width and height of a photograph's stored pixels, and the EXIF orientation by which `read_image` turns them.
+
+    Args:
+        path: any format that Pillow reads.
+
+    Returns:
+        Width, height, and the orientation from 1 (not turned) to 8.
+
+    Raises:
+        ImageError: if there is no such file, or it is no image.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path, exif = Path(folder, "turned.jpg"), Image.Exif()
+        ...     exif[0x0112] = 6
+        ...     Image.new("L", (4, 3)).save(path, exif=exif)
+        ...     stored_frame(path), read_image(path).size
+        ((4, 3, 6), (3, 4))
+    """
+    with _opened(path) as opened:
+        orientation = opened.getexif().get(_ORIENTATION, 1)
+        return *opened.size, orientation if orientation in range(1, 9) else 1
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image; whatever goes wrong with it becomes an `ImageError` of one sentence."""
     try:
         with Image.open(path) as opened:
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            yield opened
     except FileNotFoundError as error:
         raise ImageError(f"There is no file {str(path)!r}; check the path.") from error
     except IsADirectoryError as error:
