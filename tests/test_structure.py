@@ -24,6 +24,7 @@ ORDER = [
         "data.images",
         "data.folders",
         "data.geometry",
+        "data.imagenet",
         "data.samples",
         "models",
         "evaluation",

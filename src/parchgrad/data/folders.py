@@ -17,7 +17,7 @@ from parchgrad.data.images import read_image
 from parchgrad.errors import ImageError
 from parchgrad.files import without_addresses
 
-__all__ = ["PhotographFolder", "match_classes"]
+__all__ = ["PhotographFolder", "find_files", "match_classes"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 
@@ -59,7 +59,7 @@ class PhotographFolder(Dataset[Any]):
         self._root, self._transform = Path(root), transform
         if not self._root.is_dir():
             raise ImageError(f"There is no folder {str(root)!r}; check the path.")
-        self.files = tuple(_photographs(self._root))
+        self.files = find_files(self._root, _SUFFIXES)
         if not self.files:
             raise ImageError(f"The folder {str(root)!r} holds no photographs; give one with JPEG or PNG files.")
         parts = [file.relative_to(self._root).parts for file in self.files]
@@ -155,6 +155,31 @@ def match_classes(
     )
 
 
+def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
+    """Find the files below a folder that end with one of the suffixes (lower case), sorted.
+
+    Hidden files and folders are left out; links are followed, but not in circles.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("b.xml", "a.XML", ".hidden.xml", "notes.txt"):
+        ...         Path(root, name).touch()
+        ...     [file.name for file in find_files(Path(root), (".xml",))]
+        ['a.XML', 'b.xml']
+    """
+    found: list[Path] = []
+    seen = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        # A link may lead back up.
+        seen.add(os.path.realpath(folder))
+        inner[:] = [
+            name for name in inner if name[0] != "." and os.path.realpath(os.path.join(folder, name)) not in seen
+        ]
+        found += [Path(folder, name) for name in names if name[0] != "." and name.lower().endswith(suffixes)]
+    return tuple(sorted(found))
+
+
 def _places(names: Iterable[str]) -> dict[str, int]:
     """Index by name, for the names that stand there once."""
     listed = list(names)
@@ -171,15 +196,3 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 def _plain(name: str) -> str:
     """A name as folders spell it, whatever the case."""
     return "_".join(name.casefold().replace("-", " ").replace("_", " ").split())
-
-
-def _photographs(root: Path) -> list[Path]:
-    found, seen = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        # A link may lead back up.
-        seen.add(os.path.realpath(folder))
-        inner[:] = [
-            name for name in inner if name[0] != "." and os.path.realpath(os.path.join(folder, name)) not in seen
-        ]
-        found += [Path(folder, name) for name in names if name[0] != "." and name.lower().endswith(_SUFFIXES)]
-    return sorted(found)
