@@ -1,10 +1,21 @@
 """What an evaluation data set holds: an image, its class, and where the class is seen."""
 
+import hashlib
+import operator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import DatasetFolder
 
-__all__ = ["Sample"]
+from parchgrad.errors import ImageError, InputError, SettingError
+
+__all__ = ["LabelledImages", "Sample", "Samples"]
+
+# Items whose content tells a data set from another.
+_PROBES = 64
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,3 +36,112 @@ class Sample:
     name: str
     boxes: Tensor | None = None
     mask: Tensor | None = None
+
+
+class Samples(Protocol):
+    """An evaluation data set: samples by index, the names of their classes, and a digest that tells it from others."""
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names of the classes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest; another one means other data or settings."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class LabelledImages(Dataset[Sample]):
+    """Samples of a data set of pairs (image, label), as torchvision's `ImageFolder`, `CIFAR10` and `MNIST` are.
+
+    A sample is named by its file where the data set knows it, else by its index.
+
+    Attributes:
+        categories: names of the classes.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> pairs = TensorDataset(torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 1, 0, 1]))
+        >>> samples = LabelledImages(pairs, categories=("cat", "dog"))
+        >>> samples[2].label, samples[2].name
+        (1, '2')
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, categories: tuple[str, ...] | None = None) -> None:
+        """Take the class names from `dataset.classes`, or from that of the data set which it is a `Subset` of.
+
+        Args:
+            dataset: gives pairs of an image (C, H, W) and a class index, and knows its length.
+            categories: names of the classes, where the data set has none.
+
+        Raises:
+            SettingError: if the data set has no length, or its classes no names.
+        """
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise SettingError(
+                f"{type(dataset).__name__} has no length or no items by index; give a map-style data set."
+            )
+        whole: Any = dataset
+        while isinstance(whole, Subset):
+            whole = whole.dataset
+        found = categories if categories is not None else getattr(whole, "classes", ())
+        if isinstance(found, str) or not found:
+            raise SettingError(f"{type(whole).__name__} does not tell the names of its classes; give categories=.")
+        self._dataset: Any = dataset
+        self.categories = tuple(str(category) for category in found)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the length, the classes, and up to 64 items spread over the data set."""
+        digest = hashlib.sha256(repr(self.categories).encode())
+        count = min(_PROBES, len(self))
+        for probe in range(count):
+            sample = self[probe * (len(self) - 1) // max(1, count - 1)]
+            digest.update(repr((sample.name, sample.label, tuple(sample.image.shape), sample.image.dtype)).encode())
+            digest.update(sample.image.detach().double().cpu().contiguous().numpy().tobytes())
+        return f"{len(self)} labelled images, {digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        item = self._dataset[index]
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise InputError(f"Item {index} is no pair of an image and a label; give a data set of such pairs.")
+        image, label = item
+        if not isinstance(image, Tensor):
+            raise ImageError(
+                f"The image of item {index} is of type {type(image).__name__}, no tensor; give the data set a "
+                "transform that makes tensors, as ToTensor() does."
+            )
+        if image.dim() != 3 or not image.is_floating_point():
+            raise ImageError(
+                f"The image of item {index} has shape {tuple(image.shape)} and {image.dtype}, but floating-point "
+                "numbers of shape (C, H, W) are needed; add a transform, as ToTensor() is."
+            )
+        return Sample(image=image, label=self._label(index, label), name=_name(self._dataset, index))
+
+    def _label(self, index: int, label: Any) -> int:
+        try:
+            found = operator.index(label)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"The label of item {index} is {label!r:.40}, but a class index is needed.") from error
+        if not 0 <= found < len(self.categories):
+            raise InputError(
+                f"The label of item {index} is {found}, but there are {len(self.categories)} classes; give the names "
+                "of all of them."
+            )
+        return found
+
+
+def _name(dataset: Any, index: int) -> str:
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    if isinstance(dataset, DatasetFolder):
+        return Path(dataset.samples[index][0]).relative_to(dataset.root).as_posix()
+    return str(index)

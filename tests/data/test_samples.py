@@ -1,0 +1,100 @@
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torchvision.datasets import FakeData, ImageFolder
+from torchvision.transforms import ToTensor
+
+from parchgrad.data.samples import LabelledImages
+from parchgrad.errors import ImageError, InputError, SettingError
+
+
+def pairs(image, label=0):
+    return LabelledImages([(image, label)], categories=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        (pairs(torch.rand(1, 2, 2), 2), "label of item 0 is 2, but there are 2 classes"),
+        (pairs(torch.rand(1, 2, 2), -1), "label of item 0 is -1"),
+        (pairs(torch.rand(1, 2, 2), 0.5), r"label of item 0 is 0\.5, but a class index"),
+        (pairs(torch.rand(1, 2, 2), torch.zeros(2)), "but a class index"),
+        (LabelledImages([torch.rand(1, 2, 2)], categories=("a",)), "Item 0 is no pair"),
+    ],
+)
+def test_items_that_do_not_fit(dataset, words):
+    with pytest.raises(InputError, match=words):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (Image.new("RGB", (2, 2)), "is of type Image, no tensor; give the data set a transform"),
+        (torch.zeros(2, 2), r"has shape \(2, 2\) and torch\.float32"),
+        (torch.zeros(1, 2, 2, dtype=torch.uint8), r"and torch\.uint8"),
+    ],
+)
+def test_images_that_do_not_fit(image, words):
+    with pytest.raises(ImageError, match=words):
+        pairs(image)[0]
+
+
+def test_labelled_images_are_those_of_the_data_set():
+    fake = FakeData(size=5, image_size=(3, 6, 8), num_classes=4, transform=ToTensor())
+    samples = LabelledImages(fake, categories=("a", "b", "c", "d"))
+    assert len(samples) == 5
+    for index in range(5):
+        image, label = fake[index]
+        assert torch.equal(samples[index].image, image)
+        assert (samples[index].label, samples[index].name) == (int(label), str(index))
+        assert samples[index].boxes is samples[index].mask is None
+    assert torch.equal(samples[-1].image, samples[4].image)
+    with pytest.raises(IndexError):
+        samples[5]
+    part = Subset(Subset(fake, [4, 2, 0]), [1])
+    assert LabelledImages(part, categories=samples.categories)[0].name == "2"
+
+
+def test_labelled_images_take_names_from_folders(tmp_path):
+    for index, name in enumerate(("cat/x.png", "cat/y.png", "dog/x.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 3), (80 * index, 0, 0)).save(tmp_path / name)
+    folder = Subset(ImageFolder(str(tmp_path), ToTensor()), [2, 0])
+    samples = LabelledImages(folder)
+    assert samples.categories == ("cat", "dog")
+    assert [(samples[index].name, samples[index].label) for index in range(2)] == [("dog/x.png", 1), ("cat/x.png", 0)]
+
+
+def test_data_sets_that_cannot_be_used():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(1, 2, 2), 0
+
+    with pytest.raises(SettingError, match="Stream has no length"):
+        LabelledImages(Stream(), categories=("a",))
+    tensors = TensorDataset(torch.zeros(1, 1, 2, 2), torch.zeros(1).long())
+    for categories in (None, (), "cat"):
+        with pytest.raises(SettingError, match="TensorDataset does not tell the names of its classes"):
+            LabelledImages(tensors, categories=categories)
+
+
+def test_the_fingerprint_follows_images_labels_and_classes():
+    images, labels = torch.rand(100, 1, 2, 2), torch.arange(100) % 2
+
+    def fingerprint(images=images, labels=labels, categories=("a", "b")):
+        return LabelledImages(TensorDataset(images, labels), categories=categories).fingerprint
+
+    last = images.clone()
+    last[99, 0, 1, 1] += 0.5
+    others = [
+        fingerprint(images=last),
+        fingerprint(images=images[:99], labels=labels[:99]),
+        fingerprint(images=images.reshape(100, 1, 1, 4)),
+        fingerprint(images=images.double()),
+        fingerprint(labels=1 - labels),
+        fingerprint(categories=("a", "c")),
+    ]
+    assert len({fingerprint(), *others}) == 7
+    assert fingerprint() == fingerprint(images=images.clone())
