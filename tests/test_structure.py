@@ -25,6 +25,7 @@ ORDER = [
         "data.folders",
         "data.geometry",
         "data.imagenet",
+        "data.perturbed",
         "data.samples",
         "models",
         "evaluation",
