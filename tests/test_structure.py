@@ -43,7 +43,7 @@ ORDER = [
         "visual.charts",
         "visual.maps",
     },
-    {"collection", "explanation", "demo", "reporting"},
+    {"collection", "configuration", "explanation", "demo", "reporting"},
     {"cli"},
 ]
 SOURCE = Path(parchgrad.__file__).parent

@@ -263,6 +263,37 @@ def demo(
 
 
 @app.command()
+def evaluate(
+    settings: Annotated[Path, typer.Argument(help="A TOML file: model, [data], [grid] and [scores].")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("outputs/evaluation"),
+    device: Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
+) -> None:
+    """Evaluate a grid of settings on a data set, the controls always among them.
+
+    Started again after it was stopped, it goes on where it was; finished settings are skipped. Several processes share
+    the images under torchrun: torchrun --nproc-per-node=2 -m parchgrad evaluate ...
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    with ExitStack() as shown:
+        # Of several processes one speaks.
+        if first:
+            shown.enter_context(_err.status("Starting"))
+        from parchgrad.configuration import evaluate_all, read_settings
+
+        asked = read_settings(settings)
+        place = _place(device)
+    try:
+        with ProgressBars(hidden=not first) as progress:
+            runs = evaluate_all(asked, out, device=place, on_progress=progress.update)
+    except KeyboardInterrupt:
+        _err.print("Stopped. The same command goes on where it was.", highlight=False)
+        raise typer.Exit(130) from None
+    if first:
+        folders = " ".join(str(run) for run in runs)
+        _out.print(f"Look at the results with: parchgrad report {escape(folders)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of evaluations.")],
     out: Annotated[Path, typer.Option(help="Folder for the page and the tables.")] = Path("outputs/report"),
@@ -485,7 +516,9 @@ class ProgressBars:
 
     def update(self, stage: str, done: int, total: int | None) -> None:
         """Take what the library tells of its progress."""
-        label, unit = {"images": ("Images", "images/s"), "normality": ("Testing for normality", "channels/s")}[stage]
+        known = {"images": ("Images", "images/s"), "normality": ("Testing for normality", "channels/s")}
+        # Of an evaluation each model is a stage.
+        label, unit = known.get(stage, (stage, "maps/s"))
         if stage not in self._tasks:
             self._progress.start()
             self._tasks[stage] = self._progress.add_task(label, completed=done, total=total, rate="")
@@ -495,12 +528,19 @@ class ProgressBars:
 
 
 def _move(classifier: "Classifier", device: str) -> "torch.device":
-    """Move the model; of several processes each takes a GPU of its own."""
+    """Move the model."""
+    place = _place(device)
+    classifier.model.to(place)
+    return place
+
+
+def _place(device: str) -> "torch.device":
+    """The device of that name, made sure of; of several processes each takes a GPU of its own."""
     import torch
 
     try:
         place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
-        classifier.model.to(place)
+        torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(
             f"The device {device!r} cannot be used ({str(error).splitlines()[0]}); try 'cpu'."

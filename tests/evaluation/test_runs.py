@@ -27,7 +27,7 @@ SCORES = ScoreSettings(ratios=(0.2, 0.6), tolerance=1)
 class Noise(Dataset):
     """Noise with a box, a mask, or nothing known, by turns."""
 
-    fingerprint = "noise"
+    categories, fingerprint = tuple("abcde"), "noise"
 
     def __init__(self, count=7, pause=0.0):
         self.count, self.pause = count, pause

@@ -31,6 +31,7 @@ class PhotographFolder(Dataset[Any]):
     An item is the transformed photograph and its class; without classes, the photograph alone.
 
     Attributes:
+        root: the folder.
         files: the photographs.
         folders: names of the class folders, sorted; empty where a photograph stands outside of any.
         labels: class of each photograph; None without classes.
@@ -56,20 +57,20 @@ class PhotographFolder(Dataset[Any]):
         Raises:
             ImageError: if there is no such folder, or no photograph in it.
         """
-        self._root, self._transform = Path(root), transform
-        if not self._root.is_dir():
+        self.root, self._transform = Path(root), transform
+        if not self.root.is_dir():
             raise ImageError(f"There is no folder {str(root)!r}; check the path.")
-        self.files = find_files(self._root, _SUFFIXES)
+        self.files = find_files(self.root, _SUFFIXES)
         if not self.files:
             raise ImageError(f"The folder {str(root)!r} holds no photographs; give one with JPEG or PNG files.")
-        parts = [file.relative_to(self._root).parts for file in self.files]
+        parts = [file.relative_to(self.root).parts for file in self.files]
         self.folders = () if any(len(names) == 1 for names in parts) else tuple(sorted({names[0] for names in parts}))
         self.labels: tuple[int, ...] | None = None
 
     def with_classes(self, class_of: Mapping[str, int]) -> "PhotographFolder":
         """The same photographs, labelled by the class of the folder that they are in."""
         labelled = copy.copy(self)
-        labelled.labels = tuple(class_of[file.relative_to(self._root).parts[0]] for file in self.files)
+        labelled.labels = tuple(class_of[file.relative_to(self.root).parts[0]] for file in self.files)
         return labelled
 
     @property
@@ -98,7 +99,7 @@ class PhotographFolder(Dataset[Any]):
             digest.update(without_addresses(repr(values)).encode())
         for index, file in enumerate(self.files):
             label = None if self.labels is None else self.labels[index]
-            digest.update(f"{file.relative_to(self._root).as_posix()} {file.stat().st_size} {label}\n".encode())
+            digest.update(f"{file.relative_to(self.root).as_posix()} {file.stat().st_size} {label}\n".encode())
         return f"{len(self)} photographs, {digest.hexdigest()}"
 
     def __len__(self) -> int:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import DatasetFolder
 
+from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError, InputError, SettingError
 
-__all__ = ["LabelledImages", "Sample", "Samples"]
+__all__ = ["DrawnSamples", "LabelledImages", "Sample", "Samples"]
 
 # Items whose content tells a data set from another.
 _PROBES = 64
@@ -52,6 +54,52 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class DrawnSamples(Dataset[Sample]):
+    """Some samples of a data set, drawn at random, each once, in the order of the data set.
+
+    Attributes:
+        categories: those of the data set.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> pairs = TensorDataset(torch.rand(9, 3, 4, 4), torch.zeros(9, dtype=torch.long))
+        >>> drawn = DrawnSamples(LabelledImages(pairs, categories=("cat",)), count=4, seed=1)
+        >>> len(drawn), drawn[0].name < drawn[3].name
+        (4, True)
+    """
+
+    def __init__(self, dataset: Samples, *, count: int, seed: int = 0) -> None:
+        """Draw.
+
+        Args:
+            dataset: what is drawn from.
+            count: how many samples.
+            seed: of the draw.
+
+        Raises:
+            SettingError: if there are not as many.
+        """
+        if not 1 <= count <= len(dataset):
+            raise SettingError(f"{count} samples cannot be drawn from {len(dataset)}; choose a count from 1 to that.")
+        generator = torch.Generator().manual_seed(seed)
+        self._dataset = dataset
+        self._chosen = torch.randperm(len(dataset), generator=generator)[:count].sort().values.tolist()
+        self.categories = dataset.categories
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the data set and of which samples were drawn."""
+        described = f"{self._dataset.fingerprint} {self._chosen}"
+        return f"{len(self)} drawn samples, {hashlib.sha256(described.encode()).hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset[self._chosen[index]]
 
 
 class LabelledImages(Dataset[Sample]):
@@ -142,6 +190,8 @@ class LabelledImages(Dataset[Sample]):
 def _name(dataset: Any, index: int) -> str:
     while isinstance(dataset, Subset):
         dataset, index = dataset.dataset, int(dataset.indices[index])
+    if isinstance(dataset, PhotographFolder):
+        return dataset.files[index].relative_to(dataset.root).as_posix()
     if isinstance(dataset, DatasetFolder):
         return Path(dataset.samples[index][0]).relative_to(dataset.root).as_posix()
     return str(index)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from parchgrad.data.samples import Sample
+from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError
 from parchgrad.evaluation.localisation import draw_mosaics, mosaic
 
@@ -25,10 +25,11 @@ class Mosaics(Dataset[Sample]):
 
     Attributes:
         fingerprint: digest of the data and of which images stand where.
-        categories: those of the data, where it has any.
+        categories: those of the data.
 
     Example:
         >>> class Plain(Dataset):
+        ...     categories, fingerprint = (), "four images"
         ...     def __len__(self):
         ...         return 4
         ...     def __getitem__(self, index):
@@ -38,7 +39,7 @@ class Mosaics(Dataset[Sample]):
         (tensor([[[3., 0.]]]), 10, tensor([[False,  True]]))
     """
 
-    def __init__(self, data: Dataset[Sample], drawn: Tensor, *, rows: int, columns: int) -> None:
+    def __init__(self, data: Samples, drawn: Tensor, *, rows: int, columns: int) -> None:
         """Lay out the images.
 
         Args:
@@ -57,7 +58,7 @@ class Mosaics(Dataset[Sample]):
             )
         self._data, self._drawn, self._rows, self._columns = data, drawn.tolist(), rows, columns
         self._last: tuple[int, list[Sample]] = (-1, [])
-        self.categories: tuple[str, ...] = getattr(data, "categories", ())
+        self.categories: tuple[str, ...] = data.categories
         described = f"{getattr(data, 'fingerprint', None)} {rows} x {columns} {self._drawn}"
         self.fingerprint = f"{len(self._drawn)} mosaics, {hashlib.sha256(described.encode()).hexdigest()}"
 
@@ -82,7 +83,7 @@ class Mosaics(Dataset[Sample]):
 
 def make_mosaics(
     model: nn.Module,
-    data: Dataset[Sample],
+    data: Samples,
     *,
     count: int,
     rows: int = 2,
@@ -108,6 +109,7 @@ def make_mosaics(
 
     Example:
         >>> class Plain(Dataset):
+        ...     categories, fingerprint = (), "four images"
         ...     def __len__(self):
         ...         return 4
         ...     def __getitem__(self, index):
@@ -117,7 +119,7 @@ def make_mosaics(
         >>> len(make_mosaics(model, Plain(), count=1))
         4
     """
-    size = len(data)  # type: ignore[arg-type]  # torch's Dataset promises no length, an evaluation data set has one
+    size = len(data)
     weight = next(model.parameters())
     probability, labels = [], []
     with torch.no_grad():

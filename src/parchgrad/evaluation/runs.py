@@ -18,11 +18,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from parchgrad._version import __version__
 from parchgrad.attribution import Explainer
-from parchgrad.data.samples import Sample
+from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import Method, centre_blob, grad_cam, maps_of, random_map
@@ -180,7 +179,7 @@ def make_method(
 
 def evaluate(
     model: nn.Module,
-    data: Dataset[Sample],
+    data: Samples,
     settings: Sequence[Setting],
     folder: str | Path,
     *,
@@ -200,7 +199,7 @@ def evaluate(
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        data: the images, with `fingerprint`.
+        data: the images.
         settings: what is compared; see `Grid`.
         folder: of the run, made where there is none.
         name: of the model in the rows.
@@ -220,8 +219,9 @@ def evaluate(
 
     Example:
         >>> import tempfile
+        >>> from torch.utils.data import Dataset
         >>> class Noise(Dataset):
-        ...     fingerprint = "two noisy images"
+        ...     categories, fingerprint = ("a", "b"), "two noisy images"
         ...     def __len__(self):
         ...         return 2
         ...     def __getitem__(self, index):
@@ -248,8 +248,8 @@ def evaluate(
             "format": _FORMAT,
             "model": name,
             "weights": _weight_digest(model),
-            "data": getattr(data, "fingerprint", None),
-            "images": len(data),  # type: ignore[arg-type]  # torch's Dataset promises no length, ours has one
+            "data": data.fingerprint,
+            "images": len(data),
             "target": target,
             "scores": asdict(chosen),
             "seed": seed,
@@ -257,7 +257,7 @@ def evaluate(
         },
     )
     done = {(row["setting"], row["index"]) for row in read_rows(place)}
-    own = range(rank, len(data), count)  # type: ignore[arg-type]  # as above
+    own = range(rank, len(data), count)
     pending = {setting: [index for index in own if (setting.title, index) not in done] for setting in methods}
     total = len(own) * len(methods)
     finished = total - sum(len(indices) for indices in pending.values())
@@ -323,7 +323,7 @@ class _Batch:
         )
 
 
-def _load(data: Dataset[Sample], indices: list[int], model: nn.Module, target: TargetChoice) -> _Batch:
+def _load(data: Samples, indices: list[int], model: nn.Module, target: TargetChoice) -> _Batch:
     samples = [data[index] for index in indices]
     shapes = {tuple(sample.image.shape) for sample in samples}
     if len(shapes) > 1:

@@ -1,0 +1,179 @@
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import parchgrad as pg
+from parchgrad.configuration import DataSettings, EvaluationSettings, evaluate_all, open_data, read_settings
+from parchgrad.data.samples import DrawnSamples
+from parchgrad.errors import ImageError, InputError, SettingError
+from parchgrad.evaluation.runs import Grid, read_rows
+from parchgrad.evaluation.scores import ScoreSettings
+from parchgrad.models import Preprocessing
+from tests.conftest import small_network
+
+WHOLE = """
+model = ["resnet18", "efficientnet_lite0"]
+target = "predicted"
+batch_size = 4
+seed = 3
+statistics = "held.safetensors"
+
+[data]
+name = "imagenet"
+root = "photos"
+annotations = "boxes"
+count = 50
+mosaics = 4
+
+[grid]
+methods = ["gradient", "smoothgrad"]
+selectors = ["none", "class"]
+quantiles = [0.1, 0.3]
+layers = ["default", 0.5, ["layer4.*", "layer3.*"]]
+gammas = ["inf", 2]
+conserves = ["exact"]
+
+[scores]
+families = ["perturbation", "sparsity"]
+ratios = [0.2, 0.4]
+replacement = "blur"
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_says_all_settings(tmp_path):
+    assert read_settings(written(tmp_path, WHOLE)) == EvaluationSettings(
+        models=("resnet18", "efficientnet_lite0"),
+        target="predicted",
+        batch_size=4,
+        seed=3,
+        statistics="held.safetensors",
+        data=DataSettings(name="imagenet", root="photos", annotations="boxes", count=50, mosaics=4),
+        grid=Grid(
+            methods=("gradient", "smoothgrad"),
+            selectors=(None, "class"),
+            quantiles=(0.1, 0.3),
+            layers=("default", 0.5, ("layer4.*", "layer3.*")),
+            gammas=(math.inf, 2.0),
+            conserves=("exact",),
+        ),
+        scores=ScoreSettings(families=("perturbation", "sparsity"), ratios=(0.2, 0.4), replacement="blur"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('model = ["resnet18", "efficientnet_lite0"]', "", "names no model"),
+        ("quantiles", "quantile", r"no setting 'quantile' in \[grid\]; did you mean 'quantiles'"),
+        ("[scores]", "[score]", "no setting 'score' in the file; did you mean 'scores'"),
+        ('name = "imagenet"', 'name = "imagnet"', "no data set 'imagnet'; there are: shapes, folder"),
+        ('name = "imagenet"', "", r"settings in \[data\] are not complete .*'name'"),
+        ('annotations = "boxes"', "", "'imagenet' needs the setting 'annotations'"),
+        ('"perturbation"', '"faithfulness"', "no scores 'faithfulness'"),
+        ("mosaics = 4", "mosaics = -4", "must not be negative"),
+    ],
+)
+def test_mistakes_are_said_in_words(tmp_path, old, new, words):
+    assert old in WHOLE
+    with pytest.raises(SettingError, match=words):
+        read_settings(written(tmp_path, WHOLE.replace(old, new)))
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_settings(tmp_path / "nowhere.toml")
+    with pytest.raises(InputError, match="is no TOML"):
+        read_settings(written(tmp_path, "model = \n"))
+    with pytest.raises(SettingError, match="names no data"):
+        read_settings(written(tmp_path, 'model = "resnet18"'))
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    for place in range(12):
+        folder = tmp_path / "photos" / f"class {place % 5}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((10, 9), 20 + 10 * place).convert("RGB").save(folder / f"{place}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def classifier(monkeypatch):
+    transform = transforms.Compose([transforms.Resize((8, 8)), transforms.ToTensor()])
+    made = pg.Classifier(
+        small_network(dtype=torch.float32),
+        Preprocessing(transform, (0.0,) * 3, (1.0,) * 3),
+        tuple(f"class {index}" for index in range(5)),
+        "small",
+    )
+    monkeypatch.setattr("parchgrad.configuration.load_model", lambda name: made)
+    return made
+
+
+def test_folders_are_opened_with_the_classes_of_the_model(photographs, classifier):
+    data = open_data(DataSettings(name="folder", root=str(photographs)), classifier)
+    assert len(data) == 12
+    for index in range(12):
+        sample = data[index]
+        assert sample.name.startswith(f"class {sample.label}/")
+        assert sample.image.shape == (3, 8, 8)
+    drawn = open_data(DataSettings(name="folder", root=str(photographs), count=5, seed=2), classifier)
+    names = [drawn[index].name for index in range(5)]
+    assert len(set(names)) == 5
+    assert set(names) < {data[index].name for index in range(12)}
+    again = open_data(DataSettings(name="folder", root=str(photographs), count=5, seed=2), classifier)
+    assert drawn.fingerprint == again.fingerprint
+    other = open_data(DataSettings(name="folder", root=str(photographs), count=5, seed=3), classifier)
+    assert drawn.fingerprint != other.fingerprint
+    with pytest.raises(SettingError, match="13 samples cannot be drawn from 12"):
+        DrawnSamples(data, count=13)
+
+
+def test_data_may_be_made_harder_or_into_mosaics(photographs, classifier):
+    plain = open_data(DataSettings(name="folder", root=str(photographs)), classifier)
+    shuffled = open_data(DataSettings(name="folder", root=str(photographs), jigsaw=3), classifier)
+    assert not torch.equal(shuffled[0].image, plain[0].image)
+    assert torch.equal(shuffled[0].image.flatten().sort().values, plain[0].image.flatten().sort().values)
+    blurred = open_data(DataSettings(name="folder", root=str(photographs), blur=1.0), classifier)
+    assert blurred[0].image.var() < plain[0].image.var()
+    mosaics = open_data(DataSettings(name="folder", root=str(photographs), mosaics=1, confidence=0.0), classifier)
+    assert (len(mosaics), mosaics[0].image.shape) == (4, (3, 16, 16))
+
+
+def test_data_that_is_not_there_is_said(tmp_path, photographs, classifier):
+    for name in ("cifar10", "cifar100", "mnist", "fashion_mnist"):
+        with pytest.raises(ImageError, match=f"does not hold torchvision's {name}"):
+            open_data(DataSettings(name=name, root=str(tmp_path)), classifier)
+    with pytest.raises(ImageError, match="no class folders"):
+        open_data(DataSettings(name="folder", root=str(photographs / "class 0")), classifier)
+
+
+def test_every_model_has_a_run_that_goes_on(tmp_path, photographs, classifier):
+    asked = EvaluationSettings(
+        models=("small", "other"),
+        data=DataSettings(name="folder", root=str(photographs), count=4),
+        scores=ScoreSettings(families=("sparsity",)),
+        grid=Grid(layers=("all",)),
+    )
+    told = []
+    runs = evaluate_all(asked, tmp_path / "out", on_progress=lambda *counts: told.append(counts))
+    assert runs == (tmp_path / "out" / "small", tmp_path / "out" / "other")
+    settings = len(asked.grid.settings())
+    assert [counts[-1] for counts in told] == [4 * settings] * len(told)
+    assert told[-1] == ("other", 4 * settings, 4 * settings)
+    for run, name in zip(runs, ("small", "other"), strict=True):
+        rows = read_rows(run)
+        assert len(rows) == 4 * settings
+        assert {row["model"] for row in rows} == {name}
+    told.clear()
+    evaluate_all(asked, tmp_path / "out", on_progress=lambda *counts: told.append(counts))
+    assert told == []
