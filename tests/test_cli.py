@@ -307,3 +307,43 @@ def test_mistakes_with_statistics_are_one_sentence(capsys, coffee, monkeypatch, 
     assert said.startswith("Error: ")
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
+    names = ("espresso", "cup", "tripod")
+    for name, picture in zip(names, (data.coffee(), data.coffee()[:, 150:450], data.camera()), strict=True):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "photos" / name / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    Path("study.toml").write_text(
+        'model = "efficientnet_lite0"\n[data]\nname = "folder"\nroot = "photos"\n'
+        '[grid]\nlayers = [["conv_head"]]\n[scores]\nfamilies = ["sparsity"]\n'
+    )
+    code, printed, said = run(capsys, "evaluate", "study.toml", "--out", "runs")
+    assert code == 0, said
+    assert "parchgrad report runs/efficientnet_lite0" in printed
+    written = Path("runs/efficientnet_lite0/rows-0.jsonl").read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    assert len(rows) == 3 * 6
+    assert {(row["image"], row["label"]) for row in rows} == {
+        ("cup/photo.png", 968),
+        ("espresso/photo.png", 967),
+        ("tripod/photo.png", 872),
+    }
+    assert run(capsys, "evaluate", "study.toml", "--out", "runs")[0] == 0
+    assert Path("runs/efficientnet_lite0/rows-0.jsonl").read_text() == written
+    code, printed, _ = run(capsys, "report", "runs/efficientnet_lite0", "--out", "report", "--score", "gini")
+    assert code == 0
+    assert "efficientnet_lite0, 3 images" in printed
+    assert "gradient, energy 0.1, conv_head layers" in printed
+    assert sorted(path.name for path in Path("report").iterdir()) == ["report.csv", "report.html", "report.md"]
+    for arguments, words in (
+        (("report", "runs/efficientnet_lite0", "--out", "report"), "exists already"),
+        (("report", "runs"), "There is no run in"),
+        (("evaluate", "nowhere.toml"), "cannot be read"),
+        (("evaluate", "study.toml", "--device", "moon"), "device 'moon' cannot be used"),
+    ):
+        code, _, said = run(capsys, *arguments)
+        assert code == 2
+        assert words in said
+        assert said.count("\n") == 1
