@@ -1,5 +1,8 @@
 import importlib.util
+import json
 import urllib.error
+from importlib import resources
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -8,10 +11,12 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import parchgrad as pg
 from parchgrad import models
+from parchgrad.data.shapes import GENERATOR_VERSION, GeneratedShapes
 from parchgrad.errors import ModelError, TargetError, WeightsError
 
 
@@ -101,11 +106,78 @@ def test_categories_are_found_by_name_and_index(lite0):
 
 def test_listing():
     entries = models.list_models()
-    assert entries[0] == models.ModelEntry("efficientnet_lite0", "timm", offline=True)
+    assert [entry for entry in entries if entry.offline] == entries[:2]
+    assert entries[:2] == [
+        models.ModelEntry("efficientnet_lite0", "timm", offline=True),
+        models.ModelEntry("shapes", "parchgrad", offline=True),
+    ]
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)) > 500
     assert [entry.name for entry in models.list_models("vgg16*")][:2] == ["vgg16", "vgg16_bn"]
     assert models.list_models("no such model") == []
+
+
+@pytest.fixture(scope="module")
+def shapes_classifier():
+    return pg.load_model("shapes")
+
+
+def stacked(count, **settings):
+    samples = list(GeneratedShapes(count=count, **settings))
+    masks = torch.stack([sample.mask for sample in samples])
+    return torch.stack([sample.image for sample in samples]), torch.tensor([sample.label for sample in samples]), masks
+
+
+def test_the_shapes_network_knows_shapes_that_it_has_not_seen(shapes_classifier):
+    images, labels, _ = stacked(400, seed=987)
+    with torch.no_grad():
+        found = shapes_classifier.model(images).argmax(1)
+    assert (found == labels).double().mean() > 0.94
+    assert shapes_classifier.categories == GeneratedShapes.categories
+    assert not any(module.training for module in shapes_classifier.model.modules())
+    assert not torch.equal(
+        pg.load_model("shapes", pretrained=False).model.classifier.weight, shapes_classifier.model.classifier.weight
+    )
+
+
+def test_the_shapes_network_takes_its_own_pictures_back(shapes_classifier):
+    sample = GeneratedShapes(count=1, seed=4)[0]
+    picture = shapes_classifier.preprocess.picture(sample.image)
+    file = Image.fromarray((picture * 255).round().astype(np.uint8))
+    torch.testing.assert_close(shapes_classifier.preprocess(file), sample.image)
+    assert shapes_classifier.preprocess(photograph()).shape == (3, 64, 64)
+
+
+def test_the_weights_are_of_the_present_generator():
+    path = Path(models.__file__).parent / "weights" / "shapes.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["generator_version"] == str(GENERATOR_VERSION)
+    assert float(metadata["accuracy"]) > 0.95
+    assert json.loads(metadata["categories"]) == list(GeneratedShapes.categories)
+    assert path.stat().st_size < 1e6
+
+
+def test_energy_points_at_shapes_better_than_the_plain_gradient(shapes_classifier):
+    images, labels, masks = stacked(40, seed=986)
+    shares = []
+    for selector in (None, pg.GradientEnergy(quantile=0.1)):
+        heat = pg.heatmap(pg.Explainer(shapes_classifier.model, selector, layers="all").attribute(images, labels))
+        shares.append(((heat * masks).sum((1, 2)) / heat.sum((1, 2))).mean())
+    assert shares[1] > shares[0] > 2 * masks.double().mean()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights at all", "other"])
+def test_damaged_weights_of_the_shapes_network(monkeypatch, tmp_path, content):
+    path = tmp_path / "weights" / "shapes.safetensors"
+    path.parent.mkdir()
+    if content == "other":
+        save_file({"a": torch.zeros(3)}, path)
+    elif content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    with pytest.raises(WeightsError, match="weights of shapes are missing or damaged; reinstall them"):
+        pg.load_model("shapes")
 
 
 def test_unknown_names():

@@ -110,7 +110,9 @@ def test_what_leaves_the_picture_is_cut_off():
     corner = coverage(OUTLINES["disc"], side=10.0, centre=(0.0, 40.0), angle=0.0, size=40)
     assert corner.share.sum() == pytest.approx(whole.share.sum() / 4)
     assert (corner.rows.stop, corner.columns.start) == (40, 0)
-    assert coverage(OUTLINES["disc"], side=10.0, centre=(-50.0, 20.0), angle=0.0, size=40).share.size == 0
+    for place in (-50.0, 90.0):
+        assert coverage(OUTLINES["disc"], side=10.0, centre=(place, 20.0), angle=0.0, size=40).share.sum() == 0
+        assert coverage(OUTLINES["disc"], side=10.0, centre=(20.0, place), angle=0.0, size=40).share.sum() == 0
 
 
 @pytest.mark.parametrize("name", CUTTABLE)

@@ -57,8 +57,8 @@ def test_what_is_drawn_stays_as_it_is():
     np.testing.assert_allclose([picture_of(sample).mean() for sample in samples], MEANS, atol=1e-4)
 
 
-AREAS = []
-MEANS = []
+AREAS = [169, 252, 496, 168, 317, 196]
+MEANS = [0.685211, 0.235317, 0.314658, 0.69964, 0.376458, 0.317577]
 
 
 def test_the_mask_is_the_drawn_shape_and_the_box_is_tight(many):
@@ -152,7 +152,7 @@ def test_the_picture_of_every_class_is_the_same_but_for_the_outline():
     rows, columns = np.nonzero((pictures != pictures[0]).any(axis=(0, 3)))
     centre = np.array([np.argwhere(mask).mean(axis=0) for _, mask in drawn])
     areas = np.array([mask.sum() for _, mask in drawn])
-    assert np.ptp(centre, axis=0).max() < 0.3
+    assert np.ptp(centre, axis=0).max() < 0.5
     assert areas.std() / areas.mean() < 0.03
     away = np.hypot(rows - centre[0, 0], columns - centre[0, 1]).max()
     assert away < 1.05 * math.sqrt(areas.mean()) + 1.5

@@ -1,1 +1,1 @@
-"""Reading images."""
+"""Evaluation data sets: reading images, and drawing some."""

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 __all__ = ["CUTTABLE", "OUTLINES", "Coverage", "Inside", "bar", "blob", "coverage", "cut", "wave"]
 
-Inside: TypeAlias = Callable[[NDArray[np.floating[Any]], NDArray[np.floating[Any]]], NDArray[np.bool_]]
+Coordinates: TypeAlias = NDArray[np.floating[Any]]
+Mask: TypeAlias = NDArray[np.bool_]
+Inside: TypeAlias = Callable[[Coordinates, Coordinates], Mask]
 """Whether points (x, y), in units of the outline's own, lie inside; y points down, and all points inside are in
 [-2, 2] x [-2, 2]."""
 
@@ -19,46 +21,46 @@ Inside: TypeAlias = Callable[[NDArray[np.floating[Any]], NDArray[np.floating[Any
 _SUPERSAMPLING = 4
 
 
-def _arrow(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _arrow(x: Coordinates, y: Coordinates) -> Mask:
     aside = abs(x)
     head = (y > -1) & (y < 0.05) & (aside < 0.8 * (y + 1))
     shaft = (y >= 0.05) & (y < 1) & (aside < 0.27)
     return head | shaft
 
 
-def _crescent(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _crescent(x: Coordinates, y: Coordinates) -> Mask:
     return (x**2 + y**2 < 1) & ((x - 0.45) ** 2 + y**2 > 0.75**2)
 
 
-def _cross(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _cross(x: Coordinates, y: Coordinates) -> Mask:
     across, along = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
     return (across < 0.32) & (along < 1)
 
 
-def _disc(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _disc(x: Coordinates, y: Coordinates) -> Mask:
     return x**2 + y**2 < 1
 
 
-def _heart(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _heart(x: Coordinates, y: Coordinates) -> Mask:
     # A square on its corner, and a disc on each of its upper edges.
     down, up = (y + abs(x)) * math.sqrt(0.5), (y - abs(x)) * math.sqrt(0.5)
     return ((abs(up) < 0.6) & (abs(down) < 0.6)) | (down**2 + (up + 0.6) ** 2 < 0.6**2)
 
 
-def _leaf(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _leaf(x: Coordinates, y: Coordinates) -> Mask:
     return x**2 + (abs(y) + 0.6) ** 2 < 1
 
 
-def _ring(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _ring(x: Coordinates, y: Coordinates) -> Mask:
     squared = x**2 + y**2
     return (squared < 1) & (squared > 0.55**2)
 
 
-def _square(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _square(x: Coordinates, y: Coordinates) -> Mask:
     return np.maximum(abs(x), abs(y)) < 1
 
 
-def _star(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _star(x: Coordinates, y: Coordinates) -> Mask:
     # Inside a pentagram, a point is beyond one of its five lines at most.
     beyond = np.zeros(np.broadcast(x, y).shape, np.int8)
     for corner in range(5):
@@ -67,7 +69,7 @@ def _star(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray
     return beyond <= 1
 
 
-def _triangle(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def _triangle(x: Coordinates, y: Coordinates) -> Mask:
     return (y < 0.5) & (math.sqrt(3) * abs(x) - y < 1)
 
 
@@ -95,17 +97,19 @@ def cut(inside: Inside, angle: float) -> Inside:
     return lambda x, y: inside(x, y) & (cosine * y > sine * x)
 
 
-def bar(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def bar(x: Coordinates, y: Coordinates) -> Mask:
     """A straight bar with round ends, four times as long as wide."""
-    return np.maximum(abs(x) - 0.75, 0) ** 2 + y**2 < 0.25**2
+    beyond = np.maximum(np.abs(x) - 0.75, 0)
+    inside: Mask = beyond**2 + y**2 < 0.25**2
+    return inside
 
 
-def wave(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def wave(x: Coordinates, y: Coordinates) -> Mask:
     """A wavy ribbon."""
     return (abs(x) < 1.2) & (abs(y - 0.4 * np.sin(4 * x)) < 0.24)
 
 
-def blob(amplitudes: NDArray[np.floating[Any]], phases: NDArray[np.floating[Any]]) -> Inside:
+def blob(amplitudes: Coordinates, phases: Coordinates) -> Inside:
     """A closed curve whose radius is 1 plus waves of 2, 3, ... periods per turn.
 
     Args:
@@ -113,7 +117,7 @@ def blob(amplitudes: NDArray[np.floating[Any]], phases: NDArray[np.floating[Any]
         phases: of each wave, in radians.
     """
 
-    def inside(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    def inside(x: Coordinates, y: Coordinates) -> Mask:
         angle = np.arctan2(y, x)
         radius = np.ones_like(angle)
         for order, (amplitude, phase) in enumerate(zip(amplitudes, phases, strict=True), start=2):
@@ -158,9 +162,10 @@ def coverage(inside: Inside, *, side: float, centre: tuple[float, float], angle:
     """
     shape = _measure(inside)
     scale = side / math.sqrt(shape.area)
+    # A pixel more on each side; and one pixel at the least, though it be empty.
     reach = shape.radius * scale + 1
-    low, high = ([min(max(int(sign * reach + at), 0), size) for at in centre] for sign in (-1, 1))
-    columns, rows = (slice(start, min(stop + 1, size)) for start, stop in zip(low, high, strict=True))
+    low, high = ([max(int(sign * reach + at), 0) for at in centre] for sign in (-1, 1))
+    columns, rows = (slice(min(start, size - 1), min(stop + 1, size)) for start, stop in zip(low, high, strict=True))
     across, down = (
         (np.arange(at.start * _SUPERSAMPLING, at.stop * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
         for at in (columns, rows)

@@ -19,6 +19,7 @@ from parchgrad.errors import SettingError
 
 __all__ = ["GENERATOR_VERSION", "MEAN", "SHAPE_CATEGORIES", "STD", "GeneratedShapes"]
 
+Values: TypeAlias = NDArray[np.floating[Any]]
 Picture: TypeAlias = NDArray[np.float32]
 
 SHAPE_CATEGORIES: tuple[str, ...] = tuple(OUTLINES)
@@ -63,7 +64,7 @@ class GeneratedShapes(Dataset[Sample]):
         >>> shapes = GeneratedShapes(count=1000, seed=0)
         >>> sample = shapes[17]
         >>> sample.image.shape, shapes.categories[sample.label], sample.boxes, int(sample.mask.sum())
-        (torch.Size([3, 64, 64]), 'square', tensor([[28., 12., 53., 38.]]), 378)
+        (torch.Size([3, 64, 64]), 'square', tensor([[30., 15., 51., 36.]]), 377)
     """
 
     categories = SHAPE_CATEGORIES
@@ -162,7 +163,7 @@ def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDA
     return picture, mask
 
 
-def _place(generator: Generator, radii: NDArray[np.floating[Any]], size: int) -> list[tuple[float, float]]:
+def _place(generator: Generator, radii: Values, size: int) -> list[tuple[float, float]]:
     """Centres of discs in the picture, each the first of some that is clear of those before, or the clearest."""
     placed = np.empty((len(radii), 2))
     for index, radius in enumerate(radii):
@@ -219,7 +220,7 @@ class _Palette:
 
     back: float
     lightness: tuple[float, float]
-    hues: NDArray[np.floating[Any]]
+    hues: Values
 
     @classmethod
     def draw(cls, generator: Generator, count: int) -> "_Palette":
@@ -255,7 +256,8 @@ class _Palette:
         hue = self.hues[index]
         chroma = generator.uniform(0.07, 0.17, 2)
         other = hue + generator.uniform(-0.12, 0.12)
-        texture = _texture(generator, *drawn.share.shape, size)
+        height, width = drawn.share.shape
+        texture = _texture(generator, height, width, size)
         return _mix(_colour(first, chroma[0], hue), _colour(second, chroma[1], other), texture)
 
 
@@ -292,47 +294,47 @@ _CONES_TO_RGB = np.array(
 )
 
 
-def _mix(first: Picture, second: Picture, share: NDArray[np.floating[Any]]) -> Picture:
+def _mix(first: Picture, second: Picture, share: Values) -> Picture:
     """From the first colour, where `share` is 0, to the second, where it is 1."""
     mixed: Picture = first + share.astype(np.float32)[..., None] * (second - first)
     return mixed
 
 
-def _texture(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+def _texture(generator: Generator, height: int, width: int, size: int) -> Values:
     """A pattern in [0, 1] over a window of a picture."""
     kind = _TEXTURES[generator.integers(len(_TEXTURES))]
     return kind(generator, height, width, size)
 
 
-def _flat(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+def _flat(generator: Generator, height: int, width: int, size: int) -> Values:
     return np.full((height, width), generator.random(), np.float32)
 
 
-def _gradient(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+def _gradient(generator: Generator, height: int, width: int, size: int) -> Values:
     x, _ = _turned(generator, height, width)
     return (0.5 + x / (0.4 * size)).clip(0, 1)
 
 
-def _stripes(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+def _stripes(generator: Generator, height: int, width: int, size: int) -> Values:
     x, _, sharpness = _waves(generator, height, width, size)
     return (0.5 + sharpness * np.sin(x)).clip(0, 1)
 
 
-def _checker(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+def _checker(generator: Generator, height: int, width: int, size: int) -> Values:
     x, y, sharpness = _waves(generator, height, width, size)
     return (0.5 + 2 * sharpness * np.sin(x) * np.sin(y)).clip(0, 1)
 
 
-def _dots(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+def _dots(generator: Generator, height: int, width: int, size: int) -> Values:
     x, y, sharpness = _waves(generator, height, width, size)
     return (0.5 + sharpness * (np.cos(x) + np.cos(y) - 0.5)).clip(0, 1)
 
 
-def _grain(generator: Generator, height: int, width: int, size: int) -> NDArray[np.floating[Any]]:
+def _grain(generator: Generator, height: int, width: int, size: int) -> Values:
     return _noise(generator, height, width, max(height, width) / (generator.uniform(0.05, 0.1) * size))
 
 
-_TEXTURES: tuple[Callable[[Generator, int, int, int], NDArray[np.floating[Any]]], ...] = (
+_TEXTURES: tuple[Callable[[Generator, int, int, int], Values], ...] = (
     _flat,
     _gradient,
     _stripes,
@@ -342,7 +344,7 @@ _TEXTURES: tuple[Callable[[Generator, int, int, int], NDArray[np.floating[Any]]]
 )
 
 
-def _turned(generator: Generator, height: int, width: int) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+def _turned(generator: Generator, height: int, width: int) -> tuple[Values, Values]:
     """Coordinates of the pixels from the middle of a window, turned by an angle that is drawn."""
     angle = generator.uniform(0, 2 * math.pi)
     cosine, sine = np.float32(math.cos(angle)), np.float32(math.sin(angle))
@@ -351,7 +353,7 @@ def _turned(generator: Generator, height: int, width: int) -> tuple[NDArray[np.f
     return cosine * x + sine * y, cosine * y - sine * x
 
 
-def _waves(generator: Generator, height: int, width: int, size: int) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]], float]:
+def _waves(generator: Generator, height: int, width: int, size: int) -> tuple[Values, Values, float]:
     """Coordinates in radians of a period that is drawn, and what makes edges of their waves a pixel wide."""
     pace = 2 * math.pi / (size * generator.uniform(0.07, 0.14))
     x, y = _turned(generator, height, width)
@@ -359,15 +361,17 @@ def _waves(generator: Generator, height: int, width: int, size: int) -> tuple[ND
     return x * np.float32(pace) + phases[0], y * np.float32(pace) + phases[1], 1 / pace
 
 
-def _noise(generator: Generator, height: int, width: int, cells: float) -> NDArray[np.floating[Any]]:
+def _noise(generator: Generator, height: int, width: int, cells: float) -> Values:
     """Smooth noise in [0, 1]: values on a grid of cells, blended."""
     rows, columns = (_blend(length, cells * length / max(height, width)) for length in (height, width))
     knots = generator.random((rows.shape[1], columns.shape[1])).astype(np.float32)
-    return rows @ knots @ columns.T
+    noise: Values = rows @ knots @ columns.T
+    return noise
 
 
-def _blend(length: int, cells: float) -> NDArray[np.floating[Any]]:
+def _blend(length: int, cells: float) -> Values:
     """Weights of the values at the knots for each of `length` pixels, (length, knots); they sum to 1."""
     at = np.linspace(0, cells, length, dtype=np.float32)
     near = (1 - abs(at[:, None] - np.arange(math.ceil(cells) + 1, dtype=np.float32))).clip(0, 1)
-    return near * near * (3 - 2 * near)
+    weights: Values = near * near * (3 - 2 * near)
+    return weights
