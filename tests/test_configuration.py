@@ -177,3 +177,12 @@ def test_every_model_has_a_run_that_goes_on(tmp_path, photographs, classifier):
     told.clear()
     evaluate_all(asked, tmp_path / "out", on_progress=lambda *counts: told.append(counts))
     assert told == []
+
+
+def test_generated_shapes_are_for_the_network_that_knows_them(classifier):
+    settings = DataSettings(name="shapes", count=6, seed=4)
+    data = open_data(settings, pg.load_model("shapes"))
+    assert len(data) == 6
+    assert data[3].mask.any()
+    with pytest.raises(SettingError, match="small does not know the generated shapes"):
+        open_data(settings, classifier)

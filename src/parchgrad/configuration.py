@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torchvision import datasets
@@ -15,6 +15,7 @@ from parchgrad.data.folders import PhotographFolder, match_classes
 from parchgrad.data.imagenet import BoxedFolder
 from parchgrad.data.perturbed import Blur, Jigsaw
 from parchgrad.data.samples import DrawnSamples, LabelledImages, Samples
+from parchgrad.data.shapes import SHAPE_CATEGORIES, GeneratedShapes
 from parchgrad.errors import ImageError, InputError, SettingError, StatisticsWarning
 from parchgrad.evaluation.grid_pointing import make_mosaics
 from parchgrad.evaluation.runs import Grid, TargetChoice, evaluate
@@ -233,7 +234,9 @@ def _of_model(on_progress: Callable[[str, int, int], None], name: str) -> Callab
 def _open(settings: DataSettings, classifier: Classifier) -> Samples:
     transform, categories = classifier.preprocess, classifier.categories
     if settings.name == "shapes":
-        raise SettingError("Generated shapes are not there yet.")
+        if categories != SHAPE_CATEGORIES:
+            raise SettingError(f"{classifier.name} does not know the generated shapes; choose the model 'shapes'.")
+        return GeneratedShapes(count=cast(int, settings.count), seed=settings.seed)
     root = str(settings.root)
     if settings.name == "imagenet":
         return BoxedFolder(
