@@ -55,3 +55,13 @@ def best_channels(scores, quantile):
     kept = max(1, int(quantile * len(scores)))
     last = sorted(scores, reverse=True)[kept - 1]
     return {channel for channel, score in enumerate(scores) if score >= last}
+
+
+def evidence_scores(gradient, output):
+    """Scores of one sample's channels by evidence: gradient and output (C, S) as nested lists."""
+    channels, positions = range(len(gradient)), range(len(gradient[0]))
+    means = [sum(output[c]) / len(positions) if len(positions) > 1 else 0.0 for c in channels]
+    centred = [[output[c][s] - means[c] for s in positions] for c in channels]
+    evidence = [max(0.0, sum(gradient[c][s] * centred[c][s] for c in channels)) for s in positions]
+    norms = [math.sqrt(sum(value**2 for value in centred[c])) or 1.0 for c in channels]
+    return [sum(evidence[s] * gradient[c][s] * centred[c][s] for s in positions) / norms[c] for c in channels]

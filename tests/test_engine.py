@@ -685,7 +685,7 @@ def test_nested_contexts_only_the_innermost_acts(network):
 
 def test_threads_on_one_model_do_not_see_each_other(network):
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    selectors = [None, pg.GradientEnergy(quantile=0.2), pg.GradientTimesActivation(), pg.RandomChannels(quantile=0.5)]
+    selectors = [None, pg.GradientEnergy(quantile=0.2), pg.Evidence(), pg.RandomChannels(quantile=0.5)]
 
     def explain(selector):
         if selector is None:
@@ -732,6 +732,7 @@ def all_selectors():
     return [
         pg.GradientEnergy(quantile=0.3),
         pg.GradientTimesActivation(quantile=0.3),
+        pg.Evidence(quantile=0.3),
         pg.RandomChannels(quantile=0.3),
         pg.FixedChannels(masks),
         pg.ClassWise(statistics, quantile=0.3),

@@ -39,7 +39,9 @@ def test_gradient_energy_is_the_sum_of_squares(quantile):
     assert chosen(pg.GradientEnergy(quantile=quantile).select(signal(gradient))) == expected
 
 
-@pytest.mark.parametrize("selector", [pg.GradientEnergy(quantile=0.3), pg.GradientTimesActivation(quantile=0.3)])
+@pytest.mark.parametrize(
+    "selector", [pg.GradientEnergy(quantile=0.3), pg.GradientTimesActivation(quantile=0.3), pg.Evidence(quantile=0.3)]
+)
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e20])
 def test_scale_of_the_gradient_does_not_change_the_choice(selector, scale):
     gradient, output = torch.randn(3, 20, 4, 4), torch.randn(3, 20, 4, 4)
@@ -57,6 +59,44 @@ def test_gradient_times_activation_is_signed_and_reads_the_output_before_it_is_o
     observation = selector.observe(output)
     nn.functional.relu_(output)
     assert chosen(selector.select(signal(gradient, observation))) == expected
+
+
+@pytest.mark.parametrize("space", [(4, 5), (6,), (2, 2, 3), (1, 1)])
+@pytest.mark.parametrize("quantile", [0.1, 0.25, 0.6])
+def test_evidence_is_the_reference_and_reads_the_output_before_it_is_overwritten(space, quantile):
+    selector = pg.Evidence(quantile=quantile)
+    gradient, output = (torch.randn(4, 8, *space, dtype=torch.float64) for _ in range(2))
+    output[0, 3] = 0.1
+    expected = [
+        reference.best_channels(reference.evidence_scores(*pair), quantile)
+        for pair in zip(gradient.flatten(2).tolist(), output.flatten(2).tolist(), strict=True)
+    ]
+    observation = selector.observe(output)
+    nn.functional.relu_(output)
+    assert chosen(selector.select(signal(gradient, observation))) == expected
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("level", [0.0, 0.1, 1234.5])
+def test_evidence_depends_on_neither_level_nor_scale_of_the_output(scale, level):
+    selector = pg.Evidence(quantile=0.3)
+    gradient, output = torch.randn(2, 10, 6, 6), torch.randn(2, 10, 6, 6)
+    expected = selector.select(signal(gradient, selector.observe(output)))
+    other = (output.double() + level).to(torch.float64 if level else torch.float32) * scale
+    assert torch.equal(selector.select(signal(gradient.to(other), selector.observe(other))), expected)
+
+
+def test_a_channel_that_is_the_same_everywhere_is_no_evidence():
+    # Its mean is rounded: what is left would be taken for a direction.
+    output = torch.full((1, 2, 7, 9), 0.1)
+    output[0, 1] += 1e-3 * torch.randn(7, 9)
+    selector = pg.Evidence(quantile=0.5)
+    observation = selector.observe(output)
+    assert not observation[0, 0].any()
+    gradient = torch.randn(1, 2, 7, 9)
+    gradient[0, 0] *= 1e6
+    gradient[0, 1] = observation[0, 1].reshape(7, 9)
+    assert chosen(selector.select(signal(gradient, observation))) == [{1}]
 
 
 @pytest.mark.parametrize("kind", [pg.GradientEnergy, pg.GradientTimesActivation])
@@ -91,6 +131,7 @@ def test_a_signal_without_what_the_selector_needs():
     statistics = random_statistics({"conv": 3})
     for selector in (
         pg.GradientTimesActivation(),
+        pg.Evidence(),
         pg.ClassWise(statistics, alpha=0.1),
         pg.InstanceWise(statistics, alpha=0.1),
     ):
@@ -251,6 +292,7 @@ def test_instance_wise_orders_scores_whose_p_value_underflows():
     [
         (lambda s: pg.GradientEnergy(quantile=0.0), "quantile is 0.0"),
         (lambda s: pg.GradientTimesActivation(quantile=1.1), "quantile is 1.1"),
+        (lambda s: pg.Evidence(quantile=0), "quantile is 0"),
         (lambda s: pg.RandomChannels(quantile=math.nan), "quantile is nan"),
         (lambda s: pg.GradientEnergy(quantile="a"), "quantile is 'a'"),
         (lambda s: pg.FixedChannels({"conv": torch.ones(3)}), "'conv' is torch.float32"),
@@ -318,7 +360,7 @@ def test_selectors_by_their_short_names():
     assert isinstance(make_selector("instance", quantile=0.2, statistics=statistics), pg.InstanceWise)
     with pytest.raises(StatisticsError, match="'class' needs channel statistics"):
         make_selector("class", quantile=0.2)
-    with pytest.raises(SettingError, match="one of energy, activation, random, class, instance"):
+    with pytest.raises(SettingError, match="one of energy, activation, evidence, random, class, instance"):
         make_selector("best", quantile=0.2)
 
 

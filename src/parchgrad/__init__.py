@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from parchgrad.partition import partition_gradient
     from parchgrad.selection import (
         ClassWise,
+        Evidence,
         FixedChannels,
         GradientEnergy,
         GradientTimesActivation,
@@ -32,6 +33,7 @@ __all__ = [
     "ChannelStatistics",
     "ClassWise",
     "Classifier",
+    "Evidence",
     "Explainer",
     "Explanation",
     "FixedChannels",
@@ -68,6 +70,7 @@ _MODULES = {
     "partition": ("partition_gradient",),
     "selection": (
         "ClassWise",
+        "Evidence",
         "FixedChannels",
         "GradientEnergy",
         "GradientTimesActivation",

@@ -50,6 +50,7 @@ class SelectorName(str, enum.Enum):
 
     energy = "energy"
     activation = "activation"
+    evidence = "evidence"
     random = "random"
     class_wise = "class"
     instance = "instance"
@@ -128,8 +129,8 @@ def explain(
     selector: Annotated[
         SelectorName,
         typer.Option(
-            help="What makes a channel matter: gradient energy, gradient x activation, chance, or by statistics its "
-            "response to the class, or to this very image."
+            help="What makes a channel matter: gradient energy, gradient x activation, its evidence for the class "
+            "(best with --layers 0.75), chance, or by statistics its response to the class, or to this very image."
         ),
     ] = SelectorName.energy,
     statistics: Annotated[
