@@ -36,7 +36,7 @@ HEADLINES = ("aopc", "mass_inside", "pointing_game", "insertion", "deletion", "m
 # More lines than that in one chart are no longer told apart.
 _MOST_CURVES = 7
 _SWEPT = {"quantile": "share of the channels that is kept", "layers": "layers", "gamma": "gamma"}
-_DESCRIBING = ("quantile", "layers", "gamma", "conserve")
+_DESCRIBING = ("quantile", "layers", "gamma", "conserve", "masks")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from parchgrad.errors import InputError, LayerError, OutputError, SettingError, 
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import centre_blob, grad_cam, maps_of, random_map
 from parchgrad.evaluation.runs import Grid, Setting, evaluate, make_method, read_rows
+from parchgrad.evaluation.sanity import masks_of_another_class, shuffled_masks
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
 from tests.conftest import random_statistics, small_network
 
@@ -211,6 +213,22 @@ def test_damaged_rows_and_folders_are_said(tmp_path):
         run(tmp_path)
 
 
+def test_methods_of_ones_own_run_beside_the_settings(tmp_path):
+    scores = ScoreSettings(families=("perturbation", "randomisation"), ratios=(0.2, 0.6), randomised=(1.0,))
+    for folder, methods in (("own", {"mine": grad_cam}), ("named", {})):
+        settings = [Setting(), *([] if methods else [Setting(method="grad_cam")])]
+        evaluate(small_network(), Noise(), settings, tmp_path / folder, scores=scores, batch_size=3, methods=methods)
+    own, named = (comparable(read_rows(tmp_path / folder)) for folder in ("own", "named"))
+    describing = {"setting", *vars(Setting())}
+    assert [(row["setting"], row["method"], row["selector"]) for row in own[7:8]] == [("mine", "mine", "NaN")]
+    close(
+        [{key: value for key, value in row.items() if key not in describing} for row in own],
+        [{key: value for key, value in row.items() if key not in describing} for row in named],
+    )
+    with pytest.raises(SettingError, match="Two methods are called 'gradient'"):
+        evaluate(small_network(), Noise(), [Setting()], tmp_path / "twice", methods={"gradient": grad_cam})
+
+
 def test_images_of_several_sizes_are_said(tmp_path):
     class Uneven(Noise):
         def __getitem__(self, index):
@@ -234,6 +252,11 @@ def test_the_grid_brings_the_controls_and_a_random_twin_of_every_edit():
     assert [setting.method for setting in settings[:4]] == ["gradient", "random_map", "grad_cam", "centre_blob"]
     edits = [setting for setting in settings if setting.selector]
     assert len(edits) == 2 * 3 * 8
+    others = [s for s in replace(grid, masks=("own", "another", "shuffled")).settings() if s not in settings]
+    # The controls by masks are of the gradient alone, and not of random channels.
+    assert len(others) == 2 * 8 * 2
+    assert {(s.method, s.masks) for s in others} == {("gradient", "another"), ("gradient", "shuffled")}
+    assert len({s.title for s in others}) == 32
     for setting in edits:
         twin = Setting(**{**vars(setting), "selector": "random"})
         assert twin in settings
@@ -256,6 +279,14 @@ def test_settings_make_the_methods_they_name(network):
             Setting(selector="class", layers="all", gamma=3.0, conserve="exact"),
             maps_of(pg.Explainer(network, pg.ClassWise(held, quantile=0.1), layers="all", gamma=3.0, conserve="exact")),
         ),
+        (
+            Setting(selector="class", layers="all", masks="another"),
+            masks_of_another_class(network, pg.ClassWise(held, quantile=0.1), layers="all"),
+        ),
+        (
+            Setting(selector="energy", layers="all", masks="shuffled", gamma=2.0),
+            shuffled_masks(network, pg.GradientEnergy(quantile=0.1), layers="all", gamma=2.0, seed=4),
+        ),
     ):
         method = make_method(network, setting, statistics=held, seed=4)
         torch.testing.assert_close(method(images, target), expected(images, target))
@@ -265,5 +296,10 @@ def test_settings_make_the_methods_they_name(network):
         make_method(network, Setting(selector="energy", layers=("nowhere",)))
     with pytest.raises(SettingError, match="selector is 'best'"):
         Setting(selector="best")
+    with pytest.raises(SettingError, match="masks is 'none'"):
+        Setting(selector="energy", masks="none")
+    for options in ({}, {"selector": "energy", "method": "smoothgrad"}):
+        with pytest.raises(SettingError, match="a control for the gradient with a selector"):
+            Setting(masks="shuffled", **options)
     with pytest.raises(SettingError, match="has no selector"):
         Setting(method="grad_cam", selector="energy")

@@ -7,20 +7,33 @@ import parchgrad as pg
 from parchgrad.errors import SettingError
 from parchgrad.evaluation import localisation, perturbation
 from parchgrad.evaluation.methods import maps_of
-from parchgrad.evaluation.sanity import max_sensitivity
+from parchgrad.evaluation.sanity import max_sensitivity, parameter_randomisation
 from parchgrad.evaluation.scores import FAMILIES, SCORES, ScoreSettings, at_ratio, score_maps
+
+
+def gradient_of(model):
+    return maps_of(pg.Explainer(model, None))
 
 
 @pytest.fixture
 def scored(network):
     images, target = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
-    method = maps_of(pg.Explainer(network, None))
+    method = gradient_of(network)
     heat = method(images, target)
     region = torch.rand(8, 8) > 0.5
     settings = ScoreSettings(
-        families=FAMILIES, ratios=(0.25, 0.75), replacement="mean", steps=3, tolerance=1, samples=2
+        families=FAMILIES,
+        ratios=(0.25, 0.75),
+        replacement="mean",
+        steps=3,
+        tolerance=1,
+        samples=2,
+        randomised=(0.25, 0.75),
+        draws=2,
+        seed=5,
     )
-    found = score_maps(network, method, images, target, heat, [region, None, ~region], settings)
+    regions = [region, None, ~region]
+    found = score_maps(network, method, images, target, heat, regions, settings, make_method=gradient_of)
     return network, method, images, target, heat, region, found
 
 
@@ -53,7 +66,14 @@ def test_scores_are_what_their_functions_say(scored):
     ):
         expected[1] = math.nan
         torch.testing.assert_close(found[name], expected, equal_nan=True)
-    torch.testing.assert_close(found["max_sensitivity"], max_sensitivity(method, images, target, samples=2))
+    torch.testing.assert_close(found["max_sensitivity"], max_sensitivity(method, images, target, samples=2, seed=5))
+    # The first and the third of four modules.
+    steps = parameter_randomisation(network, gradient_of, images, target, seeds=(5, 6))
+    first, third = ((steps[place].spearman + steps[place + 4].spearman) / 2 for place in (0, 2))
+    torch.testing.assert_close(found["randomisation_spearman@0.75"], third)
+    torch.testing.assert_close(found["randomisation_spearman"], (first + third) / 2)
+    alike = (steps[0].structural_similarity + steps[4].structural_similarity) / 2
+    torch.testing.assert_close(found["randomisation_similarity@0.25"], alike)
 
 
 def test_only_the_families_asked_for_are_had(network):
@@ -64,3 +84,9 @@ def test_only_the_families_asked_for_are_had(network):
         ScoreSettings(families=("faithfulness",))
     with pytest.raises(SettingError, match="internal_batch_size is 0"):
         ScoreSettings(internal_batch_size=0)
+    with pytest.raises(SettingError, match="draws is 0"):
+        ScoreSettings(draws=0)
+    with pytest.raises(SettingError, match="make_method is missing"):
+        score_maps(
+            network, gradient_of(network), images, target, heat, [None], ScoreSettings(families=("randomisation",))
+        )

@@ -12,9 +12,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import Method, centre_blob, grad_cam, maps_of, random_map
+from parchgrad.evaluation.sanity import masks_of_another_class, shuffled_masks
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
 from parchgrad.files import writing
 from parchgrad.layers import LayerChoice
@@ -32,10 +33,11 @@ from parchgrad.partition import Conserve
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, make_selector
 from parchgrad.statistics import ChannelStatistics
 
-__all__ = ["Grid", "Row", "Setting", "TargetChoice", "evaluate", "make_method", "read_rows"]
+__all__ = ["Grid", "Masks", "Row", "Setting", "TargetChoice", "evaluate", "make_method", "read_rows"]
 
 Row = dict[str, Any]
 TargetChoice = Literal["label", "predicted"]
+Masks = Literal["own", "another", "shuffled"]
 _FORMAT = 1
 
 _CONTROL_METHODS: Mapping[str, Callable[[nn.Module, int], Method]] = {
@@ -43,7 +45,14 @@ _CONTROL_METHODS: Mapping[str, Callable[[nn.Module, int], Method]] = {
     "grad_cam": lambda model, seed: grad_cam(model),
     "centre_blob": lambda model, seed: centre_blob(),
 }
+_MASK_TITLES: Mapping[Masks, str] = {"another": "masks of another class", "shuffled": "shuffled masks"}
 _TITLES = {"grad_cam": "Grad-CAM", "smoothgrad": "SmoothGrad"}
+
+
+class _EditSettings(TypedDict):
+    layers: LayerChoice
+    gamma: float
+    conserve: Conserve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +67,11 @@ class Setting:
         layers: which convolutions are edited; see `choose_layers`.
         gamma: see `partition_gradient`.
         conserve: see `partition_gradient`.
+        masks: `"own"` are the selector's for the class that is explained; as controls of the gradient `"another"` are
+            those for another class, and `"shuffled"` keep as many channels at random.
 
     Raises:
-        SettingError: if there is no such selector, or a control is given one.
+        SettingError: if there is no such selector, or a control is given one, or masks are given to what has none.
     """
 
     method: str = "gradient"
@@ -69,6 +80,7 @@ class Setting:
     layers: str | float | tuple[str, ...] = "default"
     gamma: float = math.inf
     conserve: Conserve = "independent"
+    masks: Masks = "own"
 
     def __post_init__(self) -> None:
         known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
@@ -76,6 +88,13 @@ class Setting:
             raise SettingError(f"selector is {self.selector!r}, but it must be one of {', '.join(known)}.")
         if self.selector is not None and self.method in _CONTROL_METHODS:
             raise SettingError(f"The control {self.method!r} has no selector; leave {self.selector!r} out.")
+        if self.masks not in get_args(Masks):
+            raise SettingError(f"masks is {self.masks!r}, but it must be one of {', '.join(get_args(Masks))}.")
+        if self.masks != "own" and (self.selector is None or self.method != "gradient"):
+            raise SettingError(
+                f"masks is {self.masks!r}, which is a control for the gradient with a selector alone; choose these, or "
+                "leave it out."
+            )
 
     @property
     def title(self) -> str:
@@ -92,6 +111,7 @@ class Setting:
         parts = [name, f"{self.selector} {self.quantile:g}", f"{layers} layers"]
         parts += [f"gamma {self.gamma:g}"] if math.isfinite(self.gamma) else []
         parts += [f"conserve {self.conserve}"] if self.conserve != "independent" else []
+        parts += [_MASK_TITLES[self.masks]] if self.masks != "own" else []
         return ", ".join(parts)
 
 
@@ -106,6 +126,7 @@ class Grid:
         layers: see `Setting.layers`.
         gammas: see `Setting.gamma`.
         conserves: see `Setting.conserve`.
+        masks: see `Setting.masks`.
     """
 
     methods: tuple[str, ...] = ("gradient",)
@@ -114,6 +135,7 @@ class Grid:
     layers: tuple[str | float | tuple[str, ...], ...] = ("default",)
     gammas: tuple[float, ...] = (math.inf,)
     conserves: tuple[Conserve, ...] = ("independent",)
+    masks: tuple[Masks, ...] = ("own",)
 
     def settings(self) -> tuple[Setting, ...]:
         """The controls, the plain gradient first, then all combinations, each once.
@@ -133,17 +155,11 @@ class Grid:
             if selector is None or method in _CONTROL_METHODS:
                 continue
             for quantile, layers, gamma, conserve in edits:
-                for name in ("random", selector):
-                    found.append(
-                        Setting(
-                            method=method,
-                            selector=name,
-                            quantile=quantile,
-                            layers=layers,
-                            gamma=gamma,
-                            conserve=conserve,
-                        )
-                    )
+                edit = Setting(
+                    method=method, selector=selector, quantile=quantile, layers=layers, gamma=gamma, conserve=conserve
+                )
+                found.append(replace(edit, selector="random"))
+                found += [replace(edit, masks=masks) for masks in self.masks if masks == "own" or method == "gradient"]
         return tuple(dict.fromkeys(found))
 
 
@@ -171,10 +187,16 @@ def make_method(
     selector = None
     if setting.selector is not None:
         selector = make_selector(setting.selector, quantile=setting.quantile, statistics=statistics, seed=seed)
-    layers: LayerChoice = list(setting.layers) if isinstance(setting.layers, tuple) else setting.layers
-    return maps_of(
-        Explainer(model, selector, layers=layers, gamma=setting.gamma, conserve=setting.conserve, method=setting.method)
+    edit = _EditSettings(
+        layers=list(setting.layers) if isinstance(setting.layers, tuple) else setting.layers,
+        gamma=setting.gamma,
+        conserve=setting.conserve,
     )
+    if selector is not None and setting.masks == "another":
+        return masks_of_another_class(model, selector, **edit)
+    if selector is not None and setting.masks == "shuffled":
+        return shuffled_masks(model, selector, **edit, seed=seed)
+    return maps_of(Explainer(model, selector, **edit, method=setting.method))
 
 
 def evaluate(
@@ -184,6 +206,7 @@ def evaluate(
     folder: str | Path,
     *,
     name: str = "model",
+    methods: Mapping[str, Callable[[nn.Module], Method]] | None = None,
     scores: ScoreSettings | None = None,
     target: TargetChoice = "label",
     statistics: ChannelStatistics | None = None,
@@ -203,6 +226,7 @@ def evaluate(
         settings: what is compared; see `Grid`.
         folder: of the run, made where there is none.
         name: of the model in the rows.
+        methods: further methods, of any kind: for each title what makes the method for a model.
         scores: which scores, and how; None takes the defaults.
         target: which class is explained: `"label"` or `"predicted"`.
         statistics: for the selectors that need some.
@@ -212,7 +236,8 @@ def evaluate(
         on_progress: called with the rows that this process has, and those it will have.
 
     Raises:
-        SettingError: if a setting is out of range, or the folder holds a run of something else.
+        SettingError: if a setting is out of range, two methods have one title, or the folder holds a run of something
+            else.
         InputError: if the images differ in size, or a file of the run is damaged.
         OutputError: if the folder cannot be written.
         ParchGradError: if a setting does not fit the model; see `Explainer`.
@@ -238,9 +263,15 @@ def evaluate(
         raise SettingError(f"batch_size is {batch_size}, but it must be 1 or more.")
     rank, count = process or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     chosen = scores or ScoreSettings()
-    methods = {
-        setting: make_method(model, setting, statistics=statistics, seed=seed) for setting in dict.fromkeys(settings)
-    }
+    entries = [
+        *(_entry_of(setting, statistics, seed) for setting in dict.fromkeys(settings)),
+        *(_Entry(title, {**_OWN, "method": title}, make) for title, make in (methods or {}).items()),
+    ]
+    titles = [entry.title for entry in entries]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise SettingError(f"Two methods are called {title!r}; give one of them another title.")
+    made = {entry: entry.make(model) for entry in entries}
     place = Path(folder)
     _join_run(
         place,
@@ -258,18 +289,18 @@ def evaluate(
     )
     done = {(row["setting"], row["index"]) for row in read_rows(place)}
     own = range(rank, len(data), count)
-    pending = {setting: [index for index in own if (setting.title, index) not in done] for setting in methods}
-    total = len(own) * len(methods)
+    pending = {entry: [index for index in own if (entry.title, index) not in done] for entry in entries}
+    total = len(own) * len(entries)
     finished = total - sum(len(indices) for indices in pending.values())
     wanted = sorted(set().union(*pending.values())) if pending else []
     with _Appender(place / f"rows-{rank}.jsonl") as rows:
         for start in range(0, len(wanted), batch_size):
             batch = _load(data, wanted[start : start + batch_size], model, target)
-            for setting, method in methods.items():
-                places = [place for place, index in enumerate(batch.indices) if index in set(pending[setting])]
+            for entry, method in made.items():
+                places = [place for place, index in enumerate(batch.indices) if index in set(pending[entry])]
                 if not places:
                     continue
-                rows.append(_score(model, setting, method, batch.take(places), chosen, name))
+                rows.append(_score(model, entry, method, batch.take(places), chosen, name))
                 finished += len(places)
                 if on_progress is not None:
                     on_progress(finished, total)
@@ -297,6 +328,24 @@ def read_rows(folder: str | Path) -> list[Row]:
             found.setdefault(key, {field: math.nan if value is None else value for field, value in row.items()})
     order = {title: place for place, title in enumerate(dict.fromkeys(title for title, _ in found))}
     return [found[key] for key in sorted(found, key=lambda key: (order[key[0]], key[1]))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One way of explaining in a run: its title and description in the rows, and what makes it for a model."""
+
+    title: str
+    described: Mapping[str, Any]
+    make: Callable[[nn.Module], Method]
+
+
+def _entry_of(setting: Setting, statistics: ChannelStatistics | None, seed: int) -> _Entry:
+    described = {**asdict(setting), "gamma": "inf" if math.isinf(setting.gamma) else setting.gamma}
+    return _Entry(setting.title, described, lambda model: make_method(model, setting, statistics=statistics, seed=seed))
+
+
+# A method of the caller's own has none of the settings.
+_OWN: Mapping[str, Any] = dict.fromkeys(field.name for field in fields(Setting))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -345,21 +394,20 @@ def _load(data: Samples, indices: list[int], model: nn.Module, target: TargetCho
 
 
 def _score(
-    model: nn.Module, setting: Setting, method: Method, batch: _Batch, scores: ScoreSettings, name: str
+    model: nn.Module, entry: _Entry, method: Method, batch: _Batch, scores: ScoreSettings, name: str
 ) -> list[Row]:
     """Rows of a batch under one setting."""
     start = time.perf_counter()
     heat = method(batch.images, batch.target)
     seconds = (time.perf_counter() - start) / len(batch.indices)
     regions = [_region(sample) for sample in batch.samples]
-    found = score_maps(model, method, batch.images, batch.target, heat, regions, scores)
+    found = score_maps(model, method, batch.images, batch.target, heat, regions, scores, make_method=entry.make)
     columns = {score: values.tolist() for score, values in found.items()}
-    described = {**asdict(setting), "gamma": "inf" if math.isinf(setting.gamma) else setting.gamma}
     return [
         {
             "model": name,
-            "setting": setting.title,
-            **described,
+            "setting": entry.title,
+            **entry.described,
             "index": index,
             "image": sample.name,
             "label": sample.label,

@@ -25,13 +25,13 @@ from parchgrad.partition import Conserve
 from parchgrad.selection import FixedChannels, LayerSignal, Selector
 
 __all__ = [
-    "ClassMaps",
     "RandomisationOrder",
     "RandomisationStep",
-    "class_sensitivity",
+    "masks_of_another_class",
     "max_sensitivity",
     "parameter_randomisation",
     "randomised_models",
+    "shuffled_masks",
     "spearman",
     "structural_similarities",
 ]
@@ -54,21 +54,6 @@ class RandomisationStep:
     seed: int
     spearman: Tensor
     structural_similarity: Tensor
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ClassMaps:
-    """Maps of one gradient, partitioned by three masks of as many channels; each of shape (B, H, W).
-
-    Attributes:
-        right: by the mask of the class that is explained.
-        wrong: by the mask of another class.
-        random: by channels drawn at random, as many in each row and layer as the mask of the explained class keeps.
-    """
-
-    right: Tensor
-    wrong: Tensor
-    random: Tensor
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
@@ -164,8 +149,7 @@ def randomised_models(
     if order not in get_args(RandomisationOrder):
         raise SettingError(f"order is {order!r}, but it must be one of {', '.join(get_args(RandomisationOrder))}.")
     known = dict(model.named_modules())
-    own = [name for name, module in known.items() if any(True for _ in module.parameters(recurse=False))]
-    names = own if modules is None else list(modules)
+    names = _parametrised(model) if modules is None else list(modules)
     for name in names:
         if name not in known or not any(True for _ in known[name].parameters()):
             raise LayerError(f"There is no module {name!r} with parameters to randomise; name one of the model's.")
@@ -187,6 +171,7 @@ def parameter_randomisation(
     order: RandomisationOrder = "top_down",
     seeds: Sequence[int] = (0,),
     modules: Sequence[str] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> list[RandomisationStep]:
     """Compare maps of a trained model with those of the model with its weights drawn anew; lower is better.
 
@@ -201,12 +186,14 @@ def parameter_randomisation(
         order: see `randomised_models`.
         seeds: a run for each.
         modules: see `randomised_models`.
+        shares: which steps are compared, as shares of the way from the first module to the last, in (0, 1]; None
+            compares every one.
 
     Returns:
-        A step for each module and seed, in the order in which they were randomised.
+        A step for each seed and each module, in the order in which they were randomised, or share, in their order.
 
     Raises:
-        SettingError: if the order is unknown.
+        SettingError: if the order is unknown, or a share out of range.
         LayerError: if the model has no such module.
 
     Example:
@@ -217,82 +204,113 @@ def parameter_randomisation(
         >>> [step.module for step in steps]
         ['3', '0']
     """
+    if shares is not None and not all(0 < share <= 1 for share in shares):
+        raise SettingError(f"shares are {tuple(shares)}, but they must be shares of the modules, in (0, 1].")
     before = make_method(model)(images, target)
+    names = _parametrised(model) if modules is None else list(modules)
+    places = range(len(names)) if shares is None else [math.ceil(share * len(names)) - 1 for share in shares]
     steps = []
     for seed in seeds:
-        for name, changed in randomised_models(model, order=order, seed=seed, modules=modules):
-            after = make_method(changed)(images, target)
-            steps.append(
-                RandomisationStep(
+        found = {}
+        for place, (name, changed) in enumerate(randomised_models(model, order=order, seed=seed, modules=names)):
+            if place in places:
+                after = make_method(changed)(images, target)
+                found[place] = RandomisationStep(
                     module=name,
                     seed=seed,
                     spearman=spearman(before, after),
                     structural_similarity=structural_similarities(before, after),
                 )
-            )
+        steps += [found[place] for place in places]
     return steps
 
 
-def class_sensitivity(
+def masks_of_another_class(
     model: nn.Module,
     selector: Selector,
-    images: Tensor,
-    right: Tensor,
-    wrong: Tensor,
+    *,
+    layers: LayerChoice = "default",
+    gamma: float = math.inf,
+    conserve: Conserve = "independent",
+    distance: int | None = None,
+) -> Method:
+    """A control for what the masks know of the class: the gradient of the class with the channels of another.
+
+    Where the masks carry what tells the class, the maps are worse than by its own.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        selector: which channels matter.
+        layers: which convolutions are edited; see `choose_layers`.
+        gamma: see `partition_gradient`.
+        conserve: see `partition_gradient`.
+        distance: how many class indices away the other class is, cyclically; None takes half of all classes, since
+            neighbours are often alike.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        LayerError: if the layers are not in the model.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
+        >>> method = masks_of_another_class(model, pg.GradientEnergy(quantile=0.5))
+        >>> method(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
+        torch.Size([2, 4, 4])
+    """
+    edit = _Edit(model=model, layers=layers, gamma=gamma, conserve=conserve)
+    edit.explainer(selector)  # Checks the settings before the first image.
+
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            classes = model(images[:1]).shape[1]
+        step = max(1, classes // 2) if distance is None else distance
+        foreign = edit.masks(selector, images, (target + step) % classes)
+        return heatmap(edit.explainer(FixedChannels(foreign)).attribute(images, target))
+
+    return method
+
+
+def shuffled_masks(
+    model: nn.Module,
+    selector: Selector,
     *,
     layers: LayerChoice = "default",
     gamma: float = math.inf,
     conserve: Conserve = "independent",
     seed: int = 0,
-) -> ClassMaps:
-    """Explain a class with its own mask, with that of another class, and with a random one of the same size.
-
-    Where the mask carries what tells the class, the first map is better; where it does not, all three are alike.
+) -> Method:
+    """A control for how many channels are kept: as many in each row and layer as the selector keeps, at random.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        selector: which channels matter.
-        images: shape (B, C, H, W).
-        right: class that is explained, shape (B,).
-        wrong: class whose mask is tried instead, shape (B,).
+        selector: how many channels.
         layers: which convolutions are edited; see `choose_layers`.
         gamma: see `partition_gradient`.
         conserve: see `partition_gradient`.
         seed: of the random masks.
 
-    Returns:
-        The three maps of each image.
-
     Raises:
         SettingError: if a setting is out of range.
         LayerError: if the layers are not in the model.
-        TargetError: if a class does not exist.
 
     Example:
         >>> import parchgrad as pg
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
-        >>> images, classes = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
-        >>> maps = class_sensitivity(model, pg.GradientEnergy(quantile=0.5), images, classes, 1 - classes)
-        >>> maps.wrong.shape
+        >>> method = shuffled_masks(model, pg.GradientEnergy(quantile=0.5))
+        >>> method(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
         torch.Size([2, 4, 4])
     """
+    edit = _Edit(model=model, layers=layers, gamma=gamma, conserve=conserve)
+    edit.explainer(selector)  # Checks the settings before the first image.
 
-    def explain(chosen: Selector, target: Tensor) -> Tensor:
-        explainer = Explainer(
-            model, chosen, layers=layers, gamma=gamma, conserve=conserve, internal_batch_size=len(images)
-        )
-        return heatmap(explainer.attribute(images, target))
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        own = edit.masks(selector, images, target)
+        shuffled = {layer: _shuffle_rows(mask, generator) for layer, mask in own.items()}
+        return heatmap(edit.explainer(FixedChannels(shuffled)).attribute(images, target))
 
-    of_right, of_wrong = _Recorder(selector), _Recorder(selector)
-    explained = explain(of_right, right)
-    explain(of_wrong, wrong)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = {layer: _shuffle_rows(mask, generator) for layer, mask in of_right.masks.items()}
-    return ClassMaps(
-        right=explained,
-        wrong=explain(FixedChannels(of_wrong.masks), right),
-        random=explain(FixedChannels(shuffled), right),
-    )
+    return method
 
 
 def max_sensitivity(
@@ -344,6 +362,33 @@ def max_sensitivity(
     return found.masked_fill((clean == 0).all(dim=1), math.nan)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Edit:
+    """Everything about a partitioned gradient but its selector."""
+
+    model: nn.Module
+    layers: LayerChoice
+    gamma: float
+    conserve: Conserve
+
+    def explainer(self, selector: Selector) -> Explainer:
+        return Explainer(
+            self.model,
+            selector,
+            layers=self.layers,
+            gamma=self.gamma,
+            conserve=self.conserve,
+            # Masks are had, and given, for all rows of a pass.
+            internal_batch_size=None,
+        )
+
+    def masks(self, selector: Selector, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The channels that the selector keeps in each layer."""
+        recorder = _Recorder(selector)
+        self.explainer(recorder).attribute(images, target)
+        return recorder.masks
+
+
 class _Recorder(Selector):
     """Selects as another selector does, and keeps the masks."""
 
@@ -365,6 +410,11 @@ class _Recorder(Selector):
         mask = self._selector.select(signal)
         self.masks[signal.layer] = mask.clone()
         return mask
+
+
+def _parametrised(model: nn.Module) -> list[str]:
+    """Names of the modules that have parameters of their own."""
+    return [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
 
 
 def _randomise(module: nn.Module, *, seed: int) -> None:

@@ -1,6 +1,6 @@
 """All scores of a map in one table: what they are called, which way is better, and how they are had."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,12 +11,13 @@ from parchgrad.errors import SettingError
 from parchgrad.evaluation import localisation, perturbation, sanity
 from parchgrad.evaluation.methods import Method
 from parchgrad.evaluation.perturbation import RATIOS, Replacement
+from parchgrad.evaluation.sanity import RandomisationOrder
 from parchgrad.evaluation.sparsity import gini
 
 __all__ = ["FAMILIES", "SCORES", "Direction", "Family", "Score", "ScoreSettings", "at_ratio", "score_maps"]
 
 Direction = Literal["higher", "lower", "neither"]
-Family = Literal["perturbation", "insertion", "localisation", "sparsity", "sensitivity"]
+Family = Literal["perturbation", "insertion", "localisation", "sparsity", "sensitivity", "randomisation"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
@@ -28,7 +29,8 @@ class Score:
         title: what it is called where people read it.
         better: which direction is better; `"neither"` for what only describes.
         family: the scores that are had together.
-        by_ratio: whether it is also had at each share of replaced pixels, of which it is the mean.
+        by_ratio: whether it is also had at each share of replaced pixels, or of weights drawn anew, of which it is the
+            mean.
     """
 
     title: str
@@ -58,6 +60,12 @@ SCORES: Mapping[str, Score] = {
     "pointing_game": Score(title="pointing game", better="higher", family="localisation"),
     "gini": Score(title="Gini index", better="neither", family="sparsity"),
     "max_sensitivity": Score(title="max-sensitivity", better="lower", family="sensitivity"),
+    "randomisation_spearman": Score(
+        title="random weights, Spearman", better="lower", family="randomisation", by_ratio=True
+    ),
+    "randomisation_similarity": Score(
+        title="random weights, SSIM", better="lower", family="randomisation", by_ratio=True
+    ),
 }
 """The scores by their names in results."""
 
@@ -67,14 +75,18 @@ class ScoreSettings:
     """How the scores are had.
 
     Attributes:
-        families: which of them; `"insertion"` and `"sensitivity"` cost most and are left out unless asked for.
+        families: which of them; `"insertion"`, `"sensitivity"` and `"randomisation"` cost most and are left out unless
+            asked for.
         ratios: shares of the pixels that are replaced, in [0, 1].
         replacement: what is put in their place; see `replacement_images`.
         steps: of insertion and deletion, at least 1.
         tolerance: of the pointing game, in pixels.
         radius: of the noise of max-sensitivity, in units of the preprocessed image.
         samples: noisy copies for max-sensitivity, at least 1.
-        seed: breaks ties and draws noise.
+        randomised: shares of the modules whose weights are drawn anew, in (0, 1].
+        order: in which modules are randomised: `"top_down"`, `"bottom_up"` or `"independent"`.
+        draws: how often, at least once; similarities are averaged.
+        seed: breaks ties, draws noise and weights.
         internal_batch_size: images in one pass, at least 1.
 
     Raises:
@@ -88,6 +100,9 @@ class ScoreSettings:
     tolerance: float = 15.0
     radius: float = 0.02
     samples: int = 10
+    randomised: tuple[float, ...] = (0.1, 0.5, 1.0)
+    order: RandomisationOrder = "top_down"
+    draws: int = 1
     seed: int = 0
     internal_batch_size: int = 32
 
@@ -97,10 +112,14 @@ class ScoreSettings:
                 raise SettingError(f"There are no scores {family!r}; the families are: {', '.join(FAMILIES)}.")
         if self.internal_batch_size < 1:
             raise SettingError(f"internal_batch_size is {self.internal_batch_size}, but it must be 1 or more.")
+        if self.draws < 1 or not self.randomised:
+            raise SettingError(
+                f"draws is {self.draws} and randomised {self.randomised}, but there must be one of each at least."
+            )
 
 
 def at_ratio(name: str, ratio: float) -> str:
-    """Name of a score at one share of replaced pixels.
+    """Name of a score at one share of replaced pixels, or of weights drawn anew.
 
     Example:
         >>> at_ratio("aopc_morf", 0.1)
@@ -117,6 +136,8 @@ def score_maps(
     heat: Tensor,
     regions: Sequence[Tensor | None],
     settings: ScoreSettings | None = None,
+    *,
+    make_method: Callable[[nn.Module], Method] | None = None,
 ) -> dict[str, Tensor]:
     """Score the maps of a batch.
 
@@ -128,12 +149,13 @@ def score_maps(
         heat: maps (B, H, W).
         regions: where the class is seen in each image, boolean (H, W); None where nobody knows.
         settings: how; None takes the defaults.
+        make_method: makes the method for a model with other weights, for the family `"randomisation"`.
 
     Returns:
         Scores by name, each of shape (B,), float64; NaN where nothing can be said.
 
     Raises:
-        SettingError: if a setting is out of range.
+        SettingError: if a setting is out of range, or `make_method` is missing.
         InputError: if images, maps and regions do not go together.
 
     Example:
@@ -172,6 +194,38 @@ def score_maps(
         found["max_sensitivity"] = sanity.max_sensitivity(
             method, images, target, radius=chosen.radius, samples=chosen.samples, seed=chosen.seed
         )
+    if "randomisation" in chosen.families:
+        if make_method is None:
+            raise SettingError("The family 'randomisation' asks for maps of other weights, but make_method is missing.")
+        found |= _randomisation_scores(model, make_method, images, target, chosen)
+    return found
+
+
+def _randomisation_scores(
+    model: nn.Module,
+    make_method: Callable[[nn.Module], Method],
+    images: Tensor,
+    target: Tensor,
+    settings: ScoreSettings,
+) -> dict[str, Tensor]:
+    steps = sanity.parameter_randomisation(
+        model,
+        make_method,
+        images,
+        target,
+        order=settings.order,
+        seeds=range(settings.seed, settings.seed + settings.draws),
+        shares=settings.randomised,
+    )
+    found: dict[str, Tensor] = {}
+    for name, field in (
+        ("randomisation_spearman", "spearman"),
+        ("randomisation_similarity", "structural_similarity"),
+    ):
+        flat = torch.stack([getattr(step, field) for step in steps])
+        values = flat.reshape(settings.draws, len(settings.randomised), -1).mean(dim=0)
+        found[name] = values.mean(dim=0)
+        found |= {at_ratio(name, share): value for share, value in zip(settings.randomised, values, strict=True)}
     return found
 
 
