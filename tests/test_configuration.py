@@ -11,6 +11,7 @@ from parchgrad.data.samples import DrawnSamples
 from parchgrad.errors import ImageError, InputError, SettingError
 from parchgrad.evaluation.runs import Grid, read_rows
 from parchgrad.evaluation.scores import ScoreSettings
+from parchgrad.evaluation.sparsity import gini
 from parchgrad.models import Preprocessing
 from tests.conftest import small_network
 
@@ -177,6 +178,48 @@ def test_every_model_has_a_run_that_goes_on(tmp_path, photographs, classifier):
     told.clear()
     evaluate_all(asked, tmp_path / "out", on_progress=lambda *counts: told.append(counts))
     assert told == []
+
+
+# Ten images leave classes with fewer than two, which the selector says.
+@pytest.mark.filterwarnings("ignore::parchgrad.errors.StatisticsWarning")
+def test_statistics_may_be_collected_in_the_run(tmp_path, photographs, classifier):
+    text = f"""
+model = "small"
+[data]
+name = "folder"
+root = "{photographs}"
+count = 3
+seed = 1
+[statistics]
+name = "folder"
+root = "{photographs}"
+count = 10
+[grid]
+selectors = ["class"]
+quantiles = [0.34]
+layers = ["all"]
+[scores]
+families = ["sparsity"]
+"""
+    asked = read_settings(written(tmp_path, text))
+    assert asked.statistics == DataSettings(name="folder", root=str(photographs), count=10)
+    (run,) = evaluate_all(asked, tmp_path / "out")
+    rows = [row for row in read_rows(run) if row["selector"] == "class"]
+    drawn = open_data(asked.statistics, classifier)
+    pairs = [(drawn[index].image, drawn[index].label) for index in range(10)]
+    selector = pg.ClassWise(pg.collect_statistics(classifier.model, pairs), quantile=0.34)
+    explainer = pg.Explainer(classifier.model, selector, layers="all")
+    images = open_data(asked.data, classifier)
+    for row in rows:
+        sample = images[row["index"]]
+        heat = pg.heatmap(explainer.attribute(sample.image.unsqueeze(0), sample.label))
+        assert row["gini"] == pytest.approx(gini(heat).item(), rel=1e-4)
+    # They are collected once; other ones do not slip into the run.
+    saved = (run / "statistics.safetensors").stat().st_mtime_ns
+    evaluate_all(asked, tmp_path / "out")
+    assert (run / "statistics.safetensors").stat().st_mtime_ns == saved
+    with pytest.raises(SettingError, match="has statistics of other images"):
+        evaluate_all(read_settings(written(tmp_path, text.replace("count = 10", "count = 9"))), tmp_path / "out")
 
 
 def test_generated_shapes_are_for_the_network_that_knows_them(classifier):

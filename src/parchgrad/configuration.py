@@ -14,7 +14,7 @@ from torchvision import datasets
 from parchgrad.data.folders import PhotographFolder, match_classes
 from parchgrad.data.imagenet import BoxedFolder
 from parchgrad.data.perturbed import Blur, Jigsaw
-from parchgrad.data.samples import DrawnSamples, LabelledImages, Samples
+from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import SHAPE_CATEGORIES, GeneratedShapes
 from parchgrad.errors import ImageError, InputError, SettingError, StatisticsWarning
 from parchgrad.evaluation.grid_pointing import make_mosaics
@@ -23,6 +23,8 @@ from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.models import Classifier, load_model
 from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.statistics import ChannelStatistics
+from parchgrad.statistics.collect import collect_statistics
+from parchgrad.statistics.processes import is_first_process
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -94,7 +96,8 @@ class EvaluationSettings:
         grid: which settings are compared.
         scores: which scores, and how.
         target: which class is explained: `"label"` or `"predicted"`.
-        statistics: file of channel statistics, for the selectors that need some; None takes bundled ones.
+        statistics: channel statistics for the selectors that need some: a file, or labelled images on which those of
+            each model are collected when they are first needed; None takes bundled ones.
         batch_size: images that are loaded and scored together, at least 1.
         seed: of random maps and random channels.
     """
@@ -104,7 +107,7 @@ class EvaluationSettings:
     grid: Grid = field(default_factory=Grid)
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     target: TargetChoice = "label"
-    statistics: str | None = None
+    statistics: str | DataSettings | None = None
     batch_size: int = 16
     seed: int = 0
 
@@ -113,7 +116,8 @@ def read_settings(path: str | Path) -> EvaluationSettings:
     r"""Read an evaluation's settings from a TOML file.
 
     The file has the settings of `EvaluationSettings` at its top (`model` is a name or several), and tables `[data]`,
-    `[grid]` and `[scores]` with those of `DataSettings`, `Grid` and `ScoreSettings`.
+    `[grid]` and `[scores]` with those of `DataSettings`, `Grid` and `ScoreSettings`. `statistics` is the path of a
+    file, or a table with the settings of `DataSettings`.
 
     Raises:
         InputError: if the file cannot be read or is no TOML.
@@ -145,8 +149,13 @@ def read_settings(path: str | Path) -> EvaluationSettings:
     if "selectors" in read.get("grid", {}):
         # TOML has no word for nothing.
         read["grid"]["selectors"] = [None if name == "none" else name for name in read["grid"]["selectors"]]
-    for table, kind in (("data", DataSettings), ("grid", Grid), ("scores", ScoreSettings)):
-        if table in read:
+    for table, kind in (
+        ("data", DataSettings),
+        ("grid", Grid),
+        ("scores", ScoreSettings),
+        ("statistics", DataSettings),
+    ):
+        if table in read and not (table == "statistics" and isinstance(read[table], str)):
             read[table] = _build(kind, read[table], f"[{table}]")
     return _build(EvaluationSettings, read, "the file")
 
@@ -178,7 +187,7 @@ def evaluate_all(
     folder: str | Path,
     *,
     device: str | torch.device = "cpu",
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> tuple[Path, ...]:
     """Evaluate every model, each in a folder of its own; what is there already is not done again.
 
@@ -186,7 +195,8 @@ def evaluate_all(
         settings: all that is asked for.
         folder: where the runs go; made where there is none.
         device: where the models run.
-        on_progress: called with the model's name, the rows it has, and those it will have.
+        on_progress: called with the model's name, the rows it has, and those it will have; while statistics are
+            collected, as `collect_statistics` calls it.
 
     Returns:
         The folders of the runs, for `make_report`.
@@ -197,18 +207,13 @@ def evaluate_all(
     runs = []
     for name in settings.models:
         classifier = load_model(name)
+        classifier.model.to(device)
         held = None
         if any(selector in STATISTICAL_SELECTORS for selector in settings.grid.selectors):
             with warnings.catch_warnings():
                 # Said once for each layer and process otherwise.
                 warnings.simplefilter("ignore", StatisticsWarning)
-                held = (
-                    ChannelStatistics.bundled(name)
-                    if settings.statistics is None
-                    else ChannelStatistics.load(settings.statistics)
-                )
-            held.check_model(classifier.model)
-        classifier.model.to(device)
+                held = _statistics_for(classifier, settings, Path(folder) / name, on_progress)
         run = Path(folder) / name
         evaluate(
             classifier.model,
@@ -227,7 +232,41 @@ def evaluate_all(
     return tuple(runs)
 
 
-def _of_model(on_progress: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:
+def _statistics_for(
+    classifier: Classifier,
+    settings: EvaluationSettings,
+    run: Path,
+    on_progress: Callable[[str, int, int | None], None] | None,
+) -> ChannelStatistics:
+    """The statistics that the settings name; collected ones stand in the run's folder from then on."""
+    if settings.statistics is None:
+        found = ChannelStatistics.bundled(classifier.name)
+    elif isinstance(settings.statistics, str):
+        found = ChannelStatistics.load(settings.statistics)
+    else:
+        images, path = open_data(settings.statistics, classifier), run / "statistics.safetensors"
+        if path.exists():
+            found = ChannelStatistics.load(path)
+            if found.metadata.get("data") != images.fingerprint:
+                raise SettingError(
+                    f"The run in {str(run)!r} has statistics of other images than [statistics] names; choose another "
+                    "folder, or the images that it was started with."
+                )
+        else:
+            found = collect_statistics(
+                classifier.model,
+                Pairs(images),
+                batch_size=settings.batch_size,
+                metadata={"model": classifier.name, "data": images.fingerprint},
+                on_progress=on_progress,
+            )
+            if is_first_process():
+                found.save(path)
+    found.check_model(classifier.model)
+    return found
+
+
+def _of_model(on_progress: Callable[[str, int, int | None], None], name: str) -> Callable[[int, int], None]:
     return lambda done, total: on_progress(name, done, total)
 
 

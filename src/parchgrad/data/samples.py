@@ -14,7 +14,7 @@ from torchvision.datasets import DatasetFolder
 from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError, InputError, SettingError
 
-__all__ = ["DrawnSamples", "LabelledImages", "Sample", "Samples"]
+__all__ = ["DrawnSamples", "LabelledImages", "Pairs", "Sample", "Samples"]
 
 # Items whose content tells a data set from another.
 _PROBES = 64
@@ -100,6 +100,37 @@ class DrawnSamples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._chosen[index]]
+
+
+class Pairs(Dataset[tuple[Tensor, int]]):
+    """Samples as the pairs (image, label) that `collect_statistics` and training loops take.
+
+    Attributes:
+        fingerprint: that of the samples.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> images = TensorDataset(torch.rand(9, 3, 4, 4), torch.zeros(9, dtype=torch.long))
+        >>> image, label = Pairs(LabelledImages(images, categories=("cat",)))[2]
+        >>> image.shape, label
+        (torch.Size([3, 4, 4]), 0)
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        """Take any samples."""
+        self._samples = samples
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the samples."""
+        return self._samples.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        sample = self._samples[index]
+        return sample.image, sample.label
 
 
 class LabelledImages(Dataset[Sample]):
