@@ -1,6 +1,9 @@
 import json
+import os
 import pickle
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,9 @@ from skimage import data
 import parchgrad
 from parchgrad import models
 from parchgrad.cli import main
+from parchgrad.evaluation.runs import read_rows
 from parchgrad.models import Classifier, Preprocessing
+from tests.evaluation.test_runs import close, comparable, order
 
 
 @pytest.fixture
@@ -383,3 +388,30 @@ def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch)
         code, _, said = run(capsys, "evaluate", *arguments)
         assert code == 0, said
     assert asked[0] == asked[1] == asked[2]
+
+
+@pytest.mark.slow
+def test_processes_under_torchrun_share_an_evaluation(tmp_path):
+    flags = shlex.split("--model shapes --data shapes --count 7 --batch-size 1 --layers all --scores perturbation")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for launcher, out in (([], "alone"), (torchrun, "shared")):
+        ended = subprocess.run(
+            [sys.executable, *launcher, "-m", "parchgrad", "evaluate", *flags, "--out", str(tmp_path / out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode == 0, ended.stderr
+        # Of several processes one speaks.
+        assert ended.stdout.count("Look at the results with") == 1
+    alone, shared = (read_rows(tmp_path / out / "shapes") for out in ("alone", "shared"))
+    assert len(alone) == 7 * 6
+    close(sorted(comparable(shared), key=order), sorted(comparable(alone), key=order))
+    written = [
+        [(row["setting"], row["index"]) for row in map(json.loads, file.read_text().splitlines())]
+        for file in sorted((tmp_path / "shared" / "shapes").glob("rows-*.jsonl"))
+    ]
+    assert [len(rows) for rows in written] == [4 * 6, 3 * 6]
+    assert [{index for _, index in rows} for rows in written] == [{0, 2, 4, 6}, {1, 3, 5}]
+    assert len({*written[0], *written[1]}) == 7 * 6
