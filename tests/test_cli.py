@@ -1,5 +1,9 @@
 import json
+import os
 import pickle
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,9 @@ from skimage import data
 import parchgrad
 from parchgrad import models
 from parchgrad.cli import main
+from parchgrad.evaluation.runs import read_rows
 from parchgrad.models import Classifier, Preprocessing
+from tests.evaluation.test_runs import close, comparable, order
 
 
 @pytest.fixture
@@ -342,8 +348,70 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
         (("report", "runs"), "There is no run in"),
         (("evaluate", "nowhere.toml"), "cannot be read"),
         (("evaluate", "study.toml", "--device", "moon"), "device 'moon' cannot be used"),
+        (("evaluate",), "names no model and no data; give flags, such as --model shapes"),
+        (("evaluate", "--model", "shapes", "--root", "photos"), "not complete without 'name' (--data)"),
+        (("evaluate", "--model", "shapes", "--data", "shapes"), "give it in [data], or as --count"),
+        (("evaluate", "--model", "shapes", "--data", "forms"), "'name' (--data) in [data] is 'forms'"),
+        (("evaluate", "study.toml", "--conserve", "all"), "'conserves' (--conserve) in [grid] is ['all']"),
+        (("evaluate", "study.toml", "--scores", "all"), "'families' (--scores) in [scores] is ['all']"),
+        (("evaluate", "study.toml", "--target", "tripod"), "'target' (--target) in the file is 'tripod'"),
+        (("evaluate", "study.toml", "--selector", "best"), "selector is 'best'"),
     ):
         code, _, said = run(capsys, *arguments)
         assert code == 2
         assert words in said
         assert said.count("\n") == 1
+
+
+def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("parchgrad.configuration.evaluate_all", lambda settings, *_, **__: asked.append(settings) or ())
+    Path("study.toml").write_text(
+        'model = ["shapes", "resnet18"]\ntarget = "predicted"\nstatistics = "held"\nbatch_size = 2\nseed = 5\n'
+        '[data]\nname = "imagenet"\nroot = "photos"\nannotations = "boxes"\ncount = 9\nmosaics = 4\n'
+        '[grid]\nmethods = ["smoothgrad", "Saliency"]\nselectors = ["none", "class"]\nquantiles = [0.2, 0.3]\n'
+        'layers = ["all", 0.5, "conv1", ["layer3.*", "layer4.*"]]\ngammas = [inf, 2]\nconserves = ["exact", "none"]\n'
+        '[scores]\nfamilies = ["sparsity", "insertion"]\n'
+    )
+    flags = shlex.split(
+        "--model shapes --model resnet18 --target predicted --statistics held --batch-size 2 --seed 5 "
+        "--data imagenet --root photos --annotations boxes --count 9 --mosaics 4 "
+        "--method smoothgrad --method Saliency --selector none --selector class --quantile 0.2 --quantile 0.3 "
+        "--layers all --layers 0.5 --layers conv1 --layers layer3.*,layer4.* --gamma inf --gamma 2 "
+        "--conserve exact --conserve none --scores sparsity --scores insertion"
+    )
+    Path("other.toml").write_text(
+        'model = "vgg16"\n[data]\nname = "shapes"\ncount = 1\n[grid]\nmethods = ["IntegratedGradients"]\n'
+    )
+    for arguments in (["study.toml"], flags, ["other.toml", *flags]):
+        code, _, said = run(capsys, "evaluate", *arguments)
+        assert code == 0, said
+    assert asked[0] == asked[1] == asked[2]
+
+
+@pytest.mark.slow
+def test_processes_under_torchrun_share_an_evaluation(tmp_path):
+    flags = shlex.split("--model shapes --data shapes --count 7 --batch-size 1 --layers all --scores perturbation")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for launcher, out in (([], "alone"), (torchrun, "shared")):
+        ended = subprocess.run(
+            [sys.executable, *launcher, "-m", "parchgrad", "evaluate", *flags, "--out", str(tmp_path / out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode == 0, ended.stderr
+        # Of several processes one speaks.
+        assert ended.stdout.count("Look at the results with") == 1
+    alone, shared = (read_rows(tmp_path / out / "shapes") for out in ("alone", "shared"))
+    assert len(alone) == 7 * 6
+    close(sorted(comparable(shared), key=order), sorted(comparable(alone), key=order))
+    written = [
+        [(row["setting"], row["index"]) for row in map(json.loads, file.read_text().splitlines())]
+        for file in sorted((tmp_path / "shared" / "shapes").glob("rows-*.jsonl"))
+    ]
+    assert [len(rows) for rows in written] == [4 * 6, 3 * 6]
+    assert [{index for _, index in rows} for rows in written] == [{0, 2, 4, 6}, {1, 3, 5}]
+    assert len({*written[0], *written[1]}) == 7 * 6

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,17 +77,81 @@ def test_a_file_says_all_settings(tmp_path):
         ('model = ["resnet18", "efficientnet_lite0"]', "", "names no model"),
         ("quantiles", "quantile", r"no setting 'quantile' in \[grid\]; did you mean 'quantiles'"),
         ("[scores]", "[score]", "no setting 'score' in the file; did you mean 'scores'"),
-        ('name = "imagenet"', 'name = "imagnet"', "no data set 'imagnet'; there are: shapes, folder"),
-        ('name = "imagenet"', "", r"settings in \[data\] are not complete .*'name'"),
-        ('annotations = "boxes"', "", "'imagenet' needs the setting 'annotations'"),
-        ('"perturbation"', '"faithfulness"', "no scores 'faithfulness'"),
+        ('name = "imagenet"', 'name = "imagnet"', r"'name' \(--data\) in \[data\] is 'imagnet', .* of shapes, folder"),
+        ('name = "imagenet"', "", r"settings in \[data\] are not complete without 'name' \(--data\)"),
+        ('annotations = "boxes"', "", r"'imagenet' needs .* 'annotations'; give it in \[data\], or as --annotations"),
+        ('"perturbation"', '"faithful"', r"'families' \(--scores\) in \[scores\] .* must be one of perturbation"),
         ("mosaics = 4", "mosaics = -4", "must not be negative"),
+        ("count = 50", 'count = "many"', r"'count' in \[data\] is 'many', but it must be a whole number or 'none'\."),
+        ("count = 50", "count = true", "'count' .* is True, but it must be a whole number"),
+        ("mosaics = 4", "mosaics = 4.0", r"is 4\.0, but it must be a whole number\."),
+        ("mosaics = 4", "confidence = [0.9]", r"is \[0\.9\], but it must be a number\."),
+        ('root = "photos"', "root = 7", "'root' .* is 7, but it must be a text or 'none'"),
+        ("[0.1, 0.3]", '[0.1, "x"]', r"'quantiles' in \[grid\] is \[0\.1, 'x'\], .* a number or a list of such\."),
+        ("layers = [", "layers = [true, ", "must be a text or a number or a list of such"),
+        ('"inf"', '"infinite"', r"'gammas' in \[grid\] is \['infinite', 2\]"),
+        ('"exact"', '"all"', r"'conserves' \(--conserve\) in \[grid\] .* must be one of independent, exact, none or a"),
+        ('"predicted"', '"best"', r"'target' \(--target\) in the file is 'best', .* one of label, predicted\."),
+        ("[data]", "[data.more]", r"no setting 'more' in \[data\]"),
+        ("[scores]", "[[scores]]", "must be a table"),
+        ('["resnet18", "efficientnet_lite0"]', "18", r"'models' \(--model\) in the file is 18"),
     ],
 )
 def test_mistakes_are_said_in_words(tmp_path, old, new, words):
     assert old in WHOLE
     with pytest.raises(SettingError, match=words):
         read_settings(written(tmp_path, WHOLE.replace(old, new)))
+
+
+def test_a_single_value_is_a_list_of_one(tmp_path):
+    path = written(
+        tmp_path,
+        'model = "shapes"\n[data]\nname = "shapes"\ncount = 2\nblur = 1\n[grid]\nquantiles = 0.2\ngammas = "inf"\n'
+        'layers = 1\nselectors = "none"\nmethods = "smoothgrad"\n[scores]\nfamilies = "sparsity"\nratios = 1',
+    )
+    found = read_settings(path)
+    assert found == EvaluationSettings(
+        models=("shapes",),
+        data=DataSettings(name="shapes", count=2, blur=1.0),
+        grid=Grid(methods=("smoothgrad",), selectors=(None,), quantiles=(0.2,), layers=(1.0,), gammas=(math.inf,)),
+        scores=ScoreSettings(families=("sparsity",), ratios=(1.0,)),
+    )
+    assert all(isinstance(value, float) for value in (found.data.blur, *found.grid.layers, *found.scores.ratios))
+
+
+def test_overrides_go_before_the_file_and_need_none(tmp_path):
+    path, whole = written(tmp_path, WHOLE), read_settings(written(tmp_path, WHOLE))
+    nothing = {
+        "model": None,
+        "seed": None,
+        "data": {"root": None, "count": None},
+        "grid": {},
+        "scores": {"steps": None},
+    }
+    assert read_settings(path, nothing) == whole
+    given = {"model": ["vgg16"], "seed": 0, "data": {"count": 7}, "grid": {"layers": ["all", ["conv1"]]}}
+    assert read_settings(path, given) == replace(
+        whole,
+        models=("vgg16",),
+        seed=0,
+        data=replace(whole.data, count=7),
+        grid=replace(whole.grid, layers=("all", ("conv1",))),
+    )
+    alone = {"model": "shapes", "data": {"name": "shapes", "count": 3}}
+    assert read_settings(None, alone) == EvaluationSettings(
+        models=("shapes",), data=DataSettings(name="shapes", count=3)
+    )
+    with pytest.raises(SettingError, match=r"names no model and no data; give flags, such as .*or a TOML file"):
+        read_settings(None, nothing)
+    with pytest.raises(SettingError, match="'data' in the file is 'shapes', but it must be a table"):
+        read_settings(written(tmp_path, 'model = "shapes"\ndata = "shapes"'), given)
+
+
+def test_settings_made_in_python_are_checked_too():
+    with pytest.raises(SettingError, match="no data set 'imagnet'; there are: shapes, folder"):
+        DataSettings(name="imagnet")
+    with pytest.raises(SettingError, match="no scores 'faithfulness'"):
+        ScoreSettings(families=("faithfulness",))
 
 
 def test_files_that_are_none(tmp_path):

@@ -41,6 +41,9 @@ stats = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(stats, name="stats")
+# Panels of the help on evaluate.
+_ASKED = "What is evaluated"
+_COMPARED = "What is compared (each may be given several times, for all combinations)"
 _out = Console()
 _err = Console(stderr=True)
 
@@ -265,14 +268,89 @@ def demo(
 
 @app.command()
 def evaluate(
-    settings: Annotated[Path, typer.Argument(help="A TOML file: model, [data], [grid] and [scores].")],
+    settings: Annotated[
+        Path | None, typer.Argument(help=r"A TOML file: model, \[data], \[grid] and \[scores].")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A torchvision or timm name, or 'shapes'; may be given several times.", rich_help_panel=_ASKED
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="shapes, folder, imagenet, cifar10, cifar100, mnist or fashion_mnist.", rich_help_panel=_ASKED
+        ),
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the images.", rich_help_panel=_ASKED)] = None,
+    annotations: Annotated[
+        str | None, typer.Option(help="Folder of ILSVRC's XML files, for imagenet.", rich_help_panel=_ASKED)
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Images, drawn at random.", rich_help_panel=_ASKED)] = None,
+    mosaics: Annotated[
+        int | None,
+        typer.Option(
+            help="Mosaics for the grid pointing game, in place of single images; 0 for none.", rich_help_panel=_ASKED
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Which class is explained: label or predicted.", rich_help_panel=_ASKED)
+    ] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="perturbation, insertion, localisation, sparsity or sensitivity; may be given several times.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    selector: Annotated[
+        list[str] | None,
+        typer.Option(help="energy, activation, class, instance, or none.", rich_help_panel=_COMPARED),
+    ] = None,
+    quantile: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the channels to keep, in (0, 1].", rich_help_panel=_COMPARED),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'default', 'all', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    gamma: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="How much stronger than the rest the kept signal becomes; 'inf' prunes the rest.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    conserve: Annotated[
+        list[str] | None, typer.Option(help="independent, exact or none.", rich_help_panel=_COMPARED)
+    ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="Channel statistics for the selectors class and instance.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in one pass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random maps and random channels.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("outputs/evaluation"),
     device: Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
 ) -> None:
     """Evaluate a grid of settings on a data set, the controls always among them.
 
-    Started again after it was stopped, it goes on where it was; finished settings are skipped. Several processes share
-    the images under torchrun: torchrun --nproc-per-node=2 -m parchgrad evaluate ...
+    What is asked for stands in a file, in flags, or in both, where a flag goes before the file.
+
+    Started again after it was stopped, it goes on where it was; finished settings are skipped.
+
+    Several processes share the images: torchrun --nproc-per-node=2 -m parchgrad evaluate ...
     """
     first = os.environ.get("RANK", "0") == "0"
     with ExitStack() as shown:
@@ -281,7 +359,24 @@ def evaluate(
             shown.enter_context(_err.status("Starting"))
         from parchgrad.configuration import evaluate_all, read_settings
 
-        asked = read_settings(settings)
+        flags: dict[str, Any] = {
+            "model": model,
+            "data": {"name": data, "root": root, "annotations": annotations, "count": count, "mosaics": mosaics},
+            "grid": {
+                "methods": method,
+                "selectors": selector,
+                "quantiles": quantile,
+                "layers": layers and [_parse_layers(text) for text in layers],
+                "gammas": gamma,
+                "conserves": conserve,
+            },
+            "scores": {"families": scores},
+            "target": target,
+            "statistics": statistics,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        asked = read_settings(settings, flags)
         place = _place(device)
     try:
         with ProgressBars(hidden=not first) as progress:
@@ -363,8 +458,9 @@ def collect(
 ) -> None:
     """Collect channel statistics in one pass over photographs.
 
-    Started again after it was stopped, it goes on where it was. Several processes share the photographs under
-    torchrun: torchrun --nproc-per-node=2 -m parchgrad stats collect ...
+    Started again after it was stopped, it goes on where it was.
+
+    Several processes share the photographs: torchrun --nproc-per-node=2 -m parchgrad stats collect ...
     """
     with ExitStack() as shown:
         # Of several processes one speaks.

@@ -1,12 +1,13 @@
-"""What an evaluation is asked to do, as a TOML file says it, and the evaluation of all of it."""
+"""What an evaluation is asked to do, as a TOML file or flags say it, and the evaluation of all of it."""
 
 import difflib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torchvision import datasets
@@ -43,6 +44,18 @@ _TORCHVISION: Mapping[str, Callable[..., Any]] = {
 }
 DATA_SETS = ("shapes", "folder", "imagenet", *_TORCHVISION)
 """Names of the data sets."""
+
+# Flags of settings that the command line leaves to be checked here; the types of others it checks itself.
+_FLAGS = {
+    "models": "--model",
+    "name": "--data",
+    "conserves": "--conserve",
+    "families": "--scores",
+    "target": "--target",
+}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "'none'"}
+# Python has two of them, for types of its own and for those of typing.
+_UNIONS = (Union, UnionType)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +94,9 @@ class DataSettings:
         needed = {"shapes": ("count",), "imagenet": ("root", "annotations")}.get(self.name, ("root",))
         for setting in needed:
             if getattr(self, setting) is None:
-                raise SettingError(f"The data set {self.name!r} needs the setting {setting!r}; give it in [data].")
+                raise SettingError(
+                    f"The data set {self.name!r} needs the setting {setting!r}; give it in [data], or as --{setting}."
+                )
         if self.mosaics < 0 or self.jigsaw < 0 or self.blur < 0:
             raise SettingError("mosaics, jigsaw and blur must not be negative; leave out what is not wanted.")
 
@@ -112,52 +127,40 @@ class EvaluationSettings:
     seed: int = 0
 
 
-def read_settings(path: str | Path) -> EvaluationSettings:
+def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> EvaluationSettings:
     r"""Read an evaluation's settings from a TOML file.
 
     The file has the settings of `EvaluationSettings` at its top (`model` is a name or several), and tables `[data]`,
-    `[grid]` and `[scores]` with those of `DataSettings`, `Grid` and `ScoreSettings`. `statistics` is the path of a
-    file, or a table with the settings of `DataSettings`.
+    `[grid]` and `[scores]` with those of `DataSettings`, `Grid` and `ScoreSettings`; `statistics` is the path of a
+    file, or a table like `[data]`. Where a list is wanted, a single value stands for a list of one; `"none"` stands for
+    None, and `"inf"` for infinity, in either.
+
+    Args:
+        path: of the file; None where the overrides say everything.
+        overrides: settings that go before those of the file, in tables like its own; None overrides nothing.
 
     Raises:
         InputError: if the file cannot be read or is no TOML.
-        SettingError: if a setting is unknown, missing, or out of range.
+        SettingError: if a setting is unknown, missing, out of range, or of another type.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "study.toml")
         ...     _ = path.write_text('model = "resnet18"\n[data]\nname = "folder"\nroot = "photos"')
-        ...     read_settings(path).data.root
-        'photos'
+        ...     read_settings(path, {"data": {"root": "pictures"}}).data.root
+        'pictures'
     """
-    try:
-        with Path(path).open("rb") as file:
-            read = tomllib.load(file)
-    except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error.strerror or error}); check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(path)!r} is no TOML ({error}); mend the line that it names.") from error
-    models = read.pop("model", None)
-    if not models or not isinstance(models, str | list):
-        raise SettingError(f'{str(path)!r} names no model; add a line such as: model = "resnet18".')
-    if "data" not in read:
-        raise SettingError(f"{str(path)!r} names no data; add a table [data] with a name.")
-    read["models"] = [models] if isinstance(models, str) else models
-    if "gammas" in read.get("grid", {}):
-        read["grid"]["gammas"] = [float(gamma) for gamma in read["grid"]["gammas"]]
-    if "selectors" in read.get("grid", {}):
-        # TOML has no word for nothing.
-        read["grid"]["selectors"] = [None if name == "none" else name for name in read["grid"]["selectors"]]
-    for table, kind in (
-        ("data", DataSettings),
-        ("grid", Grid),
-        ("scores", ScoreSettings),
-        ("statistics", DataSettings),
-    ):
-        if table in read and not (table == "statistics" and isinstance(read[table], str)):
-            read[table] = _build(kind, read[table], f"[{table}]")
-    return _build(EvaluationSettings, read, "the file")
+    asked = _merged({} if path is None else _read_toml(path), overrides or {})
+    absent = [name for name in ("model", "data") if not asked.get(name)]
+    if absent:
+        place = "The evaluation" if path is None else repr(str(path))
+        raise SettingError(
+            f"{place} names no {' and no '.join(absent)}; give flags, such as --model shapes --data shapes "
+            '--count 100, or a TOML file with model = "shapes" and a table [data].'
+        )
+    asked["models"] = asked.pop("model")
+    return _build(EvaluationSettings, asked, "the file")
 
 
 def open_data(settings: DataSettings, classifier: Classifier) -> Samples:
@@ -204,7 +207,8 @@ def evaluate_all(
     Raises:
         ParchGradError: if models, data and settings do not go together; see `evaluate`.
     """
-    runs = []
+    # Made first, so that what is wrong with them is said before anything takes long.
+    compared, runs = settings.grid.settings(), []
     for name in settings.models:
         classifier = load_model(name)
         classifier.model.to(device)
@@ -218,7 +222,7 @@ def evaluate_all(
         evaluate(
             classifier.model,
             open_data(settings.data, classifier),
-            settings.grid.settings(),
+            compared,
             run,
             name=name,
             scores=settings.scores,
@@ -303,19 +307,84 @@ def _open(settings: DataSettings, classifier: Classifier) -> Samples:
     return LabelledImages(held)
 
 
+def _read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        with Path(path).open("rb") as file:
+            read: dict[str, Any] = tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error.strerror or error}); check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} is no TOML ({error}); mend the line that it names.") from error
+    return read
+
+
+def _merged(given: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(given)
+    for name, value in overrides.items():
+        if isinstance(value, Mapping):
+            table = found.get(name, {})
+            # What the file gives in place of a table stays, so that it is said.
+            if isinstance(table, Mapping):
+                found[name] = _merged(table, value)
+        elif value is not None:
+            found[name] = value
+    return found
+
+
 def _build(kind: type[T], given: Mapping[str, Any], place: str) -> T:
-    """Make settings of a kind from a table, whose lists become tuples."""
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # all of these are dataclasses
+    """Make settings of a kind from a table, each as the type of its field has it."""
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]  # all of these are dataclasses
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}" if near else f"there are: {', '.join(sorted(known))}"
             raise SettingError(f"There is no setting {name!r} in {place}; {hint}.")
-    try:
-        return kind(**{name: _frozen(value) for name, value in given.items()})
-    except TypeError as error:
-        raise SettingError(f"The settings in {place} are not complete ({error}); add what is missing.") from error
+    for name, item in known.items():
+        if name not in given and item.default is MISSING and item.default_factory is MISSING:
+            raise SettingError(f"The settings in {place} are not complete without {_called(name)}; add it.")
+    types, values = get_type_hints(kind), {}
+    for name, value in given.items():
+        try:
+            values[name] = _convert(value, types[name], f"[{name}]")
+        except ValueError as error:
+            wanted = " or ".join(_words(types[name]))
+            raise SettingError(f"{_called(name)} in {place} is {value!r}, but it must be {wanted}.") from error
+    return kind(**values)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _called(name: str) -> str:
+    return f"{name!r} ({_FLAGS[name]})" if name in _FLAGS else repr(name)
+
+
+def _convert(value: Any, wanted: Any, place: str) -> Any:
+    """A value of a file as the wanted type has it; a ValueError where it has no such value."""
+    kinds = get_args(wanted)
+    if is_dataclass(wanted) and isinstance(value, Mapping):
+        return _build(cast(type, wanted), value, place)
+    if get_origin(wanted) in _UNIONS:
+        # TOML has no word for nothing.
+        if NoneType in kinds and value in (None, "none"):
+            return None
+        for kind in kinds:
+            try:
+                return _convert(value, kind, place)
+            except ValueError:
+                continue
+    elif get_origin(wanted) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(item, kinds[0], place) for item in items)
+    elif (get_origin(wanted) is Literal and value in kinds) or type(value) is wanted:
+        return value
+    elif wanted is float and (type(value) is int or value == "inf"):
+        return float(value)
+    raise ValueError
+
+
+def _words(wanted: Any) -> list[str]:
+    """What a type is called where people read it; a list is mentioned once, however deep."""
+    if get_origin(wanted) is Literal:
+        return [f"one of {', '.join(get_args(wanted))}"]
+    parts = [word for kind in get_args(wanted) if kind is not ... for word in _words(kind)]
+    if get_origin(wanted) not in _UNIONS:
+        parts.append("a list of such" if parts else _WORDS.get(wanted, "a table"))
+    return list(dict.fromkeys(parts))

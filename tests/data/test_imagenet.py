@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import numpy as np
@@ -158,6 +159,25 @@ def test_an_annotation_that_does_not_fit_is_named_in_one_sentence(tmp_path, case
     with pytest.raises(ImageError, match=rf"^The annotation '.*a\.xml' .*{words}.*; replace it by the file") as raised:
         load(tmp_path)[0]
     assert "\n" not in str(raised.value)
+
+
+def test_boxes_of_another_photograph_are_never_taken(tmp_path):
+    # The same class and room for either box: name and size alone tell them apart.
+    sizes = {"a": (40, 30), "b": (41, 30), "c": (40, 31)}
+    texts = {name: annotation(name, size, BOX) for name, size in sizes.items()}
+    for name, size in sizes.items():
+        place(tmp_path, f"n02/{name}.png", size)
+    for own, other in itertools.permutations(sizes, 2):
+        for name in sizes:
+            write(tmp_path, f"{name}.xml", texts[name])
+        photographs = load(tmp_path)
+        write(tmp_path, f"{own}.xml", texts[other])
+        with pytest.raises(ImageError, match=rf"'.*{own}\.xml' says that it is of '{other}', not of '{own}'"):
+            photographs["abc".index(own)]
+        write(tmp_path, f"{own}.xml", texts[other].replace(f">{other}<", f">{own}<"))
+        wrong, right = (" x ".join(map(str, sizes[name])) for name in (other, own))
+        with pytest.raises(ImageError, match=rf"'.*{own}\.xml' .* {wrong} pixels, but '.*{own}\.png' has {right};"):
+            photographs["abc".index(own)]
 
 
 def test_photographs_without_annotation(tmp_path):

@@ -113,6 +113,16 @@ def test_a_linear_model_by_hand():
     assert found.item() == pytest.approx(area, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
+def test_to_insert_is_to_delete_the_others(network, dtype):
+    # With ties, which both orders must break alike.
+    images, target, heat = torch.randn(3, 3, 8, 8).double(), torch.tensor([0, 1, 2]), torch.randint(0, 3, (3, 8, 8))
+    ratios = [0.0, 0.25, 0.5, 0.75, 1.0]
+    found = respond(network, images, target, heat.to(dtype), order="lerf", ratios=ratios, replacement="blur", seed=2)
+    area = insertion(network, images, target, heat.to(dtype), steps=4, seed=2)
+    assert torch.equal(area, area_under_curve(found))
+
+
 def test_batches_give_what_images_give_one_by_one(network):
     images, heat, target = torch.randn(4, 3, 8, 8).double(), torch.rand(4, 8, 8), torch.tensor([0, 1, 2, 3])
     for replacement in ("zero", "mean", "blur", "noise"):

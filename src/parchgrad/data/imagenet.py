@@ -194,7 +194,7 @@ def _parse(path: Path, synset: str) -> tuple[Tensor, tuple[int, int]]:
         raise _wrong(path, f"is no plain XML ({reason})") from error
     named = _text(path, root, "filename")
     if named != path.stem:
-        raise _wrong(path, f"says that it is of {named!r}")
+        raise _wrong(path, f"says that it is of {named!r}, not of {path.stem!r}")
     size = _only(path, root, "size")
     width, height = _number(path, size, "width"), _number(path, size, "height")
     boxes = []

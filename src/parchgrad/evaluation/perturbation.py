@@ -294,26 +294,10 @@ def insertion(
 ) -> Tensor:
     """Area under the probability while pixels are inserted, the most relevant first; higher is better.
 
-    To have inserted a share of the most relevant pixels is to have deleted the others.
+    To have inserted a share of the most relevant pixels is to have deleted the others: it is the deletion of the
+    reversed map, with the same arguments; `replacement` is what the image starts from.
 
     Source: Petsiuk, Das, Saenko (2018), "RISE", section 4.
-
-    Args:
-        model: classifier in evaluation mode, logits (B, K).
-        images: preprocessed images (B, C, H, W).
-        target: class in question of each image, shape (B,).
-        heat: maps (B, H, W).
-        steps: into how many equal steps the pixels are divided, at least 1.
-        replacement: what the image starts from; see `replacement_images`.
-        seed: breaks ties and draws the noise.
-        internal_batch_size: images in one pass.
-
-    Returns:
-        Areas in [0, 1], shape (B,); NaN where the map gives no order.
-
-    Raises:
-        SettingError: if a setting is out of range.
-        InputError: if images, maps and classes do not go together.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).eval()
@@ -321,18 +305,18 @@ def insertion(
         >>> insertion(model, torch.ones(1, 1, 1, 2), torch.tensor([0]), torch.tensor([[[1.0, 0.0]]]), steps=2)
         tensor([0.5000], dtype=torch.float64)
     """
-    found = respond(
+    # In double precision every map can be negated, those of whole numbers too.
+    reversed_heat = -heat.double()
+    return deletion(
         model,
         images,
         target,
-        heat,
-        order="lerf",
-        ratios=_even_steps(steps),
+        reversed_heat,
+        steps=steps,
         replacement=replacement,
         seed=seed,
         internal_batch_size=internal_batch_size,
     )
-    return area_under_curve(found)
 
 
 def probability_drop(responses: Responses) -> Tensor:
