@@ -23,15 +23,12 @@ from parchgrad.evaluation.report import (
     title_of,
 )
 from parchgrad.evaluation.runs import Row, read_rows
-from parchgrad.evaluation.scores import at_ratio
+from parchgrad.evaluation.scores import HEADLINES, at_ratio
 from parchgrad.files import check_outputs, writing
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS
 from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
 
 __all__ = ["HEADLINES", "Report", "make_report"]
-
-HEADLINES = ("aopc", "mass_inside", "pointing_game", "insertion", "deletion", "max_sensitivity")
-"""The scores that are drawn."""
 
 # More lines than that in one chart are no longer told apart.
 _MOST_CURVES = 7

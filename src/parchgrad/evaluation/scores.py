@@ -15,7 +15,7 @@ from parchgrad.evaluation.perturbation import RATIOS, Replacement
 from parchgrad.evaluation.sanity import RandomisationOrder
 from parchgrad.evaluation.sparsity import gini
 
-__all__ = ["FAMILIES", "SCORES", "Direction", "Family", "Score", "ScoreSettings", "at_ratio", "score_maps"]
+__all__ = ["FAMILIES", "HEADLINES", "SCORES", "Direction", "Family", "Score", "ScoreSettings", "at_ratio", "score_maps"]
 
 Direction = Literal["higher", "lower", "neither"]
 Family = Literal["perturbation", "insertion", "localisation", "sparsity", "sensitivity", "randomisation"]
@@ -70,6 +70,9 @@ SCORES: Mapping[str, Score] = {
     ),
 }
 """The scores by their names in results."""
+
+HEADLINES = ("aopc", "mass_inside", "pointing_game", "insertion", "deletion", "max_sensitivity")
+"""The scores that are drawn; the first that there are values of chooses the examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
