@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ import parchgrad as pg
 from parchgrad.configuration import DataSettings, EvaluationSettings, evaluate_all, open_data, read_settings
 from parchgrad.data.samples import DrawnSamples
 from parchgrad.errors import ImageError, InputError, SettingError
+from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples
 from parchgrad.evaluation.runs import Grid, read_rows
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.sparsity import gini
@@ -294,3 +296,16 @@ def test_generated_shapes_are_for_the_network_that_knows_them(classifier):
     assert data[3].mask.any()
     with pytest.raises(SettingError, match="small does not know the generated shapes"):
         open_data(settings, classifier)
+
+
+def test_examples_are_pictured_as_they_were_before_the_preprocessing(tmp_path):
+    asked = EvaluationSettings(
+        models=("shapes",), data=DataSettings(name="shapes", count=2), grid=Grid(layers=("all",))
+    )
+    (run,) = evaluate_all(asked, tmp_path)
+    found = Examples.load(run / EXAMPLES_FILE)
+    data = open_data(asked.data, pg.load_model("shapes"))
+    for example, picture in zip(found.choice.examples, found.pictures, strict=True):
+        # Generated pictures are in whole levels, of which nothing is lost.
+        levels = ((data[example.index].image * 0.25 + 0.5) * 255).round().permute(1, 2, 0)
+        np.testing.assert_array_equal(picture, levels.numpy())

@@ -1,15 +1,21 @@
+import base64
 import csv
+import io
 import json
 import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from parchgrad.errors import InputError, OutputError
+from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples, choose_examples
 from parchgrad.evaluation.report import markdown_table, summarise
-from parchgrad.evaluation.runs import Setting
+from parchgrad.evaluation.runs import Setting, read_rows
 from parchgrad.reporting import make_report
+from parchgrad.visual.maps import blend
 
 SETTINGS = [
     Setting(),
@@ -36,6 +42,10 @@ def write_run(folder, *, model="<b>net</b>", images=12):
                     **vars(setting),
                     "gamma": "inf",
                     "index": index,
+                    "image": f"<i>image {index}</i>",
+                    "label": index % 2,
+                    "target": index % 3,
+                    "predicted": index % 3,
                     "seconds": 1.0 + place,
                     "aopc": value,
                     **{f"aopc_{order}@{ratio}": value * ratio for order in ("morf", "lerf") for ratio in (0.1, 0.5)},
@@ -46,12 +56,24 @@ def write_run(folder, *, model="<b>net</b>", images=12):
     return folder
 
 
+def write_examples(folder, shape=(40, 30)):
+    """Examples of a run, of noise, and what they are of."""
+    generator = np.random.default_rng(0)
+    choice = choose_examples(read_rows(folder))
+    pictures = tuple(generator.integers(0, 256, (*shape, 3), np.uint8) for _ in choice.examples)
+    maps = tuple(generator.integers(0, 256, (len(choice.settings), *shape), np.uint8) for _ in choice.examples)
+    found = Examples(choice=choice, categories={0: "cat", 1: "dog", 2: "owl"}, pictures=pictures, maps=maps)
+    found.save(folder / EXAMPLES_FILE)
+    return found
+
+
 class Page(HTMLParser):
     """Cells of the tables, titles of the charts, and every address that the page names."""
 
     def __init__(self, text):
         super().__init__()
         self.cells, self.titles, self.addresses, self.open = [], [], [], []
+        self.examples, self.captions = [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -62,6 +84,10 @@ class Page(HTMLParser):
             self.cells.append("")
         if tag == "h3":
             self.titles.append("")
+        if ("class", "example") in attributes:
+            self.examples.append("")
+        if tag == "figcaption":
+            self.captions.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -71,6 +97,10 @@ class Page(HTMLParser):
             self.cells[-1] += data
         if "h3" in self.open:
             self.titles[-1] += data
+        if self.examples and "p" in self.open:
+            self.examples[-1] += f"{data} "
+        if "figcaption" in self.open:
+            self.captions[-1] += f"{data.strip()} "
 
 
 def test_the_page_needs_nothing_else_and_says_what_the_table_says(tmp_path):
@@ -133,3 +163,81 @@ def test_what_cannot_be_reported_is_said(tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         report.save(tmp_path / "out")
     report.save(tmp_path / "out", force=True)
+
+
+def test_the_page_shows_where_the_leading_setting_helps_and_where_it_fails(tmp_path):
+    folder = write_run(tmp_path / "run")
+    without = make_report([folder]).save(tmp_path / "without").read_text()
+    assert "Where it helps most" not in without
+    held = write_examples(folder)
+    text = make_report([folder]).save(tmp_path / "out").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.titles == [*Page(without).titles, "Where it helps most, and where it fails"]
+    assert "<i>" not in text, "names are escaped"
+    leading = SETTINGS[-1].title
+    assert f"“{leading}” has the best mean of AOPC, MoRF minus LeRF" in text
+    # 0.1 for each of the five settings before it; the rest repeats after five.
+    assert [round(example.gain, 9) for example in held.choice.examples] == [0.5] * 6
+    assert len(page.examples) == 6
+    for words, example in zip(page.examples, held.choice.examples, strict=True):
+        assert f"image {example.index}" in words
+        assert f"Class: {('cat', 'dog', 'owl')[example.target]}." in words
+        assert (f"Its label is {('cat', 'dog')[example.label]}." in words) == (example.label != example.target)
+        plain, edited, _ = example.values
+        assert f"{edited:.3f} instead of {plain:.3f} with the plain gradient, 0.500 better." in words
+    captions = [caption.strip() for caption in page.captions]
+    assert len(captions) == 24
+    shown = [
+        f"{title} {value:.3f}" for title, value in zip(held.choice.settings, held.choice.best[0].values, strict=True)
+    ]
+    assert captions[:4] == ["image", *shown]
+    sources = [address for address in page.addresses if address.startswith("data:image/jpeg;base64,")]
+    assert len(sources) == 24
+    picture, heat = held.pictures[0] / 255, held.maps[0][0]
+    for source, expected in ((sources[0], picture), (sources[1], blend(picture, heat))):
+        drawn = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+        assert drawn.size == (120, 160), "pixels are drawn four times as large"
+        # The means of the pixels survive the compression, that of colours less.
+        seen = np.asarray(drawn.convert("L").resize((30, 40), Image.Resampling.BOX), dtype=float)
+        grey = np.asarray(Image.fromarray((expected * 255).round().astype(np.uint8)).convert("L"), dtype=float)
+        assert abs(seen - grey).mean() < 6
+
+
+def test_what_is_better_low_and_what_is_worse_is_said_in_words(tmp_path):
+    folder = write_run(tmp_path / "run", images=4)
+    rows = [json.loads(line) for line in (folder / "rows-0.jsonl").read_text().splitlines()]
+    for row in rows:
+        # Low is good: the plain gradient is best at the first image, and no worse at the second.
+        others = 0.2 if row["index"] == 0 else 0.1 if row["index"] == 1 else 0.05
+        row["deletion"] = 0.1 if row["setting"] == "gradient" else others
+        del row["aopc"], row["mass_inside"]
+    (folder / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = write_examples(folder)
+    assert [example.index for example in held.choice.examples] == [2, 3, 0, 1]
+    words = Page(make_report([folder]).save(tmp_path / "out").read_text()).examples
+    assert "deletion: 0.050 instead of 0.100 with the plain gradient, 0.050 better." in words[0]
+    assert "deletion: 0.200 instead of 0.100 with the plain gradient, 0.100 worse." in words[2]
+    assert "deletion: 0.100 instead of 0.100 with the plain gradient, no difference." in words[3]
+
+
+def test_the_examples_keep_the_page_small(tmp_path):
+    folder = write_run(tmp_path / "run")
+    without = len(make_report([folder]).save(tmp_path / "without").read_text())
+    # Nothing is larger than noise.
+    write_examples(folder, shape=(300, 299))
+    assert len(make_report([folder]).save(tmp_path / "out").read_text()) - without < 1_000_000
+
+
+def test_examples_of_an_earlier_state_are_left_out_and_damaged_ones_said(tmp_path):
+    folder = write_run(tmp_path / "run")
+    write_examples(folder)
+    rows = [json.loads(line) for line in (folder / "rows-0.jsonl").read_text().splitlines()]
+    later = [{**row, "setting": "later", "aopc": 9.0} for row in rows if row["setting"] == SETTINGS[-1].title]
+    (folder / "rows-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in later))
+    assert make_report([folder]).examples == (None,)
+    (folder / "rows-1.jsonl").unlink()
+    assert make_report([folder]).examples != (None,)
+    (folder / EXAMPLES_FILE).write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"examples.safetensors' cannot be read"):
+        make_report([folder])

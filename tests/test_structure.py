@@ -28,6 +28,7 @@ ORDER = [
         "data.perturbed",
         "models",
         "evaluation",
+        "evaluation.examples",
         "evaluation.grid_pointing",
         "evaluation.localisation",
         "evaluation.perturbation",

@@ -230,6 +230,8 @@ def evaluate_all(
             statistics=held,
             batch_size=settings.batch_size,
             seed=settings.seed,
+            # Every data set is preprocessed as the classifier wants it.
+            picture=classifier.preprocess.picture,
             on_progress=None if on_progress is None else _of_model(on_progress, name),
         )
         runs.append(run)

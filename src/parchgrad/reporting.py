@@ -3,15 +3,20 @@
 import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
 
 from parchgrad._version import __version__
 from parchgrad.errors import InputError
+from parchgrad.evaluation.examples import EXAMPLES_FILE, Example, Examples, choose_examples
 from parchgrad.evaluation.report import (
     BASELINE,
     Cell,
@@ -23,19 +28,21 @@ from parchgrad.evaluation.report import (
     title_of,
 )
 from parchgrad.evaluation.runs import Row, read_rows
-from parchgrad.evaluation.scores import at_ratio
+from parchgrad.evaluation.scores import HEADLINES, SCORES, at_ratio
 from parchgrad.files import check_outputs, writing
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS
 from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
+from parchgrad.visual.maps import blend
 
 __all__ = ["HEADLINES", "Report", "make_report"]
 
-HEADLINES = ("aopc", "mass_inside", "pointing_game", "insertion", "deletion", "max_sensitivity")
-"""The scores that are drawn."""
+# Edge in pixels of a picture among the examples, which keeps the page small.
+_EDGE = 192
 
 # More lines than that in one chart are no longer told apart.
 _MOST_CURVES = 7
 _SWEPT = {"quantile": "share of the channels that is kept", "layers": "layers", "gamma": "gamma"}
+_GROUPS = ("Largest gains", "Smallest gains, or losses")
 _DESCRIBING = ("quantile", "layers", "gamma", "conserve", "masks")
 
 
@@ -63,10 +70,12 @@ class Report:
     Attributes:
         summaries: of each run.
         rows: of each run.
+        examples: of each run; None where there are none.
     """
 
     summaries: tuple[Summary, ...]
     rows: tuple[tuple[Row, ...], ...]
+    examples: tuple[Examples | None, ...]
 
     @staticmethod
     def files(folder: str | Path) -> tuple[Path, Path, Path]:
@@ -103,8 +112,9 @@ class Report:
                 "headers": [(title_of(name), name) for name in found.scores],
                 "lines": [_table_line(found, setting) for setting in found.settings],
                 "charts": _charts(found, rows),
+                "examples": None if examples is None else _shown_examples(examples),
             }
-            for found, rows in zip(self.summaries, self.rows, strict=True)
+            for found, rows, examples in zip(self.summaries, self.rows, self.examples, strict=True)
         ]
         template = Environment(loader=PackageLoader("parchgrad"), autoescape=True).get_template("report.html")
         return template.render(runs=runs, version=__version__, baseline=BASELINE)
@@ -122,7 +132,7 @@ def make_report(
         seed: of the bootstrap.
 
     Raises:
-        InputError: if there is no run in a folder, or it is damaged or unfinished.
+        InputError: if there is no run in a folder, or it is damaged or unfinished, or so are its examples.
         SettingError: if there is no such score.
 
     Example:
@@ -138,7 +148,17 @@ def make_report(
         raise InputError("A report needs one run at least; name the folders that evaluations wrote.")
     rows = tuple(tuple(read_rows(folder)) for folder in folders)
     found = tuple(summarise(part, scores=scores, confidence=confidence, seed=seed) for part in rows)
-    return Report(summaries=found, rows=rows)
+    examples = tuple(_read_examples(folder, part) for folder, part in zip(folders, rows, strict=True))
+    return Report(summaries=found, rows=rows, examples=examples)
+
+
+def _read_examples(folder: str | Path, rows: Sequence[Row]) -> Examples | None:
+    path = Path(folder) / EXAMPLES_FILE
+    if not path.exists():
+        return None
+    found = Examples.load(path)
+    # While settings are added to a run, its file is of fewer than the table shows.
+    return found if found.choice == choose_examples(rows) else None
 
 
 def _table_line(summary: Summary, setting: str) -> dict[str, object]:
@@ -264,6 +284,61 @@ def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Char
     return found
 
 
+def _shown_examples(examples: Examples) -> dict[str, object]:
+    """The section of the examples, as the page takes it."""
+    choice = examples.choice
+    title = SCORES[choice.score].title
+    held = list(zip(choice.examples, examples.pictures, examples.maps, strict=True))
+    return {
+        "note": f"Of the settings that compete, “{choice.leading}” has the best mean of {title}. Images are chosen by "
+        "how much better it is there than the plain gradient. Each map lies over its grey image, by its own scale: "
+        "dark where it is silent, violet to yellow where it speaks.",
+        "groups": [
+            {
+                "title": name,
+                "images": [
+                    {
+                        "name": example.image,
+                        "class": _class_words(example, examples.categories),
+                        "score": _gain_words(example, choice.settings, choice.leading, title),
+                        "pictures": [
+                            {"title": "image", "value": "", "source": _embed(picture / 255)},
+                            *(
+                                {"title": setting, "value": _value(value), "source": _embed(blend(picture / 255, heat))}
+                                for setting, value, heat in zip(choice.settings, example.values, maps, strict=True)
+                            ),
+                        ],
+                    }
+                    for example, picture, maps in part
+                ],
+            }
+            for name, part in zip(_GROUPS, (held[: len(choice.best)], held[len(choice.best) :]), strict=True)
+            if part
+        ],
+    }
+
+
+def _class_words(example: Example, categories: Mapping[int, str]) -> str:
+    words = f"Class: {categories[example.target]}."
+    if example.label != example.target:
+        words += f" Its label is {categories[example.label]}."
+    if example.predicted != example.target:
+        words += f" The network takes it for {categories[example.predicted]}."
+    return words
+
+
+def _gain_words(example: Example, settings: Sequence[str], leading: str, title: str) -> str:
+    values = dict(zip(settings, map(_value, example.values), strict=True))
+    words = f"{title}: {values[leading]} instead of {values[BASELINE]} with the plain gradient"
+    if example.gain == 0:
+        return f"{words}, no difference."
+    return f"{words}, {abs(example.gain):.3f} {'better' if example.gain > 0 else 'worse'}."
+
+
+def _value(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
 def _place(value: object) -> str | float:
     """Numbers by their size, all else by name: infinity has no place on an axis."""
     return float(value) if isinstance(value, int | float) else _shown(value)
@@ -288,6 +363,18 @@ def _picture(figure: Figure) -> str:
     held = io.BytesIO()
     figure.savefig(held, format="png", dpi=170, transparent=True)
     return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def _embed(picture: NDArray[Any]) -> str:
+    """A picture (H, W, 3) in [0, 1], small, as a data URI."""
+    drawn = Image.fromarray((picture * 255).round().astype(np.uint8))
+    drawn.thumbnail((_EDGE, _EDGE), Image.Resampling.BOX)
+    # Pixels stay sharp where there are few of them.
+    times = max(1, _EDGE // max(drawn.size))
+    drawn = drawn.resize((times * drawn.width, times * drawn.height), Image.Resampling.NEAREST)
+    held = io.BytesIO()
+    drawn.save(held, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:

@@ -66,6 +66,8 @@ def test_scores_are_what_their_functions_say(scored):
     ):
         expected[1] = math.nan
         torch.testing.assert_close(found[name], expected, equal_nan=True)
+    covered = region.sum().item() / 64
+    assert found["region_share"].tolist() == pytest.approx([covered, math.nan, 1 - covered], nan_ok=True)
     torch.testing.assert_close(found["max_sensitivity"], max_sensitivity(method, images, target, samples=2, seed=5))
     # The first and the third of four modules.
     steps = parameter_randomisation(network, gradient_of, images, target, seeds=(5, 6))

@@ -2,7 +2,8 @@
 
 A run is a folder: `run.json` says what is evaluated on what, and each process appends its rows to a file of its own,
 `rows-0.jsonl` and so on. A row is a JSON object on a line. What stands there is never scored again, so that a run goes
-on after it was stopped, with more settings, or with another number of processes.
+on after it was stopped, with more settings, or with another number of processes. A finished run has its examples, in
+`examples.safetensors`.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -23,6 +25,7 @@ from parchgrad._version import __version__
 from parchgrad.attribution import Explainer
 from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError, OutputError, SettingError
+from parchgrad.evaluation.examples import EXAMPLES_FILE, Choice, Examples, MakePicture, choose_examples, make_examples
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import Method, centre_blob, grad_cam, maps_of, random_map
 from parchgrad.evaluation.sanity import masks_of_another_class, shuffled_masks
@@ -213,12 +216,14 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     process: tuple[int, int] | None = None,
+    picture: MakePicture | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Score the maps of every setting on every image, and append a row for each to the run's folder.
 
     What the folder holds already is skipped: an interrupted run goes on, and finished settings cost nothing. Several
-    processes share the images; under torchrun without further words.
+    processes share the images; under torchrun without further words. Once every setting has a row of every image, the
+    images where the leading setting helps most and least are kept with their maps; see `choose_examples`.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
@@ -233,6 +238,8 @@ def evaluate(
         batch_size: images that are loaded and scored together, at least 1.
         seed: of random maps and random channels.
         process: number of this process, from zero, and of all of them; None asks torchrun's environment.
+        picture: makes the picture (H, W, 3) in [0, 1] of a preprocessed image (C, H, W) for the examples; None scales
+            each image by its own range.
         on_progress: called with the rows that this process has, and those it will have.
 
     Raises:
@@ -287,7 +294,8 @@ def evaluate(
             "statistics": None if statistics is None else _digest(json.dumps(statistics.metadata, default=str)),
         },
     )
-    done = {(row["setting"], row["index"]) for row in read_rows(place)}
+    held = read_rows(place)
+    done = {(row["setting"], row["index"]) for row in held}
     own = range(rank, len(data), count)
     pending = {entry: [index for index in own if (entry.title, index) not in done] for entry in entries}
     total = len(own) * len(entries)
@@ -304,6 +312,20 @@ def evaluate(
                 finished += len(places)
                 if on_progress is not None:
                     on_progress(finished, total)
+    held = read_rows(place) if wanted else held
+    described = {row["setting"]: row for row in held}
+    # Of several processes the one that finishes last sees that all is there.
+    if len(held) == len(described) * len(data) and described.keys() >= set(titles):
+        choice = choose_examples(held)
+        if choice is not None and not _holds(place / EXAMPLES_FILE, choice):
+            shown = {entry.title: method for entry, method in made.items()}
+            for title in choice.settings:
+                # Rows of an earlier evaluation say its settings, but not how a method of the caller's own is made.
+                if title not in shown and not math.isnan(described[title]["quantile"]):
+                    setting = _setting_of(described[title])
+                    shown[title] = make_method(model, setting, statistics=statistics, seed=seed)
+            if shown.keys() >= set(choice.settings):
+                make_examples(choice, data, shown, model=model, picture=picture).save(place / EXAMPLES_FILE)
 
 
 def read_rows(folder: str | Path) -> list[Row]:
@@ -428,6 +450,24 @@ def _score(
             )
         )
     ]
+
+
+def _setting_of(row: Row) -> Setting:
+    """The setting that a row is of, which this evaluation may not have asked for."""
+    found: dict[str, Any] = {}
+    for name in {item.name for item in fields(Setting)} & row.keys():
+        value = float(row[name]) if name == "gamma" else row[name]
+        # Rows say NaN for nothing, which is the default.
+        if not (isinstance(value, float) and math.isnan(value)):
+            found[name] = tuple(value) if isinstance(value, list) else value
+    return Setting(**found)
+
+
+def _holds(path: Path, choice: Choice) -> bool:
+    """Whether a file holds the examples of this choice; one that is damaged or missing does not."""
+    with suppress(InputError):
+        return Examples.load(path).choice == choice
+    return False
 
 
 def _region(sample: Sample) -> Tensor | None:

@@ -1,5 +1,6 @@
 """All scores of a map in one table: what they are called, which way is better, and how they are had."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -14,7 +15,7 @@ from parchgrad.evaluation.perturbation import RATIOS, Replacement
 from parchgrad.evaluation.sanity import RandomisationOrder
 from parchgrad.evaluation.sparsity import gini
 
-__all__ = ["FAMILIES", "SCORES", "Direction", "Family", "Score", "ScoreSettings", "at_ratio", "score_maps"]
+__all__ = ["FAMILIES", "HEADLINES", "SCORES", "Direction", "Family", "Score", "ScoreSettings", "at_ratio", "score_maps"]
 
 Direction = Literal["higher", "lower", "neither"]
 Family = Literal["perturbation", "insertion", "localisation", "sparsity", "sensitivity", "randomisation"]
@@ -56,6 +57,7 @@ SCORES: Mapping[str, Score] = {
     "insertion": Score(title="insertion", better="higher", family="insertion"),
     "deletion": Score(title="deletion", better="lower", family="insertion"),
     "mass_inside": Score(title="mass inside", better="higher", family="localisation"),
+    "region_share": Score(title="area share", better="neither", family="localisation"),
     "weighted_mass_inside": Score(title="mass inside, by area", better="higher", family="localisation"),
     "pointing_game": Score(title="pointing game", better="higher", family="localisation"),
     "gini": Score(title="Gini index", better="neither", family="sparsity"),
@@ -68,6 +70,9 @@ SCORES: Mapping[str, Score] = {
     ),
 }
 """The scores by their names in results."""
+
+HEADLINES = ("aopc", "mass_inside", "pointing_game", "insertion", "deletion", "max_sensitivity")
+"""The scores that are drawn; the first that there are values of chooses the examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +191,9 @@ def score_maps(
         nowhere = torch.zeros(heat.shape[1:], dtype=torch.bool, device=heat.device)
         region = torch.stack([nowhere if known is None else known.to(heat.device) for known in regions])
         found["mass_inside"] = localisation.mass_inside(heat, region)
+        # An empty region has no share that a map could be held against.
+        share = localisation.area_share(region)
+        found["region_share"] = share.masked_fill(share == 0, math.nan)
         found["weighted_mass_inside"] = localisation.weighted_mass_inside(heat, region)
         found["pointing_game"] = localisation.pointing_game(heat, region, tolerance=chosen.tolerance)
     if "sparsity" in chosen.families:
