@@ -12,8 +12,9 @@ from parchgrad.configuration import DataSettings, EvaluationSettings, evaluate_a
 from parchgrad.data.samples import DrawnSamples
 from parchgrad.errors import ImageError, InputError, SettingError
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples
-from parchgrad.evaluation.runs import Grid, read_rows
+from parchgrad.evaluation.runs import read_rows
 from parchgrad.evaluation.scores import ScoreSettings
+from parchgrad.evaluation.settings import Grid
 from parchgrad.evaluation.sparsity import gini
 from parchgrad.models import Preprocessing
 from tests.conftest import small_network

@@ -13,7 +13,8 @@ from PIL import Image
 from parchgrad.errors import InputError, OutputError
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples, choose_examples
 from parchgrad.evaluation.report import markdown_table, summarise
-from parchgrad.evaluation.runs import Setting, read_rows
+from parchgrad.evaluation.runs import read_rows
+from parchgrad.evaluation.settings import Setting
 from parchgrad.reporting import make_report
 from parchgrad.visual.maps import blend
 

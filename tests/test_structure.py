@@ -37,6 +37,7 @@ ORDER = [
         "evaluation.report",
         "evaluation.runs",
         "evaluation.scores",
+        "evaluation.settings",
         "evaluation.sparsity",
         "evaluation.summary",
         "visual",

@@ -19,8 +19,9 @@ from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import SHAPE_CATEGORIES, GeneratedShapes
 from parchgrad.errors import ImageError, InputError, SettingError, StatisticsWarning
 from parchgrad.evaluation.grid_pointing import make_mosaics
-from parchgrad.evaluation.runs import Grid, TargetChoice, evaluate
+from parchgrad.evaluation.runs import TargetChoice, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
+from parchgrad.evaluation.settings import Grid
 from parchgrad.models import Classifier, load_model
 from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.statistics import ChannelStatistics

@@ -16,8 +16,9 @@ from parchgrad.data.samples import Sample
 from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Choice, Example, Examples, choose_examples, make_examples
 from parchgrad.evaluation.methods import grad_cam
-from parchgrad.evaluation.runs import Grid, Setting, evaluate, read_rows
+from parchgrad.evaluation.runs import evaluate, read_rows
 from parchgrad.evaluation.scores import ScoreSettings
+from parchgrad.evaluation.settings import Grid, Setting
 from parchgrad.models import Preprocessing
 from parchgrad.visual.maps import normalise
 from tests.conftest import small_network

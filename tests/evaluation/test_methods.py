@@ -1,12 +1,25 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
 from parchgrad.errors import LayerError
-from parchgrad.evaluation.methods import CONTROLS, centre_blob, grad_cam, make_controls, maps_of, random_map
+from parchgrad.evaluation.methods import (
+    CONTROLS,
+    centre_blob,
+    grad_cam,
+    make_controls,
+    maps_of,
+    masks_of_another_class,
+    random_map,
+    shuffled_masks,
+)
+from tests.conftest import random_statistics
 
 
 def batch(count=3):
@@ -73,3 +86,64 @@ def test_captum_methods_plug_in_by_name():
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf)[torch.arange(3), target].sum(), leaf)
     torch.testing.assert_close(heat, (images * gradient).abs().mean(1))
+
+
+def masked_gradient(model, images, target, masks):
+    """The map of a plain block with given masks, one image at a time."""
+    found = []
+    for row in range(len(images)):
+        own = {name: mask[row] for name, mask in masks.items()}
+        leaf = images[row : row + 1].clone().requires_grad_()
+        with pg.ParchGrad(model, pg.FixedChannels(own), layers="all"):
+            (gradient,) = torch.autograd.grad(model(leaf)[0, target[row]], leaf)
+        found.append(gradient.abs().mean(1))
+    return torch.cat(found)
+
+
+def test_masks_of_another_class_are_swapped_and_the_gradient_is_kept(network):
+    held = random_statistics({"0": 6, "2": 6})
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    right = torch.tensor([0, 1, 4])
+    selector = pg.ClassWise(held, quantile=0.34)
+    for distance, wrong in ((3, [3, 4, 2]), (None, [2, 3, 1])):
+        method = masks_of_another_class(network, selector, layers="all", distance=distance)
+        masks = {name: held[name].class_log_p().argsort(dim=0)[:2, wrong].T for name in ("0", "2")}
+        of_wrong = {name: torch.zeros(3, 6, dtype=torch.bool).scatter_(1, best, True) for name, best in masks.items()}
+        torch.testing.assert_close(method(images, right), masked_gradient(network, images, right, of_wrong))
+    own = pg.heatmap(pg.Explainer(network, selector, layers="all").attribute(images, right))
+    same = masks_of_another_class(network, selector, layers="all", distance=5)
+    torch.testing.assert_close(same(images, right), own)
+    assert not torch.allclose(method(images, right), own)
+    with pytest.raises(LayerError):
+        masks_of_another_class(network, selector, layers=["nowhere"])
+
+
+def test_shuffled_masks_keep_as_many_channels_at_random(network):
+    images, target = torch.randn(40, 3, 8, 8, dtype=torch.float64), torch.arange(40) % 5
+
+    class Varying(pg.Selector):
+        def select(self, signal):
+            counts = torch.arange(len(signal.gradient)) % 5 + 1
+            return torch.arange(6) < counts.unsqueeze(1)
+
+    seen = []
+    maps = shuffled_masks(network, Varying(), layers=["2"], seed=3)(images, target)
+    # Which mask was drawn is found by trying all of the size.
+    for row in range(40):
+        size = row % 5 + 1
+        for kept in itertools.combinations(range(6), size):
+            mask = torch.zeros(6, dtype=torch.bool)
+            mask[list(kept)] = True
+            with pg.ParchGrad(network, pg.FixedChannels({"2": mask}), layers=["2"]):
+                leaf = images[row : row + 1].clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(network(leaf)[0, target[row]], leaf)
+            if torch.allclose(gradient.abs().mean(1)[0], maps[row], rtol=1e-9, atol=0):
+                seen += kept
+                break
+        else:
+            pytest.fail(f"No mask of {size} channels gives the map of row {row}.")
+    # 120 places among six channels.
+    assert stats.chisquare(np.bincount(seen, minlength=6)).pvalue > 1e-3
+    again = shuffled_masks(network, Varying(), layers=["2"], seed=3)
+    torch.testing.assert_close(again(images, target), maps)
+    assert not torch.allclose(shuffled_masks(network, Varying(), layers=["2"], seed=4)(images, target), maps)

@@ -16,10 +16,17 @@ import parchgrad as pg
 from parchgrad.data.samples import Sample
 from parchgrad.errors import InputError, LayerError, OutputError, SettingError, StatisticsError
 from parchgrad.evaluation.localisation import boxes_to_region
-from parchgrad.evaluation.methods import centre_blob, grad_cam, maps_of, random_map
-from parchgrad.evaluation.runs import Grid, Setting, evaluate, make_method, read_rows
-from parchgrad.evaluation.sanity import masks_of_another_class, shuffled_masks
+from parchgrad.evaluation.methods import (
+    centre_blob,
+    grad_cam,
+    maps_of,
+    masks_of_another_class,
+    random_map,
+    shuffled_masks,
+)
+from parchgrad.evaluation.runs import evaluate, read_rows
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
+from parchgrad.evaluation.settings import Grid, Setting, make_method
 from tests.conftest import random_statistics, small_network
 
 SETTINGS = (Setting(), Setting(method="centre_blob"), Setting(selector="energy", quantile=0.34, layers="all"))

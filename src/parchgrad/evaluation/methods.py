@@ -1,7 +1,9 @@
 """What is evaluated: anything that makes a map of each image, the controls that every claim must beat among them."""
 
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from captum.attr import LayerAttribution, LayerGradCam
@@ -12,9 +14,20 @@ from parchgrad.engine import plain_gradients
 from parchgrad.errors import LayerError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.layers import LayerChoice, find_convolutions
-from parchgrad.selection import RandomChannels
+from parchgrad.partition import Conserve
+from parchgrad.selection import FixedChannels, LayerSignal, RandomChannels, Selector
 
-__all__ = ["CONTROLS", "Method", "centre_blob", "grad_cam", "make_controls", "maps_of", "random_map"]
+__all__ = [
+    "CONTROLS",
+    "Method",
+    "centre_blob",
+    "grad_cam",
+    "make_controls",
+    "maps_of",
+    "masks_of_another_class",
+    "random_map",
+    "shuffled_masks",
+]
 
 Method = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) and the class to explain of each (B,) in, non-negative maps (B, H, W) out."""
@@ -140,3 +153,147 @@ def make_controls(
         centre_blob(),
     )
     return dict(zip(CONTROLS, found, strict=True))
+
+
+def masks_of_another_class(
+    model: nn.Module,
+    selector: Selector,
+    *,
+    layers: LayerChoice = "default",
+    gamma: float = math.inf,
+    conserve: Conserve = "independent",
+    distance: int | None = None,
+) -> Method:
+    """A control for what the masks know of the class: the gradient of the class with the channels of another.
+
+    Where the masks carry what tells the class, the maps are worse than by its own.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        selector: which channels matter.
+        layers: which convolutions are edited; see `choose_layers`.
+        gamma: see `partition_gradient`.
+        conserve: see `partition_gradient`.
+        distance: how many class indices away the other class is, cyclically; None takes half of all classes, since
+            neighbours are often alike.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        LayerError: if the layers are not in the model.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
+        >>> method = masks_of_another_class(model, pg.GradientEnergy(quantile=0.5))
+        >>> method(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
+        torch.Size([2, 4, 4])
+    """
+    edit = _Edit(model=model, layers=layers, gamma=gamma, conserve=conserve)
+    edit.explainer(selector)  # Checks the settings before the first image.
+
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            classes = model(images[:1]).shape[1]
+        step = max(1, classes // 2) if distance is None else distance
+        foreign = edit.masks(selector, images, (target + step) % classes)
+        return heatmap(edit.explainer(FixedChannels(foreign)).attribute(images, target))
+
+    return method
+
+
+def shuffled_masks(
+    model: nn.Module,
+    selector: Selector,
+    *,
+    layers: LayerChoice = "default",
+    gamma: float = math.inf,
+    conserve: Conserve = "independent",
+    seed: int = 0,
+) -> Method:
+    """A control for how many channels are kept: as many in each row and layer as the selector keeps, at random.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        selector: how many channels.
+        layers: which convolutions are edited; see `choose_layers`.
+        gamma: see `partition_gradient`.
+        conserve: see `partition_gradient`.
+        seed: of the random masks.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        LayerError: if the layers are not in the model.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
+        >>> method = shuffled_masks(model, pg.GradientEnergy(quantile=0.5))
+        >>> method(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
+        torch.Size([2, 4, 4])
+    """
+    edit = _Edit(model=model, layers=layers, gamma=gamma, conserve=conserve)
+    edit.explainer(selector)  # Checks the settings before the first image.
+
+    def method(images: Tensor, target: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        own = edit.masks(selector, images, target)
+        shuffled = {layer: _shuffle_rows(mask, generator) for layer, mask in own.items()}
+        return heatmap(edit.explainer(FixedChannels(shuffled)).attribute(images, target))
+
+    return method
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Edit:
+    """Everything about a partitioned gradient but its selector."""
+
+    model: nn.Module
+    layers: LayerChoice
+    gamma: float
+    conserve: Conserve
+
+    def explainer(self, selector: Selector) -> Explainer:
+        return Explainer(
+            self.model,
+            selector,
+            layers=self.layers,
+            gamma=self.gamma,
+            conserve=self.conserve,
+            # Masks are had, and given, for all rows of a pass.
+            internal_batch_size=None,
+        )
+
+    def masks(self, selector: Selector, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The channels that the selector keeps in each layer."""
+        recorder = _Recorder(selector)
+        self.explainer(recorder).attribute(images, target)
+        return recorder.masks
+
+
+class _Recorder(Selector):
+    """Selects as another selector does, and keeps the masks."""
+
+    def __init__(self, selector: Selector) -> None:
+        self._selector = selector
+        self.needs_class = selector.needs_class  # type: ignore[misc]  # as the selector inside says it for its class
+        self.masks: dict[str, Tensor] = {}
+
+    def check(self, channels: Mapping[str, int]) -> None:
+        self._selector.check(channels)
+
+    def check_classes(self, classes: int) -> None:
+        self._selector.check_classes(classes)
+
+    def observe(self, output: Tensor) -> Tensor | None:
+        return self._selector.observe(output)
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        mask = self._selector.select(signal)
+        self.masks[signal.layer] = mask.clone()
+        return mask
+
+
+def _shuffle_rows(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Move the kept channels of each row of (B, C) to random places."""
+    places = torch.rand(mask.shape, generator=generator).argsort(dim=1).to(mask.device)
+    return mask.gather(1, places)

@@ -6,7 +6,7 @@ Source: Adebayo et al. (2018), "Sanity Checks for Saliency Maps".
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,21 +17,15 @@ from scipy.stats import rankdata
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
-from parchgrad.attribution import Explainer, heatmap
 from parchgrad.errors import InputError, LayerError, SettingError
 from parchgrad.evaluation.methods import Method
-from parchgrad.layers import LayerChoice
-from parchgrad.partition import Conserve
-from parchgrad.selection import FixedChannels, LayerSignal, Selector
 
 __all__ = [
     "RandomisationOrder",
     "RandomisationStep",
-    "masks_of_another_class",
     "max_sensitivity",
     "parameter_randomisation",
     "randomised_models",
-    "shuffled_masks",
     "spearman",
     "structural_similarities",
 ]
@@ -197,10 +191,11 @@ def parameter_randomisation(
         LayerError: if the model has no such module.
 
     Example:
+        >>> import parchgrad as pg
         >>> from parchgrad.evaluation.methods import maps_of
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
         >>> images, target = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
-        >>> steps = parameter_randomisation(model, lambda m: maps_of(Explainer(m, None)), images, target)
+        >>> steps = parameter_randomisation(model, lambda m: maps_of(pg.Explainer(m, None)), images, target)
         >>> [step.module for step in steps]
         ['3', '0']
     """
@@ -223,94 +218,6 @@ def parameter_randomisation(
                 )
         steps += [found[place] for place in places]
     return steps
-
-
-def masks_of_another_class(
-    model: nn.Module,
-    selector: Selector,
-    *,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
-    distance: int | None = None,
-) -> Method:
-    """A control for what the masks know of the class: the gradient of the class with the channels of another.
-
-    Where the masks carry what tells the class, the maps are worse than by its own.
-
-    Args:
-        model: classifier in evaluation mode, logits (B, K).
-        selector: which channels matter.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
-        distance: how many class indices away the other class is, cyclically; None takes half of all classes, since
-            neighbours are often alike.
-
-    Raises:
-        SettingError: if a setting is out of range.
-        LayerError: if the layers are not in the model.
-
-    Example:
-        >>> import parchgrad as pg
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
-        >>> method = masks_of_another_class(model, pg.GradientEnergy(quantile=0.5))
-        >>> method(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
-        torch.Size([2, 4, 4])
-    """
-    edit = _Edit(model=model, layers=layers, gamma=gamma, conserve=conserve)
-    edit.explainer(selector)  # Checks the settings before the first image.
-
-    def method(images: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            classes = model(images[:1]).shape[1]
-        step = max(1, classes // 2) if distance is None else distance
-        foreign = edit.masks(selector, images, (target + step) % classes)
-        return heatmap(edit.explainer(FixedChannels(foreign)).attribute(images, target))
-
-    return method
-
-
-def shuffled_masks(
-    model: nn.Module,
-    selector: Selector,
-    *,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
-    seed: int = 0,
-) -> Method:
-    """A control for how many channels are kept: as many in each row and layer as the selector keeps, at random.
-
-    Args:
-        model: classifier in evaluation mode, logits (B, K).
-        selector: how many channels.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
-        seed: of the random masks.
-
-    Raises:
-        SettingError: if a setting is out of range.
-        LayerError: if the layers are not in the model.
-
-    Example:
-        >>> import parchgrad as pg
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
-        >>> method = shuffled_masks(model, pg.GradientEnergy(quantile=0.5))
-        >>> method(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
-        torch.Size([2, 4, 4])
-    """
-    edit = _Edit(model=model, layers=layers, gamma=gamma, conserve=conserve)
-    edit.explainer(selector)  # Checks the settings before the first image.
-
-    def method(images: Tensor, target: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        own = edit.masks(selector, images, target)
-        shuffled = {layer: _shuffle_rows(mask, generator) for layer, mask in own.items()}
-        return heatmap(edit.explainer(FixedChannels(shuffled)).attribute(images, target))
-
-    return method
 
 
 def max_sensitivity(
@@ -362,56 +269,6 @@ def max_sensitivity(
     return found.masked_fill((clean == 0).all(dim=1), math.nan)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Edit:
-    """Everything about a partitioned gradient but its selector."""
-
-    model: nn.Module
-    layers: LayerChoice
-    gamma: float
-    conserve: Conserve
-
-    def explainer(self, selector: Selector) -> Explainer:
-        return Explainer(
-            self.model,
-            selector,
-            layers=self.layers,
-            gamma=self.gamma,
-            conserve=self.conserve,
-            # Masks are had, and given, for all rows of a pass.
-            internal_batch_size=None,
-        )
-
-    def masks(self, selector: Selector, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The channels that the selector keeps in each layer."""
-        recorder = _Recorder(selector)
-        self.explainer(recorder).attribute(images, target)
-        return recorder.masks
-
-
-class _Recorder(Selector):
-    """Selects as another selector does, and keeps the masks."""
-
-    def __init__(self, selector: Selector) -> None:
-        self._selector = selector
-        self.needs_class = selector.needs_class  # type: ignore[misc]  # as the selector inside says it for its class
-        self.masks: dict[str, Tensor] = {}
-
-    def check(self, channels: Mapping[str, int]) -> None:
-        self._selector.check(channels)
-
-    def check_classes(self, classes: int) -> None:
-        self._selector.check_classes(classes)
-
-    def observe(self, output: Tensor) -> Tensor | None:
-        return self._selector.observe(output)
-
-    def select(self, signal: LayerSignal) -> Tensor:
-        mask = self._selector.select(signal)
-        self.masks[signal.layer] = mask.clone()
-        return mask
-
-
 def _parametrised(model: nn.Module) -> list[str]:
     """Names of the modules that have parameters of their own."""
     return [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
@@ -438,12 +295,6 @@ def _randomise(module: nn.Module, *, seed: int) -> None:
 
 def _seed_of(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}/{name}".encode())
-
-
-def _shuffle_rows(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Move the kept channels of each row of (B, C) to random places."""
-    places = torch.rand(mask.shape, generator=generator).argsort(dim=1).to(mask.device)
-    return mask.gather(1, places)
 
 
 def _check_pair(first: Tensor, second: Tensor) -> None:
