@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint check bench clean
+.PHONY: help demo test lint check bench study clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -35,6 +35,9 @@ bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistic
 	$(BIN)/python benchmarks/class_log_p.py
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py --memory
+
+study: $(VENV)/.dev  ## vary every setting on three networks and write docs/study; an hour and a half, goes on where it stopped
+	$(BIN)/python benchmarks/study.py
 
 check: lint test  ## all that a change must pass
 

@@ -42,7 +42,7 @@ from parchgrad.statistics.tests import TTest
 from parchgrad.visual import save_figure
 from parchgrad.visual.charts import Curve, curve_chart
 
-QUANTILES = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0)
+QUANTILES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 LAYERS = ("default", 0.25, 0.5, 0.75, "all")
 GAMMAS = (math.inf, 1.0, 2.0, 10.0)
 PLAIN, GRAD_CAM = Setting(), Setting(method="grad_cam")
@@ -50,11 +50,12 @@ CONTROLS = (PLAIN, Setting(method="random_map"), GRAD_CAM, Setting(method="centr
 RANDOM = Setting(selector="random", layers=0.5)
 ENERGY = Setting(selector="energy", layers=0.5)
 ACTIVATION = Setting(selector="activation", layers=0.5)
-EVIDENCE = Setting(selector="evidence", layers=0.75)
+EVIDENCE = Setting(selector="evidence", quantile=0.2, layers=0.75)
 CLASS_WISE = Setting(selector="class", layers=0.5)
 INSTANCE_WISE = Setting(selector="instance", layers=0.5)
 NAMES = {"energy": "GradientEnergy", "evidence": "Evidence", "class": "ClassWise"}
 STUDENT, NO_GATE, ANEW = "class, Student's test", "class, no normality gate", "class, statistics collected anew"
+CHANNELS_ALONE, POSITIONS_ALONE = "evidence, channels alone", "evidence, positions alone"
 AXES = {"quantile": "share of the channels that is kept", "layers": "layers"}
 TRACKS = ("shapes", "cifar10", "photographs", "mosaics")
 SANITY_SCORES = (
@@ -128,7 +129,7 @@ class Question:
         text: what is varied, in a sentence or two.
         reference: what the others are compared with.
         settings: the others.
-        own: titles of further methods, see `class_wise_variants`.
+        own: titles of further methods, see `variants_of`.
         tracks: names of the tracks; none for all.
         axis: the setting that a chart is drawn over; empty for no chart.
     """
@@ -149,7 +150,7 @@ def make_questions() -> list[Question]:
         Question(
             title="Which selector?",
             text="All keep a tenth of the channels of the upper half of the convolutions, except `evidence`, which is "
-            "made for the upper three quarters. Compared with the plain gradient.",
+            "made for a fifth of those of the upper three quarters. Compared with the plain gradient.",
             reference=PLAIN,
             settings=(*CONTROLS[1:], RANDOM, INSTANCE_WISE, CLASS_WISE, ENERGY, ACTIVATION, EVIDENCE),
         ),
@@ -166,8 +167,9 @@ def make_questions() -> list[Question]:
                 replace(ENERGY, layers="all"),
                 ACTIVATION,
                 replace(ACTIVATION, layers="all"),
-                replace(EVIDENCE, layers=0.5),
+                replace(EVIDENCE, quantile=0.1),
             ),
+            own=lambda track: [CHANNELS_ALONE, POSITIONS_ALONE],
         ),
         Question(
             title="Does it help methods of many passes?",
@@ -187,7 +189,9 @@ def make_questions() -> list[Question]:
             text="The share of the channels that is kept, from a hundredth (one channel of each layer at least) to "
             "all, which is the plain gradient.",
             reference=setting,
-            settings=tuple(replace(setting, quantile=quantile) for quantile in QUANTILES if quantile != 0.1),
+            settings=tuple(
+                replace(setting, quantile=quantile) for quantile in QUANTILES if quantile != setting.quantile
+            ),
             axis="quantile",
         )
         for setting in varied
@@ -259,14 +263,22 @@ def class_wise(
     return lambda model: maps_of(pg.Explainer(model, selector, layers=0.5))
 
 
-def class_wise_variants(held: Mapping[int, pg.ChannelStatistics]) -> dict[str, Callable[[nn.Module], Method]]:
+def variants_of(held: Mapping[int, pg.ChannelStatistics]) -> dict[str, Callable[[nn.Module], Method]]:
     """Methods by their titles, from statistics by the number of their images."""
     *fewer, most = sorted(held)
     return {
         STUDENT: class_wise(held[most], test="student"),
         NO_GATE: class_wise(held[most], normality_threshold=None),
         **{f"class, {size} images": class_wise(held[size]) for size in fewer},
+        CHANNELS_ALONE: evidence(positions=1),
+        POSITIONS_ALONE: evidence(quantile=1),
     }
+
+
+def evidence(*, quantile: float = 0.2, positions: float = 0.4) -> Callable[[nn.Module], Method]:
+    """`Evidence` on the same layers as everywhere here, with one of its two parts switched off."""
+    selector = pg.Evidence(quantile=quantile, positions=positions)
+    return lambda model: maps_of(pg.Explainer(model, selector, layers=0.75))
 
 
 class Photographs(Dataset[Any]):
@@ -389,7 +401,7 @@ def run(track: Track, asked: Sequence[Question], folder: Path, progress: Progres
     """Evaluate all settings that the questions ask about on a track; return the rows."""
     held = {size: track.collect(track.model, size) for size in track.sizes}
     own = [title for question in asked for title in question.own(track)]
-    variants = class_wise_variants(held)
+    variants = variants_of(held)
     evaluate(
         track.model,
         track.data,

@@ -57,11 +57,12 @@ def best_channels(scores, quantile):
     return {channel for channel, score in enumerate(scores) if score >= last}
 
 
-def evidence_scores(gradient, output):
-    """Scores of one sample's channels by evidence: gradient and output (C, S) as nested lists."""
+def evidence(gradient, output):
+    """Evidence of one sample, gradient and output (C, S) as nested lists: at each place, and scores of the channels."""
     channels, positions = range(len(gradient)), range(len(gradient[0]))
     means = [sum(output[c]) / len(positions) if len(positions) > 1 else 0.0 for c in channels]
     centred = [[output[c][s] - means[c] for s in positions] for c in channels]
-    evidence = [max(0.0, sum(gradient[c][s] * centred[c][s] for c in channels)) for s in positions]
+    places = [sum(gradient[c][s] * centred[c][s] for c in channels) for s in positions]
     norms = [math.sqrt(sum(value**2 for value in centred[c])) or 1.0 for c in channels]
-    return [sum(evidence[s] * gradient[c][s] * centred[c][s] for s in positions) / norms[c] for c in channels]
+    scores = [sum(max(0.0, places[s]) * gradient[c][s] * centred[c][s] for s in positions) / norms[c] for c in channels]
+    return places, scores

@@ -48,7 +48,7 @@ def input_gradient(model, x, target=0):
     return torch.autograd.grad(model(x)[:, target].sum(), x)[0]
 
 
-def staged_gradient(stages, x, target=0, edited=None, gamma=math.inf, conserve="independent"):
+def staged_gradient(stages, x, target=0, edited=None, gamma=math.inf, conserve="independent", weigh=None):
     """Input gradient by hand: stage by stage, the gradient at each edited stage's output put through the reference."""
     edited = range(len(stages) - 1) if edited is None else edited
     inputs, outputs, value = [], [], x
@@ -61,6 +61,7 @@ def staged_gradient(stages, x, target=0, edited=None, gamma=math.inf, conserve="
     for index in reversed(range(len(stages))):
         if index in edited:
             mask = parities(gradient.shape[1]).expand(gradient.shape[:2])
+            gradient = gradient if weigh is None else gradient * weigh(gradient).unsqueeze(1)
             gradient = torch.from_numpy(reference.edit(gradient.detach(), mask, gamma, conserve))
         (gradient,) = torch.autograd.grad(outputs[index], inputs[index], gradient)
     return gradient
@@ -114,6 +115,31 @@ def test_equals_the_chain_rule_by_hand(kind, frozen, gamma, conserve):
     expected = staged_gradient(stages, x, gamma=gamma, conserve=conserve)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
     assert not torch.allclose(found, input_gradient(model, x))
+
+
+def ramp(gradient):
+    """Weights that differ at every position of every row."""
+    shape = (len(gradient), *gradient.shape[2:])
+    return torch.linspace(0.1, 2, math.prod(shape), dtype=gradient.dtype).reshape(shape)
+
+
+class PinnedPositions(PinnedChannels):
+    def weigh_positions(self, signal):
+        return ramp(signal.gradient)
+
+
+@pytest.mark.parametrize("kind", ["plain", "strided", "depthwise", "reflect", "one position", "signal", "volume"])
+@pytest.mark.parametrize(("gamma", "conserve"), [(math.inf, "independent"), (math.inf, "exact"), (1.5, "independent")])
+def test_positions_are_weighed_before_the_channels_are_partitioned(kind, gamma, conserve):
+    convolutions = CHAINS[kind]()
+    dimensions = len(convolutions[0].kernel_size)
+    x = torch.randn(2, 3, *[6, 6, 6][:dimensions], dtype=torch.float64)
+    size = functional.relu(nn.Sequential(*convolutions)(x.float())).flatten(2).shape[2]
+    model, stages = staged(*convolutions, spatial_size=size)
+    with pg.ParchGrad(model, PinnedPositions(), layers="all", gamma=gamma, conserve=conserve):
+        found = input_gradient(model, x)
+    expected = staged_gradient(stages, x, gamma=gamma, conserve=conserve, weigh=ramp)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
 class Residual(nn.Module):

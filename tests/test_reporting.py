@@ -16,6 +16,7 @@ from parchgrad.evaluation.report import markdown_table, summarise
 from parchgrad.evaluation.runs import read_rows
 from parchgrad.evaluation.settings import Setting
 from parchgrad.reporting import make_report
+from parchgrad.visual.charts import curve_chart
 from parchgrad.visual.maps import blend
 
 SETTINGS = [
@@ -134,6 +135,36 @@ def test_the_page_needs_nothing_else_and_says_what_the_table_says(tmp_path):
         "mass inside ↑ by layers",
         "Cost against quality",
     ]
+
+
+def test_maps_of_random_weights_are_drawn_by_the_share_of_the_modules(tmp_path, monkeypatch):
+    drawn = []
+
+    def chart(curves, **options):
+        drawn.append([(curve.label, list(curve.x), [round(y, 9) for y in curve.y]) for curve in curves])
+        return curve_chart(curves, **options)
+
+    monkeypatch.setattr("parchgrad.reporting.curve_chart", chart)
+    rows = [
+        {
+            "model": "net",
+            "setting": setting,
+            "index": index,
+            "seconds": 1.0,
+            "randomisation_spearman": level + index / 10,
+            "randomisation_spearman@0.5": level + index / 5,
+            "randomisation_spearman@1": level,
+        }
+        for setting, level in (("gradient", 0.4), ("bad", 0.7), ("good", 0.1))
+        for index in range(3)
+    ]
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "rows-0.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    page = make_report([tmp_path]).save(tmp_path / "out").read_text()
+    assert "How alike maps of random weights are" in page
+    # The plain gradient, then the others from the best on: less alike is better.
+    curves = [("gradient", [0.5, 1.0], [0.6, 0.4]), ("good", [0.5, 1.0], [0.3, 0.1]), ("bad", [0.5, 1.0], [0.9, 0.7])]
+    assert curves in drawn
 
 
 def test_several_runs_stand_in_one_report(tmp_path):

@@ -64,16 +64,21 @@ def test_gradient_times_activation_is_signed_and_reads_the_output_before_it_is_o
 @pytest.mark.parametrize("space", [(4, 5), (6,), (2, 2, 3), (1, 1)])
 @pytest.mark.parametrize("quantile", [0.1, 0.25, 0.6])
 def test_evidence_is_the_reference_and_reads_the_output_before_it_is_overwritten(space, quantile):
-    selector = pg.Evidence(quantile=quantile)
+    selector = pg.Evidence(quantile=quantile, positions=quantile)
     gradient, output = (torch.randn(4, 8, *space, dtype=torch.float64) for _ in range(2))
     output[0, 3] = 0.1
     expected = [
-        reference.best_channels(reference.evidence_scores(*pair), quantile)
-        for pair in zip(gradient.flatten(2).tolist(), output.flatten(2).tolist(), strict=True)
+        reference.evidence(*pair) for pair in zip(gradient.flatten(2).tolist(), output.flatten(2).tolist(), strict=True)
     ]
     observation = selector.observe(output)
     nn.functional.relu_(output)
-    assert chosen(selector.select(signal(gradient, observation))) == expected
+    found = signal(gradient, observation)
+    assert chosen(selector.select(found)) == [reference.best_channels(scores, quantile) for _, scores in expected]
+    weights = selector.weigh_positions(found)
+    assert weights.shape == (4, *space)
+    assert chosen(weights.flatten(1) == 1) == [reference.best_channels(places, quantile) for places, _ in expected]
+    assert set(weights.unique().tolist()) <= {0.1, 1.0}
+    assert pg.Evidence(positions=1).weigh_positions(found) is None
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
@@ -81,9 +86,11 @@ def test_evidence_is_the_reference_and_reads_the_output_before_it_is_overwritten
 def test_evidence_depends_on_neither_level_nor_scale_of_the_output(scale, level):
     selector = pg.Evidence(quantile=0.3)
     gradient, output = torch.randn(2, 10, 6, 6), torch.randn(2, 10, 6, 6)
-    expected = selector.select(signal(gradient, selector.observe(output)))
+    expected = signal(gradient, selector.observe(output))
     other = (output.double() + level).to(torch.float64 if level else torch.float32) * scale
-    assert torch.equal(selector.select(signal(gradient.to(other), selector.observe(other))), expected)
+    found = signal(gradient.to(other) / scale, selector.observe(other))
+    assert torch.equal(selector.select(found), selector.select(expected))
+    assert torch.equal(selector.weigh_positions(found) == 1, selector.weigh_positions(expected) == 1)
 
 
 def test_a_channel_that_is_the_same_everywhere_is_no_evidence():
@@ -293,6 +300,7 @@ def test_instance_wise_orders_scores_whose_p_value_underflows():
         (lambda s: pg.GradientEnergy(quantile=0.0), "quantile is 0.0"),
         (lambda s: pg.GradientTimesActivation(quantile=1.1), "quantile is 1.1"),
         (lambda s: pg.Evidence(quantile=0), "quantile is 0"),
+        (lambda s: pg.Evidence(positions=0), "positions is 0"),
         (lambda s: pg.RandomChannels(quantile=math.nan), "quantile is nan"),
         (lambda s: pg.GradientEnergy(quantile="a"), "quantile is 'a'"),
         (lambda s: pg.FixedChannels({"conv": torch.ones(3)}), "'conv' is torch.float32"),

@@ -398,8 +398,8 @@ class _Edit:
         self._layer = layer
         self._observation = observation
 
-    def select(self, gradient: Tensor) -> Tensor:
-        """Ask the selector for the mask of the kept channels, shape (B, C)."""
+    def select(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask the selector for the kept channels: the gradient, weighed by position, and the mask, shape (B, C)."""
         if torch.is_grad_enabled():
             raise SettingError(
                 "Second derivatives (create_graph=True) through ParchGrad are not defined, since the edit is no "
@@ -409,9 +409,10 @@ class _Edit:
         classes = None
         if selector.needs_class:
             classes = self.forward.classes_of(gradient.shape[0], self._layer, gradient.device)
-        return selector.select(
-            LayerSignal(layer=self._layer, gradient=gradient, observation=self._observation, classes=classes)
-        )
+        signal = LayerSignal(layer=self._layer, gradient=gradient, observation=self._observation, classes=classes)
+        weights = selector.weigh_positions(signal)
+        weighed = gradient if weights is None else gradient * weights.unsqueeze(1).to(gradient.dtype)
+        return weighed, selector.select(signal)
 
 
 class _EditedConvolution(torch.autograd.Function):
@@ -436,9 +437,10 @@ class _EditedConvolution(torch.autograd.Function):
                 "The weight of a convolution was changed between the forward and the backward pass; run both anew."
             )
         owner = ctx.edit.forward.owner
+        weighed, mask = ctx.edit.select(gradient)
         found = partitioned_input_gradient(
-            gradient,
-            ctx.edit.select(gradient),
+            weighed,
+            mask,
             ctx.weight.detach(),
             ctx.geometry,
             ctx.input_shape,
@@ -459,8 +461,8 @@ class _EditedOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         owner = ctx.edit.forward.owner
-        mask = ctx.edit.select(gradient)
-        return partition_gradient(gradient, mask, gamma=owner._gamma, conserve=owner._conserve), None
+        weighed, mask = ctx.edit.select(gradient)
+        return partition_gradient(weighed, mask, gamma=owner._gamma, conserve=owner._conserve), None
 
 
 def _is_convolution_of(node: Any, source: Tensor) -> bool:

@@ -225,33 +225,47 @@ def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
 
 
 def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
-    """How the probability falls with the share of replaced pixels."""
-    ratios = sorted(
-        {float(name.partition("@")[2]) for row in rows[:1] for name in row if name.startswith("aopc_morf@")}
-    )
-    if not ratios or "aopc" not in summary.scores:
-        return []
-    leading = sorted(
-        (setting for setting in summary.settings if setting != BASELINE),
-        key=lambda setting: -_sortable(summary.cells[setting, "aopc"].mean.value),
-    )
-    curves = []
-    for number, setting in enumerate([BASELINE, *leading][:_MOST_CURVES]):
-        own = [row for row in rows if row["setting"] == setting]
-        for order, dashed in (("morf", False), ("lerf", True)):
-            heights = [_mean(own, at_ratio(f"aopc_{order}", ratio)) for ratio in ratios]
-            label = "" if dashed else setting
-            curves.append(Curve(label=label, x=ratios, y=heights, colour=number, dashed=dashed))
-    note = "Solid lines replace the most relevant pixels first and should be high, dashed lines the least relevant."
-    if len(summary.settings) > _MOST_CURVES:
-        note += f" The plain gradient and the {_MOST_CURVES - 1} settings of the highest AOPC."
-    return [
-        _chart(
+    """How the probability falls with the share of replaced pixels, and maps change with that of random weights."""
+    found = []
+    for title, note, name, lines, x_label, y_label in (
+        (
             "How far the probability falls",
-            note,
-            partial(curve_chart, curves, x_label="share of replaced pixels", y_label="drop of the probability"),
+            "Solid lines replace the most relevant pixels first and should be high, dashed lines the least relevant.",
+            "aopc",
+            ("aopc_morf", "aopc_lerf"),
+            "share of replaced pixels",
+            "drop of the probability",
+        ),
+        (
+            "How alike maps of random weights are",
+            "Modules are given random weights one after the other; what stays alike does not show what was learned.",
+            "randomisation_spearman",
+            ("randomisation_spearman",),
+            "share of the modules",
+            "rank correlation",
+        ),
+    ):
+        if name not in summary.scores:
+            continue
+        ratios = sorted(
+            {float(key.partition("@")[2]) for row in rows[:1] for key in row if key.startswith(f"{lines[0]}@")}
         )
-    ]
+        sign = -1 if SCORES[name].better == "higher" else 1
+        leading = sorted(
+            (setting for setting in summary.settings if setting != BASELINE),
+            key=lambda setting: _sortable(sign * summary.cells[setting, name].mean.value),
+        )
+        curves = []
+        for number, setting in enumerate([BASELINE, *leading][:_MOST_CURVES]):
+            own = [row for row in rows if row["setting"] == setting]
+            for line, dashed in zip(lines, (False, True), strict=False):
+                heights = [_mean(own, at_ratio(line, ratio)) for ratio in ratios]
+                label = "" if dashed else setting
+                curves.append(Curve(label=label, x=ratios, y=heights, colour=number, dashed=dashed))
+        if len(summary.settings) > _MOST_CURVES:
+            note += f" The plain gradient and the {_MOST_CURVES - 1} settings of the best {SCORES[name].title}."
+        found.append(_chart(title, note, partial(curve_chart, curves, x_label=x_label, y_label=y_label)))
+    return found
 
 
 def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Chart]:
@@ -383,4 +397,5 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 
 
 def _sortable(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
+    """NaN comes last in ascending order."""
+    return math.inf if math.isnan(value) else value

@@ -83,6 +83,13 @@ class Selector(ABC):
         """
         return None
 
+    def weigh_positions(self, signal: LayerSignal) -> Tensor | None:
+        """Return what the gradient is multiplied by at each position before it is partitioned, shape (B, *S).
+
+        None leaves it as it is: a selector partitions channels, and need not know of positions.
+        """
+        return None
+
     @abstractmethod
     def select(self, signal: LayerSignal) -> Tensor:
         """Return the mask of the kept channels, boolean, shape (B, C)."""
@@ -195,37 +202,43 @@ class GradientTimesActivation(Selector):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence(Selector):
-    """Keep the channels that speak for the class at the places where the layer as a whole does.
+    """Keep the channels that speak for the class where the layer as a whole does, and damp the other places.
 
-    With `c` a channel's output less its mean over space, the layer's evidence at a place is what gradient times `c`
-    sums to over all channels, where that is positive. A channel's score is its own part in it, summed over these
-    places and divided by the norm of `c`, so that strong channels are not kept for their strength alone. The mean is
-    taken off since a level that is the same everywhere points nowhere.
+    With `c` a channel's output less its mean over space, the layer's evidence at a place is `e`, what gradient times
+    `c` sums to over all channels. A channel's score is its own part in the positive evidence, summed over space and
+    divided by the norm of `c`, so that strong channels are not kept for their strength alone. The mean is taken off
+    since a level that is the same everywhere points nowhere. The places of most evidence keep their gradient, that of
+    the others is damped to a tenth before the channels are partitioned.
 
     Best on the upper three quarters of the convolutions: `layers=0.75`. A copy of each output is held until the
     backward pass.
 
-    Source: this package; the evidence map is that of Draelos, Carin (2020), "Use HiResCAM instead of Grad-CAM", of a
-    centred output.
+    Source: this package; the evidence is the map of Draelos, Carin (2020), "Use HiResCAM instead of Grad-CAM for
+    faithful explanations of convolutional neural networks", of a centred output.
 
     Attributes:
         quantile: share of the channels to keep, in (0, 1].
+        positions: share of the places to keep undamped, in (0, 1]; 1 leaves all as they are.
 
     Raises:
-        SettingError: if `quantile` is out of range.
+        SettingError: if a setting is out of range.
 
     Example:
-        >>> selector = Evidence(quantile=0.5)
+        >>> selector = Evidence(quantile=0.5, positions=0.34)
         >>> output = torch.tensor([[[5.0, 5.0, 8.0], [9.0, 9.0, 9.0]]])
         >>> gradient = torch.tensor([[[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]])
-        >>> selector.select(LayerSignal(layer="conv", gradient=gradient, observation=selector.observe(output)))
-        tensor([[ True, False]])
+        >>> signal = LayerSignal(layer="conv", gradient=gradient, observation=selector.observe(output))
+        >>> selector.select(signal), selector.weigh_positions(signal)
+        (tensor([[ True, False]]), tensor([[0.1000, 0.1000, 1.0000]]))
     """
 
-    quantile: float = 0.1
+    quantile: float = 0.2
+    positions: float = 0.4
 
     def __post_init__(self) -> None:
         _check_quantile(self.quantile)
+        if not isinstance(self.positions, int | float) or not 0 < self.positions <= 1:
+            raise SettingError(f"positions is {self.positions!r}, but it must lie in (0, 1]: the share of the places.")
 
     def observe(self, output: Tensor) -> Tensor:
         """Take the mean over space off the output, shape (B, C, S); of a single place there is none to take."""
@@ -239,13 +252,20 @@ class Evidence(Selector):
         return centred.mul_(spread > level * (4 * torch.finfo(wide.dtype).eps))
 
     def select(self, signal: LayerSignal) -> Tensor:
-        """Rank by `sum_S e * g * c / |c|` with `e = relu(sum_C g * c)` (see `Selector.select`)."""
-        unit, centred = _unit_rows(signal.gradient), _given(signal.observation, "observation")
-        said = unit * _unit_rows(centred).to(unit.dtype)
+        """Rank by `sum_S relu(e) * g * c / |c|` with `e = sum_C g * c` (see `Selector.select`)."""
+        said = _said(signal)
         evidence = said.sum(dim=1).relu().unsqueeze(2)
-        norm = safe_norm(centred, dim=2)
+        norm = safe_norm(_given(signal.observation, "observation"), dim=2)
         scores = torch.matmul(said, evidence).squeeze(2) / torch.where(norm > 0, norm, torch.ones_like(norm))
         return keep_best(scores, self.quantile)
+
+    def weigh_positions(self, signal: LayerSignal) -> Tensor | None:
+        """Keep the places of most `e = sum_C g * c` (see `Selector.weigh_positions`)."""
+        if self.positions == 1:
+            return None
+        evidence = _said(signal).sum(dim=1)
+        weights = torch.full_like(evidence, _DAMPING).masked_fill_(keep_best(evidence, self.positions), 1)
+        return weights.reshape(len(evidence), *signal.gradient.shape[2:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -608,6 +628,16 @@ def _keep_most_energy(flat: Tensor, quantile: float) -> Tensor:
 def _flat(gradient: Tensor) -> Tensor:
     """The positions in one dimension, shape (B, C, S)."""
     return gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
+
+
+# What is left of the gradient at places without evidence: nothing at all would leave some maps empty.
+_DAMPING = 0.1
+
+
+def _said(signal: LayerSignal) -> Tensor:
+    """Gradient times centred output of each channel and place, shape (B, C, S), each row in a unit of its own."""
+    unit = _unit_rows(signal.gradient)
+    return unit * _unit_rows(_given(signal.observation, "observation")).to(unit.dtype)
 
 
 def _unit_rows(gradient: Tensor) -> Tensor:

@@ -118,6 +118,22 @@ def test_masks_of_another_class_are_swapped_and_the_gradient_is_kept(network):
         masks_of_another_class(network, selector, layers=["nowhere"])
 
 
+def test_other_masks_leave_what_a_selector_does_to_positions(network):
+    images, target = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 4])
+
+    class AllChannels(pg.Selector):
+        def weigh_positions(self, signal):
+            return (torch.arange(64).reshape(8, 8) % 3).expand(len(signal.gradient), 8, 8)
+
+        def select(self, signal):
+            return torch.ones(signal.gradient.shape[:2], dtype=torch.bool)
+
+    own = maps_of(pg.Explainer(network, AllChannels(), layers=["2"]))(images, target)
+    assert not torch.allclose(own, maps_of(pg.Explainer(network, None))(images, target))
+    for control in (masks_of_another_class, shuffled_masks):
+        torch.testing.assert_close(control(network, AllChannels(), layers=["2"])(images, target), own)
+
+
 def test_shuffled_masks_keep_as_many_channels_at_random(network):
     images, target = torch.randn(40, 3, 8, 8, dtype=torch.float64), torch.arange(40) % 5
 

@@ -70,6 +70,14 @@ def test_equal_differences_and_too_few_images_say_no_more_than_they_can():
     assert not one.settled
 
 
+def test_differences_that_are_equal_up_to_rounding_are_equal():
+    baseline = [index / 10 for index in range(12)]
+    found = compare([0.3 + value for value in baseline], baseline)
+    assert found.difference == pytest.approx(0.3)
+    assert (found.low, found.high) == (found.difference, found.difference)
+    assert compare([1e-15 * value for value in (1, 2, 4)], [0.0] * 3).low == pytest.approx(1e-15, rel=0.5)
+
+
 def test_ranks_are_averaged_over_images_that_all_have_scores_of():
     scores = {"a": [1.0, 5.0, 2.0], "b": [2.0, 5.0, math.nan], "c": [3.0, 1.0, 9.0]}
     assert rank_methods(scores, higher_is_better=True) == {"a": 2.25, "b": 1.75, "c": 2.0}

@@ -15,7 +15,7 @@ from parchgrad.errors import LayerError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.layers import LayerChoice, find_convolutions
 from parchgrad.partition import Conserve
-from parchgrad.selection import FixedChannels, LayerSignal, RandomChannels, Selector
+from parchgrad.selection import LayerSignal, RandomChannels, Selector
 
 __all__ = [
     "CONTROLS",
@@ -196,7 +196,7 @@ def masks_of_another_class(
             classes = model(images[:1]).shape[1]
         step = max(1, classes // 2) if distance is None else distance
         foreign = edit.masks(selector, images, (target + step) % classes)
-        return heatmap(edit.explainer(FixedChannels(foreign)).attribute(images, target))
+        return heatmap(edit.explainer(_Swapped(selector, foreign)).attribute(images, target))
 
     return method
 
@@ -238,7 +238,7 @@ def shuffled_masks(
         generator = torch.Generator().manual_seed(seed)
         own = edit.masks(selector, images, target)
         shuffled = {layer: _shuffle_rows(mask, generator) for layer, mask in own.items()}
-        return heatmap(edit.explainer(FixedChannels(shuffled)).attribute(images, target))
+        return heatmap(edit.explainer(_Swapped(selector, shuffled)).attribute(images, target))
 
     return method
 
@@ -287,10 +287,24 @@ class _Recorder(Selector):
     def observe(self, output: Tensor) -> Tensor | None:
         return self._selector.observe(output)
 
+    def weigh_positions(self, signal: LayerSignal) -> Tensor | None:
+        return self._selector.weigh_positions(signal)
+
     def select(self, signal: LayerSignal) -> Tensor:
         mask = self._selector.select(signal)
         self.masks[signal.layer] = mask.clone()
         return mask
+
+
+class _Swapped(_Recorder):
+    """A selector whose masks are others, and all else its own."""
+
+    def __init__(self, selector: Selector, masks: Mapping[str, Tensor]) -> None:
+        super().__init__(selector)
+        self.masks = dict(masks)
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        return self.masks[signal.layer]
 
 
 def _shuffle_rows(mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -71,7 +71,15 @@ SCORES: Mapping[str, Score] = {
 }
 """The scores by their names in results."""
 
-HEADLINES = ("aopc", "mass_inside", "pointing_game", "insertion", "deletion", "max_sensitivity")
+HEADLINES = (
+    "aopc",
+    "mass_inside",
+    "pointing_game",
+    "insertion",
+    "deletion",
+    "max_sensitivity",
+    "randomisation_spearman",
+)
 """The scores that are drawn; the first that there are values of chooses the examples."""
 
 

@@ -106,8 +106,10 @@ def compare(
     mean = float(differences.mean()) if count else math.nan
     if count < 2:
         return Comparison(difference=mean, low=math.nan, high=math.nan, images=count)
-    if np.ptp(differences) == 0:
-        # Every draw is the same.
+    both = np.concatenate((first, second))
+    rounding = 4 * np.finfo(np.float64).eps * np.abs(both[np.isfinite(both)]).max(initial=0)
+    if np.ptp(differences) <= rounding:
+        # Every draw is the same; what the rounding of the scores leaves has no distribution.
         return Comparison(difference=mean, low=mean, high=mean, images=count)
     found = bootstrap(
         (differences,),
