@@ -23,6 +23,7 @@ from parchgrad.errors import (
     StatisticsError,
     TargetError,
 )
+from parchgrad.selection import Selection
 from tests import reference
 from tests.conftest import random_statistics, small_network
 
@@ -124,8 +125,8 @@ def ramp(gradient):
 
 
 class PinnedPositions(PinnedChannels):
-    def weigh_positions(self, signal):
-        return ramp(signal.gradient)
+    def partition(self, signal):
+        return Selection(channel_mask=self.select(signal), position_weights=ramp(signal.gradient))
 
 
 @pytest.mark.parametrize("kind", ["plain", "strided", "depthwise", "reflect", "one position", "signal", "volume"])

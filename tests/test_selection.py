@@ -72,13 +72,15 @@ def test_evidence_is_the_reference_and_reads_the_output_before_it_is_overwritten
     ]
     observation = selector.observe(output)
     nn.functional.relu_(output)
-    found = signal(gradient, observation)
-    assert chosen(selector.select(found)) == [reference.best_channels(scores, quantile) for _, scores in expected]
-    weights = selector.weigh_positions(found)
+    found = selector.partition(signal(gradient, observation))
+    assert chosen(found.channel_mask) == [reference.best_channels(scores, quantile) for _, scores in expected]
+    weights = found.position_weights
     assert weights.shape == (4, *space)
     assert chosen(weights.flatten(1) == 1) == [reference.best_channels(places, quantile) for places, _ in expected]
     assert set(weights.unique().tolist()) <= {0.1, 1.0}
-    assert pg.Evidence(positions=1).weigh_positions(found) is None
+    alone = pg.Evidence(quantile=quantile, positions=1).partition(signal(gradient, observation))
+    assert torch.equal(alone.channel_mask, found.channel_mask)
+    assert alone.position_weights is None
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
@@ -86,11 +88,11 @@ def test_evidence_is_the_reference_and_reads_the_output_before_it_is_overwritten
 def test_evidence_depends_on_neither_level_nor_scale_of_the_output(scale, level):
     selector = pg.Evidence(quantile=0.3)
     gradient, output = torch.randn(2, 10, 6, 6), torch.randn(2, 10, 6, 6)
-    expected = signal(gradient, selector.observe(output))
+    expected = selector.partition(signal(gradient, selector.observe(output)))
     other = (output.double() + level).to(torch.float64 if level else torch.float32) * scale
-    found = signal(gradient.to(other) / scale, selector.observe(other))
-    assert torch.equal(selector.select(found), selector.select(expected))
-    assert torch.equal(selector.weigh_positions(found) == 1, selector.weigh_positions(expected) == 1)
+    found = selector.partition(signal(gradient.to(other) / scale, selector.observe(other)))
+    assert torch.equal(found.channel_mask, expected.channel_mask)
+    assert torch.equal(found.position_weights == 1, expected.position_weights == 1)
 
 
 def test_a_channel_that_is_the_same_everywhere_is_no_evidence():

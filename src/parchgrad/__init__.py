@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         InstanceWise,
         LayerSignal,
         RandomChannels,
+        Selection,
         Selector,
     )
     from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
@@ -46,6 +47,7 @@ __all__ = [
     "ParchGradError",
     "RandomChannels",
     "RankedLayerStatistics",
+    "Selection",
     "Selector",
     "__version__",
     "choose_layers",
@@ -77,6 +79,7 @@ _MODULES = {
         "InstanceWise",
         "LayerSignal",
         "RandomChannels",
+        "Selection",
         "Selector",
     ),
     "collection": ("collect_from_folder",),

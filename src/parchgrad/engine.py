@@ -410,9 +410,10 @@ class _Edit:
         if selector.needs_class:
             classes = self.forward.classes_of(gradient.shape[0], self._layer, gradient.device)
         signal = LayerSignal(layer=self._layer, gradient=gradient, observation=self._observation, classes=classes)
-        weights = selector.weigh_positions(signal)
-        weighed = gradient if weights is None else gradient * weights.unsqueeze(1).to(gradient.dtype)
-        return weighed, selector.select(signal)
+        found = selector.partition(signal)
+        if found.position_weights is not None:
+            gradient = gradient * found.position_weights.unsqueeze(1).to(gradient.dtype)
+        return gradient, found.channel_mask
 
 
 class _EditedConvolution(torch.autograd.Function):

@@ -12,7 +12,7 @@ from scipy import special
 from torch import Tensor
 
 from parchgrad.errors import SettingError, StatisticsError
-from parchgrad.partition import at_least_float32, safe_norm
+from parchgrad.partition import at_least_float32, safe_norm, without_autocast
 from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
 from parchgrad.statistics.layer import AnyLayerStatistics
 from parchgrad.statistics.tests import TTest, check_test
@@ -28,6 +28,7 @@ __all__ = [
     "InstanceWise",
     "LayerSignal",
     "RandomChannels",
+    "Selection",
     "Selector",
     "keep_best",
     "make_selector",
@@ -49,6 +50,20 @@ class LayerSignal:
     gradient: Tensor
     observation: Tensor | None = None
     classes: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Selection:
+    """What a selector chose in one convolution.
+
+    Attributes:
+        channel_mask: the kept channels, boolean, shape (B, C).
+        position_weights: what the gradient is multiplied by at each place, before its channels are partitioned, shape
+            (B, *S); None leaves it as it is.
+    """
+
+    channel_mask: Tensor
+    position_weights: Tensor | None = None
 
 
 class Selector(ABC):
@@ -83,12 +98,9 @@ class Selector(ABC):
         """
         return None
 
-    def weigh_positions(self, signal: LayerSignal) -> Tensor | None:
-        """Return what the gradient is multiplied by at each position before it is partitioned, shape (B, *S).
-
-        None leaves it as it is: a selector partitions channels, and need not know of positions.
-        """
-        return None
+    def partition(self, signal: LayerSignal) -> "Selection":
+        """Return the mask, and what becomes of the places; to be overridden by a selector that weighs these too."""
+        return Selection(channel_mask=self.select(signal))
 
     @abstractmethod
     def select(self, signal: LayerSignal) -> Tensor:
@@ -228,7 +240,8 @@ class Evidence(Selector):
         >>> output = torch.tensor([[[5.0, 5.0, 8.0], [9.0, 9.0, 9.0]]])
         >>> gradient = torch.tensor([[[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]])
         >>> signal = LayerSignal(layer="conv", gradient=gradient, observation=selector.observe(output))
-        >>> selector.select(signal), selector.weigh_positions(signal)
+        >>> found = selector.partition(signal)
+        >>> found.channel_mask, found.position_weights
         (tensor([[ True, False]]), tensor([[0.1000, 0.1000, 1.0000]]))
     """
 
@@ -241,31 +254,38 @@ class Evidence(Selector):
             raise SettingError(f"positions is {self.positions!r}, but it must lie in (0, 1]: the share of the places.")
 
     def observe(self, output: Tensor) -> Tensor:
-        """Take the mean over space off the output, shape (B, C, S); of a single place there is none to take."""
+        """Take the mean over space off the output, shape (B, C, S); of a single place there is none to take.
+
+        Each row may come in a unit of its own, which no ranking depends on.
+        """
         wide = at_least_float32(_flat(output))
         if wide.shape[2] == 1:
-            return wide.clone()
-        centred = wide - wide.mean(dim=2, keepdim=True)
-        # What a channel that is the same everywhere leaves is the rounding of its mean.
-        level = torch.linalg.vector_norm(wide, math.inf, dim=2, keepdim=True)
-        spread = torch.linalg.vector_norm(centred, math.inf, dim=2, keepdim=True)
-        return centred.mul_(spread > level * (4 * torch.finfo(wide.dtype).eps))
+            return wide.clone() if _is_safe(wide) else _in_unit(wide)
+        centred = _centred(wide)
+        return centred if _is_safe(torch.linalg.vector_norm(centred, dim=2)) else _centred(_in_unit(wide))
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S relu(e) * g * c / |c|` with `e = sum_C g * c` (see `Selector.select`)."""
-        said = _said(signal)
-        evidence = said.sum(dim=1).relu().unsqueeze(2)
-        norm = safe_norm(_given(signal.observation, "observation"), dim=2)
-        scores = torch.matmul(said, evidence).squeeze(2) / torch.where(norm > 0, norm, torch.ones_like(norm))
-        return keep_best(scores, self.quantile)
+        return self.partition(signal).channel_mask
 
-    def weigh_positions(self, signal: LayerSignal) -> Tensor | None:
-        """Keep the places of most `e = sum_C g * c` (see `Selector.weigh_positions`)."""
+    def partition(self, signal: LayerSignal) -> Selection:
+        """Rank the channels, and keep the places of most `e` (see `Selector.partition`)."""
+        centred = _given(signal.observation, "observation")
+        gradient = at_least_float32(_flat(signal.gradient))
+        said = gradient * centred
+        evidence = said.sum(dim=1)
+        if not _is_safe(evidence):
+            said = _in_unit(gradient) * centred
+            evidence = said.sum(dim=1)
+        norm = torch.linalg.vector_norm(centred, dim=2)
+        with without_autocast(said.device.type):
+            scores = torch.matmul(said, evidence.relu().unsqueeze(2)).squeeze(2)
+        channels = keep_best(scores / torch.where(norm > 0, norm, torch.ones_like(norm)), self.quantile)
         if self.positions == 1:
-            return None
-        evidence = _said(signal).sum(dim=1)
+            return Selection(channel_mask=channels)
         weights = torch.full_like(evidence, _DAMPING).masked_fill_(keep_best(evidence, self.positions), 1)
-        return weights.reshape(len(evidence), *signal.gradient.shape[2:])
+        places = weights.reshape(len(weights), *signal.gradient.shape[2:])
+        return Selection(channel_mask=channels, position_weights=places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -634,10 +654,36 @@ def _flat(gradient: Tensor) -> Tensor:
 _DAMPING = 0.1
 
 
-def _said(signal: LayerSignal) -> Tensor:
-    """Gradient times centred output of each channel and place, shape (B, C, S), each row in a unit of its own."""
-    unit = _unit_rows(signal.gradient)
-    return unit * _unit_rows(_given(signal.observation, "observation")).to(unit.dtype)
+# Peaks of a row between which neither products nor squares of what counts vanish or overflow in float32.
+_SAFE_PEAKS = (2.0**-30, 2.0**30)
+
+
+def _is_safe(values: Tensor) -> bool:
+    """Whether the peaks of all rows are safe; unknown on a GPU, where reading a number is a wait."""
+    if values.device.type != "cpu" or values.numel() == 0:
+        return False
+    peaks = torch.linalg.vector_norm(values.flatten(1), math.inf, dim=1)
+    return bool((peaks >= _SAFE_PEAKS[0]).all() and (peaks <= _SAFE_PEAKS[1]).all())
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Each channel of (B, C, S) less its mean over space; zero where it is the same everywhere."""
+    mean = values.mean(dim=2, keepdim=True)
+    centred = values - mean
+    # What a channel that is the same everywhere leaves is the rounding of its mean.
+    rounding = mean.abs() * (4 * torch.finfo(values.dtype).eps * math.sqrt(values.shape[2]))
+    constant = torch.linalg.vector_norm(centred, dim=2, keepdim=True) <= rounding
+    if centred.device.type != "cpu" or bool(constant.any()):
+        centred.masked_fill_(constant, 0)
+    return centred
+
+
+def _in_unit(values: Tensor) -> Tensor:
+    """Each row of (B, C, S) divided by the power of two near its peak, which changes no digit."""
+    peak = torch.linalg.vector_norm(values, math.inf, dim=(1, 2), keepdim=True)
+    # The inverse of the smallest peaks overflows, and nothing but zeros has no exponent.
+    exponent = torch.frexp(peak).exponent.clamp_(-126, 126)
+    return values * torch.ldexp(torch.ones_like(peak), -exponent)
 
 
 def _unit_rows(gradient: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from parchgrad.evaluation.methods import (
     random_map,
     shuffled_masks,
 )
+from parchgrad.selection import Selection
 from tests.conftest import random_statistics
 
 
@@ -122,8 +123,9 @@ def test_other_masks_leave_what_a_selector_does_to_positions(network):
     images, target = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 4])
 
     class AllChannels(pg.Selector):
-        def weigh_positions(self, signal):
-            return (torch.arange(64).reshape(8, 8) % 3).expand(len(signal.gradient), 8, 8)
+        def partition(self, signal):
+            weights = (torch.arange(64).reshape(8, 8) % 3).expand(len(signal.gradient), 8, 8)
+            return Selection(channel_mask=self.select(signal), position_weights=weights)
 
         def select(self, signal):
             return torch.ones(signal.gradient.shape[:2], dtype=torch.bool)

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from captum.attr import LayerAttribution, LayerGradCam
@@ -15,7 +15,7 @@ from parchgrad.errors import LayerError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.layers import LayerChoice, find_convolutions
 from parchgrad.partition import Conserve
-from parchgrad.selection import LayerSignal, RandomChannels, Selector
+from parchgrad.selection import LayerSignal, RandomChannels, Selection, Selector
 
 __all__ = [
     "CONTROLS",
@@ -287,13 +287,13 @@ class _Recorder(Selector):
     def observe(self, output: Tensor) -> Tensor | None:
         return self._selector.observe(output)
 
-    def weigh_positions(self, signal: LayerSignal) -> Tensor | None:
-        return self._selector.weigh_positions(signal)
+    def partition(self, signal: LayerSignal) -> Selection:
+        found = self._selector.partition(signal)
+        self.masks[signal.layer] = found.channel_mask.clone()
+        return found
 
     def select(self, signal: LayerSignal) -> Tensor:
-        mask = self._selector.select(signal)
-        self.masks[signal.layer] = mask.clone()
-        return mask
+        return self.partition(signal).channel_mask
 
 
 class _Swapped(_Recorder):
@@ -303,8 +303,8 @@ class _Swapped(_Recorder):
         super().__init__(selector)
         self.masks = dict(masks)
 
-    def select(self, signal: LayerSignal) -> Tensor:
-        return self.masks[signal.layer]
+    def partition(self, signal: LayerSignal) -> Selection:
+        return replace(self._selector.partition(signal), channel_mask=self.masks[signal.layer])
 
 
 def _shuffle_rows(mask: Tensor, generator: torch.Generator) -> Tensor:
