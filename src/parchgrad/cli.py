@@ -413,7 +413,9 @@ def report(
         # The page has room for all, the terminal for a few.
         shown = summary.scores if score else [name for name in HEADLINES if name in summary.scores][:3]
         table = _table("setting", *(title_of(name) for name in shown), "time")
-        table.columns[0].no_wrap = True
+        for column in table.columns[1:]:
+            # Titles of settings are folded before numbers are.
+            column.min_width, column.max_width, column.justify = 7, 12, "right"
         for setting in summary.settings:
             cells = [summary.cells[setting, name] for name in shown]
             texts = ["none" if math.isnan(cell.mean.value) else f"{cell.mean.value:.3f}" for cell in cells]
