@@ -27,6 +27,7 @@ METHODS = {
     "GradientEnergy(0.1), all": (pg.GradientEnergy(quantile=0.1), "all"),
     "GradientEnergy(0.1), default": (pg.GradientEnergy(quantile=0.1), "default"),
     "GradientTimesActivation(0.1), upper half": (pg.GradientTimesActivation(quantile=0.1), UPPER_HALF),
+    "Evidence(0.2), upper three quarters": (pg.Evidence(quantile=0.2), 0.75),
     "RandomChannels(0.1), upper half": (pg.RandomChannels(quantile=0.1), UPPER_HALF),
     "ClassWise(0.1), upper half, bundled file": (
         pg.ClassWise(pg.ChannelStatistics.bundled("efficientnet_lite0"), quantile=0.1),

@@ -51,11 +51,19 @@ def photographs(batch: int, size: int = 224) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)), torch.arange(batch)
 
 
-def explain(model: nn.Module, inputs: Tensor, target: Tensor, *, layers: str | None, method: str) -> Tensor:
+def explain(
+    model: nn.Module,
+    inputs: Tensor,
+    target: Tensor,
+    *,
+    layers: str | float | None,
+    method: str = "gradient",
+    selector: pg.Selector = pg.GradientEnergy(quantile=QUANTILE),  # noqa: B008 - it holds a setting only
+) -> Tensor:
     """Explain with this package; without layers the plain method."""
-    selector = None if layers is None else pg.GradientEnergy(quantile=QUANTILE)
+    chosen = None if layers is None else selector
     options = {"internal_batch_size": ROWS_PER_PASS, "method": method}
-    return pg.Explainer(model, selector, layers=layers or "default", **options).attribute(inputs, target)
+    return pg.Explainer(model, chosen, layers=layers or "default", **options).attribute(inputs, target)
 
 
 def bare_block(model: nn.Module, inputs: Tensor, target: Tensor, *, layers: str) -> Tensor:
@@ -146,6 +154,7 @@ def gradient_ways(model: nn.Module) -> dict[str, Way]:
         "ParchGrad block, all": partial(bare_block, model, layers="all"),
         "Explainer, default": partial(explain, model, layers="default", method="gradient"),
         "Explainer, all": partial(explain, model, layers="all", method="gradient"),
+        "Explainer, Evidence, 0.75": partial(explain, model, layers=0.75, selector=pg.Evidence()),
         "research code's way, all": ResearchWay(model),
     }
 
