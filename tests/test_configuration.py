@@ -1,4 +1,5 @@
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -251,6 +252,7 @@ def test_every_model_has_a_run_that_goes_on(tmp_path, photographs, classifier):
 # Ten images leave classes with fewer than two, which the selector says.
 @pytest.mark.filterwarnings("ignore::parchgrad.errors.StatisticsWarning")
 def test_statistics_may_be_collected_in_the_run(tmp_path, photographs, classifier):
+    others = shutil.copytree(photographs, tmp_path / "others")
     text = f"""
 model = "small"
 [data]
@@ -260,7 +262,7 @@ count = 3
 seed = 1
 [statistics]
 name = "folder"
-root = "{photographs}"
+root = "{others}"
 count = 10
 [grid]
 selectors = ["class"]
@@ -270,7 +272,7 @@ layers = ["all"]
 families = ["sparsity"]
 """
     asked = read_settings(written(tmp_path, text))
-    assert asked.statistics == DataSettings(name="folder", root=str(photographs), count=10)
+    assert asked.statistics == DataSettings(name="folder", root=str(others), count=10)
     (run,) = evaluate_all(asked, tmp_path / "out")
     rows = [row for row in read_rows(run) if row["selector"] == "class"]
     drawn = open_data(asked.statistics, classifier)
@@ -286,8 +288,32 @@ families = ["sparsity"]
     saved = (run / "statistics.safetensors").stat().st_mtime_ns
     evaluate_all(asked, tmp_path / "out")
     assert (run / "statistics.safetensors").stat().st_mtime_ns == saved
+    with pytest.raises(SettingError, match=r"\[statistics\] has the root of \[data\]"):
+        read_settings(written(tmp_path, text.replace(str(others), str(photographs))))
     with pytest.raises(SettingError, match="has statistics of other images"):
         evaluate_all(read_settings(written(tmp_path, text.replace("count = 10", "count = 9"))), tmp_path / "out")
+
+
+def test_statistics_of_generated_shapes_are_of_other_ones():
+    shapes = DataSettings(name="shapes", count=5)
+    with pytest.raises(SettingError, match="has the seed of"):
+        EvaluationSettings(models=("shapes",), data=shapes, statistics=DataSettings(name="shapes", count=50))
+    EvaluationSettings(models=("shapes",), data=shapes, statistics=DataSettings(name="shapes", count=50, seed=1))
+
+
+def test_the_seed_is_that_of_random_controls(tmp_path, photographs, classifier):
+    ginis = []
+    for seed in (0, 1):
+        asked = EvaluationSettings(
+            models=("small",),
+            data=DataSettings(name="folder", root=str(photographs), count=2),
+            scores=ScoreSettings(families=("sparsity",)),
+            grid=Grid(selectors=(None,)),
+            seed=seed,
+        )
+        (run,) = evaluate_all(asked, tmp_path / f"{seed}")
+        ginis.append([row["gini"] for row in read_rows(run) if row["setting"] == "random map"])
+    assert ginis[0] != ginis[1]
 
 
 def test_generated_shapes_are_for_the_network_that_knows_them(classifier):

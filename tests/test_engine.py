@@ -143,6 +143,19 @@ def test_positions_are_weighed_before_the_channels_are_partitioned(kind, gamma, 
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (8, 8), (1, 8, 8), (2, 5, 5), (2, 1, 8, 8)])
+def test_position_weights_that_do_not_fit(network, shape):
+    class Misfit(PinnedChannels):
+        def partition(self, signal):
+            return Selection(channel_mask=self.select(signal), position_weights=torch.ones(shape))
+
+    with (
+        pg.ParchGrad(network, Misfit(), layers="all"),
+        pytest.raises(SettingError, match=r"position_weights is torch\.float32 of shape"),
+    ):
+        input_gradient(network, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
 class Residual(nn.Module):
     """Two convolutions, one of them called twice, with a functional in-place addition of the skip path."""
 
@@ -543,7 +556,7 @@ def test_an_output_changed_in_place_that_others_need_is_noticed(network):
 
 
 def test_an_empty_batch(network):
-    for selector in (pg.GradientEnergy(), pg.RandomChannels()):
+    for selector in (pg.GradientEnergy(), pg.Evidence(), pg.RandomChannels()):
         with pg.ParchGrad(network, selector, layers="all"):
             assert input_gradient(network, torch.zeros(0, 3, 8, 8, dtype=torch.float64)).shape == (0, 3, 8, 8)
 

@@ -108,6 +108,20 @@ def test_a_channel_that_is_the_same_everywhere_is_no_evidence():
     assert chosen(selector.select(signal(gradient, observation))) == [{1}]
 
 
+def test_evidence_of_half_precision_is_summed_in_float32():
+    selector = pg.Evidence(quantile=0.3, positions=0.3)
+    output, gradient = (torch.randn(2, 10, 40, 50).bfloat16() for _ in range(2))
+    expected = selector.partition(signal(gradient.float(), selector.observe(output.float())))
+    found = selector.partition(signal(gradient, selector.observe(output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = selector.partition(signal(gradient, selector.observe(output)))
+    for one in (found, autocast):
+        assert torch.equal(one.channel_mask, expected.channel_mask)
+        assert torch.equal(one.position_weights, expected.position_weights)
+    # What the study has chosen.
+    assert pg.Evidence() == pg.Evidence(quantile=0.2, positions=0.4)
+
+
 @pytest.mark.parametrize("kind", [pg.GradientEnergy, pg.GradientTimesActivation])
 def test_half_precision_is_ranked_in_float32(kind):
     # Sums of 4,000 positions that differ by less than half precision resolves.

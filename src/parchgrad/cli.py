@@ -300,7 +300,8 @@ def evaluate(
     scores: Annotated[
         list[str] | None,
         typer.Option(
-            help="perturbation, insertion, localisation, sparsity or sensitivity; may be given several times.",
+            help="perturbation, insertion, localisation, sparsity, sensitivity or randomisation; several times if you "
+            "like.",
             rich_help_panel=_ASKED,
         ),
     ] = None,
@@ -313,7 +314,7 @@ def evaluate(
     ] = None,
     selector: Annotated[
         list[str] | None,
-        typer.Option(help="energy, activation, class, instance, or none.", rich_help_panel=_COMPARED),
+        typer.Option(help="energy, activation, evidence, class, instance, or none.", rich_help_panel=_COMPARED),
     ] = None,
     quantile: Annotated[
         list[float] | None,
@@ -335,6 +336,12 @@ def evaluate(
     ] = None,
     conserve: Annotated[
         list[str] | None, typer.Option(help="independent, exact or none.", rich_help_panel=_COMPARED)
+    ] = None,
+    masks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="own, and as controls another (those of another class) and shuffled.", rich_help_panel=_COMPARED
+        ),
     ] = None,
     statistics: Annotated[
         str | None, typer.Option(help="Channel statistics for the selectors class and instance.")
@@ -369,6 +376,7 @@ def evaluate(
                 "layers": layers and [_parse_layers(text) for text in layers],
                 "gammas": gamma,
                 "conserves": conserve,
+                "masks": masks,
             },
             "scores": {"families": scores},
             "target": target,

@@ -127,6 +127,17 @@ class EvaluationSettings:
     batch_size: int = 16
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.statistics, DataSettings):
+            return
+        # Of generated images the seed says which they are, of others the folder.
+        same = "seed" if self.data.name == "shapes" else "root"
+        if self.data.name == self.statistics.name and getattr(self.data, same) == getattr(self.statistics, same):
+            raise SettingError(
+                f"[statistics] has the {same} of [data], so that statistics would be of the images that are explained; "
+                f"give it another {same}."
+            )
+
 
 def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> EvaluationSettings:
     r"""Read an evaluation's settings from a TOML file.
@@ -161,7 +172,7 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None =
             '--count 100, or a TOML file with model = "shapes" and a table [data].'
         )
     asked["models"] = asked.pop("model")
-    return _build(EvaluationSettings, asked, "the file")
+    return _build(EvaluationSettings, asked, "the settings" if path is None else "the file")
 
 
 def open_data(settings: DataSettings, classifier: Classifier) -> Samples:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
 from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError
 from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
-from parchgrad.partition import Conserve, check_edit_settings, partition_gradient
+from parchgrad.partition import Conserve, check_edit_settings, check_position_weights, partition_gradient
 from parchgrad.selection import LayerSignal, Selector
 
 __all__ = [
@@ -412,6 +412,7 @@ class _Edit:
         signal = LayerSignal(layer=self._layer, gradient=gradient, observation=self._observation, classes=classes)
         found = selector.partition(signal)
         if found.position_weights is not None:
+            check_position_weights(found.position_weights, gradient)
             gradient = gradient * found.position_weights.unsqueeze(1).to(gradient.dtype)
         return gradient, found.channel_mask
 

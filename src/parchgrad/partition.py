@@ -22,6 +22,7 @@ __all__ = [
     "at_least_float32",
     "check_channel_mask",
     "check_edit_settings",
+    "check_position_weights",
     "partition_gradient",
     "pruning_scale",
     "rounding_error",
@@ -47,6 +48,16 @@ def check_channel_mask(channel_mask: Tensor, gradient: Tensor) -> None:
         raise SettingError(
             f"channel_mask is {channel_mask.dtype} of shape {tuple(channel_mask.shape)}, but the gradient of shape "
             f"{tuple(gradient.shape)} needs a boolean mask of shape {tuple(gradient.shape[:2])}."
+        )
+
+
+def check_position_weights(position_weights: Tensor, gradient: Tensor) -> None:
+    """Raise `SettingError` unless the weights have a number for each row and position of the gradient."""
+    wanted = (gradient.shape[0], *gradient.shape[2:])
+    if not position_weights.is_floating_point() or position_weights.shape != wanted:
+        raise SettingError(
+            f"position_weights is {position_weights.dtype} of shape {tuple(position_weights.shape)}, but the gradient "
+            f"of shape {tuple(gradient.shape)} needs floating-point weights of shape {wanted}."
         )
 
 

@@ -29,6 +29,7 @@ from parchgrad.evaluation.report import (
 )
 from parchgrad.evaluation.runs import Row, read_rows
 from parchgrad.evaluation.scores import HEADLINES, SCORES, at_ratio
+from parchgrad.evaluation.summary import FEWEST
 from parchgrad.files import check_outputs, writing
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS
 from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
@@ -117,7 +118,7 @@ class Report:
             for found, rows, examples in zip(self.summaries, self.rows, self.examples, strict=True)
         ]
         template = Environment(loader=PackageLoader("parchgrad"), autoescape=True).get_template("report.html")
-        return template.render(runs=runs, version=__version__, baseline=BASELINE)
+        return template.render(runs=runs, version=__version__, baseline=BASELINE, fewest=FEWEST)
 
 
 def make_report(
@@ -201,7 +202,7 @@ def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
                 _chart(
                     f"{title_of(name)}, against the plain gradient",
                     f"Mean difference on the same images, with its {summary.confidence:.0%} interval. What is coloured "
-                    "is settled: the interval leaves out zero.",
+                    "is settled.",
                     partial(interval_chart, intervals, x_label="difference"),
                 )
             )
@@ -272,13 +273,13 @@ def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Char
     """A score over each setting of which several values were tried, all others kept."""
     known = {*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS}
     described = {row["setting"]: row for row in rows if row.get("selector") in known}
-    varied = [key for key in _DESCRIBING if len({_shown(row[key]) for row in described.values()}) > 1]
+    varied = [key for key in _DESCRIBING if len({_shown(row.get(key)) for row in described.values()}) > 1]
     found = []
     for field, label in _SWEPT.items():
         lines: dict[str, list[tuple[str | float, float]]] = {}
         for setting, row in described.items():
             others = [str(row["method"]), str(row["selector"])]
-            others += [f"{key} {_shown(row[key])}" for key in varied if key != field]
+            others += [f"{key} {_shown(row.get(key))}" for key in varied if key != field]
             lines.setdefault(", ".join(others), []).append(
                 (_place(row[field]), summary.cells[setting, name].mean.value)
             )

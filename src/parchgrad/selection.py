@@ -220,7 +220,8 @@ class Evidence(Selector):
     `c` sums to over all channels. A channel's score is its own part in the positive evidence, summed over space and
     divided by the norm of `c`, so that strong channels are not kept for their strength alone. The mean is taken off
     since a level that is the same everywhere points nowhere. The places of most evidence keep their gradient, that of
-    the others is damped to a tenth before the channels are partitioned.
+    the others is damped to a tenth before the channels are partitioned: what is damped is lost to the layer, whose
+    variance the re-scaling of channels does not bring back. Where no place speaks for the class all channels are kept.
 
     Best on the upper three quarters of the convolutions: `layers=0.75`. A copy of each output is held until the
     backward pass.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
-from parchgrad.errors import LayerError
+from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.methods import (
     CONTROLS,
     centre_blob,
@@ -16,6 +16,7 @@ from parchgrad.evaluation.methods import (
     make_controls,
     maps_of,
     masks_of_another_class,
+    random_channels,
     random_map,
     shuffled_masks,
 )
@@ -69,9 +70,7 @@ def test_the_controls_are_what_their_names_say(network):
     assert tuple(found) == CONTROLS
     expected = {
         "gradient": pg.heatmap(pg.Explainer(network, None).attribute(images, target)),
-        "random channels": pg.heatmap(
-            pg.Explainer(network, pg.RandomChannels(quantile=0.5, seed=3), layers="all").attribute(images, target)
-        ),
+        "random channels": random_channels(network, quantile=0.5, layers="all", seed=3)(images, target),
         "random map": random_map(seed=3)(images, target),
         "Grad-CAM": grad_cam(network)(images, target),
         "centre blob": centre_blob()(images, target),
@@ -87,6 +86,35 @@ def test_captum_methods_plug_in_by_name():
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf)[torch.arange(3), target].sum(), leaf)
     torch.testing.assert_close(heat, (images * gradient).abs().mean(1))
+
+
+def test_random_controls_follow_the_image_and_neither_its_batch_nor_its_neighbours(network):
+    images, target = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 5
+    for control in (
+        random_channels(network, quantile=0.34, layers="all", seed=3),
+        shuffled_masks(network, pg.GradientEnergy(quantile=0.34), layers="all", seed=3),
+    ):
+        together = control(images, target)
+        for row in range(6):
+            torch.testing.assert_close(control(images[row : row + 1], target[row : row + 1])[0], together[row])
+        twice = control(images[[0, 0]], target[[0, 0]])
+        torch.testing.assert_close(twice[0], twice[1])
+
+
+def test_random_channels_are_drawn_for_each_image(network):
+    images, target = torch.randn(60, 3, 8, 8, dtype=torch.float64), torch.arange(60) % 5
+    maps = random_channels(network, quantile=0.17, layers=["2"], seed=3)(images, target)
+    drawn = []
+    for channel in range(6):
+        mask = torch.arange(6) == channel
+        own = maps_of(pg.Explainer(network, pg.FixedChannels({"2": mask}), layers=["2"]))(images, target)
+        drawn.append(torch.tensor([torch.allclose(a, b, rtol=1e-9, atol=0) for a, b in zip(own, maps, strict=True)]))
+    counts = torch.stack(drawn).sum(dim=1)
+    assert counts.sum() == 60
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+    # A method of many passes keeps one draw for an image.
+    steps = random_channels(network, quantile=0.17, layers=["2"], method="integrated_gradients", seed=3)
+    assert steps(images[:2], target[:2]).shape == (2, 8, 8)
 
 
 def masked_gradient(model, images, target, masks):
@@ -117,14 +145,36 @@ def test_masks_of_another_class_are_swapped_and_the_gradient_is_kept(network):
     assert not torch.allclose(method(images, right), own)
     with pytest.raises(LayerError):
         masks_of_another_class(network, selector, layers=["nowhere"])
+    damped = masks_of_another_class(network, selector, layers="all", distance=5, gamma=2.0, conserve="none")
+    other = pg.Explainer(network, selector, layers="all", gamma=2.0, conserve="none")
+    torch.testing.assert_close(damped(images, right), pg.heatmap(other.attribute(images, right)))
+    single = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 1)).eval()
+    with pytest.raises(SettingError, match="no other"):
+        masks_of_another_class(single, pg.GradientEnergy())(torch.rand(1, 3, 8, 8), torch.tensor([0]))
 
 
-def test_other_masks_leave_what_a_selector_does_to_positions(network):
+def test_a_convolution_that_is_called_twice_has_two_selections():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.body(self.body(self.stem(x).relu()).relu()).mean((2, 3)))
+
+    model = Twice().double().eval()
+    images, target = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
+    selector = pg.GradientEnergy(quantile=0.34)
+    own = maps_of(pg.Explainer(model, selector, layers="all"))(images, target)
+    torch.testing.assert_close(masks_of_another_class(model, selector, layers="all", distance=3)(images, target), own)
+
+
+def test_other_masks_come_with_what_the_selector_does_to_positions(network):
     images, target = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 4])
 
     class AllChannels(pg.Selector):
         def partition(self, signal):
-            weights = (torch.arange(64).reshape(8, 8) % 3).expand(len(signal.gradient), 8, 8)
+            weights = (torch.arange(64.0).reshape(8, 8) % 3).expand(len(signal.gradient), 8, 8)
             return Selection(channel_mask=self.select(signal), position_weights=weights)
 
         def select(self, signal):

@@ -58,6 +58,22 @@ def test_cells_hold_means_and_paired_intervals():
     assert found.cells["gradient", "aopc"].comparison is None
 
 
+def test_parts_of_a_mosaic_are_drawn_together_and_scores_without_values_are_said():
+    rows = made_up_rows()
+    for row in rows:
+        row["group"] = f"mosaic {row['index'] // 2}"
+    found = summarise(rows, scores=["aopc"])
+    cell = found.cells["twin", "aopc"]
+    groups = [f"mosaic {index // 2}" for index in range(60)]
+    expected = compare(column(rows, "twin", "aopc"), column(rows, "gradient", "aopc"), groups=groups)
+    assert cell.comparison == expected
+    assert cell.comparison.images == 30
+    for row in rows:
+        row.update(dict.fromkeys(("aopc", "aopc_lerf", "mass_inside", "gini", "aopc@0.1"), math.nan))
+    with pytest.raises(InputError, match="No score of the rows has a value"):
+        summarise(rows)
+
+
 def test_nobody_wins_where_the_interval_holds_zero_or_no_direction_is_better():
     found = summarise(made_up_rows())
     verdicts = {

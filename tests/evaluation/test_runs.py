@@ -14,13 +14,14 @@ from torch.utils.data import Dataset
 
 import parchgrad as pg
 from parchgrad.data.samples import Sample
-from parchgrad.errors import InputError, LayerError, OutputError, SettingError, StatisticsError
+from parchgrad.errors import InputError, LayerError, ModelError, OutputError, SettingError, StatisticsError
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import (
     centre_blob,
     grad_cam,
     maps_of,
     masks_of_another_class,
+    random_channels,
     random_map,
     shuffled_masks,
 )
@@ -190,7 +191,7 @@ def order(row):
     return row["setting"], row["index"]
 
 
-def test_a_run_of_something_else_is_not_mixed_in(tmp_path):
+def test_a_run_of_something_else_is_not_mixed_in(tmp_path, monkeypatch):
     run(tmp_path)
     with pytest.raises(SettingError, match="differs in seed; choose another folder"):
         run(tmp_path, seed=1)
@@ -198,6 +199,15 @@ def test_a_run_of_something_else_is_not_mixed_in(tmp_path):
     other.fingerprint = "other noise"
     with pytest.raises(SettingError, match="differs in data, images;"):
         run(tmp_path, data=other)
+    with pytest.raises(SettingError, match="differs in target"):
+        run(tmp_path, target="predicted")
+    held = random_statistics({"0": 6, "2": 6})
+    with pytest.raises(SettingError, match="differs in statistics"):
+        run(tmp_path, statistics=held)
+    with monkeypatch.context() as patched:
+        patched.setattr("parchgrad.evaluation.runs.__version__", "0.0.1")
+        with pytest.raises(SettingError, match="differs in parchgrad"):
+            run(tmp_path)
     changed = small_network()
     with torch.no_grad():
         changed[0].bias[0] += 1e-6
@@ -235,6 +245,32 @@ def test_methods_of_ones_own_run_beside_the_settings(tmp_path):
     )
     with pytest.raises(SettingError, match="Two methods are called 'gradient'"):
         evaluate(small_network(), Noise(), [Setting()], tmp_path / "twice", methods={"gradient": grad_cam})
+
+
+def test_what_would_end_badly_is_said_first(tmp_path):
+    training = small_network().train()
+    before = {name: value.clone() for name, value in training.state_dict().items()}
+    with pytest.raises(ModelError, match="training mode"):
+        evaluate(training, Noise(), [Setting(method="centre_blob")], tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in training.state_dict().items())
+    for process in ((2, 2), (0, 0), (-1, 2)):
+        with pytest.raises(SettingError, match="counted from zero"):
+            run(tmp_path, process=process)
+
+    class Beyond(Noise):
+        def __getitem__(self, index):
+            return Sample(image=torch.randn(3, 8, 8), label=5, name=f"{index}")
+
+    with pytest.raises(InputError, match="is of class 5, but the model has 5 classes"):
+        run(tmp_path, data=Beyond())
+
+
+@pytest.mark.parametrize("row", ['{"setting": [], "index": 0}', '{"setting": "a", "index": "0"}', "[" * 100_000, "3"])
+def test_rows_that_are_none_are_said(tmp_path, row):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "rows-0.jsonl").write_text(f"{row}\n")
+    with pytest.raises(InputError, match="no row of a run"):
+        read_rows(tmp_path)
 
 
 def test_images_of_several_sizes_are_said(tmp_path):
@@ -281,7 +317,7 @@ def test_settings_make_the_methods_they_name(network):
         (Setting(method="input_x_gradient"), maps_of(pg.Explainer(network, None, method="input_x_gradient"))),
         (
             Setting(selector="random", layers=("2",), quantile=0.5),
-            maps_of(pg.Explainer(network, pg.RandomChannels(quantile=0.5, seed=4), layers=["2"])),
+            random_channels(network, quantile=0.5, seed=4, layers=["2"]),
         ),
         (
             Setting(selector="class", layers="all", gamma=3.0, conserve="exact"),

@@ -172,6 +172,19 @@ def test_max_sensitivity_of_a_linear_map_lies_within_its_bound_and_follows_the_s
     images, target = torch.rand(4, 3, 8, 8) + 1, torch.tensor([0, 1, 2, 3])
     found = max_sensitivity(method, images, target, radius=0.1, samples=20, seed=3)
     assert torch.equal(found, max_sensitivity(method, images, target, radius=0.1, samples=20, seed=3))
+    # Neither the batch nor the size of a pass changes the noise, and a pass holds no more than it may.
+    sizes = []
+
+    def watched(images, target):
+        sizes.append(len(images))
+        return method(images, target)
+
+    small = max_sensitivity(watched, images, target, radius=0.1, samples=20, seed=3, internal_batch_size=9)
+    torch.testing.assert_close(small, found)
+    assert max(sizes) <= 9
+    for row in range(4):
+        one = max_sensitivity(method, images[row : row + 1], target[row : row + 1], radius=0.1, samples=20, seed=3)
+        torch.testing.assert_close(one, found[row : row + 1])
     assert not torch.equal(found, max_sensitivity(method, images, target, radius=0.1, samples=20, seed=4))
     clean = method(images, target).flatten(1).norm(dim=1)
     bound = 0.1 * weight.sum(1).norm() / clean

@@ -61,7 +61,7 @@ def test_pairs_without_both_scores_are_left_out():
 
 
 def test_equal_differences_and_too_few_images_say_no_more_than_they_can():
-    same = compare([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+    same = compare([2.0, 3.0, 4.0] * 7, [1.0, 2.0, 3.0] * 7)
     assert (same.low, same.high, same.settled) == (1.0, 1.0, True)
     assert not compare([1.0, 2.0], [1.0, 2.0]).settled
     one = compare([2.0], [1.0])
@@ -76,6 +76,32 @@ def test_differences_that_are_equal_up_to_rounding_are_equal():
     assert found.difference == pytest.approx(0.3)
     assert (found.low, found.high) == (found.difference, found.difference)
     assert compare([1e-15 * value for value in (1, 2, 4)], [0.0] * 3).low == pytest.approx(1e-15, rel=0.5)
+
+
+def test_few_images_settle_nothing():
+    assert not compare([1.0, 2.0], [0.0, 0.0]).settled
+    few, enough = ([1.0 + index / 100 for index in range(count)] for count in (19, 20))
+    assert not compare(few, [0.0] * 19).settled
+    assert compare(enough, [0.0] * 20).settled
+
+
+def test_images_of_a_group_are_drawn_together():
+    generator = np.random.default_rng(0)
+    of_group = generator.normal(size=30)
+    scores = np.repeat(of_group, 4) + 0.01 * generator.normal(size=120)
+    groups = [f"{place // 4}" for place in range(120)]
+    alone, together = compare(scores, np.zeros(120)), compare(scores, np.zeros(120), groups=groups)
+    assert together.images == 30
+    assert together.difference == pytest.approx(alone.difference)
+    whole = compare(scores.reshape(30, 4).mean(axis=1), np.zeros(30))
+    assert together.high - together.low == pytest.approx(whole.high - whole.low, rel=0.05)
+    assert together.high - together.low > 1.7 * (alone.high - alone.low)
+    scores[:3] = math.nan
+    assert compare(scores, np.zeros(120), groups=groups).difference == pytest.approx(
+        np.mean([scores[3], *scores[4:].reshape(29, 4).mean(axis=1)])
+    )
+    with pytest.raises(InputError, match="120 scores have 3 groups"):
+        compare(scores, np.zeros(120), groups=["a"] * 3)
 
 
 def test_ranks_are_averaged_over_images_that_all_have_scores_of():

@@ -83,3 +83,9 @@ def test_pictures_that_do_not_match():
         panel([np.zeros((4, 4, 3))], {}, labels=["a", "b"])
     with pytest.raises(InputError, match="has 1 maps for 2 photographs"):
         panel([np.zeros((4, 4, 3))] * 2, {"gradient": [np.zeros((4, 4))]})
+
+
+def test_maps_of_half_precision_are_drawn_as_any_others():
+    heat = torch.rand(6, 6)
+    for dtype in (torch.bfloat16, torch.float16):
+        np.testing.assert_allclose(normalise(heat.to(dtype)), normalise(heat.to(dtype).double()))

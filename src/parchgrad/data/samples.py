@@ -31,6 +31,8 @@ class Sample:
         boxes: where objects of the class are, shape (N, 4): left, top, right, bottom in pixels of `image`, right and
             bottom exclusive, so that a box of the whole image is (0, 0, W, H); None where nothing is known.
         mask: pixels of the object, boolean, shape (H, W); None where nothing is known.
+        group: name that samples share which are not independent of each other, as those of one mosaic; None for a
+            sample of its own.
     """
 
     image: Tensor
@@ -38,6 +40,7 @@ class Sample:
     name: str
     boxes: Tensor | None = None
     mask: Tensor | None = None
+    group: str | None = None
 
 
 class Samples(Protocol):

@@ -135,11 +135,16 @@ class Examples:
             pictures, maps = (tuple(arrays[f"{kind}/{place}"] for place in places) for kind in ("picture", "maps"))
             for example, picture, own in zip(choice.examples, pictures, maps, strict=True):
                 fits = picture.ndim == 3 and own.shape == (len(choice.settings), *picture.shape[:2])
-                if not fits or picture.shape[2] != 3 or {picture.dtype, own.dtype} != {np.dtype(np.uint8)}:
+                if (
+                    not fits
+                    or picture.size == 0
+                    or picture.shape[2] != 3
+                    or {picture.dtype, own.dtype} != {np.dtype(np.uint8)}
+                ):
                     raise ValueError(f"the maps of {example.image!r} do not fit its picture")
                 if not {example.label, example.target, example.predicted} <= categories.keys():
                     raise ValueError(f"a class of {example.image!r} has no name")
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise InputError(
                 f"{str(path)!r} cannot be read as the examples of a run ({error}); delete it, and run the evaluation "
                 "again, which makes it anew."
@@ -151,7 +156,8 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
     """Choose the images where the leading setting gains most and least over the plain gradient.
 
     The score is the first of `HEADLINES` that there are values of. The settings that compete are those that edit the
-    gradient by chosen channels, or all but the controls where there are none. Images without the score take no part,
+    gradient by chosen channels, or all but the controls where there are none; one that has the score of fewer than half
+    as many images as another does not lead. Images without the score take no part,
     and of fewer than six no image is shown twice.
 
     Args:
@@ -183,12 +189,15 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
         return float(by_setting[title].get(index, {}).get(score, math.nan))
 
     means = {
-        title: sign * valid_mean([value(title, index) for index in by_setting[title]]).value
-        for title in _competing(by_setting)
+        title: valid_mean([value(title, index) for index in by_setting[title]]) for title in _competing(by_setting)
     }
-    leading = max((title for title in means if not math.isnan(means[title])), key=means.__getitem__, default=None)
-    if leading is None:
+    most = max((mean.valid for mean in means.values()), default=0)
+    if most == 0:
         return None
+    # A mean over a few lucky images does not lead.
+    leading = max(
+        (title for title, mean in means.items() if 2 * mean.valid >= most), key=lambda title: sign * means[title].value
+    )
     gains = {
         index: sign * (value(leading, index) - (value(_PLAIN, index) if _PLAIN in by_setting else 0.0))
         for index in by_setting[leading]

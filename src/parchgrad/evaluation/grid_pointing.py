@@ -78,7 +78,7 @@ class Mosaics(Dataset[Sample]):
         mask = torch.zeros(image.shape[1:], dtype=torch.bool)
         mask[row * height : (row + 1) * height, column * width : (column + 1) * width] = True
         name = f"mosaic {which + 1}, cell {cell + 1}, {parts[cell].name}"
-        return Sample(image=image, label=parts[cell].label, name=name, mask=mask)
+        return Sample(image=image, label=parts[cell].label, name=name, mask=mask, group=f"mosaic {which + 1}")
 
 
 def make_mosaics(

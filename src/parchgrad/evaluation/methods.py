@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from parchgrad.attribution import Explainer, heatmap
 from parchgrad.engine import plain_gradients
-from parchgrad.errors import LayerError
+from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.layers import LayerChoice, find_convolutions
 from parchgrad.partition import Conserve
@@ -25,6 +25,7 @@ __all__ = [
     "make_controls",
     "maps_of",
     "masks_of_another_class",
+    "random_channels",
     "random_map",
     "shuffled_masks",
 ]
@@ -64,10 +65,7 @@ def random_map(*, seed: int = 0) -> Method:
     """
 
     def method(images: Tensor, target: Tensor) -> Tensor:
-        maps = []
-        for image in images.detach().cpu():
-            own = zlib.crc32(image.contiguous().view(torch.uint8).numpy().tobytes(), seed)
-            maps.append(torch.rand(image.shape[1:], generator=torch.Generator().manual_seed(own)))
+        maps = [torch.rand(images.shape[2:], generator=_generator_of(image, seed)) for image in images]
         return torch.stack(maps).to(images)
 
     return method
@@ -144,15 +142,65 @@ def make_controls(
         >>> list(make_controls(model))
         ['gradient', 'random map', 'random channels', 'Grad-CAM', 'centre blob']
     """
-    selector = RandomChannels(quantile=quantile, seed=seed)
     found = (
         maps_of(Explainer(model, None)),
         random_map(seed=seed),
-        maps_of(Explainer(model, selector, layers=layers)),
+        random_channels(model, quantile=quantile, layers=layers, seed=seed),
         grad_cam(model),
         centre_blob(),
     )
     return dict(zip(CONTROLS, found, strict=True))
+
+
+def random_channels(
+    model: nn.Module,
+    *,
+    quantile: float = 0.1,
+    layers: LayerChoice = "default",
+    gamma: float = math.inf,
+    conserve: Conserve = "independent",
+    method: str = "gradient",
+    seed: int = 0,
+) -> Method:
+    """Channels drawn at random, anew for each image: one draw for all would be good or bad by luck.
+
+    The draw follows from the seed and the image alone, so that a noisy image has another one.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        quantile: share of the channels that are kept, in (0, 1].
+        layers: which convolutions are edited; see `choose_layers`.
+        gamma: see `partition_gradient`.
+        conserve: see `partition_gradient`.
+        method: see `Explainer`.
+        seed: of the draws.
+
+    Raises:
+        ParchGradError: if a setting does not fit the model; see `Explainer`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
+        >>> random_channels(model)(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
+        torch.Size([2, 4, 4])
+    """
+
+    def explainer(draw: int) -> Explainer:
+        selector = RandomChannels(quantile=quantile, seed=draw)
+        return Explainer(model, selector, layers=layers, gamma=gamma, conserve=conserve, method=method)
+
+    explainer(seed)  # Checks the settings before the first image.
+
+    def explain(images: Tensor, target: Tensor) -> Tensor:
+        # One by one, since a method may expand an image into many rows, all of one draw.
+        draws = [_generator_of(image, seed).initial_seed() for image in images]
+        return torch.cat(
+            [
+                heatmap(explainer(draw).attribute(images[place : place + 1], target[place : place + 1]))
+                for place, draw in enumerate(draws)
+            ]
+        )
+
+    return explain
 
 
 def masks_of_another_class(
@@ -164,13 +212,13 @@ def masks_of_another_class(
     conserve: Conserve = "independent",
     distance: int | None = None,
 ) -> Method:
-    """A control for what the masks know of the class: the gradient of the class with the channels of another.
+    """A control for what a selection knows of the class: the gradient of the class with the selection for another.
 
-    Where the masks carry what tells the class, the maps are worse than by its own.
+    Where the selection carries what tells the class, the maps are worse than by its own.
 
     Args:
-        model: classifier in evaluation mode, logits (B, K).
-        selector: which channels matter.
+        model: classifier in evaluation mode, logits (B, K), of two classes at least.
+        selector: which channels matter, and which places.
         layers: which convolutions are edited; see `choose_layers`.
         gamma: see `partition_gradient`.
         conserve: see `partition_gradient`.
@@ -178,7 +226,7 @@ def masks_of_another_class(
             neighbours are often alike.
 
     Raises:
-        SettingError: if a setting is out of range.
+        SettingError: if a setting is out of range, or from a model of one class.
         LayerError: if the layers are not in the model.
 
     Example:
@@ -194,9 +242,11 @@ def masks_of_another_class(
     def method(images: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
             classes = model(images[:1]).shape[1]
-        step = max(1, classes // 2) if distance is None else distance
-        foreign = edit.masks(selector, images, (target + step) % classes)
-        return heatmap(edit.explainer(_Swapped(selector, foreign)).attribute(images, target))
+        if classes < 2:
+            raise SettingError("The model has one class, so that there is no other whose masks could be taken.")
+        step = classes // 2 if distance is None else distance
+        foreign = edit.record(selector, images, (target + step) % classes)
+        return edit.replay(selector, foreign, images, target)
 
     return method
 
@@ -211,6 +261,9 @@ def shuffled_masks(
     seed: int = 0,
 ) -> Method:
     """A control for how many channels are kept: as many in each row and layer as the selector keeps, at random.
+
+    The draw follows from the seed and the image alone, so that a noisy image has another one. What a selector does to
+    places stays as it is.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
@@ -235,10 +288,12 @@ def shuffled_masks(
     edit.explainer(selector)  # Checks the settings before the first image.
 
     def method(images: Tensor, target: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        own = edit.masks(selector, images, target)
-        shuffled = {layer: _shuffle_rows(mask, generator) for layer, mask in own.items()}
-        return heatmap(edit.explainer(_Swapped(selector, shuffled)).attribute(images, target))
+        own = edit.record(selector, images, target)
+        generators = [_generator_of(image, seed) for image in images]
+        shuffled = [
+            (layer, replace(found, channel_mask=_shuffle_rows(found.channel_mask, generators))) for layer, found in own
+        ]
+        return edit.replay(selector, shuffled, images, target)
 
     return method
 
@@ -259,24 +314,30 @@ class _Edit:
             layers=self.layers,
             gamma=self.gamma,
             conserve=self.conserve,
-            # Masks are had, and given, for all rows of a pass.
+            # Selections are had, and given, for all rows of a pass.
             internal_batch_size=None,
         )
 
-    def masks(self, selector: Selector, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The channels that the selector keeps in each layer."""
+    def record(self, selector: Selector, images: Tensor, target: Tensor) -> list[tuple[str, Selection]]:
+        """What is selected in each layer, in the order of the backward pass."""
         recorder = _Recorder(selector)
         self.explainer(recorder).attribute(images, target)
-        return recorder.masks
+        return recorder.found
+
+    def replay(
+        self, selector: Selector, found: Sequence[tuple[str, Selection]], images: Tensor, target: Tensor
+    ) -> Tensor:
+        """The maps by what was selected in another pass."""
+        return heatmap(self.explainer(_Replayer(selector, found)).attribute(images, target))
 
 
 class _Recorder(Selector):
-    """Selects as another selector does, and keeps the masks."""
+    """Selects as another selector does, and keeps what it selects."""
 
     def __init__(self, selector: Selector) -> None:
         self._selector = selector
         self.needs_class = selector.needs_class  # type: ignore[misc]  # as the selector inside says it for its class
-        self.masks: dict[str, Tensor] = {}
+        self.found: list[tuple[str, Selection]] = []
 
     def check(self, channels: Mapping[str, int]) -> None:
         self._selector.check(channels)
@@ -289,25 +350,32 @@ class _Recorder(Selector):
 
     def partition(self, signal: LayerSignal) -> Selection:
         found = self._selector.partition(signal)
-        self.masks[signal.layer] = found.channel_mask.clone()
+        self.found.append((signal.layer, found))
         return found
 
     def select(self, signal: LayerSignal) -> Tensor:
         return self.partition(signal).channel_mask
 
 
-class _Swapped(_Recorder):
-    """A selector whose masks are others, and all else its own."""
+class _Replayer(_Recorder):
+    """Gives what was selected in another pass, of a convolution that was called twice one after the other."""
 
-    def __init__(self, selector: Selector, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, selector: Selector, found: Sequence[tuple[str, Selection]]) -> None:
         super().__init__(selector)
-        self.masks = dict(masks)
+        self.found = list(found)
 
     def partition(self, signal: LayerSignal) -> Selection:
-        return replace(self._selector.partition(signal), channel_mask=self.masks[signal.layer])
+        place = next(place for place, (layer, _) in enumerate(self.found) if layer == signal.layer)
+        return self.found.pop(place)[1]
 
 
-def _shuffle_rows(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Move the kept channels of each row of (B, C) to random places."""
-    places = torch.rand(mask.shape, generator=generator).argsort(dim=1).to(mask.device)
-    return mask.gather(1, places)
+def _generator_of(image: Tensor, seed: int) -> torch.Generator:
+    """Random numbers that follow from the seed and the image alone."""
+    content = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return torch.Generator().manual_seed(zlib.crc32(content, seed))
+
+
+def _shuffle_rows(mask: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Move the kept channels of each row of (B, C) to places drawn from a generator of its own."""
+    places = torch.stack([torch.randperm(mask.shape[1], generator=generator) for generator in generators])
+    return mask.gather(1, places.to(mask.device))

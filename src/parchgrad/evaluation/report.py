@@ -40,7 +40,7 @@ class Cell:
         mean: over the images.
         comparison: with the baseline, on the same images; None for the baseline itself.
         rank: mean rank among all settings over the images, 1 for the best; NaN where no direction is better.
-        verdict: `"better"` or `"worse"` than the baseline where the interval leaves out zero, else `"open"`.
+        verdict: `"better"` or `"worse"` than the baseline where that is settled, else `"open"`; see `Comparison`.
     """
 
     mean: Mean
@@ -119,10 +119,16 @@ def summarise(
     # A score that no image has one of, such as that of a box where there are none, is left out unless asked for.
     known = [name for name in SCORES if any(not math.isnan(row.get(name, math.nan)) for row in rows)]
     known = known if scores is None else list(scores)
+    if not known:
+        raise InputError("No score of the rows has a value; evaluate others, or data that they can be had of.")
     for name in known:
         if name not in held or _base(name) not in SCORES:
             raise SettingError(f"The rows hold no score {name!r}; they hold: {', '.join(sorted(held & set(SCORES)))}.")
 
+    named = [(index, by_setting[baseline][index].get("group")) for index in common]
+    groups = None
+    if any(isinstance(group, str) for _, group in named):
+        groups = [group if isinstance(group, str) else f"image {index}" for index, group in named]
     cells = {}
     for name in known:
         columns = {
@@ -137,7 +143,7 @@ def summarise(
         for title, values in columns.items():
             found = None
             if title != baseline:
-                found = compare(values, columns[baseline], confidence=confidence, seed=seed)
+                found = compare(values, columns[baseline], groups=groups, confidence=confidence, seed=seed)
             cells[title, name] = Cell(
                 mean=valid_mean(values), comparison=found, rank=ranks[title], verdict=_verdict(found, better)
             )

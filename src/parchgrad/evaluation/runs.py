@@ -29,6 +29,7 @@ from parchgrad.evaluation.methods import Method
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
 from parchgrad.evaluation.settings import Setting, make_method
 from parchgrad.files import writing
+from parchgrad.layers import check_evaluation_mode
 from parchgrad.statistics import ChannelStatistics
 
 __all__ = ["Row", "TargetChoice", "evaluate", "read_rows"]
@@ -67,7 +68,8 @@ def evaluate(
         settings: what is compared; see `Grid`.
         folder: of the run, made where there is none.
         name: of the model in the rows.
-        methods: further methods, of any kind: for each title what makes the method for a model.
+        methods: further methods, of any kind: for each title what makes the method for a model. In a run a title stands
+            for its method: give a method that has changed another one.
         scores: which scores, and how; None takes the defaults.
         target: which class is explained: `"label"` or `"predicted"`.
         statistics: for the selectors that need some.
@@ -83,6 +85,7 @@ def evaluate(
             else.
         InputError: if the images differ in size, or a file of the run is damaged.
         OutputError: if the folder cannot be written.
+        ModelError: if the model is in training mode.
         ParchGradError: if a setting does not fit the model; see `Explainer`.
 
     Example:
@@ -104,7 +107,10 @@ def evaluate(
         raise SettingError(f"target is {target!r}, but it must be one of {', '.join(get_args(TargetChoice))}.")
     if batch_size < 1:
         raise SettingError(f"batch_size is {batch_size}, but it must be 1 or more.")
+    check_evaluation_mode(model)
     rank, count = process or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if not 0 <= rank < count:
+        raise SettingError(f"This is process {rank} of {count}, but they are counted from zero; name one of them.")
     chosen = scores or ScoreSettings()
     entries = [
         *(_entry_of(setting, statistics, seed) for setting in dict.fromkeys(settings)),
@@ -128,11 +134,13 @@ def evaluate(
             "scores": asdict(chosen),
             "seed": seed,
             "statistics": None if statistics is None else _digest(json.dumps(statistics.metadata, default=str)),
+            # Another release may call something else by the same title.
+            "parchgrad": __version__,
         },
     )
     done = {(row["setting"], row["index"]) for row in read_rows(place)}
     own = range(rank, len(data), count)
-    pending = {entry: [index for index in own if (entry.title, index) not in done] for entry in entries}
+    pending = {entry: {index for index in own if (entry.title, index) not in done} for entry in entries}
     total = len(own) * len(entries)
     finished = total - sum(len(indices) for indices in pending.values())
     wanted = sorted(set().union(*pending.values())) if pending else []
@@ -140,7 +148,7 @@ def evaluate(
         for start in range(0, len(wanted), batch_size):
             batch = _load(data, wanted[start : start + batch_size], model, target)
             for entry, method in made.items():
-                places = [place for place, index in enumerate(batch.indices) if index in set(pending[entry])]
+                places = [place for place, index in enumerate(batch.indices) if index in pending[entry]]
                 if not places:
                     continue
                 rows.append(_score(model, entry, method, batch.take(places), chosen, name))
@@ -165,7 +173,9 @@ def read_rows(folder: str | Path) -> list[Row]:
             try:
                 row = json.loads(line)
                 key = (row["setting"], row["index"])
-            except (ValueError, KeyError, TypeError) as error:
+                if not isinstance(row["setting"], str) or type(row["index"]) is not int or "model" not in row:
+                    raise ValueError("it names no model, setting and image")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"Line {number} of {str(file)!r} is no row of a run; remove it, and run the evaluation again."
                 ) from error
@@ -225,7 +235,14 @@ def _load(data: Samples, indices: list[int], model: nn.Module, target: TargetCho
     weight = next(model.parameters())
     images = torch.stack([sample.image for sample in samples]).to(weight)
     with torch.no_grad():
-        probability, predicted = model(images).softmax(dim=1).max(dim=1)
+        logits = model(images)
+        probability, predicted = logits.softmax(dim=1).max(dim=1)
+    for sample in samples:
+        if not 0 <= sample.label < logits.shape[1]:
+            raise InputError(
+                f"The image {sample.name!r} is of class {sample.label}, but the model has {logits.shape[1]} classes; "
+                "take data of the classes that it knows."
+            )
     labels = torch.tensor([sample.label for sample in samples], device=images.device)
     return _Batch(
         indices=indices,
@@ -242,7 +259,10 @@ def _score(
 ) -> list[Row]:
     """Rows of a batch under one setting."""
     start = time.perf_counter()
-    heat = method(batch.images, batch.target)
+    heat = method(batch.images, batch.target).detach()
+    if heat.is_cuda:
+        # A GPU answers before it has finished.
+        torch.cuda.synchronize(heat.device)
     seconds = (time.perf_counter() - start) / len(batch.indices)
     regions = [_region(sample) for sample in batch.samples]
     found = score_maps(model, method, batch.images, batch.target, heat, regions, scores, make_method=entry.make)
@@ -254,6 +274,7 @@ def _score(
             **entry.described,
             "index": index,
             "image": sample.name,
+            "group": sample.group,
             "label": sample.label,
             "target": target,
             "predicted": predicted,
@@ -376,7 +397,7 @@ def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
     path, wanted = folder / "run.json", json.loads(json.dumps(described))
     if not path.exists():
         with writing(path) as temporary:
-            temporary.write_text(json.dumps({**wanted, "parchgrad": __version__}, indent=2) + "\n")
+            temporary.write_text(json.dumps(wanted, indent=2) + "\n")
         return
     try:
         found = json.loads(path.read_text())

@@ -221,7 +221,14 @@ def parameter_randomisation(
 
 
 def max_sensitivity(
-    method: Method, images: Tensor, target: Tensor, *, radius: float = 0.02, samples: int = 10, seed: int = 0
+    method: Method,
+    images: Tensor,
+    target: Tensor,
+    *,
+    radius: float = 0.02,
+    samples: int = 10,
+    seed: int = 0,
+    internal_batch_size: int = 32,
 ) -> Tensor:
     """Largest relative change of a map under uniform noise on the image, by Captum; lower is better.
 
@@ -233,7 +240,8 @@ def max_sensitivity(
         target: class of each image, shape (B,).
         radius: the noise lies in [-radius, radius], in units of the preprocessed image.
         samples: number of noisy copies of each image, at least 1.
-        seed: of the noise.
+        seed: of the noise, which is the same for every image.
+        internal_batch_size: noisy images in one call of the method, as far as one of each image allows.
 
     Returns:
         `max |map(x + noise) - map(x)| / |map(x)|`, shape (B,), float64; NaN where the map is zero everywhere.
@@ -253,17 +261,24 @@ def max_sensitivity(
 
     def perturbed(inputs: tuple[Tensor, ...] | Tensor, within: float) -> tuple[Tensor, ...]:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
-        return tuple(
-            part + within * (2 * torch.rand(part.shape, generator=generator, dtype=torch.float64) - 1).to(part)
-            for part in given
-        )
+        # Copies of an image stand side by side; each gets the noise that those of the others get.
+        shape = (len(given[0]) // len(images), *images.shape[1:])
+        noise = within * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
+        return tuple(part + noise.repeat(len(images), *[1] * (part.dim() - 1)).to(part) for part in given)
 
     def explain(inputs: tuple[Tensor, ...] | Tensor, target: Tensor) -> tuple[Tensor]:
         # Double, in which the squares of tiny gradients do not vanish.
         return (method(inputs[0] if isinstance(inputs, tuple) else inputs, target).double(),)
 
     found: Tensor = sensitivity_max(
-        explain, images, perturb_func=perturbed, perturb_radius=radius, n_perturb_samples=samples, target=target
+        explain,
+        images,
+        perturb_func=perturbed,
+        perturb_radius=radius,
+        n_perturb_samples=samples,
+        target=target,
+        # One of each image at least, and no more than there are.
+        max_examples_per_batch=min(max(internal_batch_size, len(images)), samples * len(images)),
     )
     clean = method(images, target).flatten(1)
     return found.masked_fill((clean == 0).all(dim=1), math.nan)

@@ -65,11 +65,15 @@ SCORES: Mapping[str, Score] = {
     "randomisation_spearman": Score(
         title="random weights, Spearman", better="lower", family="randomisation", by_ratio=True
     ),
+    # Neither: of maps that have nothing to do with each other the sparse ones are the more alike by it.
     "randomisation_similarity": Score(
-        title="random weights, SSIM", better="lower", family="randomisation", by_ratio=True
+        title="random weights, SSIM", better="neither", family="randomisation", by_ratio=True
     ),
 }
 """The scores by their names in results."""
+
+# The source's tolerance is meant for photographs; on small images it would be half of the picture.
+_TOLERANCE_SIZE = 224
 
 HEADLINES = (
     "aopc",
@@ -91,9 +95,9 @@ class ScoreSettings:
         families: which of them; `"insertion"`, `"sensitivity"` and `"randomisation"` cost most and are left out unless
             asked for.
         ratios: shares of the pixels that are replaced, in [0, 1].
-        replacement: what is put in their place; see `replacement_images`.
+        replacement: what is put in their place; see `replacement_images`. Insertion and deletion keep their own.
         steps: of insertion and deletion, at least 1.
-        tolerance: of the pointing game, in pixels.
+        tolerance: of the pointing game, in pixels of an image whose shorter side has 224; of smaller images less.
         radius: of the noise of max-sensitivity, in units of the preprocessed image.
         samples: noisy copies for max-sensitivity, at least 1.
         randomised: shares of the modules whose weights are drawn anew, in (0, 1].
@@ -103,7 +107,7 @@ class ScoreSettings:
         internal_batch_size: images in one pass, at least 1.
 
     Raises:
-        SettingError: if there is no such family.
+        SettingError: if there is no such family, or a setting is out of range.
     """
 
     families: tuple[Family, ...] = ("perturbation", "localisation", "sparsity")
@@ -125,10 +129,22 @@ class ScoreSettings:
                 raise SettingError(f"There are no scores {family!r}; the families are: {', '.join(FAMILIES)}.")
         if self.internal_batch_size < 1:
             raise SettingError(f"internal_batch_size is {self.internal_batch_size}, but it must be 1 or more.")
-        if self.draws < 1 or not self.randomised:
+        for name in ("steps", "samples", "draws"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}, but it must be 1 or more.")
+        if not self.ratios or not all(0 <= ratio <= 1 for ratio in self.ratios):
+            raise SettingError(f"ratios are {self.ratios}, but they must be shares of the pixels, in [0, 1].")
+        if not self.randomised or not all(0 < share <= 1 for share in self.randomised):
+            raise SettingError(f"randomised is {self.randomised}, but it must be shares of the modules, in (0, 1].")
+        if not 0 <= self.tolerance < math.inf or not self.radius > 0:
             raise SettingError(
-                f"draws is {self.draws} and randomised {self.randomised}, but there must be one of each at least."
+                f"tolerance is {self.tolerance} and radius {self.radius}, but they must be 0 or more, and positive."
             )
+        for name, kind in (("replacement", Replacement), ("order", RandomisationOrder)):
+            if getattr(self, name) not in get_args(kind):
+                raise SettingError(
+                    f"{name} is {getattr(self, name)!r}, but it must be one of {', '.join(get_args(kind))}."
+                )
 
 
 def at_ratio(name: str, ratio: float) -> str:
@@ -203,12 +219,19 @@ def score_maps(
         share = localisation.area_share(region)
         found["region_share"] = share.masked_fill(share == 0, math.nan)
         found["weighted_mass_inside"] = localisation.weighted_mass_inside(heat, region)
-        found["pointing_game"] = localisation.pointing_game(heat, region, tolerance=chosen.tolerance)
+        tolerance = chosen.tolerance * min(heat.shape[1:]) / _TOLERANCE_SIZE
+        found["pointing_game"] = localisation.pointing_game(heat, region, tolerance=tolerance)
     if "sparsity" in chosen.families:
         found["gini"] = gini(heat)
     if "sensitivity" in chosen.families:
         found["max_sensitivity"] = sanity.max_sensitivity(
-            method, images, target, radius=chosen.radius, samples=chosen.samples, seed=chosen.seed
+            method,
+            images,
+            target,
+            radius=chosen.radius,
+            samples=chosen.samples,
+            seed=chosen.seed,
+            internal_batch_size=chosen.internal_batch_size,
         )
     if "randomisation" in chosen.families:
         if make_method is None:

@@ -16,6 +16,7 @@ from parchgrad.evaluation.methods import (
     grad_cam,
     maps_of,
     masks_of_another_class,
+    random_channels,
     random_map,
     shuffled_masks,
 )
@@ -173,14 +174,16 @@ def make_method(
     """
     if setting.method in _CONTROL_METHODS:
         return _CONTROL_METHODS[setting.method](model, seed)
-    selector = None
-    if setting.selector is not None:
-        selector = make_selector(setting.selector, quantile=setting.quantile, statistics=statistics, seed=seed)
     edit = _EditSettings(
         layers=list(setting.layers) if isinstance(setting.layers, tuple) else setting.layers,
         gamma=setting.gamma,
         conserve=setting.conserve,
     )
+    if setting.selector == "random" and setting.masks == "own":
+        return random_channels(model, quantile=setting.quantile, method=setting.method, seed=seed, **edit)
+    selector = None
+    if setting.selector is not None:
+        selector = make_selector(setting.selector, quantile=setting.quantile, statistics=statistics, seed=seed)
     if selector is not None and setting.masks == "another":
         return masks_of_another_class(model, selector, **edit)
     if selector is not None and setting.masks == "shuffled":
