@@ -176,6 +176,7 @@ def make_questions() -> list[Question]:
                 EVIDENCE,
             ),
             own=lambda track: [CHANNELS_ALONE],
+            tracks=SINGLE_IMAGES,
         ),
         Question(
             title="Does Evidence earn its place?",
@@ -229,6 +230,7 @@ def make_questions() -> list[Question]:
             reference=setting,
             settings=tuple(replace(setting, layers=layers) for layers in LAYERS if layers != setting.layers),
             axis="layers",
+            tracks=SINGLE_IMAGES,
         )
         for setting in varied
     ]
@@ -249,6 +251,7 @@ def make_questions() -> list[Question]:
                 text="`none` prunes without re-scaling; `exact` measures the variance of the sum before and after.",
                 reference=setting,
                 settings=(replace(setting, conserve="none"), replace(setting, conserve="exact")),
+                tracks=SINGLE_IMAGES,
             )
         )
     found += [
@@ -258,6 +261,7 @@ def make_questions() -> list[Question]:
             "random.",
             reference=setting,
             settings=(replace(setting, masks="another"), replace(setting, masks="shuffled")),
+            tracks=SINGLE_IMAGES,
         )
         for setting in varied
     ]

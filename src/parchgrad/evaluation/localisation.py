@@ -5,9 +5,10 @@ A map that is zero everywhere points nowhere, and an empty region can not be met
 
 import math
 
+import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
-from torch.nn import functional
 
 from parchgrad.errors import InputError, SettingError
 
@@ -150,13 +151,9 @@ def pointing_game(heat: Tensor, region: Tensor, *, tolerance: float = 15.0) -> T
 
 
 def _widen(region: Tensor, tolerance: float) -> Tensor:
-    """Add all pixels within a distance of the region."""
-    reach = min(int(tolerance), max(region.shape[1:]))
-    steps = torch.arange(-reach, reach + 1, device=region.device)
-    disc = (steps.unsqueeze(0) ** 2 + steps.unsqueeze(1) ** 2 <= tolerance**2).float()
-    near = functional.conv2d(region.float().unsqueeze(1), disc.reshape(1, 1, *disc.shape), padding=reach)
-    # Counts of pixels, which an algorithm by transforms may have rounded.
-    return near.squeeze(1) > 0.5
+    """Add all pixels within a distance of the region; what is made of an empty one counts nowhere."""
+    near = [distance_transform_edt(~own) <= tolerance for own in region.cpu().numpy()]
+    return torch.from_numpy(np.stack(near)).to(region.device) if near else region
 
 
 def centre_gaussian(height: int, width: int, *, sigma: float = 0.25) -> Tensor:
