@@ -176,7 +176,6 @@ def make_questions() -> list[Question]:
                 EVIDENCE,
             ),
             own=lambda track: [CHANNELS_ALONE],
-            tracks=SINGLE_IMAGES,
         ),
         Question(
             title="Does Evidence earn its place?",
@@ -261,7 +260,6 @@ def make_questions() -> list[Question]:
             "random.",
             reference=setting,
             settings=(replace(setting, masks="another"), replace(setting, masks="shuffled")),
-            tracks=SINGLE_IMAGES,
         )
         for setting in varied
     ]
