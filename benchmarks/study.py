@@ -86,7 +86,8 @@ Written by `make study`. Means over the images; in brackets the interval (95 %) 
 a paired bootstrap over the images, or over whole mosaics. Bold is better than the reference, italic worse, each where
 the interval leaves out zero and stands on 20 images at least; the intervals are for one comparison each, so that some
 of so many leave out zero by chance. Arrows point where a score is better. Time is that of a map over the
-reference's, or the plain gradient's where it is in the table, as the machine took it in the run.
+reference's, or the plain gradient's where it is in the table, as the machine took it in the run: of a run that was
+continued beside other work it says little.
 
 """
 SANITY = ScoreSettings(families=("randomisation", "sensitivity"), draws=2)

@@ -410,6 +410,7 @@ def report(
     """Report what evaluations found: a page (report.html) and two tables (report.md, report.csv)."""
     with _err.status("Comparing"):
         from parchgrad.evaluation.report import relative_time, title_of
+        from parchgrad.evaluation.summary import FEWEST
         from parchgrad.files import check_outputs
         from parchgrad.reporting import HEADLINES, Report, make_report
 
@@ -433,8 +434,8 @@ def report(
         _out.print(table)
         _out.print()
     _out.print(
-        f"Green is better than the plain gradient, red worse, each by its {confidence:.0%} interval; "
-        "arrows point where a score is better.",
+        f"Green is better than the plain gradient, red worse, each by its {confidence:.0%} interval on {FEWEST} images "
+        "at least; arrows point where a score is better. The page has all scores, --score shows others here.",
         highlight=False,
     )
     _out.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, i
 from parchgrad.visual.maps import blend
 
 __all__ = ["HEADLINES", "Report", "make_report"]
+
+_LEGEND = """Means over the images. In brackets the interval of the difference to `{baseline}` on the same images, from
+a paired bootstrap: bold is better, italic worse, each where the interval leaves out zero and stands on {fewest} images
+at least. Arrows point where a score is better. Time is that of a map over that of `{baseline}`.
+"""
 
 # Edge in pixels of a picture among the examples, which keeps the page small.
 _EDGE = 192
@@ -91,7 +96,10 @@ class Report:
         """
         page, markdown, table = self.files(folder)
         check_outputs((page, markdown, table), force=force)
-        parts = [f"## {found.model}, {found.images} images\n\n{markdown_table(found)}\n" for found in self.summaries]
+        parts = [
+            _LEGEND.format(baseline=BASELINE, fewest=FEWEST),
+            *(f"## {found.model}, {found.images} images\n\n{markdown_table(found)}\n" for found in self.summaries),
+        ]
         tables = [csv_table(found).splitlines() for found in self.summaries]
         lines = [*tables[0][:1], *(line for found in tables for line in found[1:])]
         for path, text in (
@@ -148,9 +156,14 @@ def make_report(
     if not folders:
         raise InputError("A report needs one run at least; name the folders that evaluations wrote.")
     rows = tuple(tuple(read_rows(folder)) for folder in folders)
-    found = tuple(summarise(part, scores=scores, confidence=confidence, seed=seed) for part in rows)
+    found = tuple(_headlines_first(summarise(part, scores=scores, confidence=confidence, seed=seed)) for part in rows)
     examples = tuple(_read_examples(folder, part) for folder, part in zip(folders, rows, strict=True))
     return Report(summaries=found, rows=rows, examples=examples)
+
+
+def _headlines_first(summary: Summary) -> Summary:
+    """A wide table is read from the left."""
+    return replace(summary, scores=tuple(sorted(summary.scores, key=lambda name: name not in HEADLINES)))
 
 
 def _read_examples(folder: str | Path, rows: Sequence[Row]) -> Examples | None:
@@ -305,9 +318,10 @@ def _shown_examples(examples: Examples) -> dict[str, object]:
     title = SCORES[choice.score].title
     held = list(zip(choice.examples, examples.pictures, examples.maps, strict=True))
     return {
-        "note": f"Of the settings that compete, “{choice.leading}” has the best mean of {title}. Images are chosen by "
-        "how much better it is there than the plain gradient. Each map lies over its grey image, by its own scale: "
-        "dark where it is silent, violet to yellow where it speaks.",
+        "note": f"Of the settings with a selector, controls left out, “{choice.leading}” has the best mean of {title}; "
+        "whether it is better than the plain gradient at all, the table says. Images are chosen by how much better it "
+        "is there. Each map lies over its grey image, by its own scale: dark where it is silent, violet to yellow "
+        "where it speaks.",
         "groups": [
             {
                 "title": name,

@@ -14,6 +14,8 @@ __all__ = ["DARK", "LIGHT", "Curve", "Interval", "Theme", "curve_chart", "interv
 
 # Inches, of a picture that fills half of a page.
 _WIDTH = 6.4
+# Characters of a label of which two fit beside each other.
+_SHORT_LABEL = 38
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,16 +174,28 @@ def scatter_chart(
 
 
 def _figure(height: float, labels: Iterable[str]) -> Figure:
-    """Room for a chart of this height, in inches, and for a line of the legend for each two labels."""
-    lines = math.ceil(sum(bool(label) for label in labels) / 2)
+    """Room for a chart of this height, in inches, and for the lines of its legend."""
+    shown = [label for label in labels if label]
+    lines = math.ceil(len(shown) / _legend_columns(shown))
     return Figure(figsize=(_WIDTH, height + 0.19 * lines), layout="constrained")
 
 
 def _legend(figure: Figure, theme: Theme) -> None:
-    if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    if labels:
         figure.legend(
-            loc="outside lower left", ncols=2, frameon=False, fontsize=8.5, labelcolor=theme.ink, columnspacing=1.5
+            loc="outside lower left",
+            ncols=_legend_columns(labels),
+            frameon=False,
+            fontsize=8.5,
+            labelcolor=theme.ink,
+            columnspacing=1.5,
         )
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Two columns where the labels are short enough for them."""
+    return 2 if max(map(len, labels), default=0) <= _SHORT_LABEL else 1
 
 
 def _axes(figure: Figure, theme: Theme, x_label: str, y_label: str) -> Any:
