@@ -36,8 +36,8 @@ bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistic
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py --memory
 
-study: $(VENV)/.dev  ## vary every setting on three networks and write docs/study; an hour and a half, goes on where it stopped
-	$(BIN)/python benchmarks/study.py
+study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
+	$(BIN)/python -m benchmarks.study
 
 check: lint test  ## all that a change must pass
 

@@ -1,6 +1,6 @@
 """The study: what the method does on three networks, with every setting varied, from one command to `docs/study`.
 
-    python benchmarks/study.py [--data ../shared/data] [--runs outputs/study] [--out docs/study]
+    python -m benchmarks.study [--data ../shared/data] [--runs outputs/study] [--out docs/study]
 
 Generated shapes come with the package. Two more networks take part where the folder of data is there: ResNet-20 on
 CIFAR-10 (`cifar10`, see benchmarks/cifar10.py) and EfficientNet-Lite0 on one photograph for each ImageNet class
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10 import labelled, load_resnet20
+from benchmarks.cifar10 import labelled, load_resnet20
 from torch import nn
 from torch.utils.data import Dataset, Subset
 

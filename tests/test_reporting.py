@@ -167,6 +167,29 @@ def test_maps_of_random_weights_are_drawn_by_the_share_of_the_modules(tmp_path, 
     assert curves in drawn
 
 
+def test_a_run_that_is_not_finished_says_so(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "run.json").write_text('{"images": 40}')
+    page = make_report([folder]).save(tmp_path / "out")
+    for path in (page, page.with_suffix(".md")):
+        assert "12 of 40 images, since the run is not finished" in path.read_text()
+    (folder / "run.json").write_text('{"images": 12}')
+    text = make_report([folder]).save(tmp_path / "out", force=True).read_text()
+    assert "12 images, " in text
+    assert "not finished" not in text
+    (folder / "run.json").write_text("[")
+    with pytest.raises(InputError, match="evaluate it again"):
+        make_report([folder])
+
+
+def test_the_page_has_the_mean_rank_of_each_setting(tmp_path):
+    report = make_report([write_run(tmp_path / "run")])
+    text = report.save(tmp_path / "out").read_text()
+    summary = report.summaries[0]
+    for setting in summary.settings:
+        assert f"rank {summary.cells[setting, 'aopc'].rank:.1f}" in text
+
+
 def test_several_runs_stand_in_one_report(tmp_path):
     folders = [write_run(tmp_path / name, model=name) for name in ("first", "second")]
     report = make_report(folders)

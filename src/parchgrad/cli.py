@@ -418,7 +418,7 @@ def report(
         found = make_report(runs, scores=score, confidence=confidence)
         page = found.save(out, force=force)
     colours = {"better": "[green]", "worse": "[red]", "open": ""}
-    for summary in found.summaries:
+    for summary, count in zip(found.summaries, found.counts, strict=True):
         # The page has room for all, the terminal for a few.
         shown = summary.scores if score else [name for name in HEADLINES if name in summary.scores][:3]
         table = _table("setting", *(title_of(name) for name in shown), "time")
@@ -430,7 +430,7 @@ def report(
             texts = ["none" if math.isnan(cell.mean.value) else f"{cell.mean.value:.3f}" for cell in cells]
             marked = [f"{colours[cell.verdict]}{text}" for cell, text in zip(cells, texts, strict=True)]
             table.add_row(escape(setting), *marked, f"{relative_time(summary, setting):.2f}")
-        _out.print(f"{escape(summary.model)}, {summary.images} images", style="bold", highlight=False)
+        _out.print(f"{escape(summary.model)}, {count}", style="bold", highlight=False)
         _out.print(table)
         _out.print()
     _out.print(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,11 +78,13 @@ class Report:
         summaries: of each run.
         rows: of each run.
         examples: of each run; None where there are none.
+        counts: in words, how many images each run has, and of how many while it is not finished.
     """
 
     summaries: tuple[Summary, ...]
     rows: tuple[tuple[Row, ...], ...]
     examples: tuple[Examples | None, ...]
+    counts: tuple[str, ...]
 
     @staticmethod
     def files(folder: str | Path) -> tuple[Path, Path, Path]:
@@ -98,7 +101,10 @@ class Report:
         check_outputs((page, markdown, table), force=force)
         parts = [
             _LEGEND.format(baseline=BASELINE, fewest=FEWEST),
-            *(f"## {found.model}, {found.images} images\n\n{markdown_table(found)}\n" for found in self.summaries),
+            *(
+                f"## {found.model}, {count}\n\n{markdown_table(found)}\n"
+                for found, count in zip(self.summaries, self.counts, strict=True)
+            ),
         ]
         tables = [csv_table(found).splitlines() for found in self.summaries]
         lines = [*tables[0][:1], *(line for found in tables for line in found[1:])]
@@ -118,12 +124,13 @@ class Report:
         runs = [
             {
                 "summary": found,
+                "count": count,
                 "headers": [(title_of(name), name) for name in found.scores],
                 "lines": [_table_line(found, setting) for setting in found.settings],
                 "charts": _charts(found, rows),
                 "examples": None if examples is None else _shown_examples(examples),
             }
-            for found, rows, examples in zip(self.summaries, self.rows, self.examples, strict=True)
+            for found, rows, examples, count in zip(self.summaries, self.rows, self.examples, self.counts, strict=True)
         ]
         template = Environment(loader=PackageLoader("parchgrad"), autoescape=True).get_template("report.html")
         return template.render(runs=runs, version=__version__, baseline=BASELINE, fewest=FEWEST)
@@ -158,7 +165,17 @@ def make_report(
     rows = tuple(tuple(read_rows(folder)) for folder in folders)
     found = tuple(_headlines_first(summarise(part, scores=scores, confidence=confidence, seed=seed)) for part in rows)
     examples = tuple(_read_examples(folder, part) for folder, part in zip(folders, rows, strict=True))
-    return Report(summaries=found, rows=rows, examples=examples)
+    counts = tuple(_count_words(folder, part.images) for folder, part in zip(folders, found, strict=True))
+    return Report(summaries=found, rows=rows, examples=examples, counts=counts)
+
+
+def _count_words(folder: str | Path, images: int) -> str:
+    """How many images every setting has, and of how many."""
+    try:
+        asked = json.loads((Path(folder) / "run.json").read_text()).get("images", images)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"The run in {str(folder)!r} cannot be read ({error}); evaluate it again.") from error
+    return f"{images} images" if asked == images else f"{images} of {asked} images, since the run is not finished"
 
 
 def _headlines_first(summary: Summary) -> Summary:
@@ -179,7 +196,8 @@ def _table_line(summary: Summary, setting: str) -> dict[str, object]:
     cells = []
     for name in summary.scores:
         cell = summary.cells[setting, name]
-        cells.append({"cell": cell, "interval": _interval_text(cell), "mean": _number(cell.mean.value)})
+        rank = "" if math.isnan(cell.rank) else f"rank {cell.rank:.1f}"
+        cells.append({"cell": cell, "interval": _interval_text(cell), "mean": _number(cell.mean.value), "rank": rank})
     return {"setting": setting, "cells": cells, "time": _number(relative_time(summary, setting), digits=2)}
 
 
