@@ -15,7 +15,7 @@ def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
     Image.fromarray(data.coffee()).save("photo.jpg", quality=95)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert Path("map.png").stat().st_size > 10_000
