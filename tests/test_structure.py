@@ -44,7 +44,9 @@ ORDER = [
         "visual.charts",
         "visual.maps",
     },
-    {"collection", "configuration", "explanation", "demo", "reporting"},
+    {"collection", "configuration", "explanation", "demo", "reporting", "models.pretrained_models"},
+    {"hook_wrapper"},
+    {"attribution_methods"},
     {"cli"},
 ]
 SOURCE = Path(parchgrad.__file__).parent
