@@ -352,8 +352,10 @@ def _lay_out(
         if len(column) != len(photographs):
             raise InputError(f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs.")
     rows, columns = len(photographs), 1 + len(maps)
-    figure = Figure(figsize=(3.1 * columns, 3.25 * rows + 0.6), layout=_layout())
-    grid = figure.subplots(rows, columns, squeeze=False)
+    # Rows as high as their pictures, and titles: wide pictures would stand far apart.
+    heights = [3.1 * np.divide(*np.shape(photograph)[:2]) + 0.15 for photograph in photographs]
+    figure = Figure(figsize=(3.1 * columns, sum(heights) + 0.6), layout=_layout())
+    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     for row, photograph in enumerate(photographs):
         _show(grid[row, 0], _array(photograph), labels[row] if labels else "photograph")
         for axes, (name, column) in zip(grid[row, 1:], maps.items(), strict=True):
