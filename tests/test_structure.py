@@ -19,6 +19,7 @@ ORDER = [
     {"convolution"},
     {"engine"},
     {"attribution"},
+    {"recording"},
     {"data.images", "data.folders", "data.samples", "data.outlines", "shapes_network"},
     {"data.shapes"},
     {
@@ -43,8 +44,14 @@ ORDER = [
         "visual",
         "visual.charts",
         "visual.maps",
+        "visual.animation",
+        "visual.channels",
+        "visual.sweeps",
+        "visual.teaching",
     },
-    {"collection", "configuration", "explanation", "demo", "reporting"},
+    {"collection", "configuration", "explanation", "demo", "reporting", "models.pretrained_models"},
+    {"hook_wrapper"},
+    {"attribution_methods"},
     {"cli"},
 ]
 SOURCE = Path(parchgrad.__file__).parent
