@@ -81,6 +81,17 @@ def test_maps_that_cannot_be_shown(heat):
         normalise(heat)
 
 
+def test_rows_of_a_panel_are_as_high_as_their_pictures():
+    wide, square = np.zeros((20, 40, 3)), np.zeros((20, 20, 3))
+    figure = panel([wide, wide, square], {"gradient": [np.eye(20, 40), np.eye(20, 40), np.eye(20)]})
+    figure.draw_without_rendering()
+    first, second, third = (figure.axes[number].get_window_extent() for number in (0, 2, 4))
+    assert first.width / first.height == pytest.approx(2, rel=0.02)
+    # Between rows there is a title's room, not that of a square.
+    assert first.y0 - second.y1 < 0.3 * first.height
+    assert second.y0 - third.y1 < 0.3 * first.height
+
+
 def test_pictures_that_do_not_match():
     with pytest.raises(InputError, match="do not match"):
         blend(np.zeros((4, 4, 3)), np.zeros((5, 4)))
