@@ -147,7 +147,9 @@ def panel(
         if len(column) != len(photographs):
             raise InputError(f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs.")
     rows, columns = len(photographs), 1 + len(maps)
-    figure = Figure(figsize=(3.1 * columns, 3.25 * rows + 0.6), layout=_layout())
+    shapes = [np.shape(photograph) for photograph in photographs]
+    height = 3.1 * max(shape[0] / shape[1] for shape in shapes) + 0.15
+    figure = Figure(figsize=(3.1 * columns, height * rows + 0.6), layout=_layout())
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, photograph in enumerate(photographs):
         _show(grid[row, 0], _array(photograph), labels[row] if labels else "photograph")
