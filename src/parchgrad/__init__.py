@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from parchgrad._version import __version__
 
 if TYPE_CHECKING:
-    from parchgrad.attribution import Explainer, heatmap
+    from parchgrad.attribution import Explainer, heatmap, signed_heatmap
     from parchgrad.collection import collect_from_folder
     from parchgrad.engine import ParchGrad
     from parchgrad.errors import ParchGradError
@@ -59,11 +59,12 @@ __all__ = [
     "load_model",
     "merge_statistics",
     "partition_gradient",
+    "signed_heatmap",
 ]
 
 # Names are imported when first used: torch, Captum and timm take seconds, which `parchgrad --help` need not wait for.
 _MODULES = {
-    "attribution": ("Explainer", "heatmap"),
+    "attribution": ("Explainer", "heatmap", "signed_heatmap"),
     "engine": ("ParchGrad",),
     "errors": ("ParchGradError",),
     "explanation": ("Explanation", "explain_images"),

@@ -24,7 +24,7 @@ from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, ch
 from parchgrad.partition import Conserve, at_least_float32
 from parchgrad.selection import Selector
 
-__all__ = ["METHODS", "Explainer", "heatmap"]
+__all__ = ["METHODS", "Explainer", "heatmap", "signed_heatmap"]
 
 _CAPTUM_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gradient": ("Saliency", {"abs": False}),
@@ -186,9 +186,31 @@ def heatmap(attribution: Tensor) -> Tensor:
         tensor([[1., 0.],
                 [2., 4.]])
     """
-    if attribution.dim() < 3:
-        raise InputError(f"The attribution has shape {tuple(attribution.shape)}, but a heat map needs (B, C, *S).")
+    _check_map(attribution)
     return attribution.abs().mean(dim=1)
+
+
+def signed_heatmap(attribution: Tensor) -> Tensor:
+    """Average an attribution over colour channels with its sign: positive where it speaks for the class.
+
+    Colour channels of opposite sign cancel, as they do in the score.
+
+    Args:
+        attribution: shape (B, C, *S).
+
+    Returns:
+        Signed map, shape (B, *S).
+
+    Raises:
+        InputError: if there are no spatial dimensions.
+
+    Example:
+        >>> signed_heatmap(torch.tensor([[[1.0, 0.0]], [[-2.0, 4.0]]]))
+        tensor([[ 1.,  0.],
+                [-2.,  4.]])
+    """
+    _check_map(attribution)
+    return attribution.mean(dim=1)
 
 
 class _Logits(nn.Module):
@@ -243,6 +265,11 @@ def _mismatch(model: nn.Module, inputs: Tensor, message: str) -> str | None:
             "convert one of them with .to()."
         )
     return None
+
+
+def _check_map(attribution: Tensor) -> None:
+    if attribution.dim() < 3:
+        raise InputError(f"The attribution has shape {tuple(attribution.shape)}, but a heat map needs (B, C, *S).")
 
 
 def _check_inputs(inputs: Tensor) -> None:

@@ -21,7 +21,7 @@ from parchgrad.files import check_outputs, writing
 from parchgrad.models import OFFLINE_MODEL, Classifier, load_model
 from parchgrad.selection import ClassWise, GradientEnergy, Selector
 from parchgrad.statistics import ChannelStatistics
-from parchgrad.visual import blend, panel, save_figure
+from parchgrad.visual import blend, panel, save_figure, shared_top
 from parchgrad.visual.maps import COLOUR_MAP
 
 __all__ = ["Demonstration", "demonstrate"]
@@ -89,12 +89,16 @@ class Demonstration:
 
         environment = jinja2.Environment(loader=jinja2.PackageLoader("parchgrad"), autoescape=True)
         maps_of_photographs = self._maps()
+        top = shared_top(
+            heat for found in (maps_of_photographs, self.mosaic_maps) for maps in found.values() for heat in maps
+        )
         return environment.get_template("demo.html").render(
             version=__version__,
             model=OFFLINE_MODEL,
             quantile=QUANTILE,
             layers=LAYERS,
             chance=CHANCE,
+            top=top,
             colours=[matplotlib.colors.to_hex(c) for c in matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, 12))],
             photographs=[
                 {
@@ -102,7 +106,7 @@ class Demonstration:
                     "predictions": explanation.predictions[:3],
                     "picture": _embed(explanation.picture),
                     "maps": {
-                        method: _embed(blend(explanation.picture, heats[index]))
+                        method: _embed(blend(explanation.picture, heats[index], top=top))
                         for method, heats in maps_of_photographs.items()
                     },
                 }
@@ -115,7 +119,7 @@ class Demonstration:
                     "cell": ("top left", "top right", "bottom left", "bottom right")[index],
                     "maps": {
                         method: {
-                            "picture": _embed(blend(self.mosaic, maps[index])),
+                            "picture": _embed(blend(self.mosaic, maps[index], top=top)),
                             "share": self.shares[method][index],
                         }
                         for method, maps in self.mosaic_maps.items()

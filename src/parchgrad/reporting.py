@@ -34,7 +34,7 @@ from parchgrad.evaluation.summary import FEWEST
 from parchgrad.files import check_outputs, writing
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS
 from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
-from parchgrad.visual.maps import blend
+from parchgrad.visual.maps import paint
 
 __all__ = ["HEADLINES", "Report", "make_report"]
 
@@ -338,8 +338,8 @@ def _shown_examples(examples: Examples) -> dict[str, object]:
     return {
         "note": f"Of the settings with a selector, controls left out, “{choice.leading}” has the best mean of {title}; "
         "whether it is better than the plain gradient at all, the table says. Images are chosen by how much better it "
-        "is there. Each map lies over its grey image, by its own scale: dark where it is silent, violet to yellow "
-        "where it speaks.",
+        "is there. Each map lies over its grey image, those of one image by one scale, in multiples of a map's mean: "
+        "dark where it is silent, violet to yellow where it speaks.",
         "groups": [
             {
                 "title": name,
@@ -351,7 +351,11 @@ def _shown_examples(examples: Examples) -> dict[str, object]:
                         "pictures": [
                             {"title": "image", "value": "", "source": _embed(picture / 255)},
                             *(
-                                {"title": setting, "value": _value(value), "source": _embed(blend(picture / 255, heat))}
+                                {
+                                    "title": setting,
+                                    "value": _value(value),
+                                    "source": _embed(paint(picture / 255, heat / 255)),
+                                }
                                 for setting, value, heat in zip(choice.settings, example.values, maps, strict=True)
                             ),
                         ],

@@ -290,7 +290,14 @@ def test_a_run_keeps_its_examples(tmp_path):
         images, target = sample.image.double().unsqueeze(0), torch.tensor([sample.label])
         for row, method in ((0, pg.Explainer(network, None)), (2, grad_cam(network))):
             heat = method(images, target) if row else pg.heatmap(method.attribute(images, target))
-            np.testing.assert_allclose(found.maps[place][row] / 255, normalise(heat[0]), atol=0.51 / 255)
+            assert_is_drawn(found.maps[place][row], heat[0])
+
+
+def assert_is_drawn(levels, heat):
+    """The map at some scale, which others of the image share, and clipped there."""
+    heat, shown = np.asarray(heat), levels < 255
+    top = 255 * float(np.median(heat[shown & (levels > 60)] / levels[shown & (levels > 60)]))
+    np.testing.assert_allclose(levels / 255, np.clip(heat / top, 0, 1), atol=1.5 / 255)
 
 
 def test_a_setting_is_had_back_from_its_rows(tmp_path):
@@ -348,7 +355,7 @@ def test_a_method_of_the_callers_own_may_lead_while_it_is_at_hand(tmp_path):
     found = Examples.load(path)
     assert found.choice.settings == ("gradient", "bright", "Grad-CAM")
     image = Noise()[found.choice.best[0].index].image
-    np.testing.assert_allclose(found.maps[0][1] / 255, normalise(image.abs().mean(0)), atol=0.51 / 255)
+    assert_is_drawn(found.maps[0][1], image.abs().mean(0))
     path.unlink()
     run(tmp_path, SETTINGS[:2])
     assert not path.exists(), "nobody knows any more how its maps are made"

@@ -6,7 +6,18 @@ import torch
 from PIL import Image
 
 from parchgrad.errors import InputError, OutputError, SettingError
-from parchgrad.visual import blend, normalise, overlay, panel, save_figure
+from parchgrad.visual import (
+    blend,
+    blend_signed,
+    normalise,
+    overlay,
+    paint,
+    panel,
+    relative,
+    save_figure,
+    shared_top,
+    signed_panel,
+)
 
 
 def test_normalise_clips_at_the_percentile():
@@ -89,3 +100,77 @@ def test_maps_of_half_precision_are_drawn_as_any_others():
     heat = torch.rand(6, 6)
     for dtype in (torch.bfloat16, torch.float16):
         np.testing.assert_allclose(normalise(heat.to(dtype)), normalise(heat.to(dtype).double()))
+
+
+def test_one_scale_serves_maps_of_any_unit():
+    generator = np.random.default_rng(0)
+    spread, sharp = generator.uniform(size=(20, 30)), generator.uniform(size=(20, 30)) ** 8
+    multiples = [heat / heat.mean() for heat in (spread, sharp)]
+    tops = sorted(np.percentile(values, 99.5) for values in multiples)
+    top = shared_top([spread, 1e-30 * sharp])
+    assert top == pytest.approx(sum(tops) / 2)
+    # Of three the middle one; an empty map has no say.
+    assert shared_top([spread, spread, sharp, 0 * sharp]) == pytest.approx(tops[0])
+    assert shared_top([0 * sharp]) == 1
+    photograph = generator.uniform(size=(20, 30, 3))
+    for unit in (1, 1e-30, 1e30):
+        found = blend(photograph, unit * sharp, top=top)
+        np.testing.assert_allclose(found, paint(photograph, np.clip(multiples[1] / top, 0, 1)), atol=1e-9)
+
+
+def test_a_signed_map_is_red_for_and_blue_against_the_class():
+    photograph = np.full((1, 3, 3), 0.4)
+    found = blend_signed(photograph, [[3.0, -3.0, 0.0]], top=1.5)
+    red, blue = (np.array(matplotlib.colormaps["RdBu_r"](end)[:3]) for end in (1.0, 0.0))
+    np.testing.assert_allclose(found[0, :2], [red, blue])
+    np.testing.assert_allclose(found[0, 2], 0.65 * 0.4 + 0.35 * np.array(matplotlib.colormaps["RdBu_r"](0.5)[:3]))
+    # Half way: a magnitude of half the scale.
+    half = blend_signed(photograph, [[1.0, -3.0, 2.0]], top=1.0)[0, 0]
+    weight = 0.35 + 0.65 * np.sqrt(0.5)
+    np.testing.assert_allclose(half, (1 - weight) * 0.4 + weight * np.array(matplotlib.colormaps["RdBu_r"](0.75)[:3]))
+
+
+def test_opacity_goes_from_the_photograph_to_the_map():
+    photograph = np.zeros((1, 2, 3))
+    photograph[...] = [0.2, 0.4, 0.6]
+    heat = np.array([[0.0, 1.0]])
+    np.testing.assert_allclose(blend(photograph, heat, opacity=0), photograph)
+    grey = 0.2126 * 0.2 + 0.7152 * 0.4 + 0.0722 * 0.6
+    bright = np.array(matplotlib.colormaps["inferno"](1.0)[:3])
+    half = 0.5 * (0.5 * grey + 0.5 * photograph[0, 1]) + 0.5 * bright
+    np.testing.assert_allclose(blend(photograph, heat, opacity=0.5)[0, 1], half)
+    with pytest.raises(SettingError, match=r"opacity is 1.5, but it must lie in \[0, 1\]"):
+        blend(photograph, heat, opacity=1.5)
+
+
+def test_maps_of_a_panel_share_one_scale():
+    generator = np.random.default_rng(1)
+    photographs = [generator.uniform(size=(12, 12, 3)) for _ in range(2)]
+    signed = {name: [generator.normal(size=(12, 12)) for _ in range(2)] for name in ("gradient", "ParchGrad")}
+    heats = {name: [abs(values) for values in column] for name, column in signed.items()}
+    for draw, blended, maps, ends in (
+        (panel, blend, heats, 0),
+        (signed_panel, blend_signed, signed, -1),
+    ):
+        figure = draw(photographs, maps)
+        top = shared_top([*maps["gradient"], *maps["ParchGrad"]])
+        bar = figure.axes[-1]
+        assert bar.get_xlim() == pytest.approx((ends * top, top))
+        assert "mean" in bar.get_xlabel()
+        shown = np.asarray(figure.axes[5].images[0].get_array())
+        np.testing.assert_allclose(shown, blended(photographs[1], maps["ParchGrad"][1], top=top), atol=1e-12)
+
+
+@pytest.mark.parametrize("top", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_ends_at_a_positive_number(top):
+    with pytest.raises(SettingError, match="must end at a positive number"):
+        blend(np.zeros((2, 2, 3)), np.eye(2), top=top)
+
+
+def test_values_that_cannot_be_painted():
+    with pytest.raises(InputError, match=r"outside of \[0, 1\]"):
+        paint(np.zeros((2, 2, 3)), 2 * np.eye(2))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        relative([[np.inf, 1.0]])
+    with pytest.raises(InputError, match=r"one map \(H, W\)"):
+        relative([1.0, 2.0])

@@ -20,7 +20,7 @@ from parchgrad.evaluation.methods import CONTROLS, Method
 from parchgrad.evaluation.scores import HEADLINES, SCORES
 from parchgrad.evaluation.summary import valid_mean
 from parchgrad.files import writing
-from parchgrad.visual.maps import normalise
+from parchgrad.visual.maps import normalise, shared_top
 
 __all__ = ["EXAMPLES_FILE", "Choice", "Example", "Examples", "MakePicture", "choose_examples", "make_examples"]
 
@@ -93,7 +93,7 @@ class Examples:
         choice: which images and settings.
         categories: names of the classes that occur, by index.
         pictures: of each image, (H, W, 3), 256 levels.
-        maps: of each image, (settings, H, W), 256 levels, each map by its own scale; see `normalise`.
+        maps: of each image, (settings, H, W), 256 levels, the maps of an image by one scale; see `shared_top`.
     """
 
     choice: Choice
@@ -278,7 +278,8 @@ def make_examples(
         heats = [methods[title](images, target)[0].detach().cpu() for title in choice.settings]
         # A map that is not finite has no score, and nothing that could be drawn.
         heats = [heat if heat.isfinite().all() else torch.zeros_like(heat) for heat in heats]
-        maps.append(np.stack([_levels(normalise(heat)) for heat in heats]))
+        top = shared_top(heats)
+        maps.append(np.stack([_levels(normalise(heat, top=top)) for heat in heats]))
     held = {index for example in choice.examples for index in (example.label, example.target, example.predicted)}
     categories = {
         index: data.categories[index] if index < len(data.categories) else f"class {index}" for index in sorted(held)

@@ -1,5 +1,27 @@
 """Pictures of attributions. Functions return figures or arrays; saving them is a separate step."""
 
-from parchgrad.visual.maps import blend, normalise, overlay, panel, save_figure
+from parchgrad.visual.maps import (
+    blend,
+    blend_signed,
+    normalise,
+    overlay,
+    paint,
+    panel,
+    relative,
+    save_figure,
+    shared_top,
+    signed_panel,
+)
 
-__all__ = ["blend", "normalise", "overlay", "panel", "save_figure"]
+__all__ = [
+    "blend",
+    "blend_signed",
+    "normalise",
+    "overlay",
+    "paint",
+    "panel",
+    "relative",
+    "save_figure",
+    "shared_top",
+    "signed_panel",
+]

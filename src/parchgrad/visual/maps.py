@@ -1,6 +1,7 @@
 """Heat maps over photographs."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,80 +17,206 @@ from torch import Tensor
 from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.files import writing
 
-__all__ = ["COLOUR_MAP", "blend", "normalise", "overlay", "panel", "save_figure"]
+__all__ = [
+    "COLOUR_MAP",
+    "SIGNED_COLOUR_MAP",
+    "blend",
+    "blend_signed",
+    "normalise",
+    "overlay",
+    "paint",
+    "panel",
+    "relative",
+    "save_figure",
+    "shared_top",
+    "signed_panel",
+]
 
 Picture: TypeAlias = NDArray[np.floating[Any]]
+Column: TypeAlias = Sequence[ArrayLike]
 
 COLOUR_MAP = "inferno"
-"""Perceptually uniform, and readable with any colour vision."""
+"""Of magnitudes: perceptually uniform, and readable with any colour vision."""
+SIGNED_COLOUR_MAP = "RdBu_r"
+"""Of signed maps: red speaks for the class, blue against it; told apart with any colour vision."""
 _PERCENTILE = 99.5
-_BAR_LABEL = f"|attribution|, relative to each map's {_PERCENTILE:g}th percentile"
+_OWN_SCALE = f"|attribution|, relative to the map's {_PERCENTILE:g}th percentile"
+_SHARED_SCALE = "|attribution|, in multiples of each map's mean"
+_SIGNED_SCALE = "attribution, in multiples of each map's mean magnitude: for the class (red), against it (blue)"
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 
 
-def normalise(heat: ArrayLike, *, percentile: float = _PERCENTILE) -> Picture:
-    """Scale a non-negative map so that a percentile of it becomes 1, and clip what lies above.
+def normalise(heat: ArrayLike, *, percentile: float = _PERCENTILE, top: float | None = None) -> Picture:
+    """Scale a non-negative map so that a percentile of it, or a given multiple of its mean, becomes 1; clip the rest.
 
     Clipping keeps single bright pixels from darkening the rest.
 
     Args:
         heat: map (H, W).
-        percentile: in (0, 100].
+        percentile: in (0, 100]; unused where `top` is given.
+        top: what becomes 1, in multiples of the map's mean, for maps that are compared; see `shared_top`.
 
     Returns:
         Map (H, W) in [0, 1]; zero everywhere if the percentile is zero and so is the map.
 
     Raises:
         InputError: if the map is not two-dimensional, or holds negative or non-finite values.
-        SettingError: if `percentile` is out of range.
+        SettingError: if `percentile` or `top` is out of range.
 
     Example:
         >>> normalise([[0.0, 1.0], [2.0, 4.0]], percentile=100)
         array([[0.  , 0.25],
                [0.5 , 1.  ]])
     """
-    if not 0 < percentile <= 100:
-        raise SettingError(f"percentile is {percentile}, but it must lie in (0, 100].")
+    _check_percentile(percentile)
     values = _array(heat)
     if values.ndim != 2:
         raise InputError(f"The map has shape {values.shape}, but one map (H, W) is needed.")
     if not np.isfinite(values).all() or (values < 0).any():
         raise InputError("The map holds negative, NaN or infinite values; a heat map is needed, see heatmap().")
-    top = np.percentile(values, percentile)
+    if top is not None:
+        scaled: Picture = np.clip(relative(values) / _checked_top(top), 0, 1)
+        return scaled
     # A map that is zero at nearly every pixel still has something to show.
-    top = top if top > 0 else values.max()
-    if top > 0:
-        values = np.clip(values / top, 0, 1)
+    end = np.percentile(values, percentile) or values.max()
+    if end > 0:
+        values = np.clip(values / end, 0, 1)
     return values
 
 
-def blend(photograph: ArrayLike, heat: ArrayLike) -> Picture:
+def relative(values: ArrayLike) -> Picture:
+    """Express a map in multiples of its mean magnitude, so that maps of different methods and images compare.
+
+    Gradients with other layers edited, or of other methods, come in other units; the share of the map in a place does
+    not depend on them.
+
+    Args:
+        values: map (H, W), signed or not.
+
+    Returns:
+        Map (H, W) whose magnitude is 1 on average; zero everywhere if the map is.
+
+    Raises:
+        InputError: if the map is not two-dimensional, or holds non-finite values.
+
+    Example:
+        >>> relative([[0.0, 1.0], [-1.0, 2.0]])
+        array([[ 0.,  1.],
+               [-1.,  2.]])
+    """
+    found = _array(values)
+    if found.ndim != 2:
+        raise InputError(f"The map has shape {found.shape}, but one map (H, W) is needed.")
+    if not np.isfinite(found).all():
+        raise InputError("The map holds NaN or infinite values; look for where they began.")
+    # The mean of the largest numbers overflows, and that of the smallest vanishes.
+    peak = np.abs(found).max(initial=0)
+    if peak == 0:
+        return found
+    found = found / peak
+    multiples: Picture = found / np.abs(found).mean()
+    return multiples
+
+
+def shared_top(maps: Iterable[ArrayLike], *, percentile: float = _PERCENTILE) -> float:
+    """Find where one scale for several maps ends: the median of the maps' percentiles.
+
+    The largest of them would leave the spread maps dark, the smallest would clip most of the sharp ones.
+
+    Args:
+        maps: maps (H, W), signed or not; those that are zero everywhere do not count.
+        percentile: of each map's magnitude, in (0, 100].
+
+    Returns:
+        The end of the scale, in multiples of a map's mean magnitude; 1 where no map counts.
+
+    Raises:
+        InputError: if a map is not two-dimensional, or holds non-finite values.
+        SettingError: if `percentile` is out of range.
+
+    Example:
+        >>> shared_top([[[1.0, 1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0, 4.0]], [[0.0, 1.0, 0.0, 1.0]]], percentile=100)
+        2.0
+    """
+    _check_percentile(percentile)
+    tops = [np.percentile(magnitude, percentile) or magnitude.max() for magnitude in map(np.abs, map(relative, maps))]
+    counting = [top for top in tops if top > 0]
+    return float(np.median(counting)) if counting else 1.0
+
+
+def blend(photograph: ArrayLike, heat: ArrayLike, *, top: float | None = None, opacity: float = 1.0) -> Picture:
     """Lay a heat map over the grey photograph: dark where it is silent, coloured where it speaks.
 
     Args:
         photograph: (H, W, 3) in [0, 1].
         heat: non-negative map (H, W), of any scale.
+        top: where the scale ends, in multiples of the map's mean, for maps that are compared (see `shared_top`); None
+            scales this map by its own percentile.
+        opacity: of the map, in [0, 1]; 0 is the photograph in its own colours.
 
     Returns:
         Picture (H, W, 3) in [0, 1].
 
     Raises:
         InputError: if the two differ in size, or the map is no heat map.
+        SettingError: if a setting is out of range.
 
     Example:
         >>> blend(np.ones((2, 2, 3)), np.eye(2)).shape
         (2, 2, 3)
     """
-    picture, values = _array(photograph), normalise(heat)
-    if picture.shape != (*values.shape, 3):
-        raise InputError(f"A photograph of shape {picture.shape} and a map of shape {values.shape} do not match.")
-    if picture.min() < 0 or picture.max() > 1:
-        raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
-    grey = (picture @ np.array([0.2126, 0.7152, 0.0722]))[..., None]
-    colours = matplotlib.colormaps[COLOUR_MAP](values)[..., :3]
-    # The photograph shows through where there is little to say, and gives way where there is much.
-    opacity = 0.35 + 0.65 * np.sqrt(values)[..., None]
-    blended: Picture = (1 - opacity) * grey + opacity * colours
-    return blended
+    return paint(photograph, normalise(heat, top=top), opacity=opacity)
+
+
+def paint(photograph: ArrayLike, values: ArrayLike, *, opacity: float = 1.0) -> Picture:
+    """Lay a map that is scaled already over the grey photograph, as `blend` does.
+
+    Args:
+        photograph: (H, W, 3) in [0, 1].
+        values: map (H, W) in [0, 1]; see `normalise`.
+        opacity: of the map, in [0, 1].
+
+    Returns:
+        Picture (H, W, 3) in [0, 1].
+
+    Raises:
+        InputError: if the two differ in size, or a value is out of range.
+        SettingError: if `opacity` is out of range.
+
+    Example:
+        >>> paint(np.ones((1, 2, 3)), [[0.0, 1.0]], opacity=0).tolist()
+        [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]
+    """
+    scaled = _array(values)
+    if not ((scaled >= 0) & (scaled <= 1)).all():
+        raise InputError("The map holds values outside of [0, 1]; scale it first, see normalise().")
+    return _mix(photograph, matplotlib.colormaps[COLOUR_MAP](scaled)[..., :3], scaled, opacity)
+
+
+def blend_signed(
+    photograph: ArrayLike, signed: ArrayLike, *, top: float | None = None, opacity: float = 1.0
+) -> Picture:
+    """Lay a signed map over the grey photograph: red where it speaks for the class, blue where against it.
+
+    Args:
+        photograph: (H, W, 3) in [0, 1].
+        signed: map (H, W), of any scale; see `signed_heatmap`.
+        top: where the scale ends on either side, in multiples of the map's mean magnitude; None takes its percentile.
+        opacity: of the map, in [0, 1]; 0 is the photograph in its own colours.
+
+    Returns:
+        Picture (H, W, 3) in [0, 1].
+
+    Raises:
+        InputError: if the two differ in size, or the map holds non-finite values.
+        SettingError: if a setting is out of range.
+
+    Example:
+        >>> blend_signed(np.ones((2, 2, 3)), [[1.0, -1.0], [0.0, 0.0]]).shape
+        (2, 2, 3)
+    """
+    values = np.clip(relative(signed) / (shared_top([signed]) if top is None else _checked_top(top)), -1, 1)
+    return _mix(photograph, matplotlib.colormaps[SIGNED_COLOUR_MAP](0.5 + values / 2)[..., :3], np.abs(values), opacity)
 
 
 def overlay(photograph: ArrayLike, heat: ArrayLike, *, title: str = "") -> Figure:
@@ -113,17 +240,12 @@ def overlay(photograph: ArrayLike, heat: ArrayLike, *, title: str = "") -> Figur
     figure = Figure(figsize=(4.6, 4.6), layout=_layout())
     axes = figure.subplots()
     _show(axes, blend(photograph, heat), title)
-    _colour_bar(figure, [axes])
+    _colour_bar(figure, [axes], COLOUR_MAP, (0, 1), _OWN_SCALE)
     return figure
 
 
-def panel(
-    photographs: Sequence[ArrayLike],
-    maps: Mapping[str, Sequence[ArrayLike]],
-    *,
-    labels: Sequence[str] | None = None,
-) -> Figure:
-    """Draw photographs row by row, each beside its maps; all maps share one colour bar.
+def panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[str] | None = None) -> Figure:
+    """Draw photographs row by row, each beside its maps; all maps share one scale, in multiples of a map's mean.
 
     Args:
         photographs: pictures (H, W, 3) in [0, 1].
@@ -141,21 +263,34 @@ def panel(
         >>> [axes.get_title() for axes in figure.axes[:3]]
         ['photograph', 'gradient', 'ParchGrad']
     """
-    if not photographs or (labels is not None and len(labels) != len(photographs)):
-        raise InputError(f"A panel of {len(photographs)} photographs needs at least one, and as many labels.")
-    for name, column in maps.items():
-        if len(column) != len(photographs):
-            raise InputError(f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs.")
-    rows, columns = len(photographs), 1 + len(maps)
-    shapes = [np.shape(photograph) for photograph in photographs]
-    height = 3.1 * max(shape[0] / shape[1] for shape in shapes) + 0.15
-    figure = Figure(figsize=(3.1 * columns, height * rows + 0.6), layout=_layout())
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for row, photograph in enumerate(photographs):
-        _show(grid[row, 0], _array(photograph), labels[row] if labels else "photograph")
-        for axes, (name, column) in zip(grid[row, 1:], maps.items(), strict=True):
-            _show(axes, blend(photograph, column[row]), name)
-    _colour_bar(figure, list(grid.flat))
+    top = shared_top(heat for column in maps.values() for heat in column)
+    figure, axes = _lay_out(photographs, maps, labels, lambda picture, heat: blend(picture, heat, top=top))
+    _colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
+    return figure
+
+
+def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[str] | None = None) -> Figure:
+    """Draw photographs row by row, each beside its signed maps; all share one diverging scale about zero.
+
+    Args:
+        photographs: pictures (H, W, 3) in [0, 1].
+        maps: for each column's title the signed maps (H, W) of all photographs; see `signed_heatmap`.
+        labels: title of each photograph; default "photograph".
+
+    Returns:
+        A figure of its own, unknown to pyplot.
+
+    Raises:
+        InputError: if a column has not one map per photograph, or a map does not match its photograph.
+
+    Example:
+        >>> figure = signed_panel([np.ones((4, 4, 3))], {"gradient": [np.eye(4) - 0.5]})
+        >>> [axes.get_title() for axes in figure.axes[:2]]
+        ['photograph', 'gradient']
+    """
+    top = shared_top(signed for column in maps.values() for signed in column)
+    figure, axes = _lay_out(photographs, maps, labels, lambda picture, signed: blend_signed(picture, signed, top=top))
+    _colour_bar(figure, axes, SIGNED_COLOUR_MAP, (-top, top), _SIGNED_SCALE)
     return figure
 
 
@@ -178,6 +313,56 @@ def _array(values: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(values.detach().double().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
 
 
+def _check_percentile(percentile: float) -> None:
+    if not 0 < percentile <= 100:
+        raise SettingError(f"percentile is {percentile}, but it must lie in (0, 100].")
+
+
+def _checked_top(top: float) -> float:
+    if not 0 < top < math.inf:
+        raise SettingError(f"top is {top}, but the scale must end at a positive number, such as shared_top(maps).")
+    return top
+
+
+def _mix(photograph: ArrayLike, colours: Picture, strength: Picture, opacity: float) -> Picture:
+    """The photograph shows through where there is little to say, and gives way where there is much."""
+    if not 0 <= opacity <= 1:
+        raise SettingError(f"opacity is {opacity}, but it must lie in [0, 1].")
+    picture = _array(photograph)
+    if picture.shape != (*strength.shape, 3):
+        raise InputError(f"A photograph of shape {picture.shape} and a map of shape {strength.shape} do not match.")
+    if picture.min() < 0 or picture.max() > 1:
+        raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
+    grey = (picture @ _LUMINANCE)[..., None]
+    weight = opacity * (0.35 + 0.65 * np.sqrt(strength)[..., None])
+    mixed: Picture = (1 - weight) * (opacity * grey + (1 - opacity) * picture) + weight * colours
+    return mixed
+
+
+def _lay_out(
+    photographs: Column,
+    maps: Mapping[str, Column],
+    labels: Sequence[str] | None,
+    draw: Callable[[ArrayLike, ArrayLike], Picture],
+) -> tuple[Figure, list[Any]]:
+    """Photographs in the first column, their maps, drawn over them, in the others."""
+    if not photographs or (labels is not None and len(labels) != len(photographs)):
+        raise InputError(f"A panel of {len(photographs)} photographs needs at least one, and as many labels.")
+    for name, column in maps.items():
+        if len(column) != len(photographs):
+            raise InputError(f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs.")
+    rows, columns = len(photographs), 1 + len(maps)
+    shapes = [np.shape(photograph) for photograph in photographs]
+    height = 3.1 * max(shape[0] / shape[1] for shape in shapes) + 0.15
+    figure = Figure(figsize=(3.1 * columns, height * rows + 0.6), layout=_layout())
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for row, photograph in enumerate(photographs):
+        _show(grid[row, 0], _array(photograph), labels[row] if labels else "photograph")
+        for axes, (name, column) in zip(grid[row, 1:], maps.items(), strict=True):
+            _show(axes, draw(photograph, column[row]), name)
+    return figure, list(grid.flat)
+
+
 def _layout() -> ConstrainedLayoutEngine:
     # A margin in inches: titles would touch the edge.
     return ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
@@ -189,9 +374,10 @@ def _show(axes: Any, picture: NDArray[Any], title: str) -> None:
     axes.set_axis_off()
 
 
-def _colour_bar(figure: Figure, axes: list[Any]) -> None:
-    scale = ScalarMappable(Normalize(0, 1), COLOUR_MAP)
-    bar = figure.colorbar(scale, ax=axes, location="bottom", shrink=0.7, aspect=45, pad=0.02)
-    bar.set_label(_BAR_LABEL, fontsize=9)
+def _colour_bar(figure: Figure, axes: list[Any], colours: str, ends: tuple[float, float], label: str) -> None:
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(*ends), colours), ax=axes, location="bottom", shrink=0.7, aspect=45, pad=0.02
+    )
+    bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
