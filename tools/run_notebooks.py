@@ -1,6 +1,8 @@
-"""Run the notebooks of docs/ in an empty folder and write their outputs into them; pictures as JPEG, which keeps them small.
+"""Run the notebooks of docs/ in an empty folder and write their outputs into them.
 
-    python tools/run_notebooks.py [docs/tutorial.ipynb ...]
+Pictures become JPEG, which keeps the files small.
+
+python tools/run_notebooks.py [docs/tutorial.ipynb ...]
 """
 
 import argparse
@@ -25,9 +27,7 @@ def run(path: Path) -> None:
         resources = {"metadata": {"path": folder}}
         # Of bars that nobody would see move.
         quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
-        client = NotebookClient(
-            notebook, timeout=600, resources=resources, record_timing=False, coalesce_streams=True
-        )
+        client = NotebookClient(notebook, timeout=600, resources=resources, record_timing=False, coalesce_streams=True)
         client.execute(env=quiet)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
