@@ -11,6 +11,7 @@ from parchgrad.visual.maps import (
     save_figure,
     shared_top,
     signed_panel,
+    strip,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "save_figure",
     "shared_top",
     "signed_panel",
+    "strip",
 ]
