@@ -30,7 +30,7 @@ myst_heading_anchors = 3
 myst_update_mathjax = False
 html_math_renderer = "mathml"
 
-# In a docstring single backticks stand around names; those that are documented become links.
+# In docstrings single backticks stand around names; documented ones become links.
 default_role = "py:obj"
 add_module_names = False
 autoclass_content = "both"
@@ -43,12 +43,19 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_title = f"ParchGrad {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {
-    "light_css_variables": {"color-brand-primary": "#7a3b9a", "color-brand-content": "#7a3b9a"},
-    "dark_css_variables": {"color-brand-primary": "#d9a0f0", "color-brand-content": "#d9a0f0"},
+    "light_css_variables": {
+        "color-brand-primary": "#7a3b9a",
+        "color-brand-content": "#7a3b9a",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#d9a0f0",
+        "color-brand-content": "#d9a0f0",
+    },
 }

@@ -51,7 +51,7 @@ def pages_with(language, slow=()):
 
 def commands_of(path):
     """The commands of this package on a page, as lists of words, without what comes before `parchgrad`."""
-    for line in "".join(blocks_of(path, "sh")).splitlines():
+    for line in "".join(blocks_of(path, "sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if "parchgrad" in words and words[0] in ("parchgrad", "torchrun"):
             yield line, words[words.index("parchgrad") + 1 :]

@@ -8,13 +8,17 @@ from sphinx.application import Sphinx
 _STAR = re.compile(r"(?<![\w*\\`])(\*{1,2})(?=\w)")
 
 
-def escape_stars(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def escape_stars(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
     """Escape asterisks before words, other than in examples and between backticks."""
     for number, line in enumerate(lines):
         if line.lstrip().startswith((">>>", "...")):
             continue
         parts = re.split(r"(``.*?``|`[^`]*`)", line)
-        parts[::2] = [_STAR.sub(lambda found: "\\*" * len(found[1]), part) for part in parts[::2]]
+        parts[::2] = [
+            _STAR.sub(lambda found: "\\*" * len(found[1]), part) for part in parts[::2]
+        ]
         lines[number] = "".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: the pages need neither a network nor a script."""
+"""Formulas as MathML, which browsers draw by themselves, without network or script."""
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -17,7 +17,9 @@ def visit_displaymath(translator: HTML5Translator, node: nodes.math_block) -> No
     """Write a formula that stands alone, with its number where it has one."""
     translator.body.append(translator.starttag(node, "div", CLASS="math"))
     if node["number"]:
-        translator.body.append(f'<span class="eqno">({get_node_equation_number(translator, node)})')
+        translator.body.append(
+            f'<span class="eqno">({get_node_equation_number(translator, node)})'
+        )
         translator.add_permalink_ref(node, "Link to this equation")
         translator.body.append("</span>")
     translator.body.append(convert(node.astext().strip(), display="block"))
@@ -27,5 +29,9 @@ def visit_displaymath(translator: HTML5Translator, node: nodes.math_block) -> No
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Name the renderer that `html_math_renderer` chooses."""
-    app.add_html_math_renderer("mathml", inline_renderers=(visit_math, None), block_renderers=(visit_displaymath, None))
+    app.add_html_math_renderer(
+        "mathml",
+        inline_renderers=(visit_math, None),
+        block_renderers=(visit_displaymath, None),
+    )
     return {"parallel_read_safe": True, "parallel_write_safe": True}
