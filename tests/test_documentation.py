@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 from skimage import data
@@ -79,6 +80,25 @@ def test_the_python_blocks_of_a_page_run_as_printed(page, reader):
         exec(compile(block, str(page), "exec"), names)
     if page.name in ("README.md", "index.md"):
         assert (reader / "map.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("network", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_the_wrapper_of_a_segmentation_network_sums_over_what_is_called_by_the_class(network):
+    block = blocks_of(DOCS / "how_to" / "segmentation_and_multi_label.md", "python")[0]
+    names: dict[str, object] = {}
+    exec(block.replace("fcn_resnet50", network), names)
+    images = names["images"].clone().requires_grad_()
+    scores = names["network"](images)["out"]
+    totals = names["model"](images)
+    for row in range(len(images)):
+        for label in range(scores.shape[1]):
+            inside = scores[row].argmax(dim=0) == label
+            torch.testing.assert_close(totals[row, label], scores[row, label][inside].sum(), rtol=1e-4, atol=1e-4)
+    largest = totals.argmax(dim=1)
+    (gradient,) = torch.autograd.grad(totals.gather(1, largest.unsqueeze(1)).sum(), images)
+    plain = parchgrad.Explainer(names["model"], None).attribute(images)
+    torch.testing.assert_close(plain, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+    assert not torch.allclose(names["attribution"], plain)
 
 
 @pytest.mark.parametrize("page", pages_with("sh", slow=_SLOW))
