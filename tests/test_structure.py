@@ -49,7 +49,9 @@ ORDER = [
         "visual.sweeps",
         "visual.teaching",
     },
-    {"collection", "configuration", "explanation", "demo", "reporting"},
+    {"collection", "configuration", "explanation", "demo", "reporting", "models.pretrained_models"},
+    {"hook_wrapper"},
+    {"attribution_methods"},
     {"cli"},
 ]
 SOURCE = Path(parchgrad.__file__).parent

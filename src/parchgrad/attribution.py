@@ -144,7 +144,7 @@ class Explainer:
         with torch.inference_mode(False), torch.enable_grad():
             batch = inputs.detach().clone()
             targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
-            logits = _Logits(self._model, int(targets.max()))
+            logits = Logits(self._model, int(targets.max()))
             size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
             parts = []
             with plain_gradients(self._model) if self._partition is None else self._partition:
@@ -163,7 +163,7 @@ class Explainer:
         """
         check_evaluation_mode(self._model)
         _check_inputs(inputs)
-        logits = _Logits(self._model, -1)
+        logits = Logits(self._model, -1)
         size = self._internal_batch_size or inputs.shape[0]
         with torch.no_grad():
             return torch.cat([logits(part).argmax(dim=1) for part in torch.split(inputs, size)])
@@ -213,7 +213,7 @@ def signed_heatmap(attribution: Tensor) -> Tensor:
     return attribution.mean(dim=1)
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """The model as attribution methods see it: what it is given and what it returns is checked in words."""
 
     def __init__(self, model: nn.Module, highest_target: int) -> None:
