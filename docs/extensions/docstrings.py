@@ -1,4 +1,4 @@
-"""Docstrings as they are written here, made fit for reStructuredText."""
+"""Docstrings and signatures as they are written here, made fit for reStructuredText."""
 
 import re
 
@@ -22,7 +22,21 @@ def escape_stars(
         lines[number] = "".join(parts)
 
 
+def hide_factories(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None]:
+    """Write a default that is made anew each time as an ellipsis, which can be read."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Read every docstring before napoleon does."""
     app.connect("autodoc-process-docstring", escape_stars, priority=400)
+    app.connect("autodoc-process-signature", hide_factories)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
