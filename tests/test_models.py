@@ -306,3 +306,16 @@ def test_auxiliary_heads_are_left_out(name, size):
     with torch.no_grad():
         assert classifier.model(torch.randn(1, 3, size, size)).shape == (1, 1000)
     assert {id(module) for module in called} == {id(m) for m in pg.find_convolutions(classifier.model).values()}
+
+
+def test_predictions_are_ranked_as_the_explainer_ranks_them():
+    class Fixed(torch.nn.Module):
+        def forward(self, inputs):
+            # Probabilities of these are equal in float32.
+            return torch.tensor([[0.0, 1e-8, 3e-8, 2e-8]]).expand(len(inputs), 4)
+
+    preprocess = models.Preprocessing(lambda image: image, (0, 0, 0), (1, 1, 1))
+    classifier = models.Classifier(Fixed().eval(), preprocess, tuple("abcd"), "fixed")
+    (found,) = classifier.predict(torch.zeros(1, 3, 4, 4), count=3)
+    assert [prediction.category for prediction in found] == ["c", "d", "b"]
+    assert [prediction.probability for prediction in found] == [0.25, 0.25, 0.25]

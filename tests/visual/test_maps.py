@@ -185,3 +185,13 @@ def test_values_that_cannot_be_painted():
         relative([[np.inf, 1.0]])
     with pytest.raises(InputError, match=r"one map \(H, W\)"):
         relative([1.0, 2.0])
+
+
+def test_rows_of_wide_photographs_stand_as_close_as_those_of_square_ones():
+    heights = {}
+    for width in (4, 8):
+        figure = panel([np.ones((4, width, 3))] * 2, {"gradient": [np.ones((4, width))] * 2})
+        figure.canvas.draw()
+        first, second = (figure.axes[row * 2].get_window_extent() for row in range(2))
+        heights[width] = (first.y0 - second.y1) / figure.dpi
+    assert heights[8] == pytest.approx(heights[4], abs=0.2)

@@ -15,8 +15,6 @@ from parchgrad.cli.shared import console, error_console
 from parchgrad.cli.statistics import stats
 from parchgrad.errors import ParchGradError, StatisticsWarning
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     help="Saliency maps of convolutional networks one can trust.",
     no_args_is_help=True,

@@ -115,10 +115,13 @@ class Classifier:
     def predict(self, inputs: Tensor, *, count: int = 5) -> list[tuple[Prediction, ...]]:
         """Predict the `count` most probable classes of each row of a preprocessed batch (B, 3, H, W), best first."""
         with torch.no_grad():
-            top = self.model(inputs).softmax(dim=1).topk(min(count, len(self.categories)), dim=1)
+            logits = self.model(inputs)
+            # Ranked by logits: probabilities of nearly equal ones tie.
+            best = logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
+            probabilities = logits.softmax(dim=1).gather(1, best)
         return [
-            tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, probabilities, strict=True))
-            for indices, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, row, strict=True))
+            for indices, row in zip(best.tolist(), probabilities.tolist(), strict=True)
         ]
 
 
