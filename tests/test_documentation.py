@@ -253,3 +253,12 @@ def test_the_comparison_is_right_about_the_captum_that_is_installed():
     assert metrics == {"infidelity", "sensitivity_max"}
     assert len(captum.attr._core.lrp.SUPPORTED_LAYERS_WITH_RULES) == 9
     assert {"LRP", "LayerGradCam", "GuidedGradCam", "Occlusion", "Lime", "LLMAttribution"} <= set(captum.attr.__all__)
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_study():
+    text = PAGES["README.md"].read_text(encoding="utf-8")
+    results = (DOCS / "study" / "results.md").read_text(encoding="utf-8")
+    cells = re.findall(r"\| (\**[\d.]+ \([+-][\d.]+ to [+-][\d.]+\)\**) (?=\|)", text)
+    assert len(cells) == 15
+    for cell in cells:
+        assert f"| {cell} |" in results, f"{cell} is not in the results"
