@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import captum.attr
 import torch
@@ -111,6 +111,11 @@ class Explainer:
         self._partition = (
             None if selector is None else ParchGrad(model, selector, layers=layers, gamma=gamma, conserve=conserve)
         )
+
+    def __repr__(self) -> str:
+        """Name the model, the method, and what is edited where."""
+        edit = "plain" if self._partition is None else f"{self._partition.selector!r}, {len(self.layers)} layers"
+        return f"{type(self).__name__}({type(self._model).__name__}, {self._method.name}, {edit})"
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -415,6 +420,7 @@ class _SmoothGrad:
     samples: int = 25
     sigma: float = 0.15
     seed: int = 0
+    name: ClassVar[str] = "smoothgrad"
 
     def __post_init__(self) -> None:
         if not isinstance(self.samples, int) or self.samples < 1:
