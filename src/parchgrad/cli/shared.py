@@ -1,8 +1,6 @@
 """What the commands share: consoles, options, tables and progress bars."""
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -92,17 +90,6 @@ def parse_layers(text: str) -> str | float | list[str]:
     except ValueError:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         return parts[0] if len(parts) == 1 else parts
-
-
-def distinct_stems(paths: Sequence[Path]) -> list[str]:
-    """File names without suffix; those of equal names in several folders are numbered."""
-    stems: list[str] = []
-    for path in paths:
-        stem, number = path.stem, 2
-        while stem in stems:
-            stem, number = f"{path.stem}-{number}", number + 1
-        stems.append(stem)
-    return stems
 
 
 def make_table(*columns: str) -> Table:
