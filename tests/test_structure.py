@@ -45,6 +45,8 @@ ORDER = [
         "visual.maps",
     },
     {"collection", "configuration", "explanation", "demo", "reporting"},
+    {"exploration"},
+    {"web"},
     {"cli"},
 ]
 SOURCE = Path(parchgrad.__file__).parent

@@ -691,12 +691,9 @@ def _say_saved(found: "ChannelStatistics", out: Path) -> None:
 
 
 def _parse_layers(text: str) -> str | float | list[str]:
-    """A ratio where the text is a number, a set by name, or patterns separated by commas."""
-    try:
-        return float(text)
-    except ValueError:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        return parts[0] if len(parts) == 1 else parts
+    from parchgrad.layers import parse_layers
+
+    return parse_layers(text)
 
 
 def _distinct_stems(paths: Sequence[Path]) -> list[str]:

@@ -11,6 +11,8 @@ from parchgrad.visual.maps import (
     save_figure,
     shared_top,
     signed_panel,
+    tint,
+    tint_signed,
 )
 
 __all__ = [
@@ -24,4 +26,6 @@ __all__ = [
     "save_figure",
     "shared_top",
     "signed_panel",
+    "tint",
+    "tint_signed",
 ]
