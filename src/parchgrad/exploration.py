@@ -216,11 +216,8 @@ class Exploration:
     def figure(self) -> Figure:
         """Draw the photograph beside the plain map and ParchGrad's."""
         plain, partitioned = self.maps()
-        draw = signed_panel if self.view.signed else panel
-        title = self.view.method.replace("_", " ")
         label = f"{self.target.category} ({self.target.probability:.0%})"
-        columns = {title: [plain.numpy()], f"{title} + ParchGrad": [partitioned.numpy()]}
-        return draw([self.picture], columns, labels=[label])
+        return _figure([self.picture], [plain], [partitioned], [label], self.view)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -252,6 +249,13 @@ class Game:
     def maps(self) -> tuple[Tensor, Tensor]:
         """The plain maps and ParchGrad's, as the view wants them, each (4, 2 H, 2 W)."""
         return _maps(self.plain, self.view), _maps(self.attribution, self.view)
+
+    def figure(self) -> Figure:
+        """Draw the mosaic beside the plain map and ParchGrad's, class by class."""
+        plain, partitioned = self.maps()
+        scores = zip(self.targets, self.plain_shares, self.shares, strict=True)
+        labels = [f"{target.category}: {before:.2f}, with ParchGrad {after:.2f}" for target, before, after in scores]
+        return _figure([self.picture] * CELLS, list(plain), list(partitioned), labels, self.view)
 
 
 def tinted(maps: Sequence[Tensor], *, signed: bool) -> tuple[float, list[NDArray[Any]]]:
@@ -487,6 +491,18 @@ class _Recent(Generic[T]):
 
 def _maps(attribution: Tensor, view: View) -> Tensor:
     return signed_heatmap(attribution) if view.signed else heatmap(attribution)
+
+
+def _figure(
+    pictures: Sequence[NDArray[Any]],
+    plain: Sequence[Tensor],
+    partitioned: Sequence[Tensor],
+    labels: Sequence[str],
+    view: View,
+) -> Figure:
+    draw = signed_panel if view.signed else panel
+    title = view.method.replace("_", " ")
+    return draw(pictures, {title: plain, f"{title} + ParchGrad": partitioned}, labels=labels)
 
 
 def _own_shares(attribution: Tensor) -> tuple[float, ...]:
