@@ -19,6 +19,7 @@ ORDER = [
     {"convolution"},
     {"engine"},
     {"attribution"},
+    {"recording"},
     {"data.images", "data.folders", "data.samples", "data.outlines", "shapes_network"},
     {"data.shapes"},
     {
@@ -43,6 +44,10 @@ ORDER = [
         "visual",
         "visual.charts",
         "visual.maps",
+        "visual.animation",
+        "visual.channels",
+        "visual.sweeps",
+        "visual.teaching",
     },
     {"collection", "configuration", "explanation", "demo", "reporting"},
     {"exploration"},

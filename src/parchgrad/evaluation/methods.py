@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.layers import LayerChoice, find_convolutions
 from parchgrad.partition import Conserve
+from parchgrad.recording import Recorder, record_selections
 from parchgrad.selection import LayerSignal, RandomChannels, Selection, Selector
 
 __all__ = [
@@ -320,9 +321,10 @@ class _Edit:
 
     def record(self, selector: Selector, images: Tensor, target: Tensor) -> list[tuple[str, Selection]]:
         """What is selected in each layer, in the order of the backward pass."""
-        recorder = _Recorder(selector)
-        self.explainer(recorder).attribute(images, target)
-        return recorder.found
+        found = record_selections(
+            self.model, selector, images, target, layers=self.layers, gamma=self.gamma, conserve=self.conserve
+        )
+        return [(record.layer, record.selection) for record in found]
 
     def replay(
         self, selector: Selector, found: Sequence[tuple[str, Selection]], images: Tensor, target: Tensor
@@ -331,42 +333,16 @@ class _Edit:
         return heatmap(self.explainer(_Replayer(selector, found)).attribute(images, target))
 
 
-class _Recorder(Selector):
-    """Selects as another selector does, and keeps what it selects."""
-
-    def __init__(self, selector: Selector) -> None:
-        self._selector = selector
-        self.needs_class = selector.needs_class  # type: ignore[misc]  # as the selector inside says it for its class
-        self.found: list[tuple[str, Selection]] = []
-
-    def check(self, channels: Mapping[str, int]) -> None:
-        self._selector.check(channels)
-
-    def check_classes(self, classes: int) -> None:
-        self._selector.check_classes(classes)
-
-    def observe(self, output: Tensor) -> Tensor | None:
-        return self._selector.observe(output)
-
-    def partition(self, signal: LayerSignal) -> Selection:
-        found = self._selector.partition(signal)
-        self.found.append((signal.layer, found))
-        return found
-
-    def select(self, signal: LayerSignal) -> Tensor:
-        return self.partition(signal).channel_mask
-
-
-class _Replayer(_Recorder):
+class _Replayer(Recorder):
     """Gives what was selected in another pass, of a convolution that was called twice one after the other."""
 
     def __init__(self, selector: Selector, found: Sequence[tuple[str, Selection]]) -> None:
         super().__init__(selector)
-        self.found = list(found)
+        self._given = list(found)
 
     def partition(self, signal: LayerSignal) -> Selection:
-        place = next(place for place, (layer, _) in enumerate(self.found) if layer == signal.layer)
-        return self.found.pop(place)[1]
+        place = next(place for place, (layer, _) in enumerate(self._given) if layer == signal.layer)
+        return self._given.pop(place)[1]
 
 
 def _generator_of(image: Tensor, seed: int) -> torch.Generator:

@@ -11,6 +11,7 @@ from parchgrad.visual.maps import (
     save_figure,
     shared_top,
     signed_panel,
+    strip,
     tint,
     tint_signed,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "save_figure",
     "shared_top",
     "signed_panel",
+    "strip",
     "tint",
     "tint_signed",
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "save_figure",
     "shared_top",
     "signed_panel",
+    "strip",
     "tint",
     "tint_signed",
 ]
@@ -311,7 +312,40 @@ def panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[s
         ['photograph', 'gradient', 'ParchGrad']
     """
     top = shared_top(heat for column in maps.values() for heat in column)
-    figure, axes = _lay_out(photographs, maps, labels, lambda picture, heat: blend(picture, heat, top=top))
+    cells = _cells(photographs, maps, labels, lambda picture, heat: blend(picture, heat, top=top))
+    figure, axes = _lay_out(cells, 1 + len(maps))
+    _colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
+    return figure
+
+
+def strip(
+    photograph: ArrayLike, maps: Mapping[str, ArrayLike], *, label: str = "photograph", columns: int = 4
+) -> Figure:
+    """Draw a photograph and its maps one after the other, in lines of a width; all maps share one scale.
+
+    Args:
+        photograph: picture (H, W, 3) in [0, 1].
+        maps: the maps (H, W) by their titles.
+        label: title of the photograph.
+        columns: pictures in a line, at least 1.
+
+    Returns:
+        A figure of its own, unknown to pyplot.
+
+    Raises:
+        InputError: if a map does not match the photograph.
+        SettingError: if `columns` is below 1.
+
+    Example:
+        >>> figure = strip(np.ones((4, 4, 3)), {"q = 0.5": np.eye(4), "q = 0.1": np.eye(4)}, label="cat", columns=2)
+        >>> [axes.get_title() for axes in figure.axes[:3]]
+        ['cat', 'q = 0.5', 'q = 0.1']
+    """
+    if columns < 1:
+        raise SettingError(f"columns is {columns}, but a line holds at least one picture.")
+    top = shared_top(maps.values())
+    cells = [(label, _array(photograph)), *((name, blend(photograph, heat, top=top)) for name, heat in maps.items())]
+    figure, axes = _lay_out(cells, columns)
     _colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
     return figure
 
@@ -336,7 +370,8 @@ def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Seq
         ['photograph', 'gradient']
     """
     top = shared_top(signed for column in maps.values() for signed in column)
-    figure, axes = _lay_out(photographs, maps, labels, lambda picture, signed: blend_signed(picture, signed, top=top))
+    cells = _cells(photographs, maps, labels, lambda picture, signed: blend_signed(picture, signed, top=top))
+    figure, axes = _lay_out(cells, 1 + len(maps))
     _colour_bar(figure, axes, SIGNED_COLOUR_MAP, (-top, top), _SIGNED_SCALE)
     return figure
 
@@ -393,26 +428,38 @@ def _mix(photograph: ArrayLike, tinted: Picture, opacity: float) -> Picture:
     return mixed
 
 
-def _lay_out(
+def _cells(
     photographs: Column,
     maps: Mapping[str, Column],
     labels: Sequence[str] | None,
     draw: Callable[[ArrayLike, ArrayLike], Picture],
-) -> tuple[Figure, list[Any]]:
-    """Photographs in the first column, their maps, drawn over them, in the others."""
+) -> list[tuple[str, Picture]]:
+    """Title and picture of each cell, row by row: a photograph, and its maps drawn over it."""
     if not photographs or (labels is not None and len(labels) != len(photographs)):
         raise InputError(f"A panel of {len(photographs)} photographs needs at least one, and as many labels.")
     for name, column in maps.items():
         if len(column) != len(photographs):
             raise InputError(f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs.")
-    rows, columns = len(photographs), 1 + len(maps)
+    return [
+        cell
+        for row, photograph in enumerate(photographs)
+        for cell in (
+            (labels[row] if labels else "photograph", _array(photograph)),
+            *((name, draw(photograph, column[row])) for name, column in maps.items()),
+        )
+    ]
+
+
+def _lay_out(cells: Sequence[tuple[str, Picture]], columns: int) -> tuple[Figure, list[Any]]:
+    columns = min(columns, len(cells))
+    rows = math.ceil(len(cells) / columns)
     figure = Figure(figsize=(3.1 * columns, 3.25 * rows + 0.6), layout=_layout())
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for row, photograph in enumerate(photographs):
-        _show(grid[row, 0], _array(photograph), labels[row] if labels else "photograph")
-        for axes, (name, column) in zip(grid[row, 1:], maps.items(), strict=True):
-            _show(axes, draw(photograph, column[row]), name)
-    return figure, list(grid.flat)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (title, picture) in zip(grid, cells, strict=False):
+        _show(axes, picture, title)
+    for empty in grid[len(cells) :]:
+        empty.set_axis_off()
+    return figure, grid
 
 
 def _layout() -> ConstrainedLayoutEngine:

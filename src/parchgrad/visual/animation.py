@@ -1,0 +1,275 @@
+"""Animations: a sweep as a moving picture, its maps cross-fading from value to value."""
+
+import io
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from parchgrad.errors import InputError, OutputError, SettingError
+from parchgrad.files import writing
+from parchgrad.visual.maps import paint, relative, shared_top
+from parchgrad.visual.sweeps import Sweep
+
+__all__ = ["FORMATS", "Animation", "animate", "save_animation"]
+
+FORMATS = (".gif", ".webp", ".mp4")
+"""Suffixes of the files that can be written; the last needs ffmpeg."""
+MOST_BYTES = 500_000
+"""What a README's picture may weigh."""
+
+_HELD = 900
+_FADING = 90
+_PAPER = (255, 255, 255)
+_INK = (29, 29, 34)
+_GAP = 8
+# Pixels of a panel, tried from the largest until the file is small enough.
+_SIZES = (240, 224, 208, 192, 176, 160, 144, 128, 112, 96)
+_COLOURS = 96
+# Levels of 255 by which a pixel may be off in a GIF.
+_UNSEEN = 20
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Animation:
+    """A moving picture.
+
+    Attributes:
+        frames: pictures of one size, each (H, W, 3), 8 bits.
+        durations: how long each is shown, in milliseconds.
+    """
+
+    frames: tuple[NDArray[np.uint8], ...]
+    durations: tuple[int, ...]
+
+
+def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames: int = 2) -> Animation:
+    """Lay a photograph, its plain map and the maps of sweeps side by side, moving through the values, and from the last to the first.
+
+    Between two values each map fades into the next; all maps share one scale.
+
+    Args:
+        sweeps: by the titles of their panels; of one photograph and over the same values of one setting.
+        panel_size: width of a panel in pixels, at least 32.
+        fading_frames: frames between two values, from 0 on.
+
+    Returns:
+        The animation; played in a loop it does not jump.
+
+    Raises:
+        InputError: if there is no sweep, or they do not belong together.
+        SettingError: if a setting is out of range.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> from parchgrad.visual.sweeps import quantile_sweep
+        >>> shapes, image = pg.load_model("shapes"), Image.new("RGB", (64, 64), "grey")
+        >>> found = quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.5, 0.1))
+        >>> moving = animate({"ParchGrad": found}, panel_size=64)
+        >>> len(moving.frames), moving.frames[0].shape
+        (6, (102, 224, 3))
+    """
+    first = _check_together(sweeps)
+    if panel_size < 32 or fading_frames < 0:
+        raise SettingError(
+            f"panel_size is {panel_size} and fading_frames is {fading_frames}, but they must be at least 32 and 0."
+        )
+    height = max(1, round(panel_size * first.picture.shape[0] / first.picture.shape[1]))
+    size = (panel_size, height)
+    picture = _resized_picture(first.picture, size)
+    top = shared_top([first.plain, *(heat for sweep in sweeps.values() for heat in sweep.heats)])
+
+    def drawn(values: NDArray[Any]) -> NDArray[np.uint8]:
+        scaled = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BOX))
+        return _bytes(paint(picture, np.clip(scaled / top, 0, 1)))
+
+    multiples = [[relative(heat) for heat in sweep.heats] for sweep in sweeps.values()]
+    still = [_bytes(picture), drawn(relative(first.plain))]
+    label = f"{first.target.category} ({first.target.probability:.0%})"
+    titles = [label, f"{first.method.replace('_', ' ')}, plain", *sweeps]
+    frames, durations = [], []
+    places = range(len(first.values))
+    for place, following in zip(places, [*places[1:], 0], strict=True):
+        captions = [sweep.titles()[place] for sweep in sweeps.values()]
+        for step in range(fading_frames + 1 if following != place else 1):
+            share = step / (fading_frames + 1)
+            panels = still + [drawn((1 - share) * maps[place] + share * maps[following]) for maps in multiples]
+            frames.append(_compose(panels, titles, ["", "", *captions]))
+            durations.append(_FADING if step else _HELD)
+    return Animation(frames=tuple(frames), durations=tuple(durations))
+
+
+def save_animation(
+    sweeps: Mapping[str, Sweep], path: str | Path, *, most_bytes: int = MOST_BYTES, fading_frames: int = 2
+) -> Animation:
+    """Write sweeps as a moving picture, over an earlier one of that name: as large as fits into a number of bytes.
+
+    Args:
+        sweeps: see `animate`.
+        path: ends in .gif, .webp or .mp4; the last needs ffmpeg.
+        most_bytes: what the file may weigh.
+        fading_frames: see `animate`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        OutputError: if the suffix names none of the formats, ffmpeg is needed and missing, the file cannot be written,
+            or even the smallest panels weigh too much.
+        InputError: if the sweeps do not belong together.
+
+    Example:
+        >>> import tempfile
+        >>> import parchgrad as pg
+        >>> from parchgrad.visual.sweeps import quantile_sweep
+        >>> shapes, image = pg.load_model("shapes"), Image.new("RGB", (64, 64), "grey")
+        >>> found = quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.5, 0.1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_animation({"ParchGrad": found}, Path(folder, "sweep.gif"), most_bytes=100_000)
+        ...     Path(folder, "sweep.gif").stat().st_size <= 100_000
+        True
+    """
+    path = Path(path)
+    encode = {".gif": _gif, ".webp": _webp, ".mp4": _mp4}.get(path.suffix.lower())
+    if encode is None:
+        raise OutputError(f"{str(path)!r} names no moving picture that can be written; end it in {', '.join(FORMATS)}.")
+    for size in _SIZES:
+        moving = animate(sweeps, panel_size=size, fading_frames=fading_frames)
+        content = encode(moving)
+        if len(content) <= most_bytes:
+            break
+    else:
+        raise OutputError(
+            f"{str(path)!r} would weigh {len(content):,} bytes at the smallest panels, more than {most_bytes:,}; "
+            "sweep over fewer values, or allow more bytes."
+        )
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+    return moving
+
+
+def _check_together(sweeps: Mapping[str, Sweep]) -> Sweep:
+    if not sweeps:
+        raise InputError("An animation of no sweep at all was asked for; give one at least.")
+    first, *others = sweeps.values()
+    for other in others:
+        if (other.setting, other.values, other.target.index) != (first.setting, first.values, first.target.index):
+            raise InputError(
+                "The sweeps are not over the same values of one setting and class; make them with equal settings."
+            )
+        if not np.array_equal(other.picture, first.picture):
+            raise InputError("The sweeps are of different photographs; animate each photograph by itself.")
+    return first
+
+
+def _compose(panels: Sequence[NDArray[np.uint8]], titles: Sequence[str], captions: Sequence[str]) -> NDArray[np.uint8]:
+    """Panels side by side on white paper, titles above and captions below."""
+    height, width = panels[0].shape[:2]
+    letters = max(9, round(width / 16))
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), letters)
+    line = round(letters * 1.7)
+    paper = Image.new("RGB", (_GAP + len(panels) * (width + _GAP), height + 2 * line + _GAP), _PAPER)
+    pen = ImageDraw.Draw(paper)
+    for place, (panel, title, caption) in enumerate(zip(panels, titles, captions, strict=True)):
+        left = _GAP + place * (width + _GAP)
+        paper.paste(Image.fromarray(panel), (left, line))
+        for text, top in ((title, line / 2), (caption, line * 1.5 + height)):
+            pen.text((left + width / 2, top), _fitting(text, font, width), fill=_INK, font=font, anchor="mm")
+    return np.asarray(paper)
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, cut where it would run into the next panel."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
+
+
+def _resized_picture(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    resized = Image.fromarray(_bytes(picture)).resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(resized, dtype=np.float64) / 255
+
+
+def _bytes(picture: NDArray[Any]) -> NDArray[np.uint8]:
+    levels: NDArray[np.uint8] = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
+    return levels
+
+
+def _gif(moving: Animation) -> bytes:
+    # One palette for all frames, or still panels would flicker; of frames from all over the sweep.
+    sample = np.concatenate(moving.frames[:: max(1, len(moving.frames) // 4)])
+    palette = _with_paper(Image.fromarray(sample).quantize(_COLOURS, method=Image.Quantize.MEDIANCUT))
+    # Dither hides the steps between colours, but only what stands still can afford it.
+    first = moving.frames[0]
+    still = np.all([(frame == first).all(axis=2) for frame in moving.frames], axis=0)
+    dithered = np.asarray(Image.fromarray(first).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
+    frames = []
+    for frame in _steady(moving.frames):
+        plain = np.asarray(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
+        indexed = Image.fromarray(np.where(still, dithered, plain))
+        indexed.putpalette(palette.getpalette() or [])
+        frames.append(indexed)
+    return _encode(frames, moving, "GIF", optimize=False)
+
+
+def _with_paper(palette: Image.Image) -> Image.Image:
+    """The palette with the paper's colour in place of those near it, which Pillow's coarse search would prefer."""
+    # Beyond these a palette is filled up with greys that are never used.
+    colours = np.array(palette.getpalette()).reshape(-1, 3)[:_COLOURS]
+    distance = np.abs(colours - np.array(_PAPER)).sum(axis=1)
+    colours[(distance <= 24) | (distance == distance.min())] = _PAPER
+    changed = Image.new("P", (1, 1))
+    changed.putpalette(colours.ravel().tolist())
+    return changed
+
+
+def _steady(frames: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """The frames, each keeping what is on screen where it hardly differs: what does not change weighs nothing."""
+    shown = frames[0].astype(np.int16)
+    for frame in frames:
+        changed = np.abs(frame - shown).max(axis=2) > _UNSEEN
+        shown[changed] = frame[changed]
+        yield shown.astype(np.uint8)
+
+
+def _webp(moving: Animation) -> bytes:
+    return _encode([Image.fromarray(frame) for frame in moving.frames], moving, "WEBP", quality=75, method=4)
+
+
+def _encode(frames: Sequence[Image.Image], moving: Animation, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    first, *others = frames
+    first.save(buffer, form, save_all=True, append_images=others, duration=list(moving.durations), loop=0, **options)
+    return buffer.getvalue()
+
+
+def _mp4(moving: Animation) -> bytes:
+    program = shutil.which("ffmpeg")
+    if program is None:
+        raise OutputError("An .mp4 needs the program ffmpeg, which is not installed; install it, or write a .gif.")
+    # The format asks for even sides, and players for a constant rate.
+    height, width = (length - length % 2 for length in moving.frames[0].shape[:2])
+    repeated = [
+        frame[:height, :width].tobytes()
+        for frame, duration in zip(moving.frames, moving.durations, strict=True)
+        for _ in range(round(duration / _FADING))
+    ]
+    command = [
+        *(program, "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"),
+        *("-framerate", str(1000 / _FADING), "-i", "-", "-pix_fmt", "yuv420p", "-movflags", "frag_keyframe+empty_moov"),
+        *("-f", "mp4", "-"),
+    ]
+    done = subprocess.run(command, input=b"".join(repeated), capture_output=True, check=False)
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"code {done.returncode}"]
+        raise OutputError(f"ffmpeg could not write the animation ({reason[0]}); write a .gif instead.")
+    return done.stdout
