@@ -27,8 +27,9 @@ from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.layers import parse_layers
 from parchgrad.models import OFFLINE_MODEL, Classifier, Prediction, load_model
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, ClassWise, Selector, make_selector
-from parchgrad.statistics import ChannelStatistics
+from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
 from parchgrad.visual import panel, shared_top, signed_panel, tint, tint_signed
+from parchgrad.visual.sweeps import QUANTILES, Sweep, quantile_sweep
 
 __all__ = [
     "CELLS",
@@ -385,6 +386,35 @@ class Explorer:
             shares=_own_shares(partitioned),
             plain_shares=_own_shares(plain),
             code=_game_code(network, photographs, view, targets),
+        )
+
+    def sweep(self, photograph: Photograph, view: View) -> Sweep:
+        """Look at one photograph at several quantiles, those that its selector can serve.
+
+        Raises:
+            ParchGradError: if the photograph cannot be read, or a setting does not fit the network.
+
+        Example:
+            >>> Explorer().sweep(Photograph("coffee"), View(network="shapes", target=0)).values
+            (0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
+        """
+        network = self._network(view.network)
+        target = self.explore(photograph, view).target.index
+        selector = self._selector(network, view, (target,))
+        most = 1.0
+        if isinstance(selector, ClassWise):
+            # Compact statistics rank the best channels only.
+            held = selector.statistics.values()
+            most = min((layer.share for layer in held if isinstance(layer, RankedLayerStatistics)), default=1.0)
+        return quantile_sweep(
+            network.classifier,
+            photograph.read(),
+            selector,
+            quantiles=[quantile for quantile in QUANTILES if quantile <= most],
+            target=target,
+            layers=parse_layers(view.layers),
+            gamma=view.gamma,
+            method=view.method,
         )
 
     def _network(self, name: str) -> "_Network":

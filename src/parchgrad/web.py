@@ -6,6 +6,7 @@ import errno
 import functools
 import html
 import io
+import ipaddress
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from parchgrad.exploration import (
 from parchgrad.files import writing
 from parchgrad.models import OFFLINE_MODEL, SHAPES_MODEL
 from parchgrad.visual import save_figure
+from parchgrad.visual.animation import save_animation
 from parchgrad.visual.maps import COLOUR_MAP, SIGNED_COLOUR_MAP
 
 try:
@@ -49,7 +51,7 @@ try:
 except ImportError as error:
     raise ParchGradError("The explorer needs Gradio; install it with: pip install 'parchgrad[web]'.") from error
 
-__all__ = ["WebSettings", "build_app", "serve"]
+__all__ = ["WebSettings", "build_app", "is_loopback", "serve"]
 
 TITLE = "ParchGrad explorer"
 _SELECTORS = {
@@ -61,10 +63,10 @@ _SELECTORS = {
     "instance": "Instance-wise (statistics)",
 }
 _LAYERS = {
+    "Upper half": "0.5",
+    "Upper three quarters": "0.75",
+    "All": "all",
     "Published set": "default",
-    "Upper half (0.5)": "0.5",
-    "Upper three quarters (0.75)": "0.75",
-    "All convolutions": "all",
 }
 _HEAD = """<div class='pg-head'><h1>ParchGrad</h1>
 <p>What in a photograph speaks for a class, seen through the channels that matter</p></div>"""
@@ -78,7 +80,9 @@ _FETCH = "() => { document.querySelector('#fetched')?.click(); }"
 _ON_LOAD = """() => {
   document.documentElement.lang = "en";
   document.querySelector("#status")?.setAttribute("role", "status");
-  document.querySelector("#result")?.setAttribute("aria-live", "polite");
+  for (const group of document.querySelectorAll("fieldset")) {
+    group.setAttribute("aria-label", group.querySelector("[data-testid=block-info]")?.textContent.trim() ?? "");
+  }
 }"""
 # Body of a request that carries settings; files come by another way.
 _LARGEST_MESSAGE = 1_000_000
@@ -165,7 +169,7 @@ def build_app(settings: WebSettings) -> gr.Blocks:
     Raises:
         ParchGradError: if the network cannot be loaded, or the statistics do not fit it.
     """
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 7200)) as app:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 7200)) as app:
         page = _Page(settings)
         page.listen(app)
     app.queue(max_size=settings.max_waiting, default_concurrency_limit=1, api_open=False)
@@ -190,50 +194,52 @@ class _Page:
                 self._add_settings()
             with gr.Column(scale=5, min_width=320, elem_id="shown"):
                 self._add_pictures()
+            with gr.Column(elem_id="taken-away"):
+                self._add_downloads()
 
     def _add_settings(self) -> None:
         settings = self._settings
         self.file = gr.Image(
-            label="Photograph: drop, paste or choose one",
-            sources=["upload", "clipboard"],
-            type="filepath",
-            height=170,
-            buttons=[],
-            elem_id="photograph",
+            label="Photograph", sources=["upload"], type="filepath", height=150, buttons=[], elem_id="photograph"
         )
         self.example = gr.Radio(EXAMPLES, value=EXAMPLES[0], label="Or look at an example", elem_id="examples")
         self.top = gr.Radio([], label="Class: the most probable", elem_id="predictions")
         self.target = gr.Dropdown([], label="Or any class (type to search)", elem_id="class")
-        self.selector = gr.Dropdown(
-            self._selectors(settings.network), value="energy", label="Selector", elem_id="selector"
-        )
+        with gr.Row():
+            self.selector = gr.Dropdown(
+                self._selectors(settings.network), value="energy", label="Selector", min_width=130, elem_id="selector"
+            )
+            self.layers = gr.Dropdown(
+                list(_LAYERS.items()),
+                value="0.5",
+                label="Layers, or a pattern",
+                allow_custom_value=True,
+                min_width=130,
+                elem_id="layers",
+            )
         self.quantile = gr.Slider(
-            0.01, 1, value=0.1, step=0.01, label="Quantile: share of the channels kept", elem_id="quantile"
+            0.01, 1, value=0.1, step=0.01, label="Quantile: share of channels kept", elem_id="quantile"
         )
-        self.layers = gr.Dropdown(
-            list(_LAYERS.items()),
-            value="0.5",
-            label="Layers, or patterns such as blocks.5.*",
-            allow_custom_value=True,
-            elem_id="layers",
-        )
-        self.method = gr.Dropdown(
-            [(name.replace("_", " ").capitalize(), name) for name in METHODS],
-            value=METHODS[0],
-            label="Method",
-            elem_id="method",
-        )
-        self.prune = gr.Checkbox(True, label="Prune the other channels (gamma infinite)", elem_id="prune")
+        self.prune = gr.Checkbox(True, label="Prune the others (gamma infinite)", elem_id="prune")
         self.gamma = gr.Slider(
             -1, 3, value=1, step=0.05, label="Gamma, as a power of ten", visible=False, elem_id="gamma"
         )
-        self.network = gr.Dropdown(
-            list(settings.networks),
-            value=settings.network,
-            label="Network" + (", or any name of torchvision or timm" if settings.any_network else ""),
-            allow_custom_value=settings.any_network,
-            elem_id="network",
-        )
+        with gr.Row():
+            self.method = gr.Dropdown(
+                [(name.replace("_", " ").capitalize(), name) for name in METHODS],
+                value=METHODS[0],
+                label="Method",
+                min_width=130,
+                elem_id="method",
+            )
+            self.network = gr.Dropdown(
+                list(settings.networks),
+                value=settings.network,
+                label="Network" + (" or name" if settings.any_network else ""),
+                allow_custom_value=settings.any_network,
+                min_width=130,
+                elem_id="network",
+            )
 
     def _add_pictures(self) -> None:
         with gr.Row(elem_id="look"):
@@ -253,8 +259,12 @@ class _Page:
                 self.take_examples = gr.Button("Take the four examples", size="sm", elem_id="take-examples")
                 self.game = gr.HTML(_message(_NO_MOSAIC), elem_id="game")
         self.status = gr.HTML("", elem_id="status")
+
+    def _add_downloads(self) -> None:
         with gr.Row(elem_id="downloads"):
-            self.savers = {kind: gr.Button(f"Save {kind}", size="sm", elem_id=f"save-{kind}") for kind in _WRITERS}
+            self.savers = {
+                kind: gr.Button(text, size="sm", elem_id=f"save-{kind}") for kind, (text, _) in _DOWNLOADS.items()
+            }
         # Unseen: a click on a button above fills it with a file, and then clicks it.
         self.fetched = gr.DownloadButton("", elem_id="fetched", visible="hidden")
         self.code = gr.Code(label="The same in Python", language="python", interactive=False, elem_id="code")
@@ -444,7 +454,8 @@ class _Page:
             cache = Path(self.fetched.GRADIO_CACHE)
             cache.mkdir(parents=True, exist_ok=True)
             path = Path(tempfile.mkdtemp(dir=cache), f"{_stem(found)}.{kind}")
-            _WRITERS[kind](found, path)
+            _, write = _DOWNLOADS[kind]
+            write(self._explorer, found, path)
         except ParchGradError as error:
             return {self.fetched: None, self.status: _status(str(error))}
         return {self.fetched: str(path), self.status: _status(f"Saved as {path.name}.")}
@@ -472,16 +483,29 @@ def _chosen(shown: _Shown, top: int | None, target: int | None) -> int | None:
     return next((choice for choice in (top, target) if choice not in (None, shown.target)), shown.target)
 
 
-def _save_png(found: Exploration | Game, path: Path) -> None:
+def _save_png(explorer: Explorer, found: Exploration | Game, path: Path) -> None:
     save_figure(found.figure(), path)
 
 
-def _save_npy(found: Exploration | Game, path: Path) -> None:
+def _save_npy(explorer: Explorer, found: Exploration | Game, path: Path) -> None:
     with writing(path) as temporary:
         np.save(temporary, found.attribution.numpy(), allow_pickle=False)
 
 
-_WRITERS = {"png": _save_png, "npy": _save_npy}
+def _save_gif(explorer: Explorer, found: Exploration | Game, path: Path) -> None:
+    if isinstance(found, Game):
+        raise SettingError("A GIF runs through the quantiles of one photograph; choose it in the other tab.")
+    title = f"{found.view.method.replace('_', ' ')} + ParchGrad"
+    save_animation({title: explorer.sweep(found.photograph, found.view)}, path, most_bytes=_LARGEST_GIF)
+
+
+_DOWNLOADS: Mapping[str, tuple[str, Callable[[Explorer, Exploration | Game, Path], None]]] = {
+    "png": ("Figure (PNG)", _save_png),
+    "gif": ("All quantiles (GIF)", _save_gif),
+    "npy": ("Raw attribution (npy)", _save_npy),
+}
+# Room for panels of full size.
+_LARGEST_GIF = 4_000_000
 
 
 def _stem(found: Exploration | Game) -> str:
@@ -705,7 +729,7 @@ def serve(settings: WebSettings | None = None, *, open_browser: bool = False) ->
     port = _free_port(settings)
     with tempfile.TemporaryDirectory(prefix="parchgrad-", ignore_cleanup_errors=True) as folder, _files_in(folder):
         app = build_app(settings)
-        largest_file = int(settings.max_megabytes * 1e6)
+        largest_file = int(settings.max_megabytes * 2**20)
         try:
             _, url, _ = app.launch(
                 server_name=settings.host,
@@ -730,6 +754,19 @@ def serve(settings: WebSettings | None = None, *, open_browser: bool = False) ->
             yield url
         finally:
             app.close(verbose=False)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+        (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _free_port(settings: WebSettings) -> int:
