@@ -64,7 +64,7 @@ _SELECTORS = {
 }
 _LAYERS = {
     "Upper half": "0.5",
-    "Upper three quarters": "0.75",
+    "Upper 3/4": "0.75",
     "All": "all",
     "Published set": "default",
 }
@@ -199,12 +199,13 @@ class _Page:
 
     def _add_settings(self) -> None:
         settings = self._settings
-        self.file = gr.Image(
-            label="Photograph", sources=["upload"], type="filepath", height=150, buttons=[], elem_id="photograph"
-        )
-        self.example = gr.Radio(EXAMPLES, value=EXAMPLES[0], label="Or look at an example", elem_id="examples")
-        self.top = gr.Radio([], label="Class: the most probable", elem_id="predictions")
-        self.target = gr.Dropdown([], label="Or any class (type to search)", elem_id="class")
+        with gr.Column(elem_id="of-one"):
+            self.file = gr.Image(
+                label="Photograph", sources=["upload"], type="filepath", height=150, buttons=[], elem_id="photograph"
+            )
+            self.example = gr.Radio(EXAMPLES, value=EXAMPLES[0], label="Or look at an example", elem_id="examples")
+            self.top = gr.Radio([], label="Class: the most probable", elem_id="predictions")
+            self.target = gr.Dropdown([], label="Or any class (type to search)", elem_id="class")
         with gr.Row():
             self.selector = gr.Dropdown(
                 self._selectors(settings.network), value="energy", label="Selector", min_width=130, elem_id="selector"
@@ -253,7 +254,7 @@ class _Page:
                     label=f"Drop {CELLS} photographs of different classes",
                     file_count="multiple",
                     file_types=["image"],
-                    height=110,
+                    height=150,
                     elem_id="files",
                 )
                 self.take_examples = gr.Button("Take the four examples", size="sm", elem_id="take-examples")
@@ -308,8 +309,9 @@ class _Page:
         changed = [self.files.upload, self.files.clear, self.files.delete]
         gr.on(changed, self._take_four, self.files, of_four, **taken).then(**shows)
         self.take_examples.click(self._take_four_examples, None, of_four, **taken).then(**shows)
-        self.single_tab.select(lambda: "single", None, self._mode, show_progress="hidden").then(**shows)
-        self.mosaic_tab.select(lambda: "mosaic", None, self._mode, show_progress="hidden").then(**shows)
+        for mode, tab in (("single", self.single_tab), ("mosaic", self.mosaic_tab)):
+            tab.select(None, js=f"() => {{ document.documentElement.dataset.mode = '{mode}'; }}")
+            tab.select(lambda mode=mode: mode, None, self._mode, show_progress="hidden").then(**shows)
         for kind, button in self.savers.items():
             button.click(
                 functools.partial(self._save, kind),
