@@ -4,6 +4,7 @@ import base64
 import contextlib
 import errno
 import functools
+import hashlib
 import html
 import io
 import ipaddress
@@ -206,6 +207,8 @@ class _Page:
             self.example = gr.Radio(EXAMPLES, value=EXAMPLES[0], label="Or look at an example", elem_id="examples")
             self.top = gr.Radio([], label="Class: the most probable", elem_id="predictions")
             self.target = gr.Dropdown([], label="Or any class (type to search)", elem_id="class")
+            # What the lists belong to, as the browser knows it: a choice from earlier ones counts no more.
+            self.stamp = gr.Textbox("", visible="hidden", label="List of classes", elem_id="stamp")
         with gr.Row():
             self.selector = gr.Dropdown(
                 self._selectors(settings.network), value="energy", label="Selector", min_width=130, elem_id="selector"
@@ -279,39 +282,54 @@ class _Page:
         texts = [self.result, self.game, self.status, self.code]
         shows: dict[str, Any] = {
             "fn": self._show,
-            "inputs": [*of_user, self.network, self.top, self.target, *of_view],
-            "outputs": [*texts, self.top, self.target, self.selector, self._shown],
+            "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
+            "outputs": [*texts, self.top, self.target, self.stamp, self.selector, self._shown],
             "concurrency_id": "network",
             "show_progress": "minimal",
             "show_progress_on": self.status,
         }
-        changes = [self.network.change, self.layers.change, self.quantile.change, self.gamma.change]
-        choices = [self.top, self.target, self.selector, self.method, self.prune, self.signed]
-        gr.on([app.load, *changes, *(choice.input for choice in choices)], trigger_mode="always_last", **shows)
+        # One listener for all settings: of those that were changed in a hurry the last state is shown.
+        settings = [self.target, self.network, self.selector, self.layers, self.quantile, self.prune, self.gamma]
+        settings += [self.method, self.signed]
+        triggers = [app.load, *(setting.change for setting in settings)]
+        gr.on(triggers, trigger_mode="always_last", api_name="show", **shows)
+        shows["api_visibility"] = "private"
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        self.top.input(None, self.top, self.target, js="(index) => index")
         self.selector.input(
             None, [self.selector, self.quantile, self.layers], [self.quantile, self.layers], js=_SUGGEST
         )
-        self.prune.input(lambda prune: gr.update(visible=not prune), self.prune, self.gamma, show_progress="hidden")
+        self.prune.input(lambda prune: gr.update(visible=not prune), self.prune, self.gamma, **private)
         self.opacity.input(None, self.opacity, None, js=_BLEND)
         self.opacity.change(
             self._rewrite,
             [self._shown, self.opacity],
             [self._shown, self.code],
             concurrency_id="network",
-            show_progress="hidden",
+            **private,
         )
         taken: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "files"}
         of_one, of_four = [self._photograph, self.file, self.example], [self._mosaic, self.files]
         # As it came: Gradio itself would open the file, and fail without a word on what is no image.
-        taking = gr.on([self.file.upload, self.file.clear], self._take, self.file, of_one, preprocess=False, **taken)
+        taking = gr.on(
+            [self.file.upload, self.file.clear],
+            self._take,
+            self.file,
+            of_one,
+            preprocess=False,
+            api_name="take",
+            **taken,
+        )
         taking.then(**shows)
-        self.example.input(self._take_example, self.example, of_one, **taken).then(**shows)
+        self.example.input(self._take_example, self.example, of_one, api_name="take_example", **taken).then(**shows)
         changed = [self.files.upload, self.files.clear, self.files.delete]
-        gr.on(changed, self._take_four, self.files, of_four, **taken).then(**shows)
-        self.take_examples.click(self._take_four_examples, None, of_four, **taken).then(**shows)
+        gr.on(changed, self._take_four, self.files, of_four, api_name="take_four", **taken).then(**shows)
+        self.take_examples.click(self._take_four_examples, None, of_four, api_name="take_four_examples", **taken).then(
+            **shows
+        )
         for mode, tab in (("single", self.single_tab), ("mosaic", self.mosaic_tab)):
             tab.select(None, js=f"() => {{ document.documentElement.dataset.mode = '{mode}'; }}")
-            tab.select(lambda mode=mode: mode, None, self._mode, show_progress="hidden").then(**shows)
+            tab.select(lambda mode=mode: mode, None, self._mode, **private).then(**shows)
         for kind, button in self.savers.items():
             button.click(
                 functools.partial(self._save, kind),
@@ -320,6 +338,7 @@ class _Page:
                 concurrency_id="network",
                 show_progress="minimal",
                 show_progress_on=self.status,
+                api_visibility="private",
             ).then(None, js=_FETCH)
         app.load(None, js=_ON_LOAD)
 
@@ -359,8 +378,8 @@ class _Page:
         mosaic: Sequence[Photograph | _Refused],
         shown: _Shown,
         network: str,
-        top: int | None,
         target: int | None,
+        stamp: str,
         selector: str,
         method: str,
         layers: str,
@@ -378,7 +397,7 @@ class _Page:
                 raise SettingError(f"{network!r} is not offered here; choose one of {self._settings.networks}.")
             view = View(
                 network=network,
-                target=_chosen(shown, top, target) if shown.listed == (photograph, network) else None,
+                target=_chosen(shown, photograph, network, target, stamp),
                 selector=selector,
                 method=method,
                 layers=layers,
@@ -399,21 +418,21 @@ class _Page:
     def _explore(self, photograph: Photograph | _Refused, view: View, shown: _Shown) -> dict[Any, Any]:
         found = self._explorer.explore(_usable([photograph])[0], view)
         held, chosen = [item.index for item in found.predictions], found.target.index
-        of_top: dict[str, Any] = {"value": chosen if chosen in held else None}
-        of_target: dict[str, Any] = {"value": chosen}
-        if shown.listed != (photograph, view.network):
+        listed = (found.photograph, view.network)
+        lists: dict[Any, Any] = {self.top: gr.update(value=chosen if chosen in held else None)}
+        if shown.listed != listed:
             ranked = [(f"{item.category}  {item.probability:.1%}", item.index) for item in found.predictions]
             categories = self._explorer.classifier(view.network).categories
             rest = sorted((name, index) for index, name in enumerate(categories) if index not in held)
-            of_top["choices"], of_target["choices"] = ranked, [*ranked, *rest]
-        listed = (found.photograph, view.network)
-        view = replace(view, target=chosen)
-        return {
+            lists = {
+                self.top: gr.update(choices=ranked, value=chosen),
+                self.target: gr.update(choices=[*ranked, *rest], value=chosen),
+                self.stamp: _stamp(listed),
+            }
+        return lists | {
             self.result: _single_page(found),
             self.status: f"{len(found.layers)} convolutions edited, from {found.layers[0]} to {found.layers[-1]}.",
-            self.top: gr.update(**of_top),
-            self.target: gr.update(**of_target),
-            self._shown: _Shown(listed=listed, target=chosen, network=view.network, view=view),
+            self._shown: _Shown(listed=listed, target=chosen, network=view.network, view=replace(view, target=chosen)),
             self.code: found.code,
         }
 
@@ -480,9 +499,18 @@ def _usable(photographs: Sequence[Photograph | _Refused]) -> tuple[Photograph, .
     return tuple(item for item in photographs if isinstance(item, Photograph))
 
 
-def _chosen(shown: _Shown, top: int | None, target: int | None) -> int | None:
-    """Which of the two lists of classes was used: the one that differs from what was chosen before."""
-    return next((choice for choice in (top, target) if choice not in (None, shown.target)), shown.target)
+def _chosen(
+    shown: _Shown, photograph: Photograph | _Refused, network: str, target: int | None, stamp: str
+) -> int | None:
+    """The class to explain; None where the photograph or the network is new, and its prediction counts."""
+    if shown.listed != (photograph, network):
+        return None
+    return target if target is not None and stamp == _stamp(shown.listed) else shown.target
+
+
+def _stamp(listed: object) -> str:
+    """A short text that stands for what a list of classes belongs to."""
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
 def _save_png(explorer: Explorer, found: Exploration | Game, path: Path) -> None:
