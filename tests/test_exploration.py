@@ -174,7 +174,7 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
         View(opacity=1.5)
     with pytest.raises(ImageError, match="no example photograph 'dog'"):
         explorer.explore(Photograph("dog"), View(network="shapes"))
-    with pytest.raises(ImageError, match="'gone.png' is not here any more"):
+    with pytest.raises(ImageError, match=r"'gone.png' is not here any more"):
         explorer.explore(Photograph("gone.png", tmp_path / "gone.png"), View(network="shapes"))
 
 
@@ -231,4 +231,4 @@ def test_what_was_asked_for_lately_is_held_up_to_a_size():
     # Larger than the limit, yet given and held alone.
     assert len(recent.get("d", make("d", 1000))) == 1000
     recent.get("d", make("d", 1000))
-    assert made[-1] == "d" and made.count("d") == 1
+    assert made[4:] == ["d"]

@@ -393,8 +393,6 @@ class _Page:
         began = time.perf_counter()
         place = self.game if mode == "mosaic" else self.result
         try:
-            if not self._settings.any_network and network not in self._settings.networks:
-                raise SettingError(f"{network!r} is not offered here; choose one of {self._settings.networks}.")
             view = View(
                 network=network,
                 target=_chosen(shown, photograph, network, target, stamp),
