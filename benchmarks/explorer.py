@@ -40,7 +40,9 @@ def answers(rounds: int) -> None:
     """Print the time from a new quantile to the coloured maps, for each selector, median and worst."""
     explorer = Explorer()
     photograph = Photograph("coffee")
-    explorer.explore(photograph, View())
+    # The first passes of a process are slow.
+    for step in range(10):
+        explorer.explore(photograph, View(quantile=0.5 + step / 100))
     for layers in ("0.5", "0.75", "all"):
         for selector in explorer.selectors(NETWORK):
             if selector in ("class", "instance") and layers != "0.5":
@@ -69,7 +71,7 @@ def crowd(users: int, seconds: float) -> None:
     wanted, lock, tally = expected_maps(), threading.Lock(), Tally()
     with tempfile.TemporaryDirectory() as folder, served() as (url, process):
         files = {name: Path(folder, f"{name}.png") for name in EXAMPLES}
-        for (name, path), image in zip(files.items(), example_photographs(), strict=True):
+        for path, image in zip(files.values(), example_photographs(), strict=True):
             image.save(path)
         Path(folder, "bad.png").write_text("no picture")
         before, peak, end = memory(process.pid), 0, time.monotonic() + seconds
@@ -91,15 +93,19 @@ def crowd(users: int, seconds: float) -> None:
         threads = [threading.Thread(target=use, args=(number,)) for number in range(users)]
         for thread in threads:
             thread.start()
+        minutes: list[int] = []
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.5)
             peak = max(peak, memory(process.pid))
+            if (time.monotonic() - end + seconds) // 30 > len(minutes):
+                minutes.append(memory(process.pid) >> 20)
         alive = process.poll() is None
     for name, count in tally.counts.most_common():
         print(f"{count:6d} {name}")
     ordered = sorted(tally.times)
     print(f"median {statistics.median(ordered):.2f} s, 95 % within {ordered[int(0.95 * len(ordered))]:.2f} s")
     print(f"memory of the server {before / 2**20:,.0f} MiB before, at most {peak / 2**20:,.0f} MiB; alive: {alive}")
+    print(f"MiB every half minute: {minutes}")
 
 
 def request(client: Any, draw: random.Random, files: dict[str, Path], bad: Path, wanted: dict[Any, Any]) -> str:

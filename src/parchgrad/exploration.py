@@ -294,7 +294,7 @@ class Explorer:
         *,
         statistics: Mapping[str, str | Path] | None = None,
         networks: int = 3,
-        megabytes: float = 256,
+        megabytes: float = 128,
     ) -> None:
         """Set the bounds; nothing is loaded before it is looked at.
 

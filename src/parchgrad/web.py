@@ -6,6 +6,7 @@ import errno
 import functools
 import hashlib
 import html
+import inspect
 import io
 import ipaddress
 import json
@@ -16,6 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,8 @@ class _Page:
         statistics = {} if settings.statistics is None else {settings.network: settings.statistics}
         self._settings = settings
         self._explorer = Explorer(statistics=statistics)
+        # Every thread in which a network runs keeps threads and memory for itself; Gradio would use dozens.
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
         self._photograph, self._mosaic = gr.State(Photograph(EXAMPLES[0])), gr.State(())
         self._shown, self._mode = gr.State(_Shown()), gr.State("single")
         gr.HTML(_HEAD, elem_id="head")
@@ -281,7 +285,7 @@ class _Page:
         of_view += [self.signed, self.opacity]
         texts = [self.result, self.game, self.status, self.code]
         shows: dict[str, Any] = {
-            "fn": self._show,
+            "fn": self._on_worker(self._show),
             "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
             "outputs": [*texts, self.top, self.target, self.stamp, self.selector, self._shown],
             "concurrency_id": "network",
@@ -302,7 +306,7 @@ class _Page:
         self.prune.input(lambda prune: gr.update(visible=not prune), self.prune, self.gamma, **private)
         self.opacity.input(None, self.opacity, None, js=_BLEND)
         self.opacity.change(
-            self._rewrite,
+            self._on_worker(self._rewrite),
             [self._shown, self.opacity],
             [self._shown, self.code],
             concurrency_id="network",
@@ -332,7 +336,7 @@ class _Page:
             tab.select(lambda mode=mode: mode, None, self._mode, **private).then(**shows)
         for kind, button in self.savers.items():
             button.click(
-                functools.partial(self._save, kind),
+                self._on_worker(functools.partial(self._save, kind)),
                 self._shown,
                 [self.fetched, self.status],
                 concurrency_id="network",
@@ -341,6 +345,17 @@ class _Page:
                 api_visibility="private",
             ).then(None, js=_FETCH)
         app.load(None, js=_ON_LOAD)
+
+    def _on_worker(self, handler: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+        def run(*inputs: Any) -> dict[Any, Any]:
+            return self._worker.submit(handler, *inputs).result()
+
+        # Gradio counts the parameters.
+        run.__signature__ = inspect.signature(handler)  # type: ignore[attr-defined]  # functions have room for it
+        return run
+
+    def _classes(self, network: str) -> list[tuple[str, int]]:
+        return sorted((name, index) for index, name in enumerate(self._explorer.classifier(network).categories))
 
     def _selectors(self, network: str) -> list[tuple[str, str]]:
         return [(_SELECTORS[name], name) for name in self._explorer.selectors(network)]
@@ -420,11 +435,12 @@ class _Page:
         lists: dict[Any, Any] = {self.top: gr.update(value=chosen if chosen in held else None)}
         if shown.listed != listed:
             ranked = [(f"{item.category}  {item.probability:.1%}", item.index) for item in found.predictions]
-            categories = self._explorer.classifier(view.network).categories
-            rest = sorted((name, index) for index, name in enumerate(categories) if index not in held)
+            # Gradio keeps what it is given for a session, so that the long list is sent with a new network only.
+            is_new = shown.listed is None or shown.listed[1] != view.network
+            classes = {"choices": self._classes(view.network)} if is_new else {}
             lists = {
                 self.top: gr.update(choices=ranked, value=chosen),
-                self.target: gr.update(choices=[*ranked, *rest], value=chosen),
+                self.target: gr.update(value=chosen, **classes),
                 self.stamp: _stamp(listed),
             }
         return lists | {
