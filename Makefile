@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint check bench study clean
+.PHONY: help demo test lint check docs pictures notebooks bench study clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -17,7 +17,11 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
 
 demo: $(VENV)/.demo  ## explain four photographs, offline, and write outputs/demo/index.html
 	$(BIN)/parchgrad demo --force
@@ -29,6 +33,15 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## build the pages into outputs/docs, warnings as errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs outputs/docs
+
+pictures: $(VENV)/.dev  ## draw the pictures of README and docs again
+	$(BIN)/python tools/draw_figures.py
+
+notebooks: $(VENV)/.dev  ## run the notebooks of docs/ again and write their outputs into them
+	$(BIN)/python tools/run_notebooks.py
 
 bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistics; an hour, on a quiet machine
 	$(BIN)/python benchmarks/speed.py

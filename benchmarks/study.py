@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 import parchgrad as pg
-from parchgrad.cli import ProgressBars
+from parchgrad.cli.shared import ProgressBars
 from parchgrad.data.images import read_image
 from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import GeneratedShapes

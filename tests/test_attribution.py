@@ -316,3 +316,10 @@ def test_errors_of_the_model_itself_pass_through():
     model = nn.Sequential(small_network()[:3], nn.Flatten(), nn.Linear(3, 3)).double().eval()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         pg.Explainer(model, None).attribute(INPUTS)
+
+
+def test_an_explainer_says_what_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
+    assert repr(pg.Explainer(model, None, method="smoothgrad")) == "Explainer(Sequential, smoothgrad, plain)"
+    edited = pg.Explainer(model, pg.GradientEnergy(quantile=0.2), method="integrated_gradients")
+    assert repr(edited) == "Explainer(Sequential, integrated_gradients, GradientEnergy(quantile=0.2), 1 layers)"

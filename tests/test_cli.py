@@ -17,6 +17,8 @@ from parchgrad import models
 from parchgrad.cli import main
 from parchgrad.evaluation.runs import read_rows
 from parchgrad.models import Classifier, Preprocessing
+from parchgrad.visual import save_figure
+from parchgrad.visual.sweeps import quantile_sweep
 from tests.evaluation.test_runs import close, comparable, order
 
 
@@ -238,11 +240,11 @@ def test_statistics_go_on_after_a_stop_and_merge(capsys, photographs, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("parchgrad.cli.ProgressBars.update", interrupt)
+        patched.setattr("parchgrad.cli.shared.ProgressBars.update", interrupt)
         code, _, said = run(capsys, "stats", "collect", *options, "-o", tmp_path / "other.safetensors")
         assert (code, said.strip()) == (130, "Stopped. The same command goes on from its checkpoint.")
     with monkeypatch.context() as patched:
-        patched.setattr("parchgrad.cli.ProgressBars.update", stop)
+        patched.setattr("parchgrad.cli.shared.ProgressBars.update", stop)
         with pytest.raises(StoppedError):
             main([str(part) for part in ["stats", "collect", *options, "-o", file]])
     assert (tmp_path / "one.safetensors.checkpoint").exists()
@@ -415,3 +417,74 @@ def test_processes_under_torchrun_share_an_evaluation(tmp_path):
     assert [len(rows) for rows in written] == [4 * 6, 3 * 6]
     assert [{index for _, index in rows} for rows in written] == [{0, 2, 4, 6}, {1, 3, 5}]
     assert len({*written[0], *written[1]}) == 7 * 6
+
+
+def test_a_sweep_is_a_panel_of_the_values(capsys, coffee, tmp_path):
+    out = tmp_path / "out"
+    options = ["--layers", "0.25", "--values", "0.5,0.1", "--target", "cup", "--columns", "2", "--out", out]
+    code, printed, _ = run(capsys, "sweep", coffee, *options)
+    assert code == 0
+    assert [path.name for path in out.iterdir()] == ["coffee.png"]
+    classifier = parchgrad.load_model("efficientnet_lite0")
+    found = quantile_sweep(
+        classifier,
+        Image.fromarray(data.coffee()),
+        parchgrad.GradientEnergy(),
+        quantiles=(0.5, 0.1),
+        layers=0.25,
+        target=968,
+    )
+    for share in found.kept:
+        assert f"{share:.1%}" in printed
+    save_figure(found.figure(columns=2), tmp_path / "expected.png")
+    with Image.open(out / "coffee.png") as drawn, Image.open(tmp_path / "expected.png") as expected:
+        assert drawn.size == expected.size
+        assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(expected, dtype=float)).mean() < 0.1
+    code, _, said = run(capsys, "sweep", coffee, *options)
+    assert (code, "exists already" in said) == (2, True)
+
+
+def test_a_sweep_over_alpha_needs_a_selector_that_has_one(capsys, coffee, tmp_path):
+    options = ["--over", "alpha", "--layers", "0.25", "--out", tmp_path / "out"]
+    code, printed, _ = run(capsys, "sweep", coffee, *options, "--selector", "instance")
+    assert code == 0
+    assert "Below each alpha" in printed
+    code, _, said = run(capsys, "sweep", coffee, *options, "--force")
+    assert code == 2
+    assert "ranks without p-values" in said
+
+
+def test_an_animation_plays_its_selectors_side_by_side(capsys, coffee, tmp_path):
+    out = tmp_path / "out"
+    options = ["--selector", "energy", "--selector", "evidence", "--layers", "0.25", "--values", "0.5,0.1"]
+    code, printed, _ = run(capsys, "animate", coffee, *options, "--out", out)
+    assert code == 0
+    assert "GradientEnergy" in printed
+    assert (out / "coffee.gif").stat().st_size <= 500_000
+    with Image.open(out / "coffee.gif") as moving:
+        # Two values, two frames between them each way; four panels.
+        assert moving.n_frames == 6
+        assert moving.width > 3 * moving.height
+    code, _, _ = run(capsys, "animate", coffee, *options, "--out", out, "--format", "webp", "--most-kilobytes", "100")
+    assert code == 0
+    assert (out / "coffee.webp").stat().st_size <= 100_000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--values", "a,b"], "numbers separated by commas"),
+        (["--values", ","], "numbers separated by commas"),
+        (["--values", "0.5,2"], "quantile is 2"),
+        (["--statistics", "x.safetensors"], "uses none"),
+        (["--layers", "nothing"], "nothing"),
+        (["--target", "nobody"], "no class named"),
+    ],
+)
+def test_mistakes_with_sweeps_are_one_sentence(capsys, coffee, tmp_path, options, words):
+    for command in ("sweep", "animate"):
+        code, _, said = run(capsys, command, coffee, *options, "--out", tmp_path / "out")
+        assert code == 2
+        assert words in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()

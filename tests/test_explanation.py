@@ -9,6 +9,7 @@ from skimage import data
 
 import parchgrad as pg
 from parchgrad.errors import OutputError, SettingError, TargetError
+from parchgrad.visual import blend_signed, shared_top
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,17 @@ def test_the_figure_names_class_and_method(classifier, images):
     titles = [axes.get_title() for axes in found.figure().axes]
     assert titles[0].startswith("espresso (9")
     assert found.manifest()["settings"]["method_options"] == {}
-    assert titles[1:3] == ["input x gradient", "input x gradient + ParchGrad"]
+    assert titles[1:3] == ["input x gradient, plain", "input x gradient\nGradientEnergy 0.1, 3 layers"]
     assert found.settings["gamma"] == 2.0
     assert not math.isinf(found.settings["gamma"])
+
+
+def test_the_signed_figure_shows_means_over_colours(classifier, images):
+    (found,) = pg.explain_images(classifier, images[:1], pg.GradientEnergy(), layers=0.5)
+    figure = found.signed_figure()
+    maps = [values.double().mean(dim=0).numpy() for values in (found.plain, found.attribution)]
+    top = shared_top(maps)
+    for axes, values in zip(figure.axes[1:3], maps, strict=True):
+        expected = blend_signed(found.picture, values, top=top)
+        np.testing.assert_allclose(axes.images[0].get_array(), expected, atol=1e-4)
+    assert figure.axes[3].get_xlim() == pytest.approx((-top, top))

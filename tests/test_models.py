@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 import parchgrad as pg
 from parchgrad import models
 from parchgrad.data.shapes import GENERATOR_VERSION, GeneratedShapes
-from parchgrad.errors import ModelError, TargetError, WeightsError
+from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
 from parchgrad.evaluation.localisation import boxes_to_region, mosaic
+from parchgrad.models.pretrained_models import get_pretrained_model
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_the_shapes_network_takes_its_own_pictures_back(shapes_classifier):
 
 
 def test_the_weights_are_of_the_present_generator():
-    path = Path(models.__file__).parent / "weights" / "shapes.safetensors"
+    path = Path(pg.__file__).parent / "weights" / "shapes.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["generator_version"] == str(GENERATOR_VERSION)
@@ -252,3 +253,69 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(WeightsError, match=r"convnext_nano cannot be loaded .*use efficientnet_lite0"):
         pg.load_model("convnext_nano")
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        *[(name, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "convnext_tiny")],
+        ("vgg16", "vgg16_bn"),
+        ("efficient_b0", "efficientnet_b0"),
+        ("inceptionv3", "inception_v3"),
+    ],
+)
+def test_encoders_of_the_research_code_come_with_the_first_weights(monkeypatch, name, library):
+    loaded = Mock(return_value=torch.nn.Linear(2, 2))
+    monkeypatch.setattr(torchvision.models, "get_model", loaded)
+    model = get_pretrained_model(name)
+    assert model is loaded.return_value
+    assert not model.training
+    weights = torchvision.models.get_model_weights(library)["IMAGENET1K_V1"]
+    loaded.assert_called_once_with(library, weights=weights)
+
+
+def test_other_names_come_with_their_default_weights(monkeypatch):
+    loaded = Mock(return_value=torch.nn.Linear(2, 2))
+    monkeypatch.setattr(torchvision.models, "get_model", loaded)
+    get_pretrained_model("wide_resnet50_2")
+    weights = torchvision.models.get_model_weights("wide_resnet50_2").IMAGENET1K_V2
+    loaded.assert_called_once_with("wide_resnet50_2", weights=weights)
+    with pytest.raises(ModelError, match=r"near names: .*resnet18"):
+        get_pretrained_model("resnet-18")
+
+
+def test_weights_by_name(monkeypatch):
+    monkeypatch.setattr(torchvision.models, "get_model", Mock(return_value=torch.nn.Linear(2, 2)))
+    sizes = [
+        pg.load_model("resnet50", weights=weights).preprocess.transform.resize_size for weights in (None, "DEFAULT")
+    ]
+    assert sizes == [[232], [232]]
+    assert pg.load_model("resnet50", weights="IMAGENET1K_V1").preprocess.transform.resize_size == [256]
+    with pytest.raises(SettingError, match="no weights 'V1'; torchvision has IMAGENET1K_V1, IMAGENET1K_V2"):
+        pg.load_model("resnet50", weights="V1")
+    with pytest.raises(SettingError, match=r"weights is 'V1', but only torchvision lets one choose"):
+        pg.load_model("convnext_nano", weights="V1")
+
+
+@pytest.mark.parametrize(("name", "size"), [("inception_v3", 299), ("googlenet", 224)])
+def test_auxiliary_heads_are_left_out(name, size):
+    classifier = pg.load_model(name, pretrained=False)
+    called = []
+    for module in pg.find_convolutions(classifier.model).values():
+        module.register_forward_hook(lambda module, inputs, output: called.append(module))
+    with torch.no_grad():
+        assert classifier.model(torch.randn(1, 3, size, size)).shape == (1, 1000)
+    assert {id(module) for module in called} == {id(m) for m in pg.find_convolutions(classifier.model).values()}
+
+
+def test_predictions_are_ranked_as_the_explainer_ranks_them():
+    class Fixed(torch.nn.Module):
+        def forward(self, inputs):
+            # Probabilities of these are equal in float32.
+            return torch.tensor([[0.0, 1e-8, 3e-8, 2e-8]]).expand(len(inputs), 4)
+
+    preprocess = models.Preprocessing(lambda image: image, (0, 0, 0), (1, 1, 1))
+    classifier = models.Classifier(Fixed().eval(), preprocess, tuple("abcd"), "fixed")
+    (found,) = classifier.predict(torch.zeros(1, 3, 4, 4), count=3)
+    assert [prediction.category for prediction in found] == ["c", "d", "b"]
+    assert [prediction.probability for prediction in found] == [0.25, 0.25, 0.25]

@@ -49,9 +49,13 @@ ORDER = [
         "visual.sweeps",
         "visual.teaching",
     },
-    {"collection", "configuration", "explanation", "demo", "reporting"},
+    {"collection", "configuration", "explanation", "demo", "reporting", "models.pretrained_models"},
+    {"hook_wrapper"},
+    {"attribution_methods"},
     {"exploration"},
     {"web"},
+    {"cli.shared"},
+    {"cli.evaluation", "cli.explorer", "cli.photographs", "cli.statistics"},
     {"cli"},
 ]
 SOURCE = Path(parchgrad.__file__).parent
@@ -84,7 +88,7 @@ def test_nothing_prints_outside_the_command_line():
     for path in SOURCE.rglob("*.py"):
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         printing = any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
-        assert path.name == "cli.py" or not printing, path
+        assert "cli" in path.relative_to(SOURCE).parts or not printing, path
 
 
 def test_lazy_names_are_the_public_names():

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import parchgrad
-from parchgrad.cli import ProgressBars
+from parchgrad.cli.shared import ProgressBars
 from parchgrad.models import OFFLINE_MODEL
 
 LAYERS = 0.5

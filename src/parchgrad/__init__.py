@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from parchgrad.engine import ParchGrad
     from parchgrad.errors import ParchGradError
     from parchgrad.explanation import Explanation, explain_images
+    from parchgrad.hook_wrapper import get_hook_wrapper
     from parchgrad.layers import choose_layers, find_convolutions
     from parchgrad.models import Classifier, load_model
+    from parchgrad.models.pretrained_models import get_pretrained_model
     from parchgrad.partition import partition_gradient
     from parchgrad.selection import (
         ClassWise,
@@ -55,6 +57,8 @@ __all__ = [
     "collect_statistics",
     "explain_images",
     "find_convolutions",
+    "get_hook_wrapper",
+    "get_pretrained_model",
     "heatmap",
     "load_model",
     "merge_statistics",
@@ -68,8 +72,10 @@ _MODULES = {
     "engine": ("ParchGrad",),
     "errors": ("ParchGradError",),
     "explanation": ("Explanation", "explain_images"),
+    "hook_wrapper": ("get_hook_wrapper",),
     "layers": ("choose_layers", "find_convolutions"),
     "models": ("Classifier", "load_model"),
+    "models.pretrained_models": ("get_pretrained_model",),
     "partition": ("partition_gradient",),
     "selection": (
         "ClassWise",

@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import captum.attr
 import torch
@@ -112,6 +112,11 @@ class Explainer:
             None if selector is None else ParchGrad(model, selector, layers=layers, gamma=gamma, conserve=conserve)
         )
 
+    def __repr__(self) -> str:
+        """Name the model, the method, and what is edited where."""
+        edit = "plain" if self._partition is None else f"{self._partition.selector!r}, {len(self.layers)} layers"
+        return f"{type(self).__name__}({type(self._model).__name__}, {self._method.name}, {edit})"
+
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the edited convolutions, in module order; empty for the plain method."""
@@ -144,7 +149,7 @@ class Explainer:
         with torch.inference_mode(False), torch.enable_grad():
             batch = inputs.detach().clone()
             targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
-            logits = _Logits(self._model, int(targets.max()))
+            logits = Logits(self._model, int(targets.max()))
             size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
             parts = []
             with plain_gradients(self._model) if self._partition is None else self._partition:
@@ -163,7 +168,7 @@ class Explainer:
         """
         check_evaluation_mode(self._model)
         _check_inputs(inputs)
-        logits = _Logits(self._model, -1)
+        logits = Logits(self._model, -1)
         size = self._internal_batch_size or inputs.shape[0]
         with torch.no_grad():
             return torch.cat([logits(part).argmax(dim=1) for part in torch.split(inputs, size)])
@@ -213,7 +218,7 @@ def signed_heatmap(attribution: Tensor) -> Tensor:
     return attribution.mean(dim=1)
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """The model as attribution methods see it: what it is given and what it returns is checked in words."""
 
     def __init__(self, model: nn.Module, highest_target: int) -> None:
@@ -415,6 +420,7 @@ class _SmoothGrad:
     samples: int = 25
     sigma: float = 0.15
     seed: int = 0
+    name: ClassVar[str] = "smoothgrad"
 
     def __post_init__(self) -> None:
         if not isinstance(self.samples, int) or self.samples < 1:

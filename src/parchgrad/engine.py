@@ -127,6 +127,11 @@ class ParchGrad:
         """Names of the chosen convolutions, in module order."""
         return tuple(self._convolutions)
 
+    @property
+    def selector(self) -> Selector:
+        """Which channels matter."""
+        return self._selector
+
     def __enter__(self) -> "ParchGrad":
         """Set the hooks.
 

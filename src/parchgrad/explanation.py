@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from parchgrad.attribution import Explainer, heatmap
+from parchgrad.attribution import Explainer, heatmap, signed_heatmap
 from parchgrad.engine import integer_targets
 from parchgrad.errors import SettingError
 from parchgrad.files import check_outputs, writing
@@ -25,7 +25,7 @@ from parchgrad.models import Classifier, Prediction
 from parchgrad.partition import Conserve
 from parchgrad.selection import ClassWise, Selector
 from parchgrad.statistics import ChannelStatistics
-from parchgrad.visual import panel, save_figure
+from parchgrad.visual import panel, save_figure, signed_panel
 
 __all__ = ["Explanation", "explain_images"]
 
@@ -56,11 +56,22 @@ class Explanation:
     settings: Mapping[str, Any]
 
     def figure(self) -> Figure:
-        """Draw the photograph beside the plain map and ParchGrad's."""
-        plain, partitioned = heatmap(torch.stack((self.plain, self.attribution))).cpu().numpy()
-        method = str(self.settings["method"]).replace("_", " ")
-        label = f"{self.target.category} ({self.target.probability:.0%})"
-        return panel([self.picture], {method: [plain], f"{method} + ParchGrad": [partitioned]}, labels=[label])
+        """Draw the photograph beside the plain map and ParchGrad's, both by one scale."""
+        return panel([self.picture], self._columns(heatmap), labels=[self._label()])
+
+    def signed_figure(self) -> Figure:
+        """Draw the same with signs: what speaks for the class in red, against it in blue."""
+        return signed_panel([self.picture], self._columns(signed_heatmap), labels=[self._label()])
+
+    def _columns(self, summarise: Callable[[Tensor], Tensor]) -> dict[str, list[NDArray[Any]]]:
+        plain, partitioned = summarise(torch.stack((self.plain, self.attribution))).float().cpu().numpy()
+        method, selector = str(self.settings["method"]).replace("_", " "), self.settings["selector"]
+        share = selector.get("quantile")
+        edit = f"{selector['name']}{'' if share is None else f' {share:g}'}, {len(self.settings['layers'])} layers"
+        return {f"{method}, plain": [plain], f"{method}\n{edit}": [partitioned]}
+
+    def _label(self) -> str:
+        return f"{self.target.category} ({self.target.probability:.0%})"
 
     def manifest(self) -> dict[str, Any]:
         """Settings, predictions and versions, ready for JSON."""

@@ -83,6 +83,17 @@ def test_maps_that_cannot_be_shown(heat):
         normalise(heat)
 
 
+def test_rows_of_a_panel_are_as_high_as_their_pictures():
+    wide, square = np.zeros((20, 40, 3)), np.zeros((20, 20, 3))
+    figure = panel([wide, wide, square], {"gradient": [np.eye(20, 40), np.eye(20, 40), np.eye(20)]})
+    figure.draw_without_rendering()
+    first, second, third = (figure.axes[number].get_window_extent() for number in (0, 2, 4))
+    assert first.width / first.height == pytest.approx(2, rel=0.02)
+    # Between rows there is a title's room, not that of a square.
+    assert first.y0 - second.y1 < 0.3 * first.height
+    assert second.y0 - third.y1 < 0.3 * first.height
+
+
 def test_pictures_that_do_not_match():
     with pytest.raises(InputError, match="do not match"):
         blend(np.zeros((4, 4, 3)), np.zeros((5, 4)))
@@ -189,3 +200,13 @@ def test_a_tinted_map_laid_over_the_grey_photograph_is_the_blended_one():
             # Pillow's and a browser's way of laying one picture over another.
             over = below + opacity * found[..., 3:] * (found[..., :3] - below)
             np.testing.assert_allclose(draw(photograph, values, top=2.5, opacity=opacity), over, atol=1e-12)
+
+
+def test_rows_of_wide_photographs_stand_as_close_as_those_of_square_ones():
+    heights = {}
+    for width in (4, 8):
+        figure = panel([np.ones((4, width, 3))] * 2, {"gradient": [np.ones((4, width))] * 2})
+        figure.canvas.draw()
+        first, second = (figure.axes[row * 2].get_window_extent() for row in range(2))
+        heights[width] = (first.y0 - second.y1) / figure.dpi
+    assert heights[8] == pytest.approx(heights[4], abs=0.2)

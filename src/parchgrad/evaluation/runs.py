@@ -35,6 +35,7 @@ from parchgrad.statistics import ChannelStatistics
 __all__ = ["Row", "TargetChoice", "evaluate", "read_rows"]
 
 Row = dict[str, Any]
+"""Scores of one map by name, beside the names of the model, the setting and the image."""
 TargetChoice = Literal["label", "predicted"]
 _FORMAT = 1
 

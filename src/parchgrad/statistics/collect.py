@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from parchgrad.errors import ModelError, ParchGradError, SettingError, StatisticsError
+from parchgrad.errors import InputError, ModelError, ParchGradError, SettingError, StatisticsError
 from parchgrad.files import without_addresses
 from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
 from parchgrad.statistics.accumulate import COLLECTIONS, Accumulator, Progress
@@ -20,7 +20,7 @@ from parchgrad.statistics.checkpoint import check_parts, differences, part_of_pr
 from parchgrad.statistics.processes import Processes, joined_processes
 from parchgrad.statistics.store import ChannelStatistics, weight_digest
 
-__all__ = ["Labels", "collect_statistics"]
+__all__ = ["Labels", "collect_gaps", "collect_statistics"]
 
 Labels = Literal["given", "predicted"]
 
@@ -166,6 +166,37 @@ def _collect(
                 saver.save(accumulator, done)
             raise
     return accumulator
+
+
+def collect_gaps(model: nn.Module, batches: Iterable[Tensor], layer: str) -> Tensor:
+    """Collect the GAPs of one layer, to look at: statistics keep their moments alone.
+
+    Args:
+        model: classifier in evaluation mode, logits (B, K).
+        batches: preprocessed batches, each (B, C, *S), such as the parts of a tensor by `torch.split`.
+        layer: name of a convolution.
+
+    Returns:
+        Mean over space of relu(output) for every image and channel, shape (N, C), on the CPU.
+
+    Raises:
+        LayerError: if the model has no such convolution.
+        ModelError: if the model is in training mode, or its output are no logits.
+        InputError: if there is no batch at all.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Flatten(), nn.Linear(4, 2)).eval()
+        >>> model[0].weight.data = torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)
+        >>> collect_gaps(model, [torch.tensor([[[[1.0, 2.0]]], [[[-3.0, 0.0]]]])], "0")
+        tensor([[1.5000, 0.0000],
+                [0.0000, 1.5000]])
+    """
+    check_evaluation_mode(model)
+    with _gaps_of(choose_layers(model, [layer])) as gaps:
+        rows = [_respond(model, batch, gaps)[0] for batch in batches]
+    if not rows:
+        raise InputError("GAPs of no batch at all were asked for; give one at least.")
+    return torch.cat(rows)
 
 
 @torch.no_grad()

@@ -51,9 +51,9 @@ class Animation:
 
 
 def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames: int = 2) -> Animation:
-    """Lay a photograph, its plain map and the maps of sweeps side by side, moving through the values, and from the last to the first.
+    """Lay a photograph, its plain map and the maps of sweeps side by side, moving through the values in a loop.
 
-    Between two values each map fades into the next; all maps share one scale.
+    Between two values each map fades into the next, the last into the first; all maps share one scale.
 
     Args:
         sweeps: by the titles of their panels; of one photograph and over the same values of one setting.

@@ -5,17 +5,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from parchgrad.errors import InputError
 
-__all__ = ["DARK", "LIGHT", "Curve", "Interval", "Theme", "curve_chart", "interval_chart", "scatter_chart"]
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Curve",
+    "Interval",
+    "Theme",
+    "curve_chart",
+    "histogram_chart",
+    "interval_chart",
+    "scatter_chart",
+    "stacked_chart",
+    "style_axes",
+]
 
 
 # Inches, of a picture that fills half of a page.
 _WIDTH = 6.4
 # Characters of a label of which two fit beside each other.
 _SHORT_LABEL = 38
+_BINS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +124,77 @@ def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, theme: T
     if not curves:
         raise InputError("A chart without curves was asked for; give one at least.")
     figure = _figure(3.3, [curve.label for curve in curves])
+    _draw_curves(_axes(figure, theme, x_label, y_label), curves, theme)
+    _legend(figure, theme)
+    return figure
+
+
+def stacked_chart(rows: Mapping[str, Sequence[Curve]], *, x_label: str, theme: Theme = LIGHT) -> Figure:
+    """Draw curves of several quantities over one axis, each quantity in a row of its own, with a legend below them.
+
+    Args:
+        rows: curves by what their heights mean; curves of one label in several rows stand in the legend once.
+        x_label: below the last row.
+        theme: colours.
+
+    Raises:
+        InputError: if there are no curves.
+
+    Example:
+        >>> row = [Curve(label="a", x=[0, 1], y=[0.5, 1.0])]
+        >>> [axes.get_ylabel() for axes in stacked_chart({"share": row, "count": row}, x_label="layer").axes]
+        ['share', 'count']
+    """
+    if not rows or not all(rows.values()):
+        raise InputError("A chart without curves was asked for; give one at least for each row.")
+    labels = list(dict.fromkeys(curve.label for curves in rows.values() for curve in curves))
+    figure = _figure(1.75 * len(rows) + 0.4, labels)
+    figure.set_facecolor("none")
+    grid = figure.subplots(len(rows), sharex=True, squeeze=False).flat
+    for axes, (y_label, curves) in zip(grid, rows.items(), strict=True):
+        style_axes(axes, theme, y_label=y_label)
+        _draw_curves(axes, curves, theme)
+    axes.set_xlabel(x_label, color=theme.ink, fontsize=9.5)
+    _legend(figure, theme)
+    return figure
+
+
+def histogram_chart(
+    groups: Mapping[str, ArrayLike], *, x_label: str, y_label: str, title: str = "", theme: Theme = LIGHT
+) -> Figure:
+    """Draw the distributions of groups over one axis, each as a share of its group, with their means.
+
+    Args:
+        groups: values (N,) of each group by its name.
+        x_label: what the values are.
+        y_label: what the heights are.
+        title: above the chart.
+        theme: colours.
+
+    Raises:
+        InputError: if there is no group, or one is empty or holds non-finite values.
+
+    Example:
+        >>> figure = histogram_chart({"class": [1.0, 2.0], "rest": [0.0, 1.0]}, x_label="GAP", y_label="share")
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['class (n = 2)', 'rest (n = 2)']
+    """
+    arrays = {label: np.asarray(values, dtype=np.float64) for label, values in groups.items()}
+    for label, values in arrays.items():
+        if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+            raise InputError(f"The group {label!r} of a histogram is empty or not finite; give it numbers (N,).")
+    if not arrays:
+        raise InputError("A histogram without groups was asked for; give one at least.")
+    figure = _figure(3.0, arrays)
     axes = _axes(figure, theme, x_label, y_label)
-    for curve in curves:
-        colour = theme.lines[curve.colour % len(theme.lines)]
-        # Later rounds of colours are told apart by their marks.
-        mark = "os^Dv"[curve.colour // len(theme.lines) % 5]
-        style = "--" if curve.dashed else "-"
-        names = any(isinstance(place, str) for place in curve.x)
-        places = [f"{place:g}" if names and isinstance(place, float) else place for place in curve.x]
-        axes.plot(places, curve.y, style, color=colour, marker=mark, markersize=3.5, linewidth=1.6, label=curve.label)
+    axes.set_title(title, color=theme.ink, fontsize=10)
+    edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins=_BINS)
+    for number, (label, values) in enumerate(arrays.items()):
+        colour = theme.lines[number % len(theme.lines)]
+        heights = np.histogram(values, edges)[0] / values.size
+        axes.stairs(heights, edges, fill=True, color=colour, alpha=0.35)
+        axes.stairs(heights, edges, color=colour, linewidth=1.4, label=f"{label} (n = {values.size:,})")
+        axes.axvline(float(values.mean()), color=colour, linewidth=1.4, linestyle="--")
     _legend(figure, theme)
     return figure
 
@@ -181,9 +258,15 @@ def _figure(height: float, labels: Iterable[str]) -> Figure:
 
 
 def _legend(figure: Figure, theme: Theme) -> None:
-    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    # What several rows show stands there once.
+    shown = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    labels = list(shown)
     if labels:
         figure.legend(
+            list(shown.values()),
+            labels,
             loc="outside lower left",
             ncols=_legend_columns(labels),
             frameon=False,
@@ -201,6 +284,12 @@ def _legend_columns(labels: Sequence[str]) -> int:
 def _axes(figure: Figure, theme: Theme, x_label: str, y_label: str) -> Any:
     figure.set_facecolor("none")
     axes = figure.subplots()
+    style_axes(axes, theme, x_label=x_label, y_label=y_label)
+    return axes
+
+
+def style_axes(axes: Any, theme: Theme, *, x_label: str = "", y_label: str = "") -> None:
+    """Give axes of a chart the theme's ink, grid and spines; nothing is drawn behind them."""
     axes.set_facecolor("none")
     axes.set_xlabel(x_label, color=theme.ink, fontsize=9.5)
     axes.set_ylabel(y_label, color=theme.ink, fontsize=9.5)
@@ -210,4 +299,14 @@ def _axes(figure: Figure, theme: Theme, x_label: str, y_label: str) -> Any:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.faint)
-    return axes
+
+
+def _draw_curves(axes: Any, curves: Sequence[Curve], theme: Theme) -> None:
+    for curve in curves:
+        colour = theme.lines[curve.colour % len(theme.lines)]
+        # Later rounds of colours are told apart by their marks.
+        mark = "os^Dv"[curve.colour // len(theme.lines) % 5]
+        style = "--" if curve.dashed else "-"
+        names = any(isinstance(place, str) for place in curve.x)
+        places = [f"{place:g}" if names and isinstance(place, float) else place for place in curve.x]
+        axes.plot(places, curve.y, style, color=colour, marker=mark, markersize=3.5, linewidth=1.6, label=curve.label)

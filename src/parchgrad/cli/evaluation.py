@@ -1,0 +1,189 @@
+"""Commands that measure: evaluate and report."""
+
+import math
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from parchgrad.cli.shared import ProgressBars, console, error_console, make_table, parse_layers, place_of
+
+# Panels of the help on evaluate.
+_ASKED = "What is evaluated"
+_COMPARED = "What is compared (each may be given several times, for all combinations)"
+
+
+def evaluate(
+    settings: Annotated[
+        Path | None, typer.Argument(help=r"A TOML file: model, \[data], \[grid] and \[scores].")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A torchvision or timm name, or 'shapes'; may be given several times.", rich_help_panel=_ASKED
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="shapes, folder, imagenet, cifar10, cifar100, mnist or fashion_mnist.", rich_help_panel=_ASKED
+        ),
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the images.", rich_help_panel=_ASKED)] = None,
+    annotations: Annotated[
+        str | None, typer.Option(help="Folder of ILSVRC's XML files, for imagenet.", rich_help_panel=_ASKED)
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Images, drawn at random.", rich_help_panel=_ASKED)] = None,
+    mosaics: Annotated[
+        int | None,
+        typer.Option(
+            help="Mosaics for the grid pointing game, in place of single images; 0 for none.", rich_help_panel=_ASKED
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Which class is explained: label or predicted.", rich_help_panel=_ASKED)
+    ] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="perturbation, insertion, localisation, sparsity, sensitivity or randomisation; several times if you "
+            "like.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    selector: Annotated[
+        list[str] | None,
+        typer.Option(help="energy, activation, evidence, class, instance, or none.", rich_help_panel=_COMPARED),
+    ] = None,
+    quantile: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the channels to keep, in (0, 1].", rich_help_panel=_COMPARED),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'default', 'all', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    gamma: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="How much stronger than the rest the kept signal becomes; 'inf' prunes the rest.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    conserve: Annotated[
+        list[str] | None, typer.Option(help="independent, exact or none.", rich_help_panel=_COMPARED)
+    ] = None,
+    masks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="own, and as controls another (those of another class) and shuffled.", rich_help_panel=_COMPARED
+        ),
+    ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="Channel statistics for the selectors class and instance.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in one pass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random maps and random channels.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("outputs/evaluation"),
+    device: Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
+) -> None:
+    """Evaluate a grid of settings on a data set, the controls always among them.
+
+    What is asked for stands in a file, in flags, or in both, where a flag goes before the file.
+
+    Started again after it was stopped, it goes on where it was; finished settings are skipped.
+
+    Several processes share the images: torchrun --nproc-per-node=2 -m parchgrad evaluate ...
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    with ExitStack() as shown:
+        # Of several processes one speaks.
+        if first:
+            shown.enter_context(error_console.status("Starting"))
+        from parchgrad.configuration import evaluate_all, read_settings
+
+        flags: dict[str, Any] = {
+            "model": model,
+            "data": {"name": data, "root": root, "annotations": annotations, "count": count, "mosaics": mosaics},
+            "grid": {
+                "methods": method,
+                "selectors": selector,
+                "quantiles": quantile,
+                "layers": layers and [parse_layers(text) for text in layers],
+                "gammas": gamma,
+                "conserves": conserve,
+                "masks": masks,
+            },
+            "scores": {"families": scores},
+            "target": target,
+            "statistics": statistics,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        asked = read_settings(settings, flags)
+        place = place_of(device)
+    try:
+        with ProgressBars(hidden=not first) as progress:
+            runs = evaluate_all(asked, out, device=place, on_progress=progress.update)
+    except KeyboardInterrupt:
+        error_console.print("Stopped. The same command goes on where it was.", highlight=False)
+        raise typer.Exit(130) from None
+    if first:
+        folders = " ".join(str(run) for run in runs)
+        console.print(f"Look at the results with: parchgrad report {escape(folders)}", highlight=False, soft_wrap=True)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluations.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page and the tables.")] = Path("outputs/report"),
+    score: Annotated[
+        list[str] | None, typer.Option(help="A score to show, such as aopc or aopc@0.1; may be given several times.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Level of the intervals, in (0, 1).")] = 0.95,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier report.")] = False,
+) -> None:
+    """Report what evaluations found: a page (report.html) and two tables (report.md, report.csv)."""
+    with error_console.status("Comparing"):
+        from parchgrad.evaluation.report import relative_time, title_of
+        from parchgrad.evaluation.summary import FEWEST
+        from parchgrad.files import check_outputs
+        from parchgrad.reporting import HEADLINES, Report, make_report
+
+        check_outputs(Report.files(out), force=force)
+        found = make_report(runs, scores=score, confidence=confidence)
+        page = found.save(out, force=force)
+    colours = {"better": "[green]", "worse": "[red]", "open": ""}
+    for summary, count in zip(found.summaries, found.counts, strict=True):
+        # The page has room for all, the terminal for a few.
+        shown = summary.scores if score else [name for name in HEADLINES if name in summary.scores][:3]
+        table = make_table("setting", *(title_of(name) for name in shown), "time")
+        for column in table.columns[1:]:
+            # Titles of settings are folded before numbers are.
+            column.min_width, column.max_width, column.justify = 7, 12, "right"
+        for setting in summary.settings:
+            cells = [summary.cells[setting, name] for name in shown]
+            texts = ["none" if math.isnan(cell.mean.value) else f"{cell.mean.value:.3f}" for cell in cells]
+            marked = [f"{colours[cell.verdict]}{text}" for cell, text in zip(cells, texts, strict=True)]
+            table.add_row(escape(setting), *marked, f"{relative_time(summary, setting):.2f}")
+        console.print(f"{escape(summary.model)}, {count}", style="bold", highlight=False)
+        console.print(table)
+        console.print()
+    console.print(
+        f"Green is better than the plain gradient, red worse, each by its {confidence:.0%} interval on {FEWEST} images "
+        "at least; arrows point where a score is better. The page has all scores, --score shows others here.",
+        highlight=False,
+    )
+    console.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)

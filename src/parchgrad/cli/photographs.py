@@ -1,0 +1,418 @@
+"""Commands on photographs: explain, sweep, animate, and the demonstration."""
+
+import enum
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+from rich.markup import escape
+
+from parchgrad.cli.shared import console, distinct_stems, error_console, make_table, parse_layers, say_share
+from parchgrad.errors import SettingError
+from parchgrad.files import check_outputs
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from parchgrad.models import Classifier
+    from parchgrad.selection import Selector
+    from parchgrad.visual.sweeps import Sweep
+
+
+class SelectorName(str, enum.Enum):
+    """The selectors by their short names."""
+
+    energy = "energy"
+    activation = "activation"
+    evidence = "evidence"
+    random = "random"
+    class_wise = "class"
+    instance = "instance"
+
+
+class ConserveName(str, enum.Enum):
+    """What keeps a layer's variance."""
+
+    independent = "independent"
+    exact = "exact"
+    none = "none"
+
+
+class SettingName(str, enum.Enum):
+    """What a sweep moves through."""
+
+    quantile = "quantile"
+    alpha = "alpha"
+
+
+class FormatName(str, enum.Enum):
+    """Formats of moving pictures."""
+
+    gif = "gif"
+    webp = "webp"
+    mp4 = "mp4"
+
+
+# Options that several commands have.
+Photographs: TypeAlias = Annotated[list[Path], typer.Argument(help="Photographs: JPEG, PNG or anything Pillow reads.")]
+ModelName: TypeAlias = Annotated[str, typer.Option(help="A torchvision or timm name; see `parchgrad models`.")]
+TargetName: TypeAlias = Annotated[
+    str | None, typer.Option(help="The class to explain, by name or index.", show_default="the predicted class")
+]
+StatisticsFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Channel statistics for the selectors class and instance; see `parchgrad stats`.",
+        show_default="those that come with the package, for efficientnet_lite0",
+    ),
+]
+LayersText: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="'default' (the published set), 'all', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'."
+    ),
+]
+Gamma: TypeAlias = Annotated[
+    float, typer.Option(help="How much stronger than the rest the kept signal becomes; 'inf' prunes the rest.")
+]
+Conservation: TypeAlias = Annotated[ConserveName, typer.Option(help="How the variance of a layer is kept.")]
+MethodName: TypeAlias = Annotated[
+    str, typer.Option(help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name.")
+]
+Values: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="The values, separated by commas: '0.5,0.2,0.1'.", show_default="six, from most channels to few"),
+]
+Over: TypeAlias = Annotated[
+    SettingName,
+    typer.Option(help="The share of channels that is kept, or for class and instance the largest p-value."),
+]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")]
+
+
+def explain(
+    images: Photographs,
+    model: ModelName = "efficientnet_lite0",
+    target: TargetName = None,
+    selector: Annotated[
+        SelectorName,
+        typer.Option(
+            help="What makes a channel matter: gradient energy, gradient x activation, its evidence for the class "
+            "(best with --layers 0.75), chance, or by statistics its response to the class, or to this very image."
+        ),
+    ] = SelectorName.energy,
+    statistics: StatisticsFile = None,
+    quantile: Annotated[float, typer.Option(help="Share of the channels to keep, in (0, 1].")] = 0.1,
+    layers: LayersText = "default",
+    gamma: Gamma = math.inf,
+    conserve: Conservation = ConserveName.independent,
+    method: MethodName = "gradient",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/explain"),
+    force: Force = False,
+) -> None:
+    """Explain photographs: a panel (.png), the raw signed map (.npy) and every setting (.json) for each."""
+    with error_console.status("Starting") as status:
+        from parchgrad.data.images import read_image
+
+        # All that can be wrong is looked at before the first file is written, and files before the long imports.
+        photographs = [read_image(path) for path in images]
+
+        from parchgrad.explanation import Explanation, explain_images
+
+        stems = distinct_stems(images)
+        check_outputs([file for stem in stems for file in Explanation.files(out, stem)], force=force)
+        classifier, (chosen,) = _prepare(model, [selector], statistics, quantile, status.update)
+        with _captum_is_quiet():
+            explanations = explain_images(
+                classifier,
+                photographs,
+                chosen,
+                target=None if target is None else classifier.find_category(target),
+                layers=parse_layers(layers),
+                gamma=gamma,
+                conserve=conserve.value,
+                method=method,
+                names=[path.name for path in images],
+            )
+        for found, stem in zip(explanations, stems, strict=True):
+            found.save(out, stem, force=force)
+
+    table = make_table("photograph", "explained class", "also predicted")
+    for path, found in zip(images, explanations, strict=True):
+        others = [prediction for prediction in found.predictions if prediction.index != found.target.index][:3]
+        table.add_row(
+            escape(path.name), say_share(found.target), ", ".join(say_share(prediction) for prediction in others)
+        )
+    console.print(table)
+    layers_edited = explanations[0].settings["layers"]
+    console.print(
+        f"\n{len(layers_edited)} convolutions edited, {layers_edited[0]} to {layers_edited[-1]}", highlight=False
+    )
+    console.print(f"Panels, maps and settings are in {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
+def sweep(
+    images: Photographs,
+    model: ModelName = "efficientnet_lite0",
+    target: TargetName = None,
+    selector: Annotated[
+        SelectorName, typer.Option(help="What makes a channel matter; see `parchgrad explain --help`.")
+    ] = SelectorName.energy,
+    statistics: StatisticsFile = None,
+    over: Over = SettingName.quantile,
+    values: Values = None,
+    layers: LayersText = "default",
+    gamma: Gamma = math.inf,
+    conserve: Conservation = ConserveName.independent,
+    method: MethodName = "gradient",
+    columns: Annotated[int, typer.Option(help="Pictures in a line.", min=1)] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/sweep"),
+    force: Force = False,
+) -> None:
+    """Explain photographs at several quantiles or alphas: a panel (.png) for each, all its maps by one scale."""
+    paths = [out / f"{stem}.png" for stem in distinct_stems(images)]
+    check_outputs(paths, force=force)
+    asked = _SweepOptions(
+        model=model,
+        target=target,
+        statistics=statistics,
+        over=over,
+        values=values,
+        layers=layers,
+        gamma=gamma,
+        conserve=conserve,
+        method=method,
+    )
+    with error_console.status("Starting") as status:
+        rows = _make_sweeps(images, [selector], asked, status.update)
+        from parchgrad.visual import save_figure
+
+        for (found,), path in zip(rows, paths, strict=True):
+            save_figure(found.figure(columns=columns), path)
+    _say_sweeps(images, rows)
+    console.print(f"Panels are in {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
+def animate(
+    images: Photographs,
+    model: ModelName = "efficientnet_lite0",
+    target: TargetName = None,
+    selector: Annotated[
+        list[SelectorName] | None,
+        typer.Option(
+            help="What makes a channel matter; given several times, panels side by side.", show_default="energy"
+        ),
+    ] = None,
+    statistics: StatisticsFile = None,
+    over: Over = SettingName.quantile,
+    values: Values = None,
+    layers: LayersText = "default",
+    gamma: Gamma = math.inf,
+    conserve: Conservation = ConserveName.independent,
+    method: MethodName = "gradient",
+    form: Annotated[
+        FormatName, typer.Option("--format", help="The moving picture's format; mp4 needs ffmpeg.")
+    ] = FormatName.gif,
+    most_kilobytes: Annotated[int, typer.Option(help="What a file may weigh; panels are made to fit.", min=1)] = 500,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/animate"),
+    force: Force = False,
+) -> None:
+    """Let the maps of photographs fade through several quantiles or alphas: a moving picture for each."""
+    selectors = selector or [SelectorName.energy]
+    paths = [out / f"{stem}.{form.value}" for stem in distinct_stems(images)]
+    check_outputs(paths, force=force)
+    asked = _SweepOptions(
+        model=model,
+        target=target,
+        statistics=statistics,
+        over=over,
+        values=values,
+        layers=layers,
+        gamma=gamma,
+        conserve=conserve,
+        method=method,
+    )
+    with error_console.status("Starting") as status:
+        rows = _make_sweeps(images, selectors, asked, status.update)
+        from parchgrad.visual.animation import save_animation
+
+        status.update("Writing")
+        for row, path in zip(rows, paths, strict=True):
+            panels = {_TITLES[name]: found for name, found in zip(selectors, row, strict=True)}
+            save_animation(panels, path, most_bytes=1000 * most_kilobytes)
+    _say_sweeps(images, rows)
+    for path in paths:
+        console.print(
+            f"Saved {escape(str(path))} ({path.stat().st_size / 1000:,.0f} kB)", highlight=False, soft_wrap=True
+        )
+
+
+def models(
+    pattern: Annotated[str | None, typer.Argument(help="Name pattern, such as 'resnet*'.")] = None,
+) -> None:
+    """List the models that can be loaded; timm's many only on request."""
+    from parchgrad.models import list_models
+
+    entries = list_models(pattern or "*")
+    if not entries:
+        raise SettingError(f"No model matches {pattern!r}; try `parchgrad models '*{pattern}*'`, or '*' for all.")
+    shown = [entry for entry in entries if pattern or entry.offline or entry.library != "timm"]
+    table = make_table("name", "library", "weights")
+    for entry in shown:
+        table.add_row(entry.name, entry.library, "installed with a package" if entry.offline else "downloaded once")
+    console.print(table)
+    if len(shown) < len(entries):
+        hint = f"and {len(entries) - len(shown)} more from timm; give a pattern: parchgrad models 'convnext*'"
+        console.print(hint, highlight=False, soft_wrap=True)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("outputs/demo"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier page.")] = False,
+) -> None:
+    """Explain four photographs and play the grid pointing game on them; offline, one page to look at."""
+    with error_console.status("Explaining four photographs and their mosaic"):
+        from parchgrad.demo import CHANCE, Demonstration, demonstrate
+
+        check_outputs(Demonstration.files(out), force=force)
+        found = demonstrate()
+        page = found.save(out, force=force)
+    table = make_table("class", *found.shares)
+    for index, category in enumerate(found.categories):
+        table.add_row(category, *(f"{shares[index]:.2f}" for shares in found.shares.values()))
+    table.add_row("[bold]mean", *(f"[bold]{shares.mean():.2f}" for shares in found.shares.values()))
+    console.print("Share of the map in the cell that shows the class, 2 x 2 mosaic", style="bold")
+    console.print(table)
+    console.print(f"A map that knows nothing scores {CHANCE:.2f}. Higher is better.")
+    console.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)
+
+
+# What the panels of an animation are called.
+_TITLES = {
+    SelectorName.energy: "gradient energy",
+    SelectorName.activation: "gradient x activation",
+    SelectorName.evidence: "evidence",
+    SelectorName.random: "random channels",
+    SelectorName.class_wise: "class-wise",
+    SelectorName.instance: "instance-wise",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SweepOptions:
+    """What a sweep is asked for, but the photographs and the selectors."""
+
+    model: str
+    target: str | None
+    statistics: Path | None
+    over: SettingName
+    values: str | None
+    layers: str
+    gamma: float
+    conserve: ConserveName
+    method: str
+
+
+def _make_sweeps(
+    images: Sequence[Path], names: Sequence[SelectorName], asked: _SweepOptions, say: Callable[[str], None]
+) -> "list[list[Sweep]]":
+    """One sweep of each photograph for each selector."""
+    from parchgrad.data.images import read_image
+
+    # What is quickest to find wrong comes first, the long imports after it.
+    photographs = [read_image(path) for path in images]
+    given = None if asked.values is None else _parse_values(asked.values)
+
+    from parchgrad.visual.sweeps import ALPHAS, QUANTILES, alpha_sweep, quantile_sweep
+
+    classifier, selectors = _prepare(asked.model, names, asked.statistics, QUANTILES[-1], say)
+    target = None if asked.target is None else classifier.find_category(asked.target)
+
+    def swept(photograph: "Image.Image", selector: "Selector") -> "Sweep":
+        edit = partial(
+            quantile_sweep if asked.over is SettingName.quantile else alpha_sweep,
+            classifier,
+            photograph,
+            selector,
+            target=target,
+            layers=parse_layers(asked.layers),
+            gamma=asked.gamma,
+            conserve=asked.conserve.value,
+            method=asked.method,
+        )
+        if asked.over is SettingName.quantile:
+            return edit(quantiles=given or QUANTILES)
+        return edit(alphas=given or ALPHAS)
+
+    with _captum_is_quiet():
+        return [[swept(photograph, selector) for selector in selectors] for photograph in photographs]
+
+
+def _prepare(
+    model: str,
+    names: Sequence[SelectorName],
+    statistics: Path | None,
+    quantile: float,
+    say: Callable[[str], None],
+) -> "tuple[Classifier, list[Selector]]":
+    """Load the network and make the selectors, with statistics where they need some."""
+    from parchgrad.models import load_model
+    from parchgrad.selection import STATISTICAL_SELECTORS, make_selector
+    from parchgrad.statistics import ChannelStatistics
+
+    # The hub, imported by now, logs every failed try; the error that follows says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    needs_statistics = any(name.value in STATISTICAL_SELECTORS for name in names)
+    if statistics is not None and not needs_statistics:
+        raise SettingError(
+            f"--statistics is given, but the selector {names[0].value} uses none; add --selector class or instance."
+        )
+    held = None
+    if needs_statistics:
+        held = ChannelStatistics.bundled(model) if statistics is None else ChannelStatistics.load(statistics)
+    selectors = [make_selector(name.value, quantile=quantile, statistics=held) for name in names]
+    say(f"Loading {escape(model)}")
+    classifier = load_model(model)
+    if held is not None:
+        held.check_model(classifier.model)
+    say("Explaining")
+    return classifier, selectors
+
+
+@contextmanager
+def _captum_is_quiet() -> Iterator[None]:
+    """Leave out Captum's notice that a method sets hooks, which are gone by the time it is read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting (backward|forward)")
+        yield
+
+
+def _parse_values(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise SettingError(f"--values is {text!r}, but it must be numbers separated by commas: 0.5,0.2,0.1.") from error
+
+
+def _say_sweeps(images: Sequence[Path], rows: "Sequence[Sequence[Sweep]]") -> None:
+    """Say what was explained, and how many channels each value kept."""
+    first = rows[0][0]
+    table = make_table("photograph", "explained class", *(f"{value:g}" for value in first.values))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for path, row in zip(images, rows, strict=True):
+        for found in row:
+            name = f"{path.name}, {found.selector}" if len(row) > 1 else path.name
+            table.add_row(escape(name), say_share(found.target), *(f"{share:.1%}" for share in found.kept))
+    console.print(table)
+    console.print(
+        f"Below each {first.setting}: channels that were kept and had a gradient, mean over the layers.",
+        highlight=False,
+    )

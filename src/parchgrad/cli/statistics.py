@@ -1,0 +1,224 @@
+"""Commands on channel statistics: collect, show, merge, import-pickles."""
+
+import enum
+import json
+import math
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.markup import escape
+
+from parchgrad.cli.shared import ProgressBars, console, error_console, make_table, move_model, parse_layers, printable
+
+if TYPE_CHECKING:
+    from parchgrad.statistics import ChannelStatistics
+
+stats = typer.Typer(
+    help="Collect channel statistics, for the selectors class and instance; show, merge and import them.",
+    no_args_is_help=True,
+)
+
+
+class LabelsName(str, enum.Enum):
+    """Where the classes of a collection come from."""
+
+    given = "given"
+    predicted = "predicted"
+
+
+class DtypeName(str, enum.Enum):
+    """Precision of the forward passes of a collection."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@stats.command()
+def collect(
+    data: Annotated[
+        Path, typer.Option(help="A folder of photographs: a folder for each class, or any with predicted labels.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, such as lite0.safetensors.")],
+    model: Annotated[
+        str, typer.Option(help="A torchvision or timm name; see `parchgrad models`.")
+    ] = "efficientnet_lite0",
+    labels: Annotated[
+        LabelsName,
+        typer.Option(help="'given': the class folders tell; 'predicted': the model's own probabilities do."),
+    ] = LabelsName.given,
+    layers: Annotated[
+        str, typer.Option(help="'all', 'default', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'.")
+    ] = "all",
+    batch_size: Annotated[int, typer.Option(help="Images in one pass.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that read photographs; 0 reads between the passes.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Precision of the passes; below float32 by autocast.")
+    ] = DtypeName.float32,
+    seed: Annotated[int, typer.Option(help="Seed of the sample of images for the normality test.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Batches between two checkpoints.")] = 250,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+) -> None:
+    """Collect channel statistics in one pass over photographs.
+
+    Started again after it was stopped, it goes on where it was.
+
+    Several processes share the photographs: torchrun --nproc-per-node=2 -m parchgrad stats collect ...
+    """
+    with ExitStack() as shown:
+        # Of several processes one speaks.
+        if os.environ.get("RANK", "0") == "0":
+            shown.enter_context(error_console.status("Starting"))
+        import torch
+
+        from parchgrad.collection import collect_from_folder
+        from parchgrad.files import check_outputs
+        from parchgrad.models import load_model
+        from parchgrad.statistics.checkpoint import remove_checkpoints
+        from parchgrad.statistics.processes import is_first_process
+
+        check_outputs([out], force=force)
+        classifier = load_model(model)
+        place = move_model(classifier, device)
+    precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    try:
+        with ProgressBars(hidden=not is_first_process()) as progress, precision:
+            found = collect_from_folder(
+                classifier,
+                data,
+                labels=labels.value,
+                layers=parse_layers(layers),
+                batch_size=batch_size,
+                workers=workers,
+                seed=seed,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                on_progress=progress.update,
+            )
+    except KeyboardInterrupt:
+        left = "The same command goes on from its checkpoint." if checkpoint.exists() else "Nothing was kept."
+        error_console.print(f"Stopped. {left}", highlight=False)
+        raise typer.Exit(130) from None
+    if is_first_process():
+        found.save(out)
+        remove_checkpoints(checkpoint)
+        _say_saved(found, out)
+
+
+@stats.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A file that `parchgrad stats collect` wrote.")],
+    quantile: Annotated[float, typer.Option(help="Share of the channels to keep, in (0, 1].")] = 0.1,
+    target: Annotated[str | None, typer.Option(help="A class, by name or index: show its best channels.")] = None,
+    top: Annotated[int, typer.Option(help="How many of its best channels.", min=1)] = 3,
+) -> None:
+    """Show what statistics hold: layer by layer the channels, how many pass the gate, and how many are selected."""
+    with error_console.status("Reading"):
+        from parchgrad.selection import ClassWise
+        from parchgrad.statistics import ChannelStatistics
+
+        held = ChannelStatistics.load(file)
+        selector = ClassWise(held, quantile=quantile, test=held.test)
+        selector.check({name: layer.channels for name, layer in held.items()})
+        if target is None:
+            table = make_table("layer", *("channels", "not normal", "selected", "fewest", "most"))
+            for name, layer in held.items():
+                gated = int((layer.shapiro_p < cast(float, selector.normality_threshold)).sum())
+                selected = selector.class_masks(name).sum(dim=1)
+                mean = f"{selected.double().mean():.1f}"
+                table.add_row(
+                    printable(name), f"{layer.channels}", f"{gated}", mean, f"{selected.min()}", f"{selected.max()}"
+                )
+            title = f"Channels selected for a class at quantile {quantile:g}: mean, fewest and most"
+        else:
+            column, label = _find_class(held, target)
+            selector.check_known([column if held.class_indices is None else held.class_indices[column]])
+            table = make_table("layer", *(f"{place + 1}." for place in range(top)))
+            for name, layer in held.items():
+                best = layer.class_log_p(selector.test)[:, column].sort(stable=True)
+                pairs = zip(best.indices[:top].tolist(), best.values[:top].tolist(), strict=True)
+                table.add_row(printable(name), *(f"{channel}: {_decades(value)}" for channel, value in pairs))
+            title = f"Channels that respond most to {label}: number and log10 of the p-value"
+        for place, shown in enumerate(table.columns):
+            shown.justify, shown.overflow = "right" if place else "left", "fold"
+    for name, text in {**held.metadata, "classes": f"{held.classes} of {held.model_classes}"}.items():
+        if name not in ("categories", "collections"):
+            console.print(f"[bold]{printable(name)}[/]: {printable(text)}", highlight=False, soft_wrap=True)
+    console.print(f"\n{escape(title)}", style="bold", highlight=False, soft_wrap=True)
+    console.print(table)
+
+
+@stats.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Files of disjoint sets of images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+) -> None:
+    """Merge statistics that were collected apart, as if all images had been seen in one run."""
+    with error_console.status("Reading"):
+        from parchgrad.files import check_outputs
+        from parchgrad.statistics import ChannelStatistics
+        from parchgrad.statistics.accumulate import merge_statistics
+
+        check_outputs([out], force=force)
+        parts = [ChannelStatistics.load(file) for file in files]
+    with ProgressBars() as progress:
+        found = merge_statistics(parts, on_progress=progress.update)
+    found.save(out)
+    _say_saved(found, out)
+
+
+@stats.command()
+def import_pickles(
+    folder: Annotated[
+        Path, typer.Argument(help="The folder of a network, with a folder 'pickles' in it, or that one.")
+    ],
+    model: Annotated[str, typer.Option(help="The network that they are of, by its torchvision or timm name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+) -> None:
+    """Import the pickles of the original research code; nothing in them is executed."""
+    with error_console.status("Reading"):
+        from parchgrad.files import check_outputs
+        from parchgrad.models import load_model
+        from parchgrad.statistics.pickles import import_pickles as read_pickles
+
+        check_outputs([out], force=force)
+        # Names and channels are those of the architecture, whatever its weights.
+        found = read_pickles(folder, load_model(model, pretrained=False).model, name=model)
+    found.save(out)
+    _say_saved(found, out)
+
+
+def _find_class(held: "ChannelStatistics", query: str) -> tuple[int, str]:
+    """Column and name of a class by its index or name."""
+    from parchgrad.models import find_category
+
+    try:
+        categories = [str(category) for category in json.loads(held.metadata["categories"])]
+    except (KeyError, ValueError, TypeError):
+        categories = [f"class {index}" for index in range(held.model_classes)]
+    index = find_category(query, categories, held.metadata.get("model", "the model"))
+    return held.columns([index])[0], categories[index]
+
+
+def _decades(log_p: float) -> str:
+    """Log10 of a p-value; what no number can tell, since a class and its rest do not vary, as -inf."""
+    return f"{log_p / math.log(10):.1f}" if log_p > -1e9 else "-inf"
+
+
+def _say_saved(found: "ChannelStatistics", out: Path) -> None:
+    channels = sum(layer.channels for layer in found.values())
+    seen = found.classes - found.count_empty()
+    console.print(
+        f"{len(found)} layers, {channels:,} channels, {seen} of {found.classes} classes, "
+        f"{found.metadata.get('images', 'unknown number of')} images",
+        highlight=False,
+    )
+    console.print(f"Saved {escape(str(out))} ({out.stat().st_size / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
+    console.print(f"Look inside with: parchgrad stats show {escape(str(out))}", highlight=False, soft_wrap=True)

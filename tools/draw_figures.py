@@ -1,0 +1,96 @@
+"""Draw the pictures of README.md and docs/method.md, from photographs of scikit-image and generated shapes.
+
+python tools/draw_figures.py
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from skimage import data
+from torch.utils.data import DataLoader
+
+import parchgrad as pg
+from parchgrad.data.samples import Pairs
+from parchgrad.data.shapes import GeneratedShapes
+from parchgrad.demo import demonstrate
+from parchgrad.statistics.collect import collect_gaps
+from parchgrad.visual import save_figure
+from parchgrad.visual.animation import save_animation
+from parchgrad.visual.channels import gap_histogram, kept_channels
+from parchgrad.visual.sweeps import quantile_sweep
+from parchgrad.visual.teaching import checkerboard_figure, sum_directions
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+
+
+def draw_hero() -> None:
+    """An espresso, its plain gradient, and two maps that move through the share of channels that is kept."""
+    classifier, espresso = pg.load_model("efficientnet_lite0"), Image.fromarray(data.coffee())
+    selectors = {"gradient energy": pg.GradientEnergy(), "evidence": pg.Evidence()}
+    sweeps = {
+        title: quantile_sweep(classifier, espresso, selector, quantiles=(0.7, 0.4, 0.2, 0.1), layers=0.75)
+        for title, selector in selectors.items()
+    }
+    save_animation(sweeps, IMAGES / "hero.gif")
+
+
+def draw_demonstration() -> None:
+    """The overview that `parchgrad demo` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        demonstrate().save(folder)
+        shutil.copy(Path(folder, "overview.jpg"), IMAGES / "demo.jpg")
+
+
+def draw_noise() -> None:
+    """Why many weak channels drown few strong ones, and what strides leave."""
+    save_figure(sum_directions().figure(), IMAGES / "method-directions.png")
+    save_figure(checkerboard_figure(), IMAGES / "method-checkerboard.png")
+
+
+def draw_sweep() -> None:
+    """A cat explained with ever fewer channels."""
+    classifier = pg.load_model("efficientnet_lite0")
+    sweep = quantile_sweep(classifier, Image.fromarray(data.cat()), pg.GradientEnergy(), layers=0.5)
+    save_figure(sweep.figure(columns=4), IMAGES / "method-sweep.jpg", dots_per_inch=90)
+
+
+def draw_kept_channels() -> None:
+    """Which channels are kept for either of two classes in one picture."""
+    classifier = pg.load_model("efficientnet_lite0")
+    both = torch.cat(
+        [classifier.preprocess(Image.fromarray(picture)) for picture in (data.cat(), data.coffee())], dim=2
+    )
+    categories = ("tiger cat", "espresso")
+    targets = [classifier.find_category(category) for category in categories]
+    kept = kept_channels(
+        classifier.model, pg.GradientEnergy(), both.unsqueeze(0), targets, categories=categories, layers="all"
+    )
+    save_figure(kept.figure(), IMAGES / "method-kept.png")
+
+
+def draw_responses() -> None:
+    """How the best channel of a layer for one class responds to it, and to all other classes."""
+    shapes, category = pg.load_model("shapes"), "star"
+    label = shapes.find_category(category)
+    # The channel is chosen on other images than it is shown on.
+    held = pg.collect_statistics(shapes.model, Pairs(GeneratedShapes(count=1200, seed=1)), layers=0.5)
+    layer = list(held)[-1]
+    channel = int(held[layer].class_log_p()[:, label].argmin())
+    pairs = Pairs(GeneratedShapes(count=1200, seed=2))
+    batches = DataLoader(pairs, batch_size=64)
+    gaps = collect_gaps(shapes.model, (images for images, _ in batches), layer)[:, channel]
+    in_class = torch.tensor([found for _, found in pairs]) == label
+    figure = gap_histogram(gaps, in_class.numpy(), channel=f"{layer}, channel {channel}", category=category)
+    save_figure(figure, IMAGES / "method-responses.png")
+
+
+if __name__ == "__main__":
+    draw_hero()
+    draw_demonstration()
+    draw_noise()
+    draw_sweep()
+    draw_kept_channels()
+    draw_responses()
