@@ -289,7 +289,7 @@ class _Page:
             "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
             "outputs": [*texts, self.top, self.target, self.stamp, self.selector, self._shown],
             "concurrency_id": "network",
-            "show_progress": "minimal",
+            "show_progress": "full",
             "show_progress_on": self.status,
         }
         # One listener for all settings: of those that were changed in a hurry the last state is shown.
@@ -340,7 +340,7 @@ class _Page:
                 self._shown,
                 [self.fetched, self.status],
                 concurrency_id="network",
-                show_progress="minimal",
+                show_progress="full",
                 show_progress_on=self.status,
                 api_visibility="private",
             ).then(None, js=_FETCH)
