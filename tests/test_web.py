@@ -304,11 +304,15 @@ class Page:
         return self.wait(lambda: next(iter(self.all(css)), None))
 
     def text(self, css):
-        return self.one(css).text
+        # In one step: the page may put another element in this place at any time.
+        return self.script("return document.querySelector(arguments[0])?.innerText ?? ''", css)
+
+    def script(self, code, *values):
+        return self.driver.execute_script(code, *values)
 
     def map(self):
         """The map with ParchGrad, as it is embedded."""
-        return self.driver.execute_script("return document.querySelectorAll('#result .pg-map')[1]?.src")
+        return self.script("return document.querySelectorAll('#result .pg-map')[1]?.src")
 
     def wait(self, condition, seconds=30):
         end = time.monotonic() + seconds
@@ -354,7 +358,8 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         assert "cup.png" in page.text("#result")
 
         # A class from the list of the most probable, then any class by its name.
-        page.changes(lambda: page.all("#predictions input")[1].click())
+        page.wait(lambda: "cup" in page.text("#predictions"))
+        page.changes(lambda: page.script("document.querySelectorAll('#predictions input')[1].click()"))
         page.wait(lambda: "for cup," in page.text("#result"))
         combobox = page.one("#class input")
 
@@ -362,7 +367,7 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
             combobox.click()
             combobox.send_keys(Keys.CONTROL, "a")
             combobox.send_keys("tabby")
-            page.wait(lambda: [item for item in page.all("[role=option]") if item.text.strip().endswith("tabby")])
+            page.wait(lambda: page.text("[role=option]").strip().endswith("tabby"))
             combobox.send_keys(Keys.ENTER)
 
         page.changes(search)
@@ -381,7 +386,9 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         before = page.map()
         for _ in range(30):
             page.one("#opacity input[type=range]").send_keys(Keys.ARROW_LEFT)
-        page.wait(lambda: page.one("#result .pg-map").value_of_css_property("opacity") == "0.7")
+        page.wait(
+            lambda: page.script("return getComputedStyle(document.querySelector('#result .pg-map')).opacity") == "0.7"
+        )
         page.wait(lambda: "opacity=0.7" in page.text("#code"))
         assert page.map() == before
 
