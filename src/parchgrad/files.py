@@ -19,7 +19,8 @@ def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
             raise OutputError(f"{str(path)!r} is a folder; name a file in it.")
         if path.exists() and not force:
             raise OutputError(
-                f"{str(path)!r} exists already; choose another place, or overwrite it with force=True (--force)."
+                f"{str(path)!r} exists already; choose another place, or overwrite it: force=True, or --force on the "
+                "command line."
             )
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):

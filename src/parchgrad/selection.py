@@ -30,6 +30,7 @@ __all__ = [
     "RandomChannels",
     "Selection",
     "Selector",
+    "default_quantile",
     "keep_best",
     "make_selector",
 ]
@@ -577,16 +578,30 @@ SELECTORS_BY_NAME: Mapping[str, type[GradientEnergy | GradientTimesActivation | 
 
 STATISTICAL_SELECTORS = ("class", "instance")
 """Short names of the selectors that need channel statistics besides."""
+_STATISTICAL_QUANTILE = 0.1
+
+
+def default_quantile(name: str) -> float:
+    """Share of the channels that a selector keeps unless another is asked for.
+
+    Args:
+        name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS`.
+
+    Example:
+        >>> default_quantile("energy"), default_quantile("evidence"), default_quantile("class")
+        (0.1, 0.2, 0.1)
+    """
+    return SELECTORS_BY_NAME[name].quantile if name in SELECTORS_BY_NAME else _STATISTICAL_QUANTILE
 
 
 def make_selector(
-    name: str, *, quantile: float, statistics: ChannelStatistics | None = None, seed: int = 0
+    name: str, *, quantile: float | None = None, statistics: ChannelStatistics | None = None, seed: int = 0
 ) -> Selector:
     """Make a selector by its short name.
 
     Args:
         name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS`.
-        quantile: share of the channels to keep, in (0, 1].
+        quantile: share of the channels to keep, in (0, 1]; None takes the selector's own.
         statistics: channel statistics, for the selectors that need them.
         seed: for the selector that draws.
 
@@ -598,13 +613,14 @@ def make_selector(
         >>> make_selector("energy", quantile=0.2)
         GradientEnergy(quantile=0.2)
     """
+    known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
+    if name not in known:
+        raise SettingError(f"selector is {name!r}, but it must be one of {', '.join(known)}.")
+    quantile = default_quantile(name) if quantile is None else quantile
     if name == "random":
         return RandomChannels(quantile=quantile, seed=seed)
     if name in SELECTORS_BY_NAME:
         return SELECTORS_BY_NAME[name](quantile=quantile)
-    if name not in STATISTICAL_SELECTORS:
-        known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
-        raise SettingError(f"selector is {name!r}, but it must be one of {', '.join(known)}.")
     if statistics is None:
         raise StatisticsError(f"The selector {name!r} needs channel statistics; collect some, or choose 'energy'.")
     if name == "class":

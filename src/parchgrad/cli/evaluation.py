@@ -67,7 +67,11 @@ def evaluate(
     ] = None,
     quantile: Annotated[
         list[float] | None,
-        typer.Option(help="Share of the channels to keep, in (0, 1].", rich_help_panel=_COMPARED),
+        typer.Option(
+            help="Share of the channels to keep, in (0, 1].",
+            rich_help_panel=_COMPARED,
+            show_default="0.1, for evidence 0.2",
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None,

@@ -60,6 +60,9 @@ class FormatName(str, enum.Enum):
     mp4 = "mp4"
 
 
+# Where fewer than one convolution in so many is edited, the published set is too small for the network.
+_FEW = 5
+
 # Options that several commands have.
 Photographs: TypeAlias = Annotated[list[Path], typer.Argument(help="Photographs: JPEG, PNG or anything Pillow reads.")]
 ModelName: TypeAlias = Annotated[str, typer.Option(help="A torchvision or timm name; see `parchgrad models`.")]
@@ -109,7 +112,10 @@ def explain(
         ),
     ] = SelectorName.energy,
     statistics: StatisticsFile = None,
-    quantile: Annotated[float, typer.Option(help="Share of the channels to keep, in (0, 1].")] = 0.1,
+    quantile: Annotated[
+        float | None,
+        typer.Option(help="Share of the channels to keep, in (0, 1].", show_default="0.1, for evidence 0.2"),
+    ] = None,
     layers: LayersText = "default",
     gamma: Gamma = math.inf,
     conserve: Conservation = ConserveName.independent,
@@ -125,6 +131,7 @@ def explain(
         photographs = [read_image(path) for path in images]
 
         from parchgrad.explanation import Explanation, explain_images
+        from parchgrad.layers import find_convolutions
 
         stems = distinct_stems(images)
         check_outputs([file for stem in stems for file in Explanation.files(out, stem)], force=force)
@@ -151,10 +158,10 @@ def explain(
             escape(path.name), say_share(found.target), ", ".join(say_share(prediction) for prediction in others)
         )
     console.print(table)
-    layers_edited = explanations[0].settings["layers"]
-    console.print(
-        f"\n{len(layers_edited)} convolutions edited, {layers_edited[0]} to {layers_edited[-1]}", highlight=False
-    )
+    edited, every = explanations[0].settings["layers"], len(find_convolutions(classifier.model))
+    console.print(f"\n{len(edited)} of {every} convolutions edited, {edited[0]} to {edited[-1]}", highlight=False)
+    if layers == "default" and len(edited) < every / _FEW:
+        console.print("Few of them: maps are often better with --layers 0.5 or 0.75.", highlight=False)
     console.print(f"Panels, maps and settings are in {escape(str(out))}", highlight=False, soft_wrap=True)
 
 
@@ -359,7 +366,7 @@ def _prepare(
     model: str,
     names: Sequence[SelectorName],
     statistics: Path | None,
-    quantile: float,
+    quantile: float | None,
     say: Callable[[str], None],
 ) -> "tuple[Classifier, list[Selector]]":
     """Load the network and make the selectors, with statistics where they need some."""

@@ -22,7 +22,7 @@ from parchgrad.evaluation.methods import (
 )
 from parchgrad.layers import LayerChoice
 from parchgrad.partition import Conserve
-from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, make_selector
+from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, default_quantile, make_selector
 from parchgrad.statistics import ChannelStatistics
 
 __all__ = ["Grid", "Masks", "Setting", "make_method"]
@@ -111,7 +111,7 @@ class Grid:
     Attributes:
         methods: see `Setting.method`.
         selectors: see `Setting.selector`.
-        quantiles: see `Setting.quantile`.
+        quantiles: see `Setting.quantile`; None is the one that a selector has on its own.
         layers: see `Setting.layers`.
         gammas: see `Setting.gamma`.
         conserves: see `Setting.conserve`.
@@ -120,7 +120,7 @@ class Grid:
 
     methods: tuple[str, ...] = ("gradient",)
     selectors: tuple[str | None, ...] = ("energy",)
-    quantiles: tuple[float, ...] = (0.1,)
+    quantiles: tuple[float | None, ...] = (None,)
     layers: tuple[str | float | tuple[str, ...], ...] = ("default",)
     gammas: tuple[float, ...] = (math.inf,)
     conserves: tuple[Conserve, ...] = ("independent",)
@@ -145,7 +145,12 @@ class Grid:
                 continue
             for quantile, layers, gamma, conserve in edits:
                 edit = Setting(
-                    method=method, selector=selector, quantile=quantile, layers=layers, gamma=gamma, conserve=conserve
+                    method=method,
+                    selector=selector,
+                    quantile=default_quantile(selector) if quantile is None else quantile,
+                    layers=layers,
+                    gamma=gamma,
+                    conserve=conserve,
                 )
                 found.append(replace(edit, selector="random"))
                 found += [replace(edit, masks=masks) for masks in self.masks if masks == "own" or method == "gradient"]
