@@ -84,12 +84,10 @@ def printable(text: str) -> str:
 
 
 def parse_layers(text: str) -> str | float | list[str]:
-    """A ratio where the text is a number, a set by name, or patterns separated by commas."""
-    try:
-        return float(text)
-    except ValueError:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        return parts[0] if len(parts) == 1 else parts
+    """Read a layer choice as `parchgrad.layers.parse_layers` does, which is imported when it is needed."""
+    from parchgrad.layers import parse_layers as parse
+
+    return parse(text)
 
 
 def make_table(*columns: str) -> Table:
