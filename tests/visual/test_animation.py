@@ -184,13 +184,13 @@ def test_panels_shrink_until_the_file_fits(sweeps, tmp_path, monkeypatch):
     assert not (tmp_path / "none.gif").exists()
 
 
-def test_a_guess_that_is_too_small_is_not_far_too_small(sweeps, tmp_path):
-    # The largest panels that fit are at most one step away from what the guess finds.
-    found = save_animation(sweeps, tmp_path / "sweep.gif", most_bytes=150_000).photograph[1]
-    sizes = animation._SIZES
-    place = sizes.index(found.stop - found.start)
-    larger = animate(sweeps, panel_size=sizes[place - 2])
-    assert len(animation._gif(larger)) > 150_000
+def test_the_largest_panels_that_fit_are_found(sweeps, tmp_path):
+    # Slowly: all sizes from the largest on.
+    weights = {size: len(animation._gif(animate(sweeps, panel_size=size))) for size in animation._SIZES}
+    for most in (150_000, 220_000, 300_000):
+        expected = next(size for size, weight in weights.items() if weight <= most)
+        _, columns = save_animation(sweeps, tmp_path / "sweep.gif", most_bytes=most).photograph
+        assert columns.stop - columns.start == expected
 
 
 @pytest.mark.parametrize("shape", [(1200, 40), (40, 1200)])
