@@ -206,6 +206,13 @@ def test_long_pictures_have_panels_of_the_same_area(sweeps, tmp_path, shape):
     height, width = rows.stop - rows.start, columns.stop - columns.start
     assert height * width == pytest.approx(100**2, rel=0.05)
     assert height / width == pytest.approx(shape[0] / shape[1], rel=0.05)
+    # The photograph is one grey, and all around it is paper.
+    (frame, *_) = animate({"a": sweep}, panel_size=100).frames
+    assert (frame[rows, columns] == 128).all()
+    assert (frame[rows, : columns.start] == 255).all()
+    assert (frame[rows, columns.stop : columns.stop + 8] == 255).all()
+    # Narrow panels stand far enough apart for their captions.
+    assert frame.shape[1] == 8 + 3 * (max(width, 64) + 8)
     save_animation({"a": sweep}, tmp_path / "long.gif", most_bytes=200_000)
     assert (tmp_path / "long.gif").stat().st_size <= 200_000
 

@@ -31,6 +31,8 @@ _FADING = 90
 _PAPER = (255, 255, 255)
 _INK = (29, 29, 34)
 _GAP = 8
+# Pixels that a caption needs, also of a narrower panel.
+_ROOM = 64
 # Side of a square panel in pixels, tried from the largest until the file is small enough.
 _SIZES = (240, 224, 208, 192, 176, 160, 144, 128, 112, 96)
 _COLOURS = 96
@@ -103,8 +105,9 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
             frames.append(_compose(panels, titles, ["", "", *captions]))
             durations.append(_FADING if step else _HELD)
     _, line = _letters_and_line(size[0])
-    place_of_photograph = (slice(line, line + size[1]), slice(_GAP, _GAP + size[0]))
-    return Animation(frames=tuple(frames), durations=tuple(durations), photograph=place_of_photograph)
+    left = _left_of(0, size[0])
+    photograph = (slice(line, line + size[1]), slice(left, left + size[0]))
+    return Animation(frames=tuple(frames), durations=tuple(durations), photograph=photograph)
 
 
 def check_format(path: str | Path) -> None:
@@ -207,13 +210,15 @@ def _compose(panels: Sequence[NDArray[np.uint8]], titles: Sequence[str], caption
     height, width = panels[0].shape[:2]
     letters, line = _letters_and_line(width)
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), letters)
-    paper = Image.new("RGB", (_GAP + len(panels) * (width + _GAP), height + 2 * line + _GAP), _PAPER)
+    paper = Image.new("RGB", (_GAP + len(panels) * (max(width, _ROOM) + _GAP), height + 2 * line + _GAP), _PAPER)
     pen = ImageDraw.Draw(paper)
     for place, (panel, title, caption) in enumerate(zip(panels, titles, captions, strict=True)):
-        left = _GAP + place * (width + _GAP)
+        left = _left_of(place, width)
         paper.paste(Image.fromarray(panel), (left, line))
         for text, top in ((title, line / 2), (caption, line * 1.5 + height)):
-            pen.text((left + width / 2, top), _fitting(text, font, width), fill=_INK, font=font, anchor="mm")
+            pen.text(
+                (left + width / 2, top), _fitting(text, font, max(width, _ROOM)), fill=_INK, font=font, anchor="mm"
+            )
     return np.asarray(paper)
 
 
@@ -221,6 +226,12 @@ def _letters_and_line(width: int) -> tuple[int, int]:
     """Size of the letters and height of a line, in pixels, for panels of a width."""
     letters = max(9, round(width / 16))
     return letters, round(letters * 1.7)
+
+
+def _left_of(place: int, width: int) -> int:
+    """First column of a panel, in the middle of its room."""
+    room = max(width, _ROOM)
+    return _GAP + place * (room + _GAP) + (room - width) // 2
 
 
 def _panel_shape(picture: NDArray[Any], side: int) -> tuple[int, int]:
