@@ -11,7 +11,7 @@ from parchgrad.layers import LayerChoice
 from parchgrad.partition import Conserve, at_least_float32, safe_norm
 from parchgrad.selection import LayerSignal, Selection, Selector
 
-__all__ = ["RecordedSelection", "Recorder", "record_selections"]
+__all__ = ["DelegatingSelector", "RecordedSelection", "Recorder", "record_selections"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,27 +36,26 @@ class RecordedSelection:
         """
         return self.selection.channel_mask & (self.channel_norms > 0)
 
+    @property
+    def untouched(self) -> Tensor:
+        """Rows of which no channel was selected, so that the whole gradient passes as it is, boolean, shape (B,)."""
+        return ~self.selection.channel_mask.any(dim=1)
 
-class Recorder(Selector):
-    """Selects as another selector does, and keeps what it selects. It holds the state of passes: for one thread alone.
 
-    Attributes:
-        found: what was selected, in the order of the backward passes.
+class DelegatingSelector(Selector):
+    """Selects as another selector does; subclasses add something of their own.
 
     Example:
         >>> import torch, parchgrad as pg
-        >>> recorder = Recorder(pg.GradientEnergy(quantile=0.5))
-        >>> recorder.select(LayerSignal(layer="conv", gradient=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])))
+        >>> selector = DelegatingSelector(pg.GradientEnergy(quantile=0.5))
+        >>> selector.select(LayerSignal(layer="conv", gradient=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])))
         tensor([[ True, False]])
-        >>> recorder.found[0].channel_norms.round(decimals=3).tolist()
-        [[5.0, 1.0]]
     """
 
     def __init__(self, selector: Selector) -> None:
         """Take the selector that decides."""
         self._selector = selector
         self.needs_class = selector.needs_class  # type: ignore[misc]  # as the selector inside says it for its class
-        self.found: list[RecordedSelection] = []
 
     def check(self, channels: Mapping[str, int]) -> None:
         """Check what the selector inside checks (see `Selector.check`)."""
@@ -75,15 +74,40 @@ class Recorder(Selector):
         return self._selector.observe(output)
 
     def partition(self, signal: LayerSignal) -> Selection:
+        """Select as the selector inside does (see `Selector.partition`)."""
+        return self._selector.partition(signal)
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Select by `partition`, whatever a subclass makes of it (see `Selector.select`)."""
+        return self.partition(signal).channel_mask
+
+
+class Recorder(DelegatingSelector):
+    """Selects as another selector does, and keeps what it selects. It holds the state of passes: for one thread alone.
+
+    Attributes:
+        found: what was selected, in the order of the backward passes.
+
+    Example:
+        >>> import torch, parchgrad as pg
+        >>> recorder = Recorder(pg.GradientEnergy(quantile=0.5))
+        >>> recorder.select(LayerSignal(layer="conv", gradient=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])))
+        tensor([[ True, False]])
+        >>> recorder.found[0].channel_norms.round(decimals=3).tolist()
+        [[5.0, 1.0]]
+    """
+
+    def __init__(self, selector: Selector) -> None:
+        """Take the selector that decides."""
+        super().__init__(selector)
+        self.found: list[RecordedSelection] = []
+
+    def partition(self, signal: LayerSignal) -> Selection:
         """Select, and keep it (see `Selector.partition`)."""
-        found = self._selector.partition(signal)
+        found = super().partition(signal)
         norms = safe_norm(at_least_float32(signal.gradient.flatten(2)), dim=2)
         self.found.append(RecordedSelection(layer=signal.layer, selection=found, channel_norms=norms))
         return found
-
-    def select(self, signal: LayerSignal) -> Tensor:
-        """Select, and keep it (see `Selector.select`)."""
-        return self.partition(signal).channel_mask
 
 
 def record_selections(

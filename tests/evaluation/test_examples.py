@@ -187,6 +187,20 @@ def test_pictures_and_maps_are_those_of_the_images(channels):
         assert not found.maps[index][1].any(), "what is not finite is blank"
 
 
+def test_the_maps_of_an_image_have_one_scale():
+    methods = {"one": lambda images, target: images.abs().mean(1), "two": lambda images, target: images[:, 0] ** 4}
+    found = make_examples(chosen(), Pictures(), methods, model=torch.nn.Linear(1, 1).double())
+    for index in range(3):
+        image = Pictures()[index].image.double().numpy()
+        heats = [abs(image).mean(0), image[0] ** 4]
+        heats = [heat / heat.mean() for heat in heats]
+        # The middle of two is their mean.
+        top = sum(np.percentile(heat, 99.5) for heat in heats) / 2
+        for levels, heat in zip(found.maps[index], heats, strict=True):
+            np.testing.assert_allclose(levels / 255, np.clip(heat / top, 0, 1), atol=0.5001 / 255)
+        assert found.maps[index][0].max() < 200, "the spread map is dimmer than the sharp one"
+
+
 def test_pictures_may_be_made_by_the_preprocessing():
     preprocessing = Preprocessing(transform=None, mean=(0.5,), std=(0.01,))
     found = made(1, picture=preprocessing.picture)
@@ -237,6 +251,8 @@ def damaged(path, tensors=None, **header):
         lambda path: path.unlink(),
         lambda path: save_file({"weight": np.zeros(3)}, path),
         lambda path: damaged(path, format="parchgrad examples 0"),
+        # Its maps had a scale each.
+        lambda path: damaged(path, format="parchgrad examples 1"),
         lambda path: damaged(path, choice="{"),
         lambda path: damaged(path, choice="[]"),
         lambda path: damaged(path, choice="{}"),
@@ -333,6 +349,10 @@ def test_a_run_that_goes_on_makes_them_anew_and_a_finished_one_does_not(tmp_path
     assert after == choose_examples(read_rows(tmp_path)) != before
     # A damaged file is made anew.
     path.write_bytes(path.read_bytes()[:100])
+    run(tmp_path, second)
+    assert Examples.load(path).choice == after
+    # And so is one of an earlier release.
+    damaged(path, format="parchgrad examples 1")
     run(tmp_path, second)
     assert Examples.load(path).choice == after
 

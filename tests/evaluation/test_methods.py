@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
+from parchgrad import recording
 from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.methods import (
     CONTROLS,
@@ -184,6 +185,16 @@ def test_other_masks_come_with_what_the_selector_does_to_positions(network):
     assert not torch.allclose(own, maps_of(pg.Explainer(network, None))(images, target))
     for control in (masks_of_another_class, shuffled_masks):
         torch.testing.assert_close(control(network, AllChannels(), layers=["2"])(images, target), own)
+
+
+def test_controls_take_no_norms_that_nobody_reads(network, monkeypatch):
+    def unread(*arguments, **options):
+        raise AssertionError("norms of channels are taken")
+
+    monkeypatch.setattr(recording, "safe_norm", unread)
+    images, target = torch.rand(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1])
+    for control in (masks_of_another_class, shuffled_masks):
+        assert control(network, pg.GradientEnergy(quantile=0.34), layers="all")(images, target).any()
 
 
 def test_shuffled_masks_keep_as_many_channels_at_random(network):

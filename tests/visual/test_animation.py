@@ -1,5 +1,7 @@
+import math
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ from skimage import data
 
 import parchgrad as pg
 from parchgrad.errors import InputError, OutputError, SettingError
-from parchgrad.visual import blend, relative, shared_top
-from parchgrad.visual.animation import animate, save_animation
+from parchgrad.visual import animation, blend, relative, shared_top
+from parchgrad.visual.animation import Animation, animate, check_format, save_animation
 from parchgrad.visual.sweeps import quantile_sweep
 
 QUANTILES = (0.5, 0.2, 0.1)
@@ -70,6 +72,71 @@ def test_a_file_plays_what_was_animated(sweeps, tmp_path, suffix):
                 assert (shown[:3, :3] == 255).all()
 
 
+def played(path):
+    """The frames of a file as they are shown."""
+    with Image.open(path) as saved:
+        frames = []
+        for number in range(saved.n_frames):
+            saved.seek(number)
+            frames.append(np.array(saved.convert("RGB")))
+    return frames
+
+
+def panels_of(frame, moving):
+    """The panels beside the photograph."""
+    rows, columns = moving.photograph
+    step = columns.stop - columns.start + 8
+    lefts = range(columns.start + step, frame.shape[1] - 8, step)
+    return [frame[rows, left : left + columns.stop - columns.start] for left in lefts]
+
+
+def test_equal_maps_are_equal_in_the_file(sweeps, tmp_path):
+    # One panel moves through the plain map, which the panel beside the photograph shows all the time.
+    first = sweeps["gradient energy"]
+    heats = first.heats.copy()
+    heats[1] = first.plain
+    moving = save_animation({"a": replace(first, heats=heats)}, tmp_path / "sweep.gif", fading_frames=3)
+    frames = played(tmp_path / "sweep.gif")
+    plain, other = panels_of(frames[4], moving)
+    np.testing.assert_array_equal(plain, other)
+    assert not np.array_equal(*panels_of(frames[0], moving))
+    # And where nothing moves but a fade passes, equal colours stay equal.
+    for shown, frame in zip(frames, moving.frames, strict=True):
+        for drawn, found in zip(panels_of(frame, moving), panels_of(shown, moving), strict=True):
+            colours = np.concatenate([drawn, found], axis=2).reshape(-1, 6)
+            assert len(np.unique(colours, axis=0)) == len(np.unique(colours[:, :3], axis=0))
+
+
+def test_small_steps_of_a_map_are_shown(tmp_path):
+    # Few colours, all of them and the paper in every frame, so that the palette holds each.
+    steps = [40 + 9 * step for step in range(12)]
+    levels = [np.full((90, 180, 3), level, dtype=np.uint8) for level in steps]
+    for frame in levels:
+        frame[80:] = np.repeat([*steps, 255], 15)[:180, None]
+        frame[:10] = 255
+    moving = Animation(frames=tuple(levels), durations=(900, 90, 90) * 4, photograph=(slice(10, 80), slice(10, 80)))
+    path = tmp_path / "steps.gif"
+    path.write_bytes(animation._gif(moving))
+    for shown, frame in zip(played(path), moving.frames, strict=True):
+        np.testing.assert_array_equal(shown[:, 90:], frame[:, 90:])
+
+
+def test_the_photograph_is_dithered(sweeps, tmp_path):
+    moving = save_animation(sweeps, tmp_path / "sweep.gif")
+    for shown in played(tmp_path / "sweep.gif")[::3]:
+        photograph, found = moving.frames[0][moving.photograph], shown[moving.photograph]
+        # The nearest colours of the file to each pixel, and means over places as the eye takes them.
+        colours = np.unique(found.reshape(-1, 3), axis=0)
+        nearest = colours[np.square(photograph[:, :, None].astype(int) - colours).sum(axis=3).argmin(axis=2)]
+        errors = [np.abs(block_means(picture) - block_means(photograph)).mean() for picture in (found, nearest)]
+        assert errors[0] < 0.8 * errors[1]
+
+
+def block_means(picture):
+    height, width = (length - length % 8 for length in picture.shape[:2])
+    return picture[:height, :width].reshape(height // 8, 8, width // 8, 8, 3).mean(axis=(1, 3))
+
+
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 def test_ffmpeg_writes_the_same_frames(sweeps, tmp_path):
     path = tmp_path / "sweep.mp4"
@@ -88,16 +155,66 @@ def test_without_ffmpeg_a_film_is_refused(sweeps, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="needs the program ffmpeg"):
         save_animation(sweeps, tmp_path / "sweep.mp4")
     assert list(tmp_path.iterdir()) == []
+    # Before anything is rendered.
+    with pytest.raises(OutputError, match="needs the program ffmpeg"):
+        save_animation({}, tmp_path / "sweep.mp4")
+    with pytest.raises(OutputError, match="needs the program ffmpeg"):
+        check_format(tmp_path / "sweep.MP4")
+    check_format("sweep.gif")
+    check_format("sweep.WEBP")
+    for wrong in ("sweep.avi", "sweep", ""):
+        with pytest.raises(OutputError, match=r"end it in \.gif, \.webp, \.mp4"):
+            check_format(wrong)
 
 
-def test_panels_shrink_until_the_file_fits(sweeps, tmp_path):
+def test_panels_shrink_until_the_file_fits(sweeps, tmp_path, monkeypatch):
     large = save_animation(sweeps, tmp_path / "large.gif")
     small = save_animation(sweeps, tmp_path / "small.gif", most_bytes=150_000)
     assert small.frames[0].shape[1] < large.frames[0].shape[1]
     assert (tmp_path / "small.gif").stat().st_size <= 150_000
+    rendered = []
+    monkeypatch.setattr(
+        animation, "animate", lambda *given, **options: rendered.append(1) or animate(*given, **options)
+    )
+    again = save_animation(sweeps, tmp_path / "small.gif", most_bytes=150_000)
+    assert again.frames[0].shape == small.frames[0].shape
+    assert len(rendered) <= 4
     with pytest.raises(OutputError, match=r"more than 1,000; sweep over fewer values, or allow more bytes"):
         save_animation(sweeps, tmp_path / "none.gif", most_bytes=1000)
     assert not (tmp_path / "none.gif").exists()
+
+
+def test_the_largest_panels_that_fit_are_found(sweeps, tmp_path):
+    # Slowly: all sizes from the largest on.
+    weights = {size: len(animation._gif(animate(sweeps, panel_size=size))) for size in animation._SIZES}
+    for most in (150_000, 220_000, 300_000):
+        expected = next(size for size, weight in weights.items() if weight <= most)
+        _, columns = save_animation(sweeps, tmp_path / "sweep.gif", most_bytes=most).photograph
+        assert columns.stop - columns.start == expected
+
+
+@pytest.mark.parametrize("shape", [(1200, 40), (40, 1200)])
+def test_long_pictures_have_panels_of_the_same_area(sweeps, tmp_path, shape):
+    generator = np.random.default_rng(0)
+    sweep = replace(
+        sweeps["evidence"],
+        picture=np.full((*shape, 3), 0.5),
+        plain=generator.random(shape),
+        heats=generator.random((3, *shape)),
+    )
+    rows, columns = animate({"a": sweep}, panel_size=100).photograph
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    assert height * width == pytest.approx(100**2, rel=0.05)
+    assert height / width == pytest.approx(shape[0] / shape[1], rel=0.05)
+    # The photograph is one grey, and all around it is paper.
+    (frame, *_) = animate({"a": sweep}, panel_size=100).frames
+    assert (frame[rows, columns] == 128).all()
+    assert (frame[rows, : columns.start] == 255).all()
+    assert (frame[rows, columns.stop : columns.stop + 8] == 255).all()
+    # Narrow panels stand far enough apart for their captions.
+    assert frame.shape[1] == 8 + 3 * (max(width, 64) + 8)
+    save_animation({"a": sweep}, tmp_path / "long.gif", most_bytes=200_000)
+    assert (tmp_path / "long.gif").stat().st_size <= 200_000
 
 
 def test_sweeps_that_do_not_belong_together(sweeps, tmp_path):
@@ -112,7 +229,20 @@ def test_sweeps_that_do_not_belong_together(sweeps, tmp_path):
             animate({"a": first, "b": other})
     with pytest.raises(InputError, match="different photographs"):
         animate({"a": first, "b": sweep_of(data.coffee(), pg.GradientEnergy())})
-    with pytest.raises(SettingError, match="panel_size is 8"):
-        animate(sweeps, panel_size=8)
+    with pytest.raises(InputError, match="methods gradient and input_x_gradient"):
+        animate({"a": first, "b": replace(first, method="input_x_gradient")})
+    for wrong in (8, 64.5, math.nan, "64"):
+        with pytest.raises(
+            SettingError, match=f"panel_size is {wrong!r}, but it must be a whole number of at least 32"
+        ):
+            animate(sweeps, panel_size=wrong)
+    for wrong in (-1, 1.5, None):
+        with pytest.raises(SettingError, match=f"fading_frames is {wrong!r}, but it must be a whole number"):
+            animate(sweeps, fading_frames=wrong)
+        with pytest.raises(SettingError, match=f"fading_frames is {wrong!r}, but it must be a whole number"):
+            save_animation(sweeps, tmp_path / "sweep.gif", fading_frames=wrong)
+    for wrong in (0, -5, math.nan):
+        with pytest.raises(SettingError, match=f"most_bytes is {wrong}, but it must be a positive number"):
+            save_animation(sweeps, tmp_path / "sweep.gif", most_bytes=wrong)
     with pytest.raises(OutputError, match=r"end it in \.gif, \.webp, \.mp4"):
         save_animation(sweeps, tmp_path / "sweep.avi")

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,13 @@ def test_the_deviation_is_the_angle_between_the_sums():
     np.testing.assert_allclose(np.array(axes.lines[1].get_xydata())[-1], [whole.real, whole.imag])
 
 
+def test_the_figure_of_the_documentation_is_typical():
+    assert round(sum_directions().deviation) == 17
+    deviations = [sum_directions(seed=seed).deviation for seed in range(4000)]
+    # As the documentation says.
+    assert np.percentile(deviations, [50, 90]) == pytest.approx([15, 41], abs=1)
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 2), (2, 2), (3, 2), (4, 2), (3, 1), (5, 3), (2, 3)])
 def test_a_checkerboard_is_the_gradient_of_a_strided_convolution(kernel, stride):
     size, windows = 4, 12
@@ -51,10 +60,19 @@ def test_boards_share_one_scale():
 
 
 def test_settings_out_of_range():
-    for wrong in ({"strong": 0}, {"weak": 0}, {"weakness": 0}, {"spread": -1}):
+    for wrong in (
+        *({"strong": 0}, {"weak": 0}, {"weakness": 0}, {"spread": -1}, {"strong": 1.5}),
+        *({name: value} for name in ("strong", "weak", "weakness", "spread") for value in (math.nan, math.inf)),
+    ):
         with pytest.raises(SettingError, match="there must be one gradient of each kind"):
             sum_directions(**wrong)
-    with pytest.raises(SettingError, match="each must be at least 1"):
-        checkerboard(kernel=0, stride=1)
+    for kernel in (0, 1.5, math.nan):
+        with pytest.raises(SettingError, match="each must be a whole number of at least 1"):
+            checkerboard(kernel=kernel, stride=1)
+    for magnitude in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(SettingError, match="magnitude must be a positive number"):
+            checkerboard(kernel=3, stride=2, magnitude=magnitude)
+        with pytest.raises(SettingError, match="magnitude must be a positive number"):
+            checkerboard_figure(magnitudes=(1.0, magnitude))
     with pytest.raises(SettingError, match="without geometries"):
         checkerboard_figure(geometries=[])

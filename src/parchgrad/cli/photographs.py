@@ -260,8 +260,9 @@ def animate(
         method=method,
     )
     with error_console.status("Starting") as status:
-        from parchgrad.visual.animation import save_animation
+        from parchgrad.visual.animation import check_format, save_animation
 
+        check_format(paths[0])
         for path, row in zip(paths, _make_sweeps(images, selectors, asked, status.update), strict=True):
             panels = {_TITLES[name]: found for name, found in zip(selectors, row, strict=True)}
             save_animation(panels, path, most_bytes=1000 * most_kilobytes)

@@ -31,7 +31,7 @@ MakePicture: TypeAlias = Callable[[Tensor], NDArray[Any]]
 EXAMPLES_FILE = "examples.safetensors"
 """Name of the file in the folder of a run."""
 
-_FORMAT = "parchgrad examples 1"
+_FORMAT = "parchgrad examples 2"
 _PLAIN, _, _, _GRAD_CAM, _ = CONTROLS
 _MOST = 3
 

@@ -15,7 +15,7 @@ from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.layers import LayerChoice, find_convolutions
 from parchgrad.partition import Conserve
-from parchgrad.recording import Recorder, record_selections
+from parchgrad.recording import DelegatingSelector
 from parchgrad.selection import LayerSignal, RandomChannels, Selection, Selector
 
 __all__ = [
@@ -321,10 +321,9 @@ class _Edit:
 
     def record(self, selector: Selector, images: Tensor, target: Tensor) -> list[tuple[str, Selection]]:
         """What is selected in each layer, in the order of the backward pass."""
-        found = record_selections(
-            self.model, selector, images, target, layers=self.layers, gamma=self.gamma, conserve=self.conserve
-        )
-        return [(record.layer, record.selection) for record in found]
+        listener = _Listener(selector)
+        self.explainer(listener).attribute(images, target)
+        return listener.found
 
     def replay(
         self, selector: Selector, found: Sequence[tuple[str, Selection]], images: Tensor, target: Tensor
@@ -333,7 +332,20 @@ class _Edit:
         return heatmap(self.explainer(_Replayer(selector, found)).attribute(images, target))
 
 
-class _Replayer(Recorder):
+class _Listener(DelegatingSelector):
+    """Notes what is selected; the norms that a `Recorder` takes beside are of no use here."""
+
+    def __init__(self, selector: Selector) -> None:
+        super().__init__(selector)
+        self.found: list[tuple[str, Selection]] = []
+
+    def partition(self, signal: LayerSignal) -> Selection:
+        selection = super().partition(signal)
+        self.found.append((signal.layer, selection))
+        return selection
+
+
+class _Replayer(DelegatingSelector):
     """Gives what was selected in another pass, of a convolution that was called twice one after the other."""
 
     def __init__(self, selector: Selector, found: Sequence[tuple[str, Selection]]) -> None:

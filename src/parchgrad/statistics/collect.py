@@ -1,7 +1,8 @@
 """One pass over a data set: the GAP of every channel leaves each forward pass, and nothing else does."""
 
+import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -12,9 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from parchgrad.errors import InputError, ModelError, ParchGradError, SettingError, StatisticsError
+from parchgrad.errors import InputError, LayerError, ModelError, ParchGradError, SettingError, StatisticsError
 from parchgrad.files import without_addresses
-from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
+from parchgrad.layers import (
+    Convolution,
+    LayerChoice,
+    check_evaluation_mode,
+    check_model,
+    choose_layers,
+    find_convolutions,
+)
 from parchgrad.statistics.accumulate import COLLECTIONS, Accumulator, Progress
 from parchgrad.statistics.checkpoint import check_parts, differences, part_of_process, read_checkpoint, write_checkpoint
 from parchgrad.statistics.processes import Processes, joined_processes
@@ -168,21 +176,26 @@ def _collect(
     return accumulator
 
 
-def collect_gaps(model: nn.Module, batches: Iterable[Tensor], layer: str) -> Tensor:
+def collect_gaps(model: nn.Module, batches: Iterable[Any], layer: str) -> Tensor:
     """Collect the GAPs of one layer, to look at: statistics keep their moments alone.
+
+    Batches go to the model's device and dtype.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        batches: preprocessed batches, each (B, C, *S), such as the parts of a tensor by `torch.split`.
-        layer: name of a convolution.
+        batches: such as a `DataLoader` gives: each a tensor of preprocessed images (B, C, *S), or such a tensor and
+            whatever follows it, which is not read.
+        layer: name of one convolution, in full.
 
     Returns:
-        Mean over space of relu(output) for every image and channel, shape (N, C), on the CPU.
+        Mean over space of relu(output) for every image and channel, shape (N, C), in float32 or wider, on the CPU.
 
     Raises:
-        LayerError: if the model has no such convolution.
-        ModelError: if the model is in training mode, or its output are no logits.
-        InputError: if there is no batch at all.
+        LayerError: if the model has no convolution of exactly that name.
+        ModelError: if the model is no module, holds no convolution, is in training mode, or its output are no logits.
+        InputError: if there are no batches at all, a data set or a tensor is given in their place, or a batch holds
+            other than floating-point numbers.
+        StatisticsError: if a batch holds no tensor, or the layer takes no part in the pass or sees other rows.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -191,12 +204,36 @@ def collect_gaps(model: nn.Module, batches: Iterable[Tensor], layer: str) -> Ten
         tensor([[1.5000, 0.0000],
                 [0.0000, 1.5000]])
     """
+    check_model(model)
     check_evaluation_mode(model)
-    with _gaps_of(choose_layers(model, [layer])) as gaps:
-        rows = [_respond(model, batch, gaps)[0] for batch in batches]
+    convolution = _convolution_named(model, layer)
+    if isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable):
+        raise InputError(
+            f"batches is a {type(batches).__name__}, but GAPs are collected of batches of images; give a DataLoader, "
+            "or a list of tensors."
+        )
+    weight = next(model.parameters())
+    rows = []
+    with _gaps_of({layer: convolution}) as gaps:
+        for batch in _unwrapped(batches):
+            inputs, _ = _parts_of(batch)
+            if not inputs.is_floating_point():
+                raise InputError(f"A batch holds {inputs.dtype}, but floating-point numbers are needed; preprocess it.")
+            rows.append(_respond(model, inputs.to(weight), gaps)[0])
     if not rows:
         raise InputError("GAPs of no batch at all were asked for; give one at least.")
     return torch.cat(rows)
+
+
+def _convolution_named(model: nn.Module, name: str) -> Convolution:
+    convolutions = find_convolutions(model)
+    if not isinstance(name, str) or name not in convolutions:
+        near = difflib.get_close_matches(str(name), convolutions, cutoff=0.3) or list(convolutions)[-3:]
+        raise LayerError(
+            f"layer is {name!r}, but it must be the full name of one of the {len(convolutions)} convolutions; near "
+            f"names: {', '.join(near)}."
+        )
+    return convolutions[name]
 
 
 @torch.no_grad()
@@ -281,17 +318,23 @@ class _Batches:
             batches = DataLoader(self._data, self._batch_size, generator=generator)
         first = 0
         for index, batch in enumerate(_unwrapped(batches)):
-            inputs, given = (batch[0], batch[1:]) if isinstance(batch, list | tuple) else (batch, ())
-            if not isinstance(inputs, Tensor):
-                raise StatisticsError(
-                    f"The data give inputs of type {type(inputs).__name__}, but they must be tensors; use a transform "
-                    "or a collate function that makes them."
-                )
+            inputs, given = _parts_of(batch)
             if self._numbers is not None:
                 first = self._numbers[done + index].start
             numbers = torch.arange(first, first + len(inputs))
             first += len(inputs)
             yield numbers, inputs, _classes(given, len(inputs)) if self._labels == "given" else None
+
+
+def _parts_of(batch: Any) -> tuple[Tensor, Sequence[Any]]:
+    """Inputs of a batch, and what follows them: the labels, or nothing."""
+    inputs, given = (batch[0], batch[1:]) if isinstance(batch, list | tuple) and batch else (batch, ())
+    if not isinstance(inputs, Tensor):
+        raise StatisticsError(
+            f"The data give inputs of type {type(inputs).__name__}, but they must be tensors; use a transform "
+            "or a collate function that makes them."
+        )
+    return inputs, given
 
 
 def _classes(given: Any, count: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Animations: a sweep as a moving picture, its maps cross-fading from value to value."""
 
 import io
+import math
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from parchgrad.files import writing
 from parchgrad.visual.maps import paint, relative, shared_top
 from parchgrad.visual.sweeps import Sweep
 
-__all__ = ["FORMATS", "Animation", "animate", "save_animation"]
+__all__ = ["FORMATS", "Animation", "animate", "check_format", "save_animation"]
 
 FORMATS = (".gif", ".webp", ".mp4")
 """Suffixes of the files that can be written; the last needs ffmpeg."""
@@ -30,11 +31,11 @@ _FADING = 90
 _PAPER = (255, 255, 255)
 _INK = (29, 29, 34)
 _GAP = 8
-# Pixels of a panel, tried from the largest until the file is small enough.
+# Pixels that a caption needs, also of a narrower panel.
+_ROOM = 64
+# Side of a square panel in pixels, tried from the largest until the file is small enough.
 _SIZES = (240, 224, 208, 192, 176, 160, 144, 128, 112, 96)
 _COLOURS = 96
-# Levels of 255 by which a pixel may be off in a GIF.
-_UNSEEN = 20
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,10 +45,12 @@ class Animation:
     Attributes:
         frames: pictures of one size, each (H, W, 3), 8 bits.
         durations: how long each is shown, in milliseconds.
+        photograph: rows and columns of the panel that shows the photograph and never changes; the others show maps.
     """
 
     frames: tuple[NDArray[np.uint8], ...]
     durations: tuple[int, ...]
+    photograph: tuple[slice, slice]
 
 
 def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames: int = 2) -> Animation:
@@ -56,9 +59,9 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
     Between two values each map fades into the next, the last into the first; all maps share one scale.
 
     Args:
-        sweeps: by the titles of their panels; of one photograph and over the same values of one setting.
-        panel_size: width of a panel in pixels, at least 32.
-        fading_frames: frames between two values, from 0 on.
+        sweeps: by the titles of their panels; of one photograph, method and class, over the same values of one setting.
+        panel_size: side of a square panel in pixels, at least 32; others have its area.
+        fading_frames: frames between two values, a whole number from 0 on.
 
     Returns:
         The animation; played in a loop it does not jump.
@@ -77,12 +80,10 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
         (6, (102, 224, 3))
     """
     first = _check_together(sweeps)
-    if panel_size < 32 or fading_frames < 0:
-        raise SettingError(
-            f"panel_size is {panel_size} and fading_frames is {fading_frames}, but they must be at least 32 and 0."
-        )
-    height = max(1, round(panel_size * first.picture.shape[0] / first.picture.shape[1]))
-    size = (panel_size, height)
+    for name, value, lowest in (("panel_size", panel_size, 32), ("fading_frames", fading_frames, 0)):
+        if not isinstance(value, int) or value < lowest:
+            raise SettingError(f"{name} is {value!r}, but it must be a whole number of at least {lowest}.")
+    size = _panel_shape(first.picture, panel_size)
     picture = _resized_picture(first.picture, size)
     top = shared_top([first.plain, *(heat for sweep in sweeps.values() for heat in sweep.heats)])
 
@@ -101,9 +102,28 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
         for step in range(fading_frames + 1 if following != place else 1):
             share = step / (fading_frames + 1)
             panels = still + [drawn((1 - share) * maps[place] + share * maps[following]) for maps in multiples]
-            frames.append(_compose(panels, titles, ["", "", *captions]))
+            frames.append(_compose(panels, titles, ["", f"yellow: {top:.0f} x the mean", *captions]))
             durations.append(_FADING if step else _HELD)
-    return Animation(frames=tuple(frames), durations=tuple(durations))
+    _, line = _letters_and_line(size[0])
+    left = _left_of(0, size[0])
+    photograph = (slice(line, line + size[1]), slice(left, left + size[0]))
+    return Animation(frames=tuple(frames), durations=tuple(durations), photograph=photograph)
+
+
+def check_format(path: str | Path) -> None:
+    """Check that a moving picture can be written under this name, before anything is computed for it.
+
+    Raises:
+        OutputError: if the suffix names none of the formats, or ffmpeg is needed and missing.
+
+    Example:
+        >>> check_format("sweep.gif")
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise OutputError(f"{str(path)!r} names no moving picture that can be written; end it in {', '.join(FORMATS)}.")
+    if suffix == ".mp4":
+        _find_ffmpeg()
 
 
 def save_animation(
@@ -114,7 +134,7 @@ def save_animation(
     Args:
         sweeps: see `animate`.
         path: ends in .gif, .webp or .mp4; the last needs ffmpeg.
-        most_bytes: what the file may weigh.
+        most_bytes: what the file may weigh, positive.
         fading_frames: see `animate`.
 
     Returns:
@@ -124,6 +144,7 @@ def save_animation(
         OutputError: if the suffix names none of the formats, ffmpeg is needed and missing, the file cannot be written,
             or even the smallest panels weigh too much.
         InputError: if the sweeps do not belong together.
+        SettingError: if a setting is out of range.
 
     Example:
         >>> import tempfile
@@ -137,22 +158,32 @@ def save_animation(
         True
     """
     path = Path(path)
-    encode = {".gif": _gif, ".webp": _webp, ".mp4": _mp4}.get(path.suffix.lower())
-    if encode is None:
-        raise OutputError(f"{str(path)!r} names no moving picture that can be written; end it in {', '.join(FORMATS)}.")
-    for size in _SIZES:
+    check_format(path)
+    # Put so that NaN fails too.
+    if not most_bytes > 0:
+        raise SettingError(f"most_bytes is {most_bytes}, but it must be a positive number.")
+    encode = {".gif": _gif, ".webp": _webp, ".mp4": _mp4}[path.suffix.lower()]
+    size = _SIZES[0]
+    while True:
         moving = animate(sweeps, panel_size=size, fading_frames=fading_frames)
         content = encode(moving)
         if len(content) <= most_bytes:
             break
-    else:
-        raise OutputError(
-            f"{str(path)!r} would weigh {len(content):,} bytes at the smallest panels, more than {most_bytes:,}; "
-            "sweep over fewer values, or allow more bytes."
-        )
+        if size == _SIZES[-1]:
+            raise OutputError(
+                f"{str(path)!r} would weigh {len(content):,} bytes at the smallest panels, more than {most_bytes:,}; "
+                "sweep over fewer values, or allow more bytes."
+            )
+        size = _next_size(size, most_bytes / len(content))
     with writing(path) as temporary:
         temporary.write_bytes(content)
     return moving
+
+
+def _next_size(size: int, share: float) -> int:
+    """The largest smaller size that may weigh this share; small panels weigh more for their area, never less."""
+    fitting = [smaller for smaller in _SIZES if smaller < size and smaller <= size * math.sqrt(share)]
+    return max(fitting, default=_SIZES[-1])
 
 
 def _check_together(sweeps: Mapping[str, Sweep]) -> Sweep:
@@ -164,6 +195,11 @@ def _check_together(sweeps: Mapping[str, Sweep]) -> Sweep:
             raise InputError(
                 "The sweeps are not over the same values of one setting and class; make them with equal settings."
             )
+        if other.method != first.method:
+            raise InputError(
+                f"The sweeps are of the methods {first.method} and {other.method}, but beside them stands one plain "
+                "map; make them with one method."
+            )
         if not np.array_equal(other.picture, first.picture):
             raise InputError("The sweeps are of different photographs; animate each photograph by itself.")
     return first
@@ -172,17 +208,37 @@ def _check_together(sweeps: Mapping[str, Sweep]) -> Sweep:
 def _compose(panels: Sequence[NDArray[np.uint8]], titles: Sequence[str], captions: Sequence[str]) -> NDArray[np.uint8]:
     """Panels side by side on white paper, titles above and captions below."""
     height, width = panels[0].shape[:2]
-    letters = max(9, round(width / 16))
+    letters, line = _letters_and_line(width)
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), letters)
-    line = round(letters * 1.7)
-    paper = Image.new("RGB", (_GAP + len(panels) * (width + _GAP), height + 2 * line + _GAP), _PAPER)
+    paper = Image.new("RGB", (_GAP + len(panels) * (max(width, _ROOM) + _GAP), height + 2 * line + _GAP), _PAPER)
     pen = ImageDraw.Draw(paper)
     for place, (panel, title, caption) in enumerate(zip(panels, titles, captions, strict=True)):
-        left = _GAP + place * (width + _GAP)
+        left = _left_of(place, width)
         paper.paste(Image.fromarray(panel), (left, line))
         for text, top in ((title, line / 2), (caption, line * 1.5 + height)):
-            pen.text((left + width / 2, top), _fitting(text, font, width), fill=_INK, font=font, anchor="mm")
+            pen.text(
+                (left + width / 2, top), _fitting(text, font, max(width, _ROOM)), fill=_INK, font=font, anchor="mm"
+            )
     return np.asarray(paper)
+
+
+def _letters_and_line(width: int) -> tuple[int, int]:
+    """Size of the letters and height of a line, in pixels, for panels of a width."""
+    letters = max(9, round(width / 16))
+    return letters, round(letters * 1.7)
+
+
+def _left_of(place: int, width: int) -> int:
+    """First column of a panel, in the middle of its room."""
+    room = max(width, _ROOM)
+    return _GAP + place * (room + _GAP) + (room - width) // 2
+
+
+def _panel_shape(picture: NDArray[Any], side: int) -> tuple[int, int]:
+    """Width and height of the area of a square panel, in the proportions of the picture."""
+    height, width = picture.shape[:2]
+    ratio = math.sqrt(width / height)
+    return max(1, round(side * ratio)), max(1, round(side / ratio))
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
@@ -208,14 +264,15 @@ def _gif(moving: Animation) -> bytes:
     # One palette for all frames, or still panels would flicker; of frames from all over the sweep.
     sample = np.concatenate(moving.frames[:: max(1, len(moving.frames) // 4)])
     palette = _with_paper(Image.fromarray(sample).quantize(_COLOURS, method=Image.Quantize.MEDIANCUT))
-    # Dither hides the steps between colours, but only what stands still can afford it.
-    first = moving.frames[0]
-    still = np.all([(frame == first).all(axis=2) for frame in moving.frames], axis=0)
-    dithered = np.asarray(Image.fromarray(first).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
+    # Dither hides the steps between colours, but weighs too much where maps move. Maps are compared: none has it, and
+    # equal pixels of any two are equal in the file.
+    photograph = Image.fromarray(moving.frames[0][moving.photograph])
+    dithered = np.asarray(photograph.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
     frames = []
-    for frame in _steady(moving.frames):
-        plain = np.asarray(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
-        indexed = Image.fromarray(np.where(still, dithered, plain))
+    for frame in moving.frames:
+        levels = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
+        levels[moving.photograph] = dithered
+        indexed = Image.fromarray(levels)
         indexed.putpalette(palette.getpalette() or [])
         frames.append(indexed)
     return _encode(frames, moving, "GIF", optimize=False)
@@ -232,15 +289,6 @@ def _with_paper(palette: Image.Image) -> Image.Image:
     return changed
 
 
-def _steady(frames: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-    """The frames, each keeping what is on screen where it hardly differs: what does not change weighs nothing."""
-    shown = frames[0].astype(np.int16)
-    for frame in frames:
-        changed = np.abs(frame - shown).max(axis=2) > _UNSEEN
-        shown[changed] = frame[changed]
-        yield shown.astype(np.uint8)
-
-
 def _webp(moving: Animation) -> bytes:
     return _encode([Image.fromarray(frame) for frame in moving.frames], moving, "WEBP", quality=75, method=4)
 
@@ -253,9 +301,7 @@ def _encode(frames: Sequence[Image.Image], moving: Animation, form: str, **optio
 
 
 def _mp4(moving: Animation) -> bytes:
-    program = shutil.which("ffmpeg")
-    if program is None:
-        raise OutputError("An .mp4 needs the program ffmpeg, which is not installed; install it, or write a .gif.")
+    program = _find_ffmpeg()
     # The format asks for even sides, and players for a constant rate.
     height, width = (length - length % 2 for length in moving.frames[0].shape[:2])
     repeated = [
@@ -273,3 +319,10 @@ def _mp4(moving: Animation) -> bytes:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"code {done.returncode}"]
         raise OutputError(f"ffmpeg could not write the animation ({reason[0]}); write a .gif instead.")
     return done.stdout
+
+
+def _find_ffmpeg() -> str:
+    program = shutil.which("ffmpeg")
+    if program is None:
+        raise OutputError("An .mp4 needs the program ffmpeg, which is not installed; install it, or write a .gif.")
+    return program

@@ -21,7 +21,6 @@ __all__ = [
     "histogram_chart",
     "interval_chart",
     "scatter_chart",
-    "stacked_chart",
     "style_axes",
 ]
 
@@ -124,37 +123,15 @@ def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, theme: T
     if not curves:
         raise InputError("A chart without curves was asked for; give one at least.")
     figure = _figure(3.3, [curve.label for curve in curves])
-    _draw_curves(_axes(figure, theme, x_label, y_label), curves, theme)
-    _legend(figure, theme)
-    return figure
-
-
-def stacked_chart(rows: Mapping[str, Sequence[Curve]], *, x_label: str, theme: Theme = LIGHT) -> Figure:
-    """Draw curves of several quantities over one axis, each quantity in a row of its own, with a legend below them.
-
-    Args:
-        rows: curves by what their heights mean; curves of one label in several rows stand in the legend once.
-        x_label: below the last row.
-        theme: colours.
-
-    Raises:
-        InputError: if there are no curves.
-
-    Example:
-        >>> row = [Curve(label="a", x=[0, 1], y=[0.5, 1.0])]
-        >>> [axes.get_ylabel() for axes in stacked_chart({"share": row, "count": row}, x_label="layer").axes]
-        ['share', 'count']
-    """
-    if not rows or not all(rows.values()):
-        raise InputError("A chart without curves was asked for; give one at least for each row.")
-    labels = list(dict.fromkeys(curve.label for curves in rows.values() for curve in curves))
-    figure = _figure(1.75 * len(rows) + 0.4, labels)
-    figure.set_facecolor("none")
-    grid = figure.subplots(len(rows), sharex=True, squeeze=False).flat
-    for axes, (y_label, curves) in zip(grid, rows.items(), strict=True):
-        style_axes(axes, theme, y_label=y_label)
-        _draw_curves(axes, curves, theme)
-    axes.set_xlabel(x_label, color=theme.ink, fontsize=9.5)
+    axes = _axes(figure, theme, x_label, y_label)
+    for curve in curves:
+        colour = theme.lines[curve.colour % len(theme.lines)]
+        # Later rounds of colours are told apart by their marks.
+        mark = "os^Dv"[curve.colour // len(theme.lines) % 5]
+        style = "--" if curve.dashed else "-"
+        names = any(isinstance(place, str) for place in curve.x)
+        places = [f"{place:g}" if names and isinstance(place, float) else place for place in curve.x]
+        axes.plot(places, curve.y, style, color=colour, marker=mark, markersize=3.5, linewidth=1.6, label=curve.label)
     _legend(figure, theme)
     return figure
 
@@ -312,14 +289,3 @@ def style_axes(axes: Any, theme: Theme, *, x_label: str = "", y_label: str = "")
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.faint)
-
-
-def _draw_curves(axes: Any, curves: Sequence[Curve], theme: Theme) -> None:
-    for curve in curves:
-        colour = theme.lines[curve.colour % len(theme.lines)]
-        # Later rounds of colours are told apart by their marks.
-        mark = "os^Dv"[curve.colour // len(theme.lines) % 5]
-        style = "--" if curve.dashed else "-"
-        names = any(isinstance(place, str) for place in curve.x)
-        places = [f"{place:g}" if names and isinstance(place, float) else place for place in curve.x]
-        axes.plot(places, curve.y, style, color=colour, marker=mark, markersize=3.5, linewidth=1.6, label=curve.label)

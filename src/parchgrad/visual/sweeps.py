@@ -204,7 +204,7 @@ def _sweep(
         recorder = Recorder(selector)
         explainer = edit.explainer(classifier.model, recorder)
         heats.append(_heat(explainer.attribute(inputs, index)))
-        selected = [record for record in recorder.found if record.selection.channel_mask.any()]
+        selected = [record for record in recorder.found if not record.untouched.all()]
         shares = [record.kept.float().mean() for record in selected]
         kept.append(float(torch.stack(shares).mean()) if shares else math.nan)
         # A layer that is passed several times counts as edited if it was in one of them.
