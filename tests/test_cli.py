@@ -15,6 +15,7 @@ from skimage import data
 import parchgrad
 from parchgrad import models
 from parchgrad.cli import main
+from parchgrad.errors import SettingError
 from parchgrad.evaluation.runs import read_rows
 from parchgrad.models import Classifier, Preprocessing
 from parchgrad.visual import save_figure
@@ -448,10 +449,59 @@ def test_a_sweep_over_alpha_needs_a_selector_that_has_one(capsys, coffee, tmp_pa
     options = ["--over", "alpha", "--layers", "0.25", "--out", tmp_path / "out"]
     code, printed, _ = run(capsys, "sweep", coffee, *options, "--selector", "instance")
     assert code == 0
-    assert "Below each alpha" in printed
+    assert "alpha" in printed
+    assert "kept" in printed
     code, _, said = run(capsys, "sweep", coffee, *options, "--force")
     assert code == 2
     assert "ranks without p-values" in said
+
+
+def test_every_option_of_a_sweep_reaches_it(capsys, coffee, tmp_path, monkeypatch):
+    asked = {}
+
+    def swept(classifier, photograph, selector, **edit):
+        asked.update(edit, selector=selector)
+        raise SettingError("Stop here.")
+
+    monkeypatch.setattr("parchgrad.visual.sweeps.quantile_sweep", swept)
+    options = ["--selector", "activation", "--values", "0.4,0.2", "--layers", "all", "--gamma", "3"]
+    options += ["--conserve", "exact", "--method", "smoothgrad", "--target", "1", "--model", "shapes"]
+    for command in ("sweep", "animate"):
+        asked.clear()
+        assert run(capsys, command, coffee, *options, "--out", tmp_path / "out")[0] == 2
+        assert isinstance(asked.pop("selector"), parchgrad.GradientTimesActivation)
+        assert asked == {
+            "quantiles": (0.4, 0.2),
+            "layers": "all",
+            "gamma": 3.0,
+            "conserve": "exact",
+            "method": "smoothgrad",
+            "target": 1,
+        }
+
+
+def test_a_selector_has_its_own_share_unless_told(capsys, coffee, tmp_path):
+    for place, (options, share) in enumerate(((["--quantile", "0.3"], 0.3), ([], 0.2))):
+        out = tmp_path / str(place)
+        assert (
+            run(capsys, "explain", coffee, "--selector", "evidence", "--model", "shapes", *options, "--out", out)[0]
+            == 0
+        )
+        assert json.loads((out / "coffee.json").read_text())["settings"]["selector"]["quantile"] == share
+
+
+def test_a_second_panel_shows_signs(capsys, coffee, tmp_path):
+    code, printed, _ = run(capsys, "explain", coffee, "--signed", "--out", tmp_path / "out")
+    assert code == 0
+    assert "3 of 49 convolutions edited" in printed
+    assert "--layers 0.5 or 0.75" in printed
+    with (
+        Image.open(tmp_path / "out" / "coffee-signed.png") as signed,
+        Image.open(tmp_path / "out" / "coffee.png") as own,
+    ):
+        blue, plain = (np.asarray(picture.convert("RGB"), dtype=float) for picture in (signed, own))
+    # Blue and red, where the other panel runs from violet to yellow.
+    assert (blue[..., 2] - blue[..., 0] > 90).sum() > 20 * (plain[..., 2] - plain[..., 0] > 90).sum()
 
 
 def test_an_animation_plays_its_selectors_side_by_side(capsys, coffee, tmp_path):
@@ -459,7 +509,7 @@ def test_an_animation_plays_its_selectors_side_by_side(capsys, coffee, tmp_path)
     options = ["--selector", "energy", "--selector", "evidence", "--layers", "0.25", "--values", "0.5,0.1"]
     code, printed, _ = run(capsys, "animate", coffee, *options, "--out", out)
     assert code == 0
-    assert "GradientEnergy" in printed
+    assert "gradient energy" in printed
     assert (out / "coffee.gif").stat().st_size <= 500_000
     with Image.open(out / "coffee.gif") as moving:
         # Two values, two frames between them each way; four panels.

@@ -91,7 +91,11 @@ def test_a_file_says_all_settings(tmp_path):
         ("mosaics = 4", "mosaics = 4.0", r"is 4\.0, but it must be a whole number\."),
         ("mosaics = 4", "confidence = [0.9]", r"is \[0\.9\], but it must be a number\."),
         ('root = "photos"', "root = 7", "'root' .* is 7, but it must be a text or 'none'"),
-        ("[0.1, 0.3]", '[0.1, "x"]', r"'quantiles' in \[grid\] is \[0\.1, 'x'\], .* a number or a list of such\."),
+        (
+            "[0.1, 0.3]",
+            '[0.1, "x"]',
+            r"'quantiles' in \[grid\] is \[0\.1, 'x'\], .* a number or 'none' or a list of such\.",
+        ),
         ("layers = [", "layers = [true, ", "must be a text or a number or a list of such"),
         ('"inf"', '"infinite"', r"'gammas' in \[grid\] is \['infinite', 2\]"),
         ('"exact"', '"all"', r"'conserves' \(--conserve\) in \[grid\] .* must be one of independent, exact, none or a"),

@@ -52,8 +52,10 @@ ORDER = [
     {"collection", "configuration", "explanation", "demo", "reporting", "models.pretrained_models"},
     {"hook_wrapper"},
     {"attribution_methods"},
+    {"exploration"},
+    {"web"},
     {"cli.shared"},
-    {"cli.evaluation", "cli.photographs", "cli.statistics"},
+    {"cli.evaluation", "cli.explorer", "cli.photographs", "cli.statistics"},
     {"cli"},
 ]
 SOURCE = Path(parchgrad.__file__).parent

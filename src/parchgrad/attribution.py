@@ -141,6 +141,7 @@ class Explainer:
         Raises:
             InputError: if the inputs are no finite floating-point batch, or do not fit the model.
             TargetError: if a target is no class of the model, or there is not one per row.
+            StatisticsError: if the selector's statistics know nothing of a target.
             ModelError: if the model is in training mode, its output are no logits of shape (B, K), or the chosen layers
                 take no part in it.
         """
@@ -150,6 +151,8 @@ class Explainer:
             batch = inputs.detach().clone()
             targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
             logits = Logits(self._model, int(targets.max()))
+            if self._partition is not None:
+                self._partition.selector.check_targets(sorted(set(targets.tolist())))
             size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
             parts = []
             with plain_gradients(self._model) if self._partition is None else self._partition:

@@ -24,7 +24,7 @@ from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import blend, panel, save_figure, shared_top
 from parchgrad.visual.maps import COLOUR_MAP
 
-__all__ = ["Demonstration", "demonstrate"]
+__all__ = ["PHOTOGRAPHS", "Demonstration", "demonstrate", "example_photographs"]
 
 QUANTILE = 0.1
 LAYERS = 0.5
@@ -142,7 +142,7 @@ def demonstrate() -> Demonstration:
         "ParchGrad, class-wise": ClassWise(ChannelStatistics.bundled(OFFLINE_MODEL), quantile=QUANTILE),
         "ParchGrad, gradient energy": GradientEnergy(quantile=QUANTILE),
     }
-    photographs = _photographs()
+    photographs = example_photographs()
     targets = [None if name is None else classifier.find_category(name) for name in PHOTOGRAPHS.values()]
     explanations = {
         name: tuple(
@@ -155,7 +155,13 @@ def demonstrate() -> Demonstration:
     return Demonstration(explanations=explanations, **_play(classifier, photographs, classes, selectors))
 
 
-def _photographs() -> list[Image.Image]:
+def example_photographs() -> list[Image.Image]:
+    """Read the photographs of `PHOTOGRAPHS`, in its order, from scikit-image's own files.
+
+    Example:
+        >>> [photograph.size for photograph in example_photographs()]
+        [(451, 300), (600, 400), (512, 512), (741, 500)]
+    """
     from skimage import data
 
     # The motorcycle is a stereo pair with its disparity; the left picture is the photograph.

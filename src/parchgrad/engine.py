@@ -97,7 +97,7 @@ class ParchGrad:
             SettingError: if a setting is out of range.
             LayerError: if the layers are not in the model.
             ModelError: if the model holds no convolution, is wrapped in DataParallel, or was compiled.
-            StatisticsError: if the selector's statistics do not fit the layers.
+            StatisticsError: if the selector's statistics do not fit the layers, or know nothing of `target`.
             TargetError: if `target` is no class.
         """
         check_model(model)
@@ -121,6 +121,8 @@ class ParchGrad:
         self._observes = type(selector).observe is not Selector.observe
         self._sessions: list[_Session] = []
         selector.check({name: module.out_channels for name, module in self._convolutions.items()})
+        if self._targets is not None:
+            selector.check_targets(sorted(set(self._targets.flatten().tolist())))
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from parchgrad.files import check_outputs, writing
 from parchgrad.layers import LayerChoice
 from parchgrad.models import Classifier, Prediction
 from parchgrad.partition import Conserve
-from parchgrad.selection import ClassWise, Selector
+from parchgrad.selection import Selector
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import panel, save_figure, signed_panel
 
@@ -179,8 +179,6 @@ def explain_images(
         # First of all, since it says in words what a network cannot be given.
         targets = explainer.predict(inputs) if target is None else integer_targets(target).expand(len(inputs))
         chosen = targets.tolist()
-        if isinstance(selector, ClassWise):
-            selector.check_known([index for index in chosen if index < len(classifier.categories)])
         maps = zip(explainer.attribute(inputs, targets), plain.attribute(inputs, targets), strict=True)
         ranked = classifier.predict(inputs, count=len(classifier.categories))
         for row, (attribution, plain_attribution) in enumerate(maps):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parchgrad.errors import OutputError
 
-__all__ = ["check_outputs", "without_addresses", "writing"]
+__all__ = ["check_outputs", "distinct_stems", "without_addresses", "writing"]
 
 
 def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
@@ -25,6 +25,22 @@ def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise OutputError(f"{str(path)!r} cannot be written below {str(folder)!r}; choose another folder.")
+
+
+def distinct_stems(paths: Iterable[Path]) -> list[str]:
+    """File names without suffix; those of equal names in several folders are numbered.
+
+    Example:
+        >>> distinct_stems([Path("a.jpg"), Path("a.png"), Path("other", "a.jpg"), Path("b.jpg")])
+        ['a', 'a-2', 'a-3', 'b']
+    """
+    stems: list[str] = []
+    for path in paths:
+        stem, number = path.stem, 2
+        while stem in stems:
+            stem, number = f"{path.stem}-{number}", number + 1
+        stems.append(stem)
+    return stems
 
 
 def without_addresses(text: str) -> str:

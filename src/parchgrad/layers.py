@@ -17,6 +17,7 @@ __all__ = [
     "check_model",
     "choose_layers",
     "find_convolutions",
+    "parse_layers",
 ]
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -107,6 +108,20 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
         raise _not_a_choice(layers)
     wanted = set(chosen)
     return {name: module for name, module in convolutions.items() if name in wanted}
+
+
+def parse_layers(text: str) -> str | float | list[str]:
+    """Read a layer choice that was typed: a ratio where it is a number, a set by its name, or patterns and commas.
+
+    Example:
+        >>> parse_layers("0.5"), parse_layers("all"), parse_layers("layer3.*, conv1")
+        (0.5, 'all', ['layer3.*', 'conv1'])
+    """
+    try:
+        return float(text)
+    except ValueError:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return parts[0] if len(parts) == 1 else parts
 
 
 def _not_a_choice(layers: object) -> LayerError:

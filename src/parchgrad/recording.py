@@ -1,6 +1,6 @@
 """What a selector chose: the selections of one backward pass, kept to be looked at or replayed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -65,6 +65,10 @@ class Recorder(Selector):
     def check_classes(self, classes: int) -> None:
         """Check what the selector inside checks (see `Selector.check_classes`)."""
         self._selector.check_classes(classes)
+
+    def check_targets(self, targets: Sequence[int]) -> None:
+        """Check what the selector inside checks (see `Selector.check_targets`)."""
+        self._selector.check_targets(targets)
 
     def observe(self, output: Tensor) -> Tensor | None:
         """Keep what the selector inside keeps (see `Selector.observe`)."""

@@ -92,6 +92,9 @@ class Selector(ABC):
     def check_classes(self, classes: int) -> None:  # noqa: B027 - overriding it is optional
         """Raise a `ParchGradError` if this selector cannot serve a model with this many classes."""
 
+    def check_targets(self, targets: Sequence[int]) -> None:  # noqa: B027 - overriding it is optional
+        """Raise a `ParchGradError` if this selector knows nothing of one of these classes of the model."""
+
     def observe(self, output: Tensor) -> Tensor | None:
         """Keep what `select` needs of a convolution's output (B, C, *S); called in the forward pass, detached.
 
@@ -450,6 +453,8 @@ class ClassWise(_StatisticalSelector):
     needs_class: ClassVar[bool] = True
     test: TTest = field(default="welch", kw_only=True)
     _masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    # Classes that the statistics know, once they were asked for.
+    _known: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -494,11 +499,14 @@ class ClassWise(_StatisticalSelector):
             self.statistics.columns(classes.tolist())
         return columns
 
-    def check_known(self, classes: Sequence[int]) -> None:
-        """Raise `StatisticsError` if the statistics know nothing of one of these classes."""
-        held = next(iter(self.statistics.values()))
-        columns = self.statistics.columns(classes)
-        known = (held.class_log_p(self.test) < 0).any(dim=0)[columns].tolist()
+    def check_targets(self, targets: Sequence[int]) -> None:
+        """The statistics must hold images of each class (see `Selector.check_targets`)."""
+        # Whether the model has the class at all is for others to say.
+        classes = [index for index in targets if 0 <= index < self.statistics.model_classes]
+        if not self._known:
+            held = next(iter(self.statistics.values()))
+            self._known.append((held.class_log_p(self.test) < 0).any(dim=0))
+        known = self._known[0][self.statistics.columns(classes)].tolist()
         unknown = next((index for index, found in zip(classes, known, strict=True) if not found), None)
         if unknown is not None:
             raise StatisticsError(

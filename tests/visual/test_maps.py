@@ -17,6 +17,8 @@ from parchgrad.visual import (
     save_figure,
     shared_top,
     signed_panel,
+    tint,
+    tint_signed,
 )
 
 
@@ -185,6 +187,19 @@ def test_values_that_cannot_be_painted():
         relative([[np.inf, 1.0]])
     with pytest.raises(InputError, match=r"one map \(H, W\)"):
         relative([1.0, 2.0])
+
+
+def test_a_tinted_map_laid_over_the_grey_photograph_is_the_blended_one():
+    generator = np.random.default_rng(3)
+    photograph, signed = generator.random((6, 7, 3)), generator.normal(size=(6, 7))
+    for opacity in (0.0, 0.3, 1.0):
+        for draw, colour, values in ((blend, tint, np.abs(signed)), (blend_signed, tint_signed, signed)):
+            found = colour(values, top=2.5)
+            grey = photograph @ [0.2126, 0.7152, 0.0722]
+            below = opacity * grey[..., None] + (1 - opacity) * photograph
+            # Pillow's and a browser's way of laying one picture over another.
+            over = below + opacity * found[..., 3:] * (found[..., :3] - below)
+            np.testing.assert_allclose(draw(photograph, values, top=2.5, opacity=opacity), over, atol=1e-12)
 
 
 def test_rows_of_wide_photographs_stand_as_close_as_those_of_square_ones():

@@ -1,11 +1,19 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data
+from torch import nn
+from torchvision import transforms
 
 import parchgrad as pg
+from parchgrad.data.shapes import GeneratedShapes
 from parchgrad.errors import SettingError, StatisticsError, TargetError
+from parchgrad.models import Classifier, Preprocessing
+from parchgrad.recording import record_selections
 from parchgrad.visual import relative, shared_top
+from parchgrad.visual.animation import animate
+from parchgrad.visual.channels import kept_channels
 from parchgrad.visual.sweeps import alpha_sweep, quantile_sweep
 
 
@@ -48,21 +56,82 @@ def test_alpha_replaces_the_quantile(classifier, image, held):
         explainer = pg.Explainer(classifier.model, pg.ClassWise(held, alpha=alpha), layers=0.25)
         np.testing.assert_allclose(heat, pg.heatmap(explainer.attribute(inputs))[0], rtol=1e-5, atol=1e-9)
     assert found.target.category == "espresso"
-    assert found.titles()[0] == f"alpha 0.1 ({found.kept[0]:.1%} kept)"
+    assert found.titles()[0] == f"alpha 0.1: {found.kept[0]:.1%} kept"
     again = quantile_sweep(classifier, image, pg.ClassWise(held, alpha=0.1), quantiles=(0.2,), layers=0.25)
     explainer = pg.Explainer(classifier.model, pg.ClassWise(held, quantile=0.2), layers=0.25)
     np.testing.assert_allclose(again.heats[0], pg.heatmap(explainer.attribute(inputs))[0], rtol=1e-5, atol=1e-9)
 
 
+def test_layers_in_which_no_channel_passes_are_said_to_be_plain(classifier, image, held):
+    found = alpha_sweep(classifier, image, pg.InstanceWise(held, quantile=0.1), alphas=(0.1, 1e-6, 1e-300), layers=0.5)
+    inputs = classifier.preprocess(image).unsqueeze(0)
+    for place, alpha in enumerate((0.1, 1e-6, 1e-300)):
+        records = record_selections(classifier.model, pg.InstanceWise(held, alpha=alpha), inputs, layers=0.5)
+        counts = [int(record.selection.channel_mask.sum()) for record in records]
+        assert found.untouched[place] == counts.count(0)
+        # Nearly all kept channels have a gradient in the upper half.
+        shares = [count / record.channel_norms.numel() for count, record in zip(counts, records, strict=True) if count]
+        assert found.kept[place] == pytest.approx(np.mean(shares), rel=0.2) if shares else np.isnan(found.kept[place])
+    assert found.untouched[0] == 0
+    assert 0 < found.untouched[1] < 24
+    assert found.untouched[2] == 24
+    assert found.titles()[1].endswith(f"kept, {found.untouched[1]} of 24 layers plain")
+    assert found.titles()[2] == "alpha 1e-300: plain, no channel passes"
+    np.testing.assert_allclose(found.heats[2], found.plain, rtol=1e-4, atol=1e-8)
+
+
+def test_a_class_that_the_statistics_do_not_know_is_refused():
+    shapes = pg.load_model("shapes")
+    samples = [(sample.image, sample.label) for sample in GeneratedShapes(count=60, seed=1) if sample.label < 3]
+    held = pg.collect_statistics(shapes.model, samples, layers=0.5)
+    image, inputs = Image.fromarray(data.cat()), torch.rand(2, 3, 64, 64)
+    selector = pg.ClassWise(held, quantile=0.2)
+    assert quantile_sweep(shapes, image, selector, layers=0.5, target=1, quantiles=(0.2,)).kept[0] > 0
+    for refused in (
+        lambda: quantile_sweep(shapes, image, selector, layers=0.5, target=8),
+        lambda: pg.Explainer(shapes.model, selector, layers=0.5).attribute(inputs, torch.tensor([1, 8])),
+        lambda: pg.ParchGrad(shapes.model, selector, layers=0.5, target=8),
+        lambda: kept_channels(shapes.model, selector, inputs[:1], [1, 8], layers=0.5),
+    ):
+        with pytest.raises(StatisticsError, match="hold no image of class 8"):
+            refused()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_sweep_takes_the_type_of_the_model(dtype):
+    shapes = pg.load_model("shapes")
+    shapes.model.to(dtype)
+    image = Image.fromarray(data.cat())
+    found = quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.3,), layers="all", target=2)
+    inputs = shapes.preprocess(image).unsqueeze(0).to(dtype)
+    explainer = pg.Explainer(shapes.model, pg.GradientEnergy(quantile=0.3), layers="all")
+    expected = pg.heatmap(explainer.attribute(inputs, 2))[0].double()
+    np.testing.assert_allclose(found.heats[0], expected, rtol=1e-12)
+
+
+def test_a_grey_network_is_drawn_on_grey_pictures():
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).eval()
+    transform = transforms.Compose([transforms.Grayscale(), transforms.Resize((28, 20)), transforms.ToTensor()])
+    preprocess = Preprocessing(transform, (0.0,), (1.0,))
+    classifier = Classifier(model, preprocess, ("a", "b", "c"), "grey")
+    found = quantile_sweep(classifier, Image.fromarray(data.cat()), pg.GradientEnergy(), quantiles=(0.5,))
+    assert found.picture.shape == (28, 20, 3)
+    assert (found.picture == found.picture[..., :1]).all()
+    assert found.figure().axes[0].get_title().startswith(found.target.category)
+    assert animate({"energy": found}, panel_size=40).frames[0].ndim == 3
+
+
 def test_other_methods_are_swept_too():
     shapes = pg.load_model("shapes")
     image = Image.fromarray(data.cat())
-    found = quantile_sweep(
-        shapes, image, pg.GradientEnergy(), quantiles=(0.3,), method="input_x_gradient", layers="all", gamma=2.0
-    )
+    edit = {"method": "input_x_gradient", "layers": "all", "gamma": 2.0, "conserve": "exact"}
+    found = quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.3,), **edit)
     inputs = shapes.preprocess(image).unsqueeze(0)
-    explainer = pg.Explainer(
-        shapes.model, pg.GradientEnergy(quantile=0.3), layers="all", gamma=2.0, method="input_x_gradient"
+    explainer = pg.Explainer(shapes.model, pg.GradientEnergy(quantile=0.3), **edit)
+    assert (found.layers, found.gamma, found.conserve, found.method) == (
+        explainer.layers,
+        *list(edit.values())[2:],
+        "input_x_gradient",
     )
     np.testing.assert_allclose(found.heats[0], pg.heatmap(explainer.attribute(inputs))[0], rtol=1e-5, atol=1e-9)
 
@@ -82,6 +151,9 @@ def test_the_figure_has_one_scale(classifier, image):
 def test_what_cannot_be_swept(classifier, image, held):
     with pytest.raises(SettingError, match="over no quantile at all"):
         quantile_sweep(classifier, image, pg.GradientEnergy(), quantiles=())
+    for twice in ((0.5, 0.1, 0.5), (0.1, 0.10000000001)):
+        with pytest.raises(SettingError, match=r"quantile 0\.\d stands twice in a sweep"):
+            quantile_sweep(classifier, image, pg.GradientEnergy(), quantiles=twice)
     with pytest.raises(SettingError, match="quantile is 2"):
         quantile_sweep(classifier, image, pg.GradientEnergy(), quantiles=(0.5, 2))
     with pytest.raises(SettingError, match="FixedChannels has no quantile"):

@@ -4,7 +4,7 @@ import enum
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 from rich.markup import escape
 
-from parchgrad.cli.shared import console, distinct_stems, error_console, make_table, parse_layers, say_share
+from parchgrad.cli.shared import console, error_console, make_table, parse_layers, say_share
 from parchgrad.errors import SettingError
-from parchgrad.files import check_outputs
+from parchgrad.files import check_outputs, distinct_stems
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -120,10 +120,14 @@ def explain(
     gamma: Gamma = math.inf,
     conserve: Conservation = ConserveName.independent,
     method: MethodName = "gradient",
+    signed: Annotated[
+        bool, typer.Option("--signed", help="Draw a second panel with signs: red for the class, blue against it.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/explain"),
     force: Force = False,
 ) -> None:
     """Explain photographs: a panel (.png), the raw signed map (.npy) and every setting (.json) for each."""
+    _check_statistics([selector], statistics)
     with error_console.status("Starting") as status:
         from parchgrad.data.images import read_image
 
@@ -132,9 +136,12 @@ def explain(
 
         from parchgrad.explanation import Explanation, explain_images
         from parchgrad.layers import find_convolutions
+        from parchgrad.visual import save_figure
 
         stems = distinct_stems(images)
-        check_outputs([file for stem in stems for file in Explanation.files(out, stem)], force=force)
+        signed_panels = [out / f"{stem}-signed.png" for stem in stems] if signed else []
+        own = [file for stem in stems for file in Explanation.files(out, stem)]
+        check_outputs([*own, *signed_panels], force=force)
         classifier, (chosen,) = _prepare(model, [selector], statistics, quantile, status.update)
         with _captum_is_quiet():
             explanations = explain_images(
@@ -150,6 +157,8 @@ def explain(
             )
         for found, stem in zip(explanations, stems, strict=True):
             found.save(out, stem, force=force)
+        for found, path in zip(explanations, signed_panels, strict=False):
+            save_figure(found.signed_figure(), path)
 
     table = make_table("photograph", "explained class", "also predicted")
     for path, found in zip(images, explanations, strict=True):
@@ -183,7 +192,10 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/sweep"),
     force: Force = False,
 ) -> None:
-    """Explain photographs at several quantiles or alphas: a panel (.png) for each, all its maps by one scale."""
+    """Explain photographs at several quantiles or alphas: a panel (.png) for each.
+
+    All maps of a panel have one scale, in multiples of a map's mean.
+    """
     paths = [out / f"{stem}.png" for stem in distinct_stems(images)]
     check_outputs(paths, force=force)
     asked = _SweepOptions(
@@ -198,13 +210,11 @@ def sweep(
         method=method,
     )
     with error_console.status("Starting") as status:
-        rows = _make_sweeps(images, [selector], asked, status.update)
         from parchgrad.visual import save_figure
 
-        for (found,), path in zip(rows, paths, strict=True):
+        for path, (found,) in zip(paths, _make_sweeps(images, [selector], asked, status.update), strict=True):
             save_figure(found.figure(columns=columns), path)
-    _say_sweeps(images, rows)
-    console.print(f"Panels are in {escape(str(out))}", highlight=False, soft_wrap=True)
+            _say_sweeps(path, {"kept": found})
 
 
 def animate(
@@ -231,8 +241,11 @@ def animate(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/animate"),
     force: Force = False,
 ) -> None:
-    """Let the maps of photographs fade through several quantiles or alphas: a moving picture for each."""
-    selectors = selector or [SelectorName.energy]
+    """Let the maps of photographs fade through several quantiles or alphas: a moving picture for each.
+
+    All its maps have one scale, in multiples of a map's mean.
+    """
+    selectors = list(dict.fromkeys(selector or [SelectorName.energy]))
     paths = [out / f"{stem}.{form.value}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force)
     asked = _SweepOptions(
@@ -247,18 +260,12 @@ def animate(
         method=method,
     )
     with error_console.status("Starting") as status:
-        rows = _make_sweeps(images, selectors, asked, status.update)
         from parchgrad.visual.animation import save_animation
 
-        status.update("Writing")
-        for row, path in zip(rows, paths, strict=True):
+        for path, row in zip(paths, _make_sweeps(images, selectors, asked, status.update), strict=True):
             panels = {_TITLES[name]: found for name, found in zip(selectors, row, strict=True)}
             save_animation(panels, path, most_bytes=1000 * most_kilobytes)
-    _say_sweeps(images, rows)
-    for path in paths:
-        console.print(
-            f"Saved {escape(str(path))} ({path.stat().st_size / 1000:,.0f} kB)", highlight=False, soft_wrap=True
-        )
+            _say_sweeps(path, panels)
 
 
 def models(
@@ -301,6 +308,7 @@ def demo(
     console.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)
 
 
+_STATISTICAL = (SelectorName.class_wise, SelectorName.instance)
 # What the panels of an animation are called.
 _TITLES = {
     SelectorName.energy: "gradient energy",
@@ -329,8 +337,15 @@ class _SweepOptions:
 
 def _make_sweeps(
     images: Sequence[Path], names: Sequence[SelectorName], asked: _SweepOptions, say: Callable[[str], None]
-) -> "list[list[Sweep]]":
-    """One sweep of each photograph for each selector."""
+) -> "Iterator[list[Sweep]]":
+    """Sweep each photograph, one after the other, for each selector."""
+    unranked = [name.value for name in names if name not in _STATISTICAL]
+    if asked.over is SettingName.alpha and unranked:
+        raise SettingError(
+            f"--over alpha is given, but the selector {unranked[0]} ranks without p-values; choose --selector class or "
+            "instance, or --over quantile."
+        )
+    _check_statistics(names, asked.statistics)
     from parchgrad.data.images import read_image
 
     # What is quickest to find wrong comes first, the long imports after it.
@@ -358,8 +373,17 @@ def _make_sweeps(
             return edit(quantiles=given or QUANTILES)
         return edit(alphas=given or ALPHAS)
 
-    with _captum_is_quiet():
-        return [[swept(photograph, selector) for selector in selectors] for photograph in photographs]
+    for photograph in photographs:
+        with _captum_is_quiet():
+            row = [swept(photograph, selector) for selector in selectors]
+        yield row
+
+
+def _check_statistics(names: Sequence[SelectorName], statistics: Path | None) -> None:
+    if statistics is not None and not any(name in _STATISTICAL for name in names):
+        raise SettingError(
+            f"--statistics is given, but the selector {names[0].value} uses none; add --selector class or instance."
+        )
 
 
 def _prepare(
@@ -371,18 +395,13 @@ def _prepare(
 ) -> "tuple[Classifier, list[Selector]]":
     """Load the network and make the selectors, with statistics where they need some."""
     from parchgrad.models import load_model
-    from parchgrad.selection import STATISTICAL_SELECTORS, make_selector
+    from parchgrad.selection import make_selector
     from parchgrad.statistics import ChannelStatistics
 
     # The hub, imported by now, logs every failed try; the error that follows says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    needs_statistics = any(name.value in STATISTICAL_SELECTORS for name in names)
-    if statistics is not None and not needs_statistics:
-        raise SettingError(
-            f"--statistics is given, but the selector {names[0].value} uses none; add --selector class or instance."
-        )
     held = None
-    if needs_statistics:
+    if any(name in _STATISTICAL for name in names):
         held = ChannelStatistics.bundled(model) if statistics is None else ChannelStatistics.load(statistics)
     selectors = [make_selector(name.value, quantile=quantile, statistics=held) for name in names]
     say(f"Loading {escape(model)}")
@@ -408,18 +427,26 @@ def _parse_values(text: str) -> tuple[float, ...]:
         raise SettingError(f"--values is {text!r}, but it must be numbers separated by commas: 0.5,0.2,0.1.") from error
 
 
-def _say_sweeps(images: Sequence[Path], rows: "Sequence[Sequence[Sweep]]") -> None:
-    """Say what was explained, and how many channels each value kept."""
-    first = rows[0][0]
-    table = make_table("photograph", "explained class", *(f"{value:g}" for value in first.values))
-    for column in table.columns[2:]:
+def _say_sweeps(path: Path, sweeps: "Mapping[str, Sweep]") -> None:
+    """Say what was explained, how many channels each value kept, and where the picture is."""
+    first = next(iter(sweeps.values()))
+    table = make_table(first.setting, *sweeps)
+    for column in table.columns:
         column.justify = "right"
-    for path, row in zip(images, rows, strict=True):
-        for found in row:
-            name = f"{path.name}, {found.selector}" if len(row) > 1 else path.name
-            table.add_row(escape(name), say_share(found.target), *(f"{share:.1%}" for share in found.kept))
-    console.print(table)
+    for place, value in enumerate(first.values):
+        table.add_row(f"{value:g}", *(_kept_words(found, place) for found in sweeps.values()))
     console.print(
-        f"Below each {first.setting}: channels that were kept and had a gradient, mean over the layers.",
+        f"{escape(say_share(first.target))}, {escape(str(path))}, {path.stat().st_size / 1000:,.0f} kB",
+        style="bold",
         highlight=False,
+        soft_wrap=True,
     )
+    console.print(table)
+    console.print("Kept: channels that were kept and had a gradient, mean over the layers.\n", highlight=False)
+
+
+def _kept_words(found: "Sweep", place: int) -> str:
+    untouched, layers = found.untouched[place], len(found.layers)
+    if untouched == layers:
+        return "none: plain"
+    return f"{found.kept[place]:.1%}" + (f", {untouched} of {layers} layers plain" if untouched else "")

@@ -1,8 +1,6 @@
 """What the commands share: consoles, options, tables and progress bars."""
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -86,23 +84,10 @@ def printable(text: str) -> str:
 
 
 def parse_layers(text: str) -> str | float | list[str]:
-    """A ratio where the text is a number, a set by name, or patterns separated by commas."""
-    try:
-        return float(text)
-    except ValueError:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        return parts[0] if len(parts) == 1 else parts
+    """Read a layer choice as `parchgrad.layers.parse_layers` does, which is imported when it is needed."""
+    from parchgrad.layers import parse_layers as parse
 
-
-def distinct_stems(paths: Sequence[Path]) -> list[str]:
-    """File names without suffix; those of equal names in several folders are numbered."""
-    stems: list[str] = []
-    for path in paths:
-        stem, number = path.stem, 2
-        while stem in stems:
-            stem, number = f"{path.stem}-{number}", number + 1
-        stems.append(stem)
-    return stems
+    return parse(text)
 
 
 def make_table(*columns: str) -> Table:

@@ -137,7 +137,7 @@ def show(
             title = f"Channels selected for a class at quantile {quantile:g}: mean, fewest and most"
         else:
             column, label = _find_class(held, target)
-            selector.check_known([column if held.class_indices is None else held.class_indices[column]])
+            selector.check_targets([column if held.class_indices is None else held.class_indices[column]])
             table = make_table("layer", *(f"{place + 1}." for place in range(top)))
             for name, layer in held.items():
                 best = layer.class_log_p(selector.test)[:, column].sort(stable=True)

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from parchgrad.errors import ImageError
 
-__all__ = ["read_image", "stored_frame"]
+__all__ = ["read_image", "stored_frame", "to_rgb"]
 
 _ORIENTATION = 0x0112
 
@@ -32,7 +32,7 @@ def read_image(path: str | Path) -> Image.Image:
         (4, 3)
     """
     with _opened(path) as opened:
-        return _to_rgb(ImageOps.exif_transpose(opened))
+        return to_rgb(ImageOps.exif_transpose(opened))
 
 
 def stored_frame(path: str | Path) -> tuple[int, int, int]:
@@ -83,8 +83,13 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise ImageError(f"{str(path)!r} cannot be read ({reason}); the file may be cut off or damaged.") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode; Pillow itself would clip wide integers and floats, and show what is transparent."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode; Pillow itself would clip wide integers and floats, and show what is transparent.
+
+    Example:
+        >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
+        (255, 255, 255)
+    """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:

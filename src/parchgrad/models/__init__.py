@@ -21,6 +21,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torchvision import transforms
 
+from parchgrad.data.images import to_rgb
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
 from parchgrad.shapes_network import ShapesNetwork
@@ -61,14 +62,17 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Preprocess one photograph of any mode into a tensor (3, H, W)."""
-        return self.transform(image.convert("RGB"))
+        """Preprocess one photograph of any mode into a tensor (3, H, W), or (1, H, W) by a grey transform."""
+        return self.transform(to_rgb(image))
 
     def picture(self, inputs: Tensor) -> NDArray[Any]:
-        """Undo the normalisation of (3, H, W): what the network sees, as an array (H, W, 3) in [0, 1]."""
+        """Undo the normalisation of (3, H, W): what the network sees, as an array (H, W, 3) in [0, 1].
+
+        One channel becomes a grey picture.
+        """
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
         restored = (inputs.detach().float().cpu() * std + mean).clamp(0, 1)
-        picture: NDArray[Any] = restored.permute(1, 2, 0).numpy()
+        picture: NDArray[Any] = restored.expand(3, *restored.shape[1:]).permute(1, 2, 0).numpy()
         return picture
 
 
@@ -113,9 +117,18 @@ class Classifier:
         return find_category(query, self.categories, self.name)
 
     def predict(self, inputs: Tensor, *, count: int = 5) -> list[tuple[Prediction, ...]]:
-        """Predict the `count` most probable classes of each row of a preprocessed batch (B, 3, H, W), best first."""
+        """Predict the `count` most probable classes of each row of a preprocessed batch (B, 3, H, W), best first.
+
+        Raises:
+            ModelError: if there is not one name for each class.
+        """
         with torch.no_grad():
             logits = self.model(inputs)
+            if logits.shape[1] != len(self.categories):
+                raise ModelError(
+                    f"{self.name} has {logits.shape[1]} classes, but {len(self.categories)} names are given for them; "
+                    "give one for each."
+                )
             # Ranked by logits: probabilities of nearly equal ones tie.
             best = logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
             probabilities = logits.softmax(dim=1).gather(1, best)

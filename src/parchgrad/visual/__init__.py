@@ -12,6 +12,8 @@ from parchgrad.visual.maps import (
     shared_top,
     signed_panel,
     strip,
+    tint,
+    tint_signed,
 )
 
 __all__ = [
@@ -26,4 +28,6 @@ __all__ = [
     "shared_top",
     "signed_panel",
     "strip",
+    "tint",
+    "tint_signed",
 ]

@@ -31,6 +31,8 @@ __all__ = [
     "shared_top",
     "signed_panel",
     "strip",
+    "tint",
+    "tint_signed",
 ]
 
 Picture: TypeAlias = NDArray[np.floating[Any]]
@@ -191,7 +193,7 @@ def paint(photograph: ArrayLike, values: ArrayLike, *, opacity: float = 1.0) -> 
     scaled = _array(values)
     if not ((scaled >= 0) & (scaled <= 1)).all():
         raise InputError("The map holds values outside of [0, 1]; scale it first, see normalise().")
-    return _mix(photograph, matplotlib.colormaps[COLOUR_MAP](scaled)[..., :3], scaled, opacity)
+    return _mix(photograph, _tinted(COLOUR_MAP, scaled, scaled), opacity)
 
 
 def blend_signed(
@@ -216,8 +218,53 @@ def blend_signed(
         >>> blend_signed(np.ones((2, 2, 3)), [[1.0, -1.0], [0.0, 0.0]]).shape
         (2, 2, 3)
     """
+    return _mix(photograph, tint_signed(signed, top=top), opacity)
+
+
+def tint(heat: ArrayLike, *, top: float | None = None) -> Picture:
+    """Colour a heat map, without a photograph: where it is silent the photograph is to shine through.
+
+    Laid over the grey photograph as pictures with transparency are, this is what `blend` draws.
+
+    Args:
+        heat: non-negative map (H, W), of any scale.
+        top: where the scale ends; see `blend`.
+
+    Returns:
+        Colours and opacity (H, W, 4) in [0, 1].
+
+    Raises:
+        InputError: if the map is no heat map.
+        SettingError: if `top` is out of range.
+
+    Example:
+        >>> tint([[0.0, 1.0]])[..., 3].tolist()
+        [[0.35, 1.0]]
+    """
+    scaled = normalise(heat, top=top)
+    return _tinted(COLOUR_MAP, scaled, scaled)
+
+
+def tint_signed(signed: ArrayLike, *, top: float | None = None) -> Picture:
+    """Colour a signed map, without a photograph; see `tint` and `blend_signed`.
+
+    Args:
+        signed: map (H, W), of any scale.
+        top: where the scale ends on either side; see `blend_signed`.
+
+    Returns:
+        Colours and opacity (H, W, 4) in [0, 1].
+
+    Raises:
+        InputError: if the map holds non-finite values.
+        SettingError: if `top` is out of range.
+
+    Example:
+        >>> tint_signed([[0.0, -1.0]])[..., 3].tolist()
+        [[0.35, 1.0]]
+    """
     values = np.clip(relative(signed) / (shared_top([signed]) if top is None else _checked_top(top)), -1, 1)
-    return _mix(photograph, matplotlib.colormaps[SIGNED_COLOUR_MAP](0.5 + values / 2)[..., :3], np.abs(values), opacity)
+    return _tinted(SIGNED_COLOUR_MAP, 0.5 + values / 2, np.abs(values))
 
 
 def overlay(photograph: ArrayLike, heat: ArrayLike, *, title: str = "") -> Figure:
@@ -359,18 +406,25 @@ def _checked_top(top: float) -> float:
     return top
 
 
-def _mix(photograph: ArrayLike, colours: Picture, strength: Picture, opacity: float) -> Picture:
-    """The photograph shows through where there is little to say, and gives way where there is much."""
+def _tinted(colours: str, places: Picture, strength: Picture) -> Picture:
+    """The colours of a colour map, which give way to the photograph where there is little to say."""
+    found: Picture = matplotlib.colormaps[colours](places)
+    found[..., 3] = 0.35 + 0.65 * np.sqrt(strength)
+    return found
+
+
+def _mix(photograph: ArrayLike, tinted: Picture, opacity: float) -> Picture:
+    """Lay a tinted map over the photograph, which turns grey as the map becomes opaque."""
     if not 0 <= opacity <= 1:
         raise SettingError(f"opacity is {opacity}, but it must lie in [0, 1].")
     picture = _array(photograph)
-    if picture.shape != (*strength.shape, 3):
-        raise InputError(f"A photograph of shape {picture.shape} and a map of shape {strength.shape} do not match.")
+    if picture.shape != (*tinted.shape[:2], 3):
+        raise InputError(f"A photograph of shape {picture.shape} and a map of shape {tinted.shape[:2]} do not match.")
     if picture.min() < 0 or picture.max() > 1:
         raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
     grey = (picture @ _LUMINANCE)[..., None]
-    weight = opacity * (0.35 + 0.65 * np.sqrt(strength)[..., None])
-    mixed: Picture = (1 - weight) * (opacity * grey + (1 - opacity) * picture) + weight * colours
+    weight = opacity * tinted[..., 3:]
+    mixed: Picture = (1 - weight) * (opacity * grey + (1 - opacity) * picture) + weight * tinted[..., :3]
     return mixed
 
 

@@ -1,7 +1,7 @@
 """Sweeps: one photograph explained at several values of one setting."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -39,10 +39,15 @@ class Sweep:
         picture: what the network saw, (H, W, 3) in [0, 1].
         heats: heat map at each value, (V, H, W).
         plain: heat map of the same method without ParchGrad, (H, W).
-        kept: share of the channels that were kept and had a gradient, on average over the layers, at each value.
+        kept: share of the channels that were kept and had a gradient, on average over the layers in which any was
+            selected, at each value; NaN where there is no such layer.
+        untouched: number of layers in which no channel was selected, so that they were left as they are, at each value.
         target: the explained class.
-        method: the attribution method.
         selector: name of the selector's class.
+        layers: names of the edited convolutions.
+        gamma: see `Explainer`.
+        conserve: see `Explainer`.
+        method: the attribution method.
     """
 
     setting: str
@@ -51,22 +56,32 @@ class Sweep:
     heats: NDArray[Any]
     plain: NDArray[Any]
     kept: tuple[float, ...]
+    untouched: tuple[int, ...]
     target: Prediction
-    method: str
     selector: str
+    layers: tuple[str, ...]
+    gamma: float
+    conserve: Conserve
+    method: str
 
     def titles(self) -> tuple[str, ...]:
         """Say each value in words, with the share of the channels where that is not the value itself."""
-        return tuple(
-            f"{self.setting} {value:g}" + (f" ({share:.1%} kept)" if self.setting == "alpha" else "")
-            for value, share in zip(self.values, self.kept, strict=True)
-        )
+        return tuple(map(self._title, self.values, self.kept, self.untouched))
+
+    def _title(self, value: float, kept: float, untouched: int) -> str:
+        said = f"{self.setting} {value:g}"
+        if untouched == len(self.layers):
+            return f"{said}: plain, no channel passes"
+        said += f": {kept:.1%} kept" if self.setting == "alpha" else ""
+        # What is left as it is looks like the plain map, and should not pass for another.
+        return said + (f", {untouched} of {len(self.layers)} layers plain" if untouched else "")
 
     def figure(self, *, columns: int = 4) -> Figure:
         """Draw the photograph, the plain map and those of the sweep, all by one scale, in lines of `columns`."""
         maps: Mapping[str, NDArray[Any]] = {
             f"{self.method.replace('_', ' ')}, plain": self.plain,
-            **dict(zip(self.titles(), self.heats, strict=True)),
+            # Half of a long title would run into the next panel.
+            **{title.replace(", ", "\n"): heat for title, heat in zip(self.titles(), self.heats, strict=True)},
         }
         label = f"{self.target.category} ({self.target.probability:.0%})"
         return strip(self.picture, maps, label=label, columns=columns)
@@ -77,7 +92,7 @@ def quantile_sweep(
     image: Image.Image,
     selector: Selector,
     *,
-    quantiles: Sequence[float] = QUANTILES,
+    quantiles: Iterable[float] = QUANTILES,
     target: int | None = None,
     layers: LayerChoice = "default",
     gamma: float = math.inf,
@@ -98,7 +113,7 @@ def quantile_sweep(
         method: an attribution method; see `Explainer`.
 
     Raises:
-        SettingError: if the selector has no quantile, or one is out of range, or none is given.
+        SettingError: if the selector has no quantile, or one is out of range or given twice, or none is given.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
@@ -109,8 +124,9 @@ def quantile_sweep(
         (2, 64, 64)
     """
     edit = _Edit(layers=layers, gamma=gamma, conserve=conserve, method=method)
-    selectors = [_with_quantile(selector, value) for value in quantiles]
-    return _sweep("quantile", quantiles, selectors, classifier, image, target, edit)
+    values = _values("quantile", quantiles)
+    selectors = [_with_quantile(selector, value) for value in values]
+    return _sweep("quantile", values, selectors, classifier, image, target, edit)
 
 
 def alpha_sweep(
@@ -118,7 +134,7 @@ def alpha_sweep(
     image: Image.Image,
     selector: Selector,
     *,
-    alphas: Sequence[float] = ALPHAS,
+    alphas: Iterable[float] = ALPHAS,
     target: int | None = None,
     layers: LayerChoice = "default",
     gamma: float = math.inf,
@@ -139,7 +155,7 @@ def alpha_sweep(
         method: an attribution method; see `Explainer`.
 
     Raises:
-        SettingError: if the selector has no alpha, or one is out of range, or none is given.
+        SettingError: if the selector has no alpha, or one is out of range or given twice, or none is given.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
@@ -151,8 +167,9 @@ def alpha_sweep(
         True
     """
     edit = _Edit(layers=layers, gamma=gamma, conserve=conserve, method=method)
-    selectors = [_with_alpha(selector, value) for value in alphas]
-    return _sweep("alpha", alphas, selectors, classifier, image, target, edit)
+    values = _values("alpha", alphas)
+    selectors = [_with_alpha(selector, value) for value in values]
+    return _sweep("alpha", values, selectors, classifier, image, target, edit)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -172,35 +189,55 @@ class _Edit:
 
 def _sweep(
     setting: str,
-    values: Sequence[float],
+    values: tuple[float, ...],
     selectors: Sequence[Selector],
     classifier: Classifier,
     image: Image.Image,
     target: int | None,
     edit: _Edit,
 ) -> Sweep:
-    if not selectors:
-        raise SettingError(f"A sweep over no {setting} at all was asked for; give one value at least.")
     inputs = classifier.preprocess(image).unsqueeze(0).to(next(classifier.model.parameters()))
     plain = edit.explainer(classifier.model, None)
     index = int(plain.predict(inputs)) if target is None else target
-    heats, kept = [], []
+    heats, kept, untouched = [], [], []
     for selector in selectors:
         recorder = Recorder(selector)
-        heats.append(_heat(edit.explainer(classifier.model, recorder).attribute(inputs, index)))
-        kept.append(float(torch.stack([record.kept.float().mean() for record in recorder.found]).mean()))
+        explainer = edit.explainer(classifier.model, recorder)
+        heats.append(_heat(explainer.attribute(inputs, index)))
+        selected = [record for record in recorder.found if record.selection.channel_mask.any()]
+        shares = [record.kept.float().mean() for record in selected]
+        kept.append(float(torch.stack(shares).mean()) if shares else math.nan)
+        # A layer that is passed several times counts as edited if it was in one of them.
+        reached = {record.layer for record in recorder.found}
+        untouched.append(len(reached - {record.layer for record in selected}))
     (predictions,) = classifier.predict(inputs, count=len(classifier.categories))
     return Sweep(
         setting=setting,
-        values=tuple(values),
+        values=values,
         picture=classifier.preprocess.picture(inputs[0]),
         heats=np.stack(heats),
         plain=_heat(plain.attribute(inputs, index)),
         kept=tuple(kept),
+        untouched=tuple(untouched),
         target=next(prediction for prediction in predictions if prediction.index == index),
-        method=edit.method,
         selector=type(selectors[0]).__name__,
+        layers=explainer.layers,
+        gamma=edit.gamma,
+        conserve=edit.conserve,
+        method=edit.method,
     )
+
+
+def _values(setting: str, values: Iterable[float]) -> tuple[float, ...]:
+    """The values as plain numbers, each once as it is written in titles."""
+    found = tuple(map(float, values))
+    if not found:
+        raise SettingError(f"A sweep over no {setting} at all was asked for; give one value at least.")
+    written = [f"{value:g}" for value in found]
+    twice = next((text for text in written if written.count(text) > 1), None)
+    if twice is not None:
+        raise SettingError(f"{setting} {twice} stands twice in a sweep; give each value once.")
+    return found
 
 
 def _heat(attribution: Tensor) -> NDArray[Any]:

@@ -1,0 +1,842 @@
+"""The web explorer: a page on which photographs are looked at. A thin front, like the command line."""
+
+import base64
+import contextlib
+import errno
+import functools
+import hashlib
+import html
+import inspect
+import io
+import ipaddress
+import json
+import math
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from parchgrad.attribution import METHODS
+from parchgrad.demo import example_photographs
+from parchgrad.errors import ImageError, ParchGradError, SettingError
+from parchgrad.exploration import (
+    CELLS,
+    EXAMPLES,
+    Exploration,
+    Explorer,
+    Game,
+    Photograph,
+    View,
+    check_photograph,
+    tinted,
+)
+from parchgrad.files import writing
+from parchgrad.models import OFFLINE_MODEL, SHAPES_MODEL
+from parchgrad.visual import save_figure
+from parchgrad.visual.animation import save_animation
+from parchgrad.visual.maps import COLOUR_MAP, SIGNED_COLOUR_MAP
+
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
+except ImportError as error:
+    raise ParchGradError("The explorer needs Gradio; install it with: pip install 'parchgrad[web]'.") from error
+
+__all__ = ["WebSettings", "build_app", "is_loopback", "serve"]
+
+TITLE = "ParchGrad explorer"
+_SELECTORS = {
+    "energy": "Gradient energy",
+    "activation": "Gradient times activation",
+    "evidence": "Evidence",
+    "random": "Random channels (control)",
+    "class": "Class-wise (statistics)",
+    "instance": "Instance-wise (statistics)",
+}
+_LAYERS = {
+    "Upper half": "0.5",
+    "Upper 3/4": "0.75",
+    "All": "all",
+    "Published set": "default",
+}
+_HEAD = """<div class='pg-head'><h1>ParchGrad</h1>
+<p>What in a photograph speaks for a class, seen through the channels that matter</p></div>"""
+_NO_MOSAIC = f"Drop {CELLS} photographs, or take the examples: each class is explained in all {CELLS} at once."
+_PLACES = ("top left", "top right", "bottom left", "bottom right")
+# Evidence is best by other settings than the rest.
+_SUGGEST = """(selector, quantile, layers) =>
+  selector === "evidence" ? [0.2, "0.75"] : quantile === 0.2 && layers === "0.75" ? [0.1, "0.5"] : [quantile, layers]"""
+_BLEND = "(opacity) => { document.documentElement.style.setProperty('--map-opacity', opacity); }"
+_FETCH = "() => { document.querySelector('#fetched')?.click(); }"
+_ON_LOAD = """() => {
+  document.documentElement.lang = "en";
+  document.querySelector("#status")?.setAttribute("role", "status");
+  for (const group of document.querySelectorAll("fieldset")) {
+    group.setAttribute("aria-label", group.querySelector("[data-testid=block-info]")?.textContent.trim() ?? "");
+  }
+}"""
+# Body of a request that carries settings; files come by another way.
+_LARGEST_MESSAGE = 1_000_000
+# Everything on the page comes from this server; a browser holds it to that.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebSettings:
+    """How the explorer is served.
+
+    Attributes:
+        host: address it is bound to; other machines reach it only if this is not the loopback address.
+        port: from 1 on; 0 takes any that is free.
+        network: the network that is chosen first.
+        statistics: file of channel statistics of that network; None takes those that come with the package, if any.
+        max_megabytes: size of the largest file that is taken.
+        max_megapixels: size of the largest photograph that is taken.
+        any_network: whether the name of any network may be typed, which may download it and take much memory.
+        max_waiting: requests that may wait; more are told so.
+
+    Raises:
+        SettingError: if a number is out of range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    network: str = OFFLINE_MODEL
+    statistics: Path | None = None
+    max_megabytes: float = 20
+    max_megapixels: float = 50
+    any_network: bool = True
+    max_waiting: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise SettingError(f"port is {self.port}, but it must lie between 1 and 65535.")
+        for name in ("max_megabytes", "max_megapixels"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingError(f"{name} is {getattr(self, name)}, but it must be a positive number.")
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that are offered by name."""
+        return tuple(dict.fromkeys((self.network, OFFLINE_MODEL, SHAPES_MODEL)))
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Why a file was not taken."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """What one user has before him, so that the next event knows what has changed, and downloads give just that.
+
+    Attributes:
+        listed: photograph and network that the list of classes belongs to.
+        target: the class chosen from it.
+        network: the network that the list of selectors belongs to.
+        view: the settings of what is shown; None where an error stands in its place.
+        photographs: those of the mosaic that is shown; none where it is the single photograph.
+    """
+
+    listed: tuple[Photograph, str] | None = None
+    target: int | None = None
+    network: str = ""
+    view: View | None = None
+    photographs: tuple[Photograph, ...] = ()
+
+
+def build_app(settings: WebSettings) -> gr.Blocks:
+    """Build the page and what happens on it; `serve` makes it reachable.
+
+    Args:
+        settings: how it is to be served.
+
+    Raises:
+        ParchGradError: if the network cannot be loaded, or the statistics do not fit it.
+    """
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 7200)) as app:
+        page = _Page(settings)
+        page.listen(app)
+    app.queue(max_size=settings.max_waiting, default_concurrency_limit=1, api_open=False)
+    return app
+
+
+class _Page:
+    """The components of the page, and what happens on it: the same for every user.
+
+    What belongs to one of them comes in with an event and goes out with its results.
+    """
+
+    def __init__(self, settings: WebSettings) -> None:
+        statistics = {} if settings.statistics is None else {settings.network: settings.statistics}
+        self._settings = settings
+        self._explorer = Explorer(statistics=statistics)
+        # Every thread in which a network runs keeps threads and memory for itself; Gradio would use dozens.
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
+        self._photograph, self._mosaic = gr.State(Photograph(EXAMPLES[0])), gr.State(())
+        self._shown, self._mode = gr.State(_Shown()), gr.State("single")
+        gr.HTML(_HEAD, elem_id="head")
+        with gr.Row(elem_id="page"):
+            with gr.Column(scale=2, min_width=280, elem_id="settings"):
+                self._add_settings()
+            with gr.Column(scale=5, min_width=320, elem_id="shown"):
+                self._add_pictures()
+            with gr.Column(elem_id="taken-away"):
+                self._add_downloads()
+
+    def _add_settings(self) -> None:
+        settings = self._settings
+        with gr.Column(elem_id="of-one"):
+            self.file = gr.Image(
+                label="Photograph", sources=["upload"], type="filepath", height=150, buttons=[], elem_id="photograph"
+            )
+            self.example = gr.Radio(EXAMPLES, value=EXAMPLES[0], label="Or look at an example", elem_id="examples")
+            self.top = gr.Radio([], label="Class: the most probable", elem_id="predictions")
+            self.target = gr.Dropdown([], label="Or any class (type to search)", elem_id="class")
+            # What the lists belong to, as the browser knows it: a choice from earlier ones counts no more.
+            self.stamp = gr.Textbox("", visible="hidden", label="List of classes", elem_id="stamp")
+        with gr.Row():
+            self.selector = gr.Dropdown(
+                self._selectors(settings.network), value="energy", label="Selector", min_width=130, elem_id="selector"
+            )
+            self.layers = gr.Dropdown(
+                list(_LAYERS.items()),
+                value="0.5",
+                label="Layers, or a pattern",
+                allow_custom_value=True,
+                min_width=130,
+                elem_id="layers",
+            )
+        self.quantile = gr.Slider(
+            0.01, 1, value=0.1, step=0.01, label="Quantile: share of channels kept", elem_id="quantile"
+        )
+        self.prune = gr.Checkbox(True, label="Prune the others (gamma infinite)", elem_id="prune")
+        self.gamma = gr.Slider(
+            -1, 3, value=1, step=0.05, label="Gamma, as a power of ten", visible=False, elem_id="gamma"
+        )
+        with gr.Row():
+            self.method = gr.Dropdown(
+                [(name.replace("_", " ").capitalize(), name) for name in METHODS],
+                value=METHODS[0],
+                label="Method",
+                min_width=130,
+                elem_id="method",
+            )
+            self.network = gr.Dropdown(
+                list(settings.networks),
+                value=settings.network,
+                label="Network" + (" or name" if settings.any_network else ""),
+                allow_custom_value=settings.any_network,
+                min_width=130,
+                elem_id="network",
+            )
+
+    def _add_pictures(self) -> None:
+        with gr.Row(elem_id="look"):
+            self.opacity = gr.Slider(0, 1, value=1, step=0.01, label="Opacity of the maps", elem_id="opacity")
+            self.signed = gr.Checkbox(False, label="Signed: red for the class, blue against it", elem_id="signed")
+        with gr.Tabs():
+            with gr.Tab("One photograph") as self.single_tab:
+                self.result = gr.HTML(_message("Looking at the first photograph ..."), elem_id="result")
+            with gr.Tab("Mosaic of four", elem_id="mosaic-tab") as self.mosaic_tab:
+                self.files = gr.File(
+                    label=f"Drop {CELLS} photographs of different classes",
+                    file_count="multiple",
+                    file_types=["image"],
+                    height=150,
+                    elem_id="files",
+                )
+                self.take_examples = gr.Button("Take the four examples", size="sm", elem_id="take-examples")
+                self.game = gr.HTML(_message(_NO_MOSAIC), elem_id="game")
+        self.status = gr.HTML("", elem_id="status")
+
+    def _add_downloads(self) -> None:
+        with gr.Row(elem_id="downloads"):
+            self.savers = {
+                kind: gr.Button(text, size="sm", elem_id=f"save-{kind}") for kind, (text, _) in _DOWNLOADS.items()
+            }
+        # Unseen: a click on a button above fills it with a file, and then clicks it.
+        self.fetched = gr.DownloadButton("", elem_id="fetched", visible="hidden")
+        self.code = gr.Code(label="The same in Python", language="python", interactive=False, elem_id="code")
+
+    def listen(self, app: gr.Blocks) -> None:
+        """Tie events to what happens on them."""
+        # All of it goes through one queue, so that what comes later is shown later.
+        of_user = [self._mode, self._photograph, self._mosaic, self._shown]
+        of_view = [self.selector, self.method, self.layers, self.quantile, self.prune, self.gamma]
+        of_view += [self.signed, self.opacity]
+        texts = [self.result, self.game, self.status, self.code]
+        shows: dict[str, Any] = {
+            "fn": self._on_worker(self._show),
+            "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
+            "outputs": [*texts, self.top, self.target, self.stamp, self.selector, self._shown],
+            "concurrency_id": "network",
+            "show_progress": "full",
+            "show_progress_on": self.status,
+        }
+        # One listener for all settings: of those that were changed in a hurry the last state is shown.
+        settings = [self.target, self.network, self.selector, self.layers, self.quantile, self.prune, self.gamma]
+        settings += [self.method, self.signed]
+        triggers = [app.load, *(setting.change for setting in settings)]
+        gr.on(triggers, trigger_mode="always_last", api_name="show", **shows)
+        shows["api_visibility"] = "private"
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        self.top.input(None, self.top, self.target, js="(index) => index")
+        self.selector.input(
+            None, [self.selector, self.quantile, self.layers], [self.quantile, self.layers], js=_SUGGEST
+        )
+        self.prune.input(lambda prune: gr.update(visible=not prune), self.prune, self.gamma, **private)
+        self.opacity.input(None, self.opacity, None, js=_BLEND)
+        self.opacity.change(
+            self._on_worker(self._rewrite),
+            [self._shown, self.opacity],
+            [self._shown, self.code],
+            concurrency_id="network",
+            **private,
+        )
+        taken: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "files"}
+        of_one, of_four = [self._photograph, self.file, self.example], [self._mosaic, self.files]
+        # As it came: Gradio itself would open the file, and fail without a word on what is no image.
+        taking = gr.on(
+            [self.file.upload, self.file.clear],
+            self._take,
+            self.file,
+            of_one,
+            preprocess=False,
+            api_name="take",
+            **taken,
+        )
+        taking.then(**shows)
+        self.example.input(self._take_example, self.example, of_one, api_name="take_example", **taken).then(**shows)
+        changed = [self.files.upload, self.files.clear, self.files.delete]
+        gr.on(changed, self._take_four, self.files, of_four, api_name="take_four", **taken).then(**shows)
+        self.take_examples.click(self._take_four_examples, None, of_four, api_name="take_four_examples", **taken).then(
+            **shows
+        )
+        for mode, tab in (("single", self.single_tab), ("mosaic", self.mosaic_tab)):
+            tab.select(None, js=f"() => {{ document.documentElement.dataset.mode = '{mode}'; }}")
+            tab.select(lambda mode=mode: mode, None, self._mode, **private).then(**shows)
+        for kind, button in self.savers.items():
+            button.click(
+                self._on_worker(functools.partial(self._save, kind)),
+                self._shown,
+                [self.fetched, self.status],
+                concurrency_id="network",
+                show_progress="full",
+                show_progress_on=self.status,
+                api_visibility="private",
+            ).then(None, js=_FETCH)
+        app.load(None, js=_ON_LOAD)
+
+    def _on_worker(self, handler: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+        def run(*inputs: Any) -> dict[Any, Any]:
+            return self._worker.submit(handler, *inputs).result()
+
+        # Gradio counts the parameters.
+        run.__signature__ = inspect.signature(handler)  # type: ignore[attr-defined]  # functions have room for it
+        return run
+
+    def _classes(self, network: str) -> list[tuple[str, int]]:
+        return sorted((name, index) for index, name in enumerate(self._explorer.classifier(network).categories))
+
+    def _selectors(self, network: str) -> list[tuple[str, str]]:
+        return [(_SELECTORS[name], name) for name in self._explorer.selectors(network)]
+
+    def _take(self, file: dict[str, Any] | None) -> dict[Any, Any]:
+        """A photograph that was dropped, pasted or chosen."""
+        if file is None:
+            return {self._photograph: _Refused("")}
+        found = self._checked(str(file["path"]))
+        if isinstance(found, _Refused):
+            # What is no image is not shown in its place either.
+            return {self._photograph: found, self.file: None, self.example: None}
+        return {self._photograph: found, self.example: None}
+
+    def _take_example(self, name: str) -> dict[Any, Any]:
+        return {self._photograph: Photograph(name), self.file: None}
+
+    def _take_four(self, paths: Sequence[str] | None) -> dict[Any, Any]:
+        return {self._mosaic: tuple(self._checked(path) for path in paths or ())}
+
+    def _take_four_examples(self) -> dict[Any, Any]:
+        return {self._mosaic: tuple(map(Photograph, EXAMPLES)), self.files: None}
+
+    def _checked(self, path: str) -> Photograph | _Refused:
+        try:
+            check_photograph(path, megapixels=self._settings.max_megapixels)
+        except ImageError as error:
+            return _Refused(str(error))
+        return Photograph(Path(path).name, Path(path))
+
+    def _show(
+        self,
+        mode: str,
+        photograph: Photograph | _Refused,
+        mosaic: Sequence[Photograph | _Refused],
+        shown: _Shown,
+        network: str,
+        target: int | None,
+        stamp: str,
+        selector: str,
+        method: str,
+        layers: str,
+        quantile: float,
+        prune: bool,
+        gamma: float,
+        signed: bool,
+        opacity: float,
+    ) -> dict[Any, Any]:
+        """Show the photograph, or the mosaic, through the settings; all that is wrong is said in its place."""
+        began = time.perf_counter()
+        place = self.game if mode == "mosaic" else self.result
+        try:
+            view = View(
+                network=network,
+                target=_chosen(shown, photograph, network, target, stamp),
+                selector=selector,
+                method=method,
+                layers=layers,
+                quantile=quantile,
+                gamma=math.inf if prune else 10**gamma,
+                signed=signed,
+                opacity=opacity,
+            )
+            found = self._play(mosaic, view, shown) if mode == "mosaic" else self._explore(photograph, view, shown)
+            said = f"{time.perf_counter() - began:.2f} s. {found[self.status]}"
+            return found | {self.status: _status(said)} | self._offer_selectors(view, shown)
+        except _NothingYetError as missing:
+            told = _message(str(missing))
+        except ParchGradError as error:
+            told = _message(str(error), refused=True)
+        return {place: told, self.status: "", self.code: "", self._shown: replace(shown, view=None, photographs=())}
+
+    def _explore(self, photograph: Photograph | _Refused, view: View, shown: _Shown) -> dict[Any, Any]:
+        found = self._explorer.explore(_usable([photograph])[0], view)
+        held, chosen = [item.index for item in found.predictions], found.target.index
+        listed = (found.photograph, view.network)
+        lists: dict[Any, Any] = {self.top: gr.update(value=chosen if chosen in held else None)}
+        if shown.listed != listed:
+            ranked = [(f"{item.category}  {item.probability:.1%}", item.index) for item in found.predictions]
+            # Gradio keeps what it is given for a session, so that the long list is sent with a new network only.
+            is_new = shown.listed is None or shown.listed[1] != view.network
+            classes = {"choices": self._classes(view.network)} if is_new else {}
+            lists = {
+                self.top: gr.update(choices=ranked, value=chosen),
+                self.target: gr.update(value=chosen, **classes),
+                self.stamp: _stamp(listed),
+            }
+        return lists | {
+            self.result: _single_page(found),
+            self.status: f"{len(found.layers)} convolutions edited, from {found.layers[0]} to {found.layers[-1]}.",
+            self._shown: _Shown(listed=listed, target=chosen, network=view.network, view=replace(view, target=chosen)),
+            self.code: found.code,
+        }
+
+    def _play(self, mosaic: Sequence[Photograph | _Refused], view: View, shown: _Shown) -> dict[Any, Any]:
+        photographs = _usable(mosaic)
+        if len(photographs) < CELLS:
+            raise _NothingYetError(f"{CELLS - len(photographs)} more, please." if photographs else _NO_MOSAIC)
+        found = self._explorer.play(photographs[:CELLS], view)
+        more = f" The first {CELLS} of {len(photographs)} photographs are shown." if len(photographs) > CELLS else ""
+        return {
+            self.game: _mosaic_page(found),
+            self.status: f"{CELLS} classes explained.{more}",
+            self._shown: replace(shown, network=view.network, view=view, photographs=photographs[:CELLS]),
+            self.code: found.code,
+        }
+
+    def _offer_selectors(self, view: View, shown: _Shown) -> dict[Any, Any]:
+        return (
+            {} if view.network == shown.network else {self.selector: gr.update(choices=self._selectors(view.network))}
+        )
+
+    def _rewrite(self, shown: _Shown, opacity: float) -> dict[Any, Any]:
+        """The code for another opacity; the picture itself is blended in the browser."""
+        if shown.view is None or shown.view.opacity == opacity:
+            return {self.code: gr.skip()}
+        changed = replace(shown, view=replace(shown.view, opacity=opacity))
+        try:
+            return {self._shown: changed, self.code: self._found(changed).code}
+        except ParchGradError:
+            # The file is gone by now, which the next event says.
+            return {self.code: gr.skip()}
+
+    def _save(self, kind: str, shown: _Shown) -> dict[Any, Any]:
+        """Write what is shown into a file of its own."""
+        if shown.view is None:
+            return {self.fetched: None, self.status: _status("There is nothing to save yet.")}
+        try:
+            found = self._found(shown)
+            # A folder for each request, so that no user's file takes the place of another's.
+            cache = Path(self.fetched.GRADIO_CACHE)
+            cache.mkdir(parents=True, exist_ok=True)
+            path = Path(tempfile.mkdtemp(dir=cache), f"{_stem(found)}.{kind}")
+            _, write = _DOWNLOADS[kind]
+            write(self._explorer, found, path)
+        except ParchGradError as error:
+            return {self.fetched: None, self.status: _status(str(error))}
+        return {self.fetched: str(path), self.status: _status(f"Saved as {path.name}.")}
+
+    def _found(self, shown: _Shown) -> Exploration | Game:
+        view = shown.view or View()
+        if shown.photographs:
+            return self._explorer.play(shown.photographs, view)
+        return self._explorer.explore(_usable([shown.listed[0]] if shown.listed else [])[0], view)
+
+
+class _NothingYetError(ParchGradError):
+    """Nothing is wrong, but something is missing."""
+
+
+def _usable(photographs: Sequence[Photograph | _Refused]) -> tuple[Photograph, ...]:
+    for item in photographs:
+        if isinstance(item, _Refused):
+            raise ImageError(item.reason) if item.reason else _NothingYetError("Drop a photograph, or pick an example.")
+    return tuple(item for item in photographs if isinstance(item, Photograph))
+
+
+def _chosen(
+    shown: _Shown, photograph: Photograph | _Refused, network: str, target: int | None, stamp: str
+) -> int | None:
+    """The class to explain; None where the photograph or the network is new, and its prediction counts."""
+    if shown.listed != (photograph, network):
+        return None
+    return target if target is not None and stamp == _stamp(shown.listed) else shown.target
+
+
+def _stamp(listed: object) -> str:
+    """A short text that stands for what a list of classes belongs to."""
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
+
+def _save_png(explorer: Explorer, found: Exploration | Game, path: Path) -> None:
+    save_figure(found.figure(), path)
+
+
+def _save_npy(explorer: Explorer, found: Exploration | Game, path: Path) -> None:
+    with writing(path) as temporary:
+        np.save(temporary, found.attribution.numpy(), allow_pickle=False)
+
+
+def _save_gif(explorer: Explorer, found: Exploration | Game, path: Path) -> None:
+    if isinstance(found, Game):
+        raise SettingError("A GIF runs through the quantiles of one photograph; choose it in the other tab.")
+    title = f"{found.view.method.replace('_', ' ')} + ParchGrad"
+    save_animation({title: explorer.sweep(found.photograph, found.view)}, path, most_bytes=_LARGEST_GIF)
+
+
+_DOWNLOADS: Mapping[str, tuple[str, Callable[[Explorer, Exploration | Game, Path], None]]] = {
+    "png": ("Figure (PNG)", _save_png),
+    "gif": ("All quantiles (GIF)", _save_gif),
+    "npy": ("Raw attribution (npy)", _save_npy),
+}
+# Room for panels of full size.
+_LARGEST_GIF = 4_000_000
+
+
+def _stem(found: Exploration | Game) -> str:
+    """A name that says what is in the file."""
+    view = found.view
+    shown = (
+        [found.photograph.name.rsplit(".", 1)[0], found.target.category]
+        if isinstance(found, Exploration)
+        else ["mosaic", *(item.category for item in found.targets)]
+    )
+    parts = [*shown, view.network, view.method, view.selector, f"layers {view.layers}", f"q{view.quantile:g}"]
+    return "_".join(re.sub(r"[^\w.]+", "-", part).strip("-.")[:40] for part in parts if part)[:180]
+
+
+def _single_page(found: Exploration) -> str:
+    view = found.view
+    top, pictures = tinted(found.maps(), signed=view.signed)
+    strength = "" if math.isinf(view.gamma) else f", gamma {view.gamma:.3g}"
+    return _render(
+        "explorer_single.html",
+        view,
+        top,
+        photograph=found.photograph.name,
+        picture=_embed(found.picture),
+        maps=[_embed(picture) for picture in pictures],
+        category=found.target.category,
+        probability=found.target.probability,
+        setting=f"{_SELECTORS[view.selector].lower()}, best {view.quantile:.0%}{strength}",
+    )
+
+
+def _mosaic_page(found: Game) -> str:
+    plain, partitioned = found.maps()
+    top, pictures = tinted([*plain, *partitioned], signed=found.view.signed)
+    return _render(
+        "explorer_mosaic.html",
+        found.view,
+        top,
+        picture=_embed(found.picture, "JPEG"),
+        chance=1 / CELLS,
+        mean=np.mean(found.shares),
+        plain_mean=np.mean(found.plain_shares),
+        repeated=len({item.index for item in found.targets}) < CELLS,
+        rows=[
+            {
+                "category": found.targets[cell].category,
+                "place": _PLACES[cell],
+                "cell": cell,
+                "share": found.shares[cell],
+                "plain_share": found.plain_shares[cell],
+                "maps": [_embed(pictures[cell]), _embed(pictures[CELLS + cell])],
+            }
+            for cell in range(CELLS)
+        ],
+    )
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(loader=jinja2.PackageLoader("parchgrad"), autoescape=jinja2.select_autoescape())
+
+
+def _render(template: str, view: View, top: float, **values: Any) -> str:
+    colour_map = matplotlib.colormaps[SIGNED_COLOUR_MAP if view.signed else COLOUR_MAP]
+    colours = [matplotlib.colors.to_hex(colour) for colour in colour_map(np.linspace(0, 1, 12))]
+    method = view.method.replace("_", " ").capitalize()
+    return (
+        _templates()
+        .get_template(template)
+        .render(colours=colours, top=top, method=method, signed=view.signed, **values)
+    )
+
+
+def _message(text: str, *, refused: bool = False) -> str:
+    return f"<div class='pg-message{' pg-refused' if refused else ''}' role='alert'>{html.escape(text)}</div>"
+
+
+def _status(text: str) -> str:
+    return f"<span class='pg-status'>{html.escape(text)}</span>"
+
+
+def _embed(picture: NDArray[Any], kind: str = "PNG") -> str:
+    """A picture (H, W, 3 or 4) in [0, 1] as a data URL; nothing is left on the disk, and no user has another's."""
+    buffer = io.BytesIO()
+    options = {"compress_level": 1} if kind == "PNG" else {"quality": 92}
+    Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8)).save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _style() -> str:
+    thumbnails = []
+    for photograph in example_photographs():
+        small = photograph.convert("RGB")
+        small.thumbnail((240, 160))
+        thumbnails.append(_embed(np.asarray(small) / 255, "JPEG"))
+    return _templates().get_template("explorer.css").render(thumbnails=thumbnails)
+
+
+def _theme() -> gr.themes.Base:
+    # Names of fonts as plain text are those of the system; as fonts of Gradio they would be fetched.
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="slate",
+        radius_size="md",
+        font=("ui-sans-serif", "system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "Consolas", "monospace"),
+    )
+
+
+class _Guard:
+    """Refuses requests by which the server would fetch what is elsewhere, or hold more than it should."""
+
+    def __init__(self, app: Any, *, largest_file: int) -> None:
+        self._app = app
+        # A form has some lines around its file.
+        self._largest_form = largest_file + 10_000
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, headers = scope["path"], dict(scope["headers"])
+        if re.search(r"/(file=|proxy=|stream/)\s*\w+:", path) or "/proxy=" in path:
+            await _refuse(send, 403, "Only files of this server are given.")
+            return
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            is_form = headers.get(b"content-type", b"").startswith(b"multipart/")
+            largest = self._largest_form if is_form and path.endswith("/upload") else _LARGEST_MESSAGE
+            length = headers.get(b"content-length", b"")
+            if length.isdigit() and int(length) > largest:
+                await _refuse(send, 413, "This is larger than what is taken here.")
+                return
+            if not (is_form and path.endswith("/upload")):
+                body = await _read(receive, largest)
+                if body is None or _names_address(body):
+                    await _refuse(send, 413 if body is None else 403, "Only files that were uploaded are read.")
+                    return
+                receive = _again(body, receive)
+        await self._app(scope, receive, _with_policy(send))
+
+
+async def _read(receive: Any, largest: int) -> bytes | None:
+    """The body of a request; None if it is too large."""
+    body = b""
+    while True:
+        message: dict[str, Any] = await receive()
+        if message["type"] != "http.request":
+            return body
+        body += bytes(message.get("body", b""))
+        if len(body) > largest:
+            return None
+        if not message.get("more_body"):
+            return body
+
+
+def _again(body: bytes, receive: Any) -> Any:
+    parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def replay() -> Any:
+        # After the body comes the end of the connection, for which some wait.
+        return next(parts, None) or await receive()
+
+    return replay
+
+
+def _names_address(body: bytes) -> bool:
+    """Whether a message names a file by an address, which Gradio would fetch, or brings it along unmeasured."""
+    try:
+        waiting = [json.loads(body)] if body else []
+    except (ValueError, RecursionError):
+        return True
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            # One letter before the colon is a disk of Windows.
+            if re.match(r"\s*[\w+.-]{2,}:", str(item.get("path"))) or re.match(r"\s*data:", str(item.get("url"))):
+                return True
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+    return False
+
+
+async def _refuse(send: Any, status: int, reason: str) -> None:
+    body = json.dumps({"error": reason, "detail": reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _with_policy(send: Any) -> Any:
+    added = [
+        (b"content-security-policy", _POLICY.encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    ]
+
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
+        await send(message)
+
+    return sending
+
+
+@contextlib.contextmanager
+def serve(settings: WebSettings | None = None, *, open_browser: bool = False) -> Iterator[str]:
+    """Serve the explorer as long as the block is open; gives its address.
+
+    Files of users are in a folder of its own, which is removed at the end.
+
+    Args:
+        settings: how it is served.
+        open_browser: whether the page is opened in the browser of this machine.
+
+    Raises:
+        SettingError: if it cannot be bound to the address, as when the port is in use.
+        ParchGradError: if the network cannot be loaded, or the statistics do not fit it.
+    """
+    settings = settings or WebSettings()
+    port = _free_port(settings)
+    with tempfile.TemporaryDirectory(prefix="parchgrad-", ignore_cleanup_errors=True) as folder, _files_in(folder):
+        app = build_app(settings)
+        largest_file = int(settings.max_megabytes * 2**20)
+        try:
+            _, url, _ = app.launch(
+                server_name=settings.host,
+                server_port=port,
+                inbrowser=open_browser,
+                share=False,
+                prevent_thread_lock=True,
+                quiet=True,
+                show_error=True,
+                max_file_size=largest_file,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                state_session_capacity=1000,
+                theme=_theme(),
+                css=_style(),
+                app_kwargs={"middleware": [Middleware(_Guard, largest_file=largest_file)]},
+            )
+            yield url
+        finally:
+            app.close(verbose=False)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+        (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _free_port(settings: WebSettings) -> int:
+    """The port, made sure of before anything takes long."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((settings.host, settings.port))
+            port: int = probe.getsockname()[1]
+            return port
+    except OSError as error:
+        remedy = "choose another port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "check the host"
+        raise SettingError(
+            f"The explorer cannot be served at {settings.host}:{settings.port} ({error.strerror or error}); {remedy}."
+        ) from error
+
+
+@contextlib.contextmanager
+def _files_in(folder: str) -> Iterator[None]:
+    """Let Gradio keep its files in a folder, which it asks the environment for."""
+    earlier = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    try:
+        yield
+    finally:
+        if earlier is None:
+            del os.environ["GRADIO_TEMP_DIR"]
+        else:
+            os.environ["GRADIO_TEMP_DIR"] = earlier

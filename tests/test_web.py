@@ -1,0 +1,448 @@
+"""The explorer as people and programs reach it: requests, many users at once, and a real browser."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+import parchgrad as pg
+from parchgrad.demo import example_photographs
+from parchgrad.errors import SettingError
+from parchgrad.exploration import EXAMPLES, tinted
+from parchgrad.selection import make_selector
+
+pytestmark = pytest.mark.slow
+gradio_client = pytest.importorskip("gradio_client", reason="Gradio, of the extra web, is not installed.")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="Chromium or its driver is missing; Debian has chromium and chromium-driver."
+)
+
+
+@contextlib.contextmanager
+def served(folder, *options):
+    """The command in a process of its own, which is how people run it; its temporary files go into a folder."""
+    command = [sys.executable, "-m", "parchgrad", "explore", "--port", "0", "--no-browser", *options]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process, re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate(timeout=30)
+            finally:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with served(folder, "--max-megabytes", "1", "--max-megapixels", "3") as (_, url):
+        yield url
+
+
+class User:
+    """One session of the page, driven as its script would drive it."""
+
+    def __init__(self, address):
+        self._client = gradio_client.Client(address, verbose=False)
+        self._target, self._stamp = None, ""
+
+    def take(self, path):
+        self._client.predict(gradio_client.handle_file(str(path)), api_name="/take")
+
+    def take_example(self, name):
+        self._client.predict(name, api_name="/take_example")
+
+    def show(self, network="shapes", selector="energy", layers="all", quantile=0.25, **settings):
+        """What stands in the place of the pictures, and the script."""
+        chosen = {"method": "gradient", "prune": True, "gamma": 1, "signed": False, "opacity": 1} | settings
+        found = self._client.predict(
+            network=network,
+            target=self._target,
+            stamp=self._stamp,
+            selector=selector,
+            layers=layers,
+            quantile=quantile,
+            **chosen,
+            api_name="/show",
+        )
+        # What did not change comes as an empty update.
+        result, stamp = found[0], found[6]
+        self._stamp = stamp if isinstance(stamp, str) else self._stamp
+        return result
+
+    def choose(self, target):
+        self._target = target
+
+    def close(self):
+        self._client.close()
+
+
+def pictures(page):
+    """The maps on the page, each (H, W, 4) in [0, 1]."""
+    found = re.findall(r'class="pg-map" src="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) / 255 for one in found]
+
+
+def expected(classifier, image, target, quantile, *, name="energy", layers="all"):
+    inputs = classifier.preprocess(image).unsqueeze(0)
+    selector = make_selector(name, quantile=quantile)
+    maps = [
+        pg.heatmap(pg.Explainer(classifier.model, chosen, layers=layers).attribute(inputs, target))[0]
+        for chosen in (None, selector)
+    ]
+    return tinted(maps, signed=False)[1]
+
+
+def test_users_at_once_get_their_own_maps_and_errors(address, tmp_path):
+    shapes, problems, rounds = pg.load_model("shapes"), [], 3
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    images = example_photographs()
+    for name, image in zip(EXAMPLES, images, strict=True):
+        image.save(tmp_path / f"{name}.png")
+
+    def use(number):
+        user = User(address)
+        try:
+            for turn in range(rounds):
+                place = (number + turn) % 4
+                user.take(tmp_path / f"{EXAMPLES[place]}.png") if turn % 2 else user.take_example(EXAMPLES[place])
+                user.choose(None)
+                user.show()
+                target, quantile = (number + turn) % 10, round(0.1 + 0.1 * number, 2)
+                user.choose(target)
+                page = user.show(quantile=quantile)
+                for found, wanted in zip(
+                    pictures(page), expected(shapes, images[place], target, quantile), strict=True
+                ):
+                    if np.abs(found - wanted).max() > 0.003:
+                        problems.append(f"user {number}, turn {turn}: another map")
+                if f"for {shapes.categories[target]}," not in page:
+                    problems.append(f"user {number}, turn {turn}: another class")
+                if "matches none of" not in user.show(layers="nothing"):
+                    problems.append(f"user {number}, turn {turn}: no error where one was due")
+            user.take(bad)
+            if "'bad.png' is no image that can be read" not in user.show().replace("&#x27;", "'"):
+                problems.append(f"user {number}: the bad file was not refused")
+        finally:
+            user.close()
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not problems
+
+
+def test_a_choice_from_an_earlier_list_of_classes_counts_no_more(address):
+    user = User(address)
+    user.take_example("coffee")
+    assert "for espresso," in user.show(network="efficientnet_lite0", layers="conv_head")
+    user.choose(281)
+    assert "for tabby," in user.show(network="efficientnet_lite0", layers="conv_head")
+    user.take_example("camera")
+    # The browser may still send the class that was chosen for the cup.
+    assert "for tripod," in user.show(network="efficientnet_lite0", layers="conv_head")
+    user.close()
+
+
+def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
+    for path in (
+        "file=/etc/passwd",
+        "file=http://example.com/x.png",
+        "proxy=http://example.com/",
+        "file=../../etc/passwd",
+    ):
+        assert httpx.get(f"{address}/gradio_api/{path}").status_code in (403, 404)
+    large = {"files": ("large.png", b"0" * 1_200_000, "image/png")}
+    assert httpx.post(f"{address}/gradio_api/upload", files=large).status_code == 413
+    # Of unknown length: Gradio itself counts.
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    parts = iter([head, *[b"0" * 100_000] * 12, b"\r\n--x--\r\n"])
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    assert httpx.post(f"{address}/gradio_api/upload", content=parts, headers=form).status_code == 413
+    outside = {"files": ("../../outside.png", b"0", "image/png")}
+    (kept,) = httpx.post(f"{address}/gradio_api/upload", files=outside).json()
+    assert Path(kept).is_relative_to(folder)
+
+    dependencies = httpx.get(f"{address}/config").json()["dependencies"]
+    take = next(item["id"] for item in dependencies if item["api_name"] == "take")
+    join = f"{address}/gradio_api/queue/join"
+    for place in ("http://example.com/x.png", "file:///etc/passwd", "ftp://example.com/x.png"):
+        message = {"data": [{"path": place, "meta": {"_type": "gradio.FileData"}}], "fn_index": take}
+        assert httpx.post(join, json={**message, "session_hash": "elsewhere"}).status_code == 403
+    message = {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}], "fn_index": take}
+    assert httpx.post(join, json={**message, "session_hash": "inside"}).status_code == 200
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash=inside", timeout=20) as stream:
+        done = next(line for line in stream.iter_lines() if "process_completed" in line)
+    assert not json.loads(done.removeprefix("data:"))["success"]
+    assert "not uploaded by a user" in done
+    for content in (b"[" * 200_000, b" " * 1_100_000):
+        assert httpx.post(join, content=content, headers={"content-type": "application/json"}).status_code in (403, 413)
+
+    user = User(address)
+    Image.new("1", (2000, 2000)).save(tmp_path / "wide.png")
+    user.take(tmp_path / "wide.png")
+    assert "has 4.0 megapixels, but 3 are the most" in user.show()
+    user.close()
+
+
+def test_the_page_is_held_to_this_server(address):
+    answer = httpx.get(address)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    style = httpx.get(f"{address}/theme.css").text
+    assert "http" not in re.sub(r"http://www\.w3\.org", "", style)
+
+
+def test_networks_that_are_not_offered_cannot_be_typed():
+    code = (
+        "import json; from parchgrad.web import WebSettings, build_app; "
+        "app = build_app(WebSettings(network='shapes', any_network=False)); "
+        "print(json.dumps([item['props'] for item in app.get_config_file()['components']], default=str))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    network = next(props for props in json.loads(found.stdout) if props.get("elem_id") == "network")
+    assert [name for name, _ in network["choices"]] == ["shapes", "efficientnet_lite0"]
+    assert not network["allow_custom_value"]
+
+
+def test_what_cannot_be_served_is_said():
+    from parchgrad.web import WebSettings, serve
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(SettingError, match=rf"127.0.0.1:{port} \(.*\); choose another port"),
+            serve(WebSettings(port=port)),
+        ):
+            pass
+    with pytest.raises(SettingError, match="check the host"), serve(WebSettings(host="192.0.2.1", port=0)):
+        pass
+    with pytest.raises(SettingError, match="port is 70000"):
+        WebSettings(port=70_000)
+    with pytest.raises(SettingError, match="max_megabytes is 0"):
+        WebSettings(max_megabytes=0)
+
+
+def test_the_command_serves_until_it_is_stopped(tmp_path):
+    with served(tmp_path, "--model", "shapes") as (process, url):
+        assert httpx.get(url).status_code == 200
+        assert len(list(tmp_path.glob("parchgrad-*"))) == 1
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert "Traceback" not in said
+        assert said.strip().endswith("Stopping.")
+    assert not list(tmp_path.glob("parchgrad-*"))
+
+
+def test_without_gradio_the_remedy_is_named():
+    code = "import sys; sys.modules['gradio'] = None; from parchgrad.cli import main; main(['explore'])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 2
+    assert "pip install 'parchgrad[web]'" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@contextlib.contextmanager
+def browser(width=1400, height=1100):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    flags = ["headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-dev-shm-usage"]
+    for flag in [*flags, f"window-size={width},{height}"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+class Page:
+    """What a person does on the page, and sees."""
+
+    def __init__(self, driver, address):
+        self.driver = driver
+        driver.get(address)
+        self.wait(lambda: self.map())
+
+    def all(self, css):
+        return self.driver.find_elements("css selector", css)
+
+    def one(self, css):
+        return self.wait(lambda: next(iter(self.all(css)), None))
+
+    def text(self, css):
+        # In one step: the page may put another element in this place at any time.
+        return self.script("return document.querySelector(arguments[0])?.innerText ?? ''", css)
+
+    def script(self, code, *values):
+        return self.driver.execute_script(code, *values)
+
+    def map(self):
+        """The map with ParchGrad, as it is embedded."""
+        return self.script("return document.querySelectorAll('#result .pg-map')[1]?.src")
+
+    def wait(self, condition, seconds=30):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := condition():
+                return found
+            time.sleep(0.05)
+        raise AssertionError(
+            f"Waited for {seconds} s; the page says: {self.driver.find_element('css selector', 'body').text}"
+        )
+
+    def changes(self, act):
+        """Act, and wait until the map is another one."""
+        before = self.map()
+        act()
+        self.wait(lambda: self.map() not in (None, before))
+        return self.map()
+
+    def upload(self, path, place="#photograph"):
+        self.one(f"{place} input[type=file]").send_keys(str(path))
+
+    def requests(self):
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        return {
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        }
+
+
+@needs_browser
+def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    lite0 = pg.load_model("efficientnet_lite0")
+    cup = example_photographs()[1]
+    cup.save(tmp_path / "cup.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    with browser() as driver:
+        page = Page(driver, address)
+        page.changes(lambda: page.upload(tmp_path / "cup.png"))
+        page.wait(lambda: "espresso" in page.text("#result"))
+        assert "cup.png" in page.text("#result")
+
+        # A class from the list of the most probable, then any class by its name.
+        page.wait(lambda: "cup" in page.text("#predictions"))
+        page.changes(lambda: page.script("document.querySelectorAll('#predictions input')[1].click()"))
+        page.wait(lambda: "for cup," in page.text("#result"))
+        combobox = page.one("#class input")
+
+        def search():
+            combobox.click()
+            combobox.send_keys(Keys.CONTROL, "a")
+            combobox.send_keys("tabby")
+            page.wait(lambda: page.text("[role=option]").strip().endswith("tabby"))
+            combobox.send_keys(Keys.ENTER)
+
+        page.changes(search)
+        page.wait(lambda: "for tabby," in page.text("#result"))
+
+        # A slider, by the keyboard.
+        slider = page.one("#quantile input[type=range]")
+        page.changes(lambda: slider.send_keys(Keys.ARROW_RIGHT))
+        page.wait(lambda: "best 11%" in page.text("#result"))
+        (found,) = pictures(f'class="pg-map" src="{page.map()}"')
+        wanted = expected(lite0, cup, 281, 0.11, layers=0.5)[1]
+        assert np.abs(found - wanted).max() < 0.003
+        assert "quantile=0.11" in page.text("#code")
+
+        # Opacity is blended by the browser: no map is sent again.
+        before = page.map()
+        for _ in range(30):
+            page.one("#opacity input[type=range]").send_keys(Keys.ARROW_LEFT)
+        page.wait(
+            lambda: page.script("return getComputedStyle(document.querySelector('#result .pg-map')).opacity") == "0.7"
+        )
+        page.wait(lambda: "opacity=0.7" in page.text("#code"))
+        assert page.map() == before
+
+        page.upload(tmp_path / "bad.png")
+        page.wait(lambda: "'bad.png' is no image that can be read" in page.text("#result [role=alert]"))
+        assert not page.all("#result .pg-map")
+        # Another photograph, by the keyboard alone.
+        page.all("#examples input")[2].send_keys(Keys.SPACE)
+        page.wait(lambda: page.map() and "for tripod," in page.text("#result"))
+
+        # The best settings of a selector come with it.
+        selector = page.one("#selector input")
+        selector.click()
+        selector.send_keys(Keys.CONTROL, "a")
+        selector.send_keys("evidence", Keys.ENTER)
+        page.wait(lambda: "evidence, best 20%" in page.text("#result"))
+        page.wait(lambda: "layers=0.75" in page.text("#code"))
+        assert all(url.startswith((address, "data:", "blob:")) for url in page.requests())
+
+
+@needs_browser
+def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
+    with browser(width=420) as driver:
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+        page = Page(driver, address)
+        # Nothing sticks out of a narrow window.
+        assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        next(tab for tab in page.all("[role=tab]") if "Mosaic" in tab.text).click()
+        paths = []
+        for name, image in zip(EXAMPLES, example_photographs(), strict=True):
+            image.convert("RGB").save(tmp_path / f"{name}.jpg")
+            paths.append(str(tmp_path / f"{name}.jpg"))
+        page.upload(paths[0], "#files")
+        page.wait(lambda: "3 more, please." in page.text("#game"))
+        page.one("#take-examples").click()
+        page.wait(lambda: len(page.all("#game .pg-map")) == 8)
+        said = page.one("#game .pg-score").get_attribute("aria-label")
+        plain, score, chance = (float(number) for number in re.findall(r"\d\.\d\d", said))
+        assert chance == 0.25
+        assert score > plain > chance
+
+        page.one("#save-npy").click()
+        (saved,) = page.wait(lambda: list(tmp_path.glob("mosaic_*.npy")))
+        assert np.load(saved).shape == (4, 3, 448, 448)
+        page.one("#save-gif").click()
+        page.wait(lambda: "choose it in the other tab" in page.text("#status"))
+        next(tab for tab in page.all("[role=tab]") if "One" in tab.text).click()
+        page.wait(lambda: "convolutions edited" in page.text("#status"))
+        page.one("#save-png").click()
+        (figure,) = page.wait(lambda: list(tmp_path.glob("cat_*.png")))
+        with Image.open(figure) as drawn:
+            assert drawn.size[0] > 900
+        page.one("#save-gif").click()
+        (moving,) = page.wait(lambda: list(tmp_path.glob("cat_*.gif")), seconds=60)
+        with Image.open(moving) as frames:
+            assert frames.n_frames > 6
+        assert all(url.startswith((address, "data:", "blob:")) for url in page.requests())
