@@ -11,7 +11,6 @@ of the map: small where the map is concentrated.
 
 import argparse
 import csv
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,20 +23,12 @@ from torch import Tensor
 import parchgrad as pg
 from parchgrad.data.folders import find_files
 from parchgrad.data.images import read_image
+from parchgrad.files import distinct_stems
 from parchgrad.visual import panel, save_figure
 
 PHOTOGRAPHS = ("astronaut", "camera", "cat", "coffee", "rocket")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SHOWN = 6
-
-
-def distinct_stems(paths: Sequence[Path]) -> list[str]:
-    """File names without suffix; equal ones are numbered."""
-    stems: dict[str, None] = {}
-    for path in paths:
-        numbered = (f"{path.stem}-{number}" for number in itertools.count(2))
-        stems[next(stem for stem in itertools.chain([path.stem], numbered) if stem not in stems)] = None
-    return list(stems)
 
 
 def half_of_the_map(attribution: Tensor) -> float:

@@ -22,6 +22,7 @@ import torch
 import typer
 from PIL import Image
 from skimage import data
+from torchvision.models.segmentation import fcn_resnet50
 
 import parchgrad
 from parchgrad import cli, errors
@@ -109,6 +110,23 @@ def test_the_wrapper_of_a_segmentation_network_sums_over_what_is_called_by_the_c
     plain = parchgrad.Explainer(names["model"], None).attribute(images)
     torch.testing.assert_close(plain, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
     assert not torch.allclose(names["attribution"], plain)
+
+
+def test_default_layers_of_a_network_with_an_auxiliary_head_are_those_that_the_page_names():
+    network = fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
+    chosen = list(parchgrad.choose_layers(network))
+    assert chosen[-2:] == ["classifier.4", "aux_classifier.0"]
+    assert list(parchgrad.find_convolutions(network))[-1] == "aux_classifier.4"
+    patterns = parchgrad.choose_layers(network, ["*.layer3.*", "*.layer4.*"])
+    assert not [name for name in patterns if "classifier" in name]
+
+
+def test_options_between_backticks_are_left_alone(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "extensions")
+    plain = importlib.import_module("command_line").plain
+    assert (
+        plain("see `parchgrad explain --help`, or --layers 0.5") == "see `parchgrad explain --help`, or `--layers` 0.5"
+    )
 
 
 @pytest.mark.parametrize("page", pages_with("sh", slow=_SLOW))
