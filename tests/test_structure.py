@@ -52,7 +52,7 @@ ORDER = [
     {"collection", "configuration", "explanation", "demo", "reporting", "models.pretrained_models"},
     {"hook_wrapper"},
     {"attribution_methods"},
-    {"exploration"},
+    {"exploration", "web_guard"},
     {"web"},
     {"cli.shared"},
     {"cli.evaluation", "cli.explorer", "cli.photographs", "cli.statistics"},

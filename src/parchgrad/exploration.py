@@ -476,10 +476,7 @@ class Explorer:
             statistics = self._columns.get(key, functools.partial(statistics.restrict, classes=targets))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StatisticsWarning)
-            chosen = make_selector(view.selector, quantile=view.quantile, statistics=statistics)
-        if isinstance(chosen, ClassWise):
-            chosen.check_known(targets)
-        return chosen
+            return make_selector(view.selector, quantile=view.quantile, statistics=statistics)
 
 
 @dataclass(frozen=True, eq=False)
