@@ -161,13 +161,13 @@ def test_demo(capsys, tmp_path):
     assert code == 0
     rows = [line.split() for line in printed.splitlines()]
     for category in ("espresso", "tripod", "moped", "mean"):
-        gradient, class_wise, energy = next(
+        gradient, class_wise, energy, evidence = next(
             [float(share) for share in row[1:]] for row in rows if row[:1] == [category]
         )
-        assert min(class_wise, energy) > gradient
+        assert min(class_wise, energy, evidence) > gradient
     page = (out / "index.html").read_text()
     # Self-contained: nothing is fetched, every picture is in the page.
-    assert page.count("data:image/jpeg;base64,") == 4 * 4 + 1 + 4 * 3
+    assert page.count("data:image/jpeg;base64,") == 4 * 5 + 1 + 4 * 4
     assert "http" not in page
     assert (out / "overview.jpg").exists()
     assert run(capsys, "demo", "--out", out)[0] == 2

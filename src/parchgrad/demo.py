@@ -19,19 +19,25 @@ from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.explanation import Explanation, explain_images
 from parchgrad.files import check_outputs, writing
 from parchgrad.models import OFFLINE_MODEL, Classifier, load_model
-from parchgrad.selection import ClassWise, GradientEnergy, Selector
+from parchgrad.selection import ClassWise, Evidence, GradientEnergy, Selector
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import blend, panel, save_figure, shared_top
 from parchgrad.visual.maps import COLOUR_MAP
 
 __all__ = ["PHOTOGRAPHS", "Demonstration", "demonstrate", "example_photographs"]
 
-QUANTILE = 0.1
-LAYERS = 0.5
 CHANCE = 0.25
 PLAIN = "gradient"
 # scikit-image's name of each photograph and the ImageNet class it shows; None takes the predicted one.
 PHOTOGRAPHS = {"cat": None, "coffee": "espresso", "camera": "tripod", "motorcycle": "moped"}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Shown:
+    """A selector of the demonstration, and the share of the layers that it is shown on."""
+
+    selector: Selector
+    layers: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,14 +95,10 @@ class Demonstration:
 
         environment = jinja2.Environment(loader=jinja2.PackageLoader("parchgrad"), autoescape=True)
         maps_of_photographs = self._maps()
-        top = shared_top(
-            heat for found in (maps_of_photographs, self.mosaic_maps) for maps in found.values() for heat in maps
-        )
+        top = shared_top(heat for maps in maps_of_photographs.values() for heat in maps)
         return environment.get_template("demo.html").render(
             version=__version__,
             model=OFFLINE_MODEL,
-            quantile=QUANTILE,
-            layers=LAYERS,
             chance=CHANCE,
             top=top,
             colours=[matplotlib.colors.to_hex(c) for c in matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, 12))],
@@ -138,21 +140,23 @@ def demonstrate() -> Demonstration:
         WeightsError: if the network's weights are not installed.
     """
     classifier = load_model(OFFLINE_MODEL)
-    selectors: dict[str, Selector] = {
-        "ParchGrad, class-wise": ClassWise(ChannelStatistics.bundled(OFFLINE_MODEL), quantile=QUANTILE),
-        "ParchGrad, gradient energy": GradientEnergy(quantile=QUANTILE),
+    statistics = ChannelStatistics.bundled(OFFLINE_MODEL)
+    shown = {
+        "ParchGrad, class-wise": _Shown(selector=ClassWise(statistics, quantile=0.1), layers=0.5),
+        "ParchGrad, gradient energy": _Shown(selector=GradientEnergy(quantile=0.1), layers=0.5),
+        "ParchGrad, evidence": _Shown(selector=Evidence(), layers=0.75),
     }
     photographs = example_photographs()
     targets = [None if name is None else classifier.find_category(name) for name in PHOTOGRAPHS.values()]
     explanations = {
         name: tuple(
-            explain_images(classifier, [image], selector, layers=LAYERS, target=target)[0]
+            explain_images(classifier, [image], edit.selector, layers=edit.layers, target=target)[0]
             for image, target in zip(photographs, targets, strict=True)
         )
-        for name, selector in selectors.items()
+        for name, edit in shown.items()
     }
     classes = [explanation.target.index for explanation in next(iter(explanations.values()))]
-    return Demonstration(explanations=explanations, **_play(classifier, photographs, classes, selectors))
+    return Demonstration(explanations=explanations, **_play(classifier, photographs, classes, shown))
 
 
 def example_photographs() -> list[Image.Image]:
@@ -178,13 +182,13 @@ def _play(
     classifier: Classifier,
     photographs: Sequence[Image.Image],
     classes: Sequence[int],
-    selectors: Mapping[str, Selector],
+    shown: Mapping[str, _Shown],
 ) -> dict[str, Any]:
     """The grid pointing game on one mosaic: each class is explained, its own cell should light up."""
     inputs = mosaic(torch.stack([classifier.preprocess(image) for image in photographs]), rows=2, columns=2)
     maps, shares = {}, {}
-    for method, selector in {PLAIN: None, **selectors}.items():
-        explainer = Explainer(classifier.model, selector, layers=LAYERS)
+    explainers = {name: Explainer(classifier.model, edit.selector, layers=edit.layers) for name, edit in shown.items()}
+    for method, explainer in {PLAIN: Explainer(classifier.model, None), **explainers}.items():
         heat = heatmap(explainer.attribute(inputs.expand(len(classes), -1, -1, -1), torch.tensor(classes)))
         maps[method] = heat.numpy()
         shares[method] = cell_shares(heat, rows=2, columns=2).diagonal().numpy()

@@ -250,7 +250,7 @@ def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
             _chart(
                 "Cost against quality",
                 "Time of a map over that of the plain gradient, as this machine took it in the run.",
-                partial(scatter_chart, points, x_label="time", y_label=title_of(shown[0])),
+                partial(scatter_chart, points, x_label="time", y_label=title_of(shown[0]), colours=_colours(summary)),
             )
         )
     return found
@@ -288,16 +288,29 @@ def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
             key=lambda setting: _sortable(sign * summary.cells[setting, name].mean.value),
         )
         curves = []
-        for number, setting in enumerate([BASELINE, *leading][:_MOST_CURVES]):
+        for setting in [BASELINE, *leading][:_MOST_CURVES]:
             own = [row for row in rows if row["setting"] == setting]
             for line, dashed in zip(lines, (False, True), strict=False):
                 heights = [_mean(own, at_ratio(line, ratio)) for ratio in ratios]
                 label = "" if dashed else setting
-                curves.append(Curve(label=label, x=ratios, y=heights, colour=number, dashed=dashed))
+                colour = _colours(summary)[setting]
+                curves.append(Curve(label=label, x=ratios, y=heights, colour=colour, dashed=dashed))
         if len(summary.settings) > _MOST_CURVES:
             note += f" The plain gradient and the {_MOST_CURVES - 1} settings of the best {SCORES[name].title}."
         found.append(_chart(title, note, partial(curve_chart, curves, x_label=x_label, y_label=y_label)))
     return found
+
+
+def _colours(summary: Summary) -> dict[str, int]:
+    """One colour for each setting, the same in all charts; the settings of the best first score have colours alone."""
+    first = summary.scores[0]
+    sign = -1 if SCORES[first].better == "higher" else 1
+    # The baseline before all others: sorting is stable.
+    ranked = sorted(
+        summary.settings,
+        key=lambda setting: (setting != BASELINE, _sortable(sign * summary.cells[setting, first].mean.value)),
+    )
+    return {setting: number for number, setting in enumerate(ranked)}
 
 
 def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Chart]:
@@ -315,7 +328,8 @@ def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Char
                 (_place(row[field]), summary.cells[setting, name].mean.value)
             )
         swept = {line: sorted(points, key=_order) for line, points in lines.items() if len(points) > 1}
-        if swept:
+        # Twins of selectors with different settings are no sweep of their own.
+        if any(", random" not in line for line in swept):
             curves = [
                 Curve(label=line, x=[x for x, _ in points], y=[y for _, y in points], colour=number)
                 for number, (line, points) in enumerate(swept.items())

@@ -169,7 +169,8 @@ def report(
         check_outputs(Report.files(out), force=force)
         found = make_report(runs, scores=score, confidence=confidence)
         page = found.save(out, force=force)
-    colours = {"better": "[green]", "worse": "[red]", "open": ""}
+    # A sign too: a log has no colours.
+    marks = {"better": ("[green]", " +"), "worse": ("[red]", " -"), "open": ("", "  ")}
     for summary, count in zip(found.summaries, found.counts, strict=True):
         # The page has room for all, the terminal for a few.
         shown = summary.scores if score else [name for name in HEADLINES if name in summary.scores][:3]
@@ -180,14 +181,14 @@ def report(
         for setting in summary.settings:
             cells = [summary.cells[setting, name] for name in shown]
             texts = ["none" if math.isnan(cell.mean.value) else f"{cell.mean.value:.3f}" for cell in cells]
-            marked = [f"{colours[cell.verdict]}{text}" for cell, text in zip(cells, texts, strict=True)]
+            marked = ["{0}{2}{1}".format(*marks[cell.verdict], text) for cell, text in zip(cells, texts, strict=True)]
             table.add_row(escape(setting), *marked, f"{relative_time(summary, setting):.2f}")
         console.print(f"{escape(summary.model)}, {count}", style="bold", highlight=False)
         console.print(table)
         console.print()
     console.print(
-        f"Green is better than the plain gradient, red worse, each by its {confidence:.0%} interval on {FEWEST} images "
-        "at least; arrows point where a score is better. The page has all scores, --score shows others here.",
+        f"+ is better than the plain gradient, - worse, each by its {confidence:.0%} interval on {FEWEST} images at "
+        "least; arrows point where a score is better. The page has all scores, --score shows others here.",
         highlight=False,
     )
     console.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)

@@ -227,9 +227,21 @@ def interval_chart(intervals: Sequence[Interval], *, x_label: str, theme: Theme 
 
 
 def scatter_chart(
-    points: Mapping[str, tuple[float, float]], *, x_label: str, y_label: str, theme: Theme = LIGHT
+    points: Mapping[str, tuple[float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+    colours: Mapping[str, int] | None = None,
+    theme: Theme = LIGHT,
 ) -> Figure:
     """Draw labelled points, their labels in a legend, since those of neighbours would overlap.
+
+    Args:
+        points: places by their labels.
+        x_label: what the first number is.
+        y_label: what the second is.
+        colours: numbers of the theme's colours, for labels that other charts show too; None takes one after the other.
+        theme: colours.
 
     Raises:
         InputError: if there are no points.
@@ -242,7 +254,8 @@ def scatter_chart(
         raise InputError("A chart without points was asked for; give one at least.")
     figure = _figure(3.3, points)
     axes = _axes(figure, theme, x_label, y_label)
-    for number, (label, (x, y)) in enumerate(points.items()):
+    for place, (label, (x, y)) in enumerate(points.items()):
+        number = place if colours is None else colours[label]
         colour = theme.lines[number % len(theme.lines)]
         mark = "os^Dv"[number // len(theme.lines) % 5]
         axes.plot([x], [y], mark, color=colour, markersize=7, label=label)
