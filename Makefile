@@ -36,6 +36,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 
 docs: $(VENV)/.docs  ## build the pages into outputs/docs, warnings as errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs outputs/docs
+	@echo "Look at outputs/docs/index.html"
 
 pictures: $(VENV)/.dev  ## draw the pictures of README and docs again
 	$(BIN)/python tools/draw_figures.py

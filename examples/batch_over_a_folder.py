@@ -23,6 +23,7 @@ from torch import Tensor
 import parchgrad as pg
 from parchgrad.data.folders import find_files
 from parchgrad.data.images import read_image
+from parchgrad.files import distinct_stems
 from parchgrad.visual import panel, save_figure
 
 PHOTOGRAPHS = ("astronaut", "camera", "cat", "coffee", "rocket")
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = find_files(given.folder, SUFFIXES)
     if not files:
         sys.exit(f"There is no photograph in {given.folder}.")
+    # Folders go into the names; those that are equal then, of photo.jpg and photo.png, are numbered.
+    flat = [Path("-".join(file.relative_to(given.folder).parts)) for file in files]
+    names = dict(zip(files, distinct_stems(flat), strict=True))
     classifier = pg.load_model("efficientnet_lite0")
 
     rows, shown = [], []
@@ -68,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             classifier, list(images.values()), pg.Evidence(), layers=0.75, internal_batch_size=given.batch
         )
         for file, explanation in zip(images, found, strict=True):
-            name = "-".join(file.relative_to(given.folder).with_suffix("").parts)
+            name = names[file]
             explanation.save(given.out / "maps", name, force=True)
             halves = [half_of_the_map(attribution) for attribution in (explanation.plain, explanation.attribution)]
             rows.append((name, explanation.target.category, explanation.target.probability, *halves))
-            print(f"{name:14} {rows[-1][1]:20} {rows[-1][2]:4.0%}   half of the map in", end="")
-            print(f" {halves[1]:6.2%} of the picture (plain gradient {halves[0]:.2%})")
+            print(f"{name:12} {rows[-1][1]:18} {rows[-1][2]:4.0%}", end="")
+            print(f"  half of the map in {halves[1]:.2%} (plain: {halves[0]:.2%})")
         shown += found[: SHOWN - len(shown)]
     with open(given.out / "maps.csv", "w", newline="", encoding="utf-8") as table:
         csv.writer(table).writerows([("photograph", "class", "probability", "half_plain", "half_parchgrad"), *rows])

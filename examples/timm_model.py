@@ -1,12 +1,12 @@
 """Choose which convolutions of a timm network are edited: by default, by ratio, or by name.
 
-    python examples/timm_model.py                                     # offline, with random weights
-    python examples/timm_model.py --model resnet50d --pretrained     # downloads the weights once
+    python examples/timm_model.py                                          # offline, with random weights
+    python examples/timm_model.py --model efficientnet_lite0 --pretrained  # offline with parchgrad[demo]
+    python examples/timm_model.py --model resnet50d --pretrained           # downloads the weights once
 
 Any name of `timm.list_models()` with convolutions will do. Each choice of layers is listed with its convolutions and
-with how much its map still resembles the plain gradient's (Pearson's correlation), and drawn into
-outputs/examples/timm_model.png. With random weights the maps mean nothing: they show where the edit acts, not what a
-network sees.
+with how much its map still resembles the plain gradient's (Pearson's correlation). With --pretrained the maps are drawn
+into outputs/examples/timm_model.png; those of random weights show nothing that a network sees, and are not.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from skimage import data
 
 import parchgrad as pg
 from parchgrad.data.images import read_image
-from parchgrad.visual import panel, save_figure
+from parchgrad.visual import save_figure, strip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Explain one photograph with each choice of layers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="convnext_atto", help="name of a timm network")
-    parser.add_argument("--pretrained", action="store_true", help="load timm's weights, from the network at first")
+    parser.add_argument("--pretrained", action="store_true", help="load weights, and draw the maps")
     parser.add_argument("--photograph", type=Path, help="a photograph of your own")
     parser.add_argument("--out", type=Path, default=Path("outputs/examples"))
     given = parser.parse_args(arguments)
@@ -53,12 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         maps[title] = pg.heatmap(explainer.attribute(x, best.index))[0]
         alike = np.corrcoef(maps["plain gradient"].flatten(), maps[title].flatten())[0, 1]
         chosen = explainer.layers
-        print(f"{title:22}{len(chosen):3} of {len(names)} convolutions, {chosen[0]} to {chosen[-1]};", end=" ")
-        print(f"like the plain map: {alike:.2f}")
-    path = given.out / "timm_model.png"
-    picture = classifier.preprocess.picture(x[0])
-    save_figure(panel([picture], {title: [heat] for title, heat in maps.items()}), path)
-    print(f"wrote {path}")
+        print(f"{title:22}{len(chosen):3} of {len(names)} convolutions; like the plain map: {alike:.2f}")
+        print(f"    {chosen[0]} to {chosen[-1]}")
+    if given.pretrained:
+        path = given.out / "timm_model.png"
+        save_figure(strip(classifier.preprocess.picture(x[0]), maps, label=best.category, columns=3), path)
+        print(f"wrote {path}")
+    else:
+        print("no picture of random weights; add --pretrained for one")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import typer
 from PIL import Image
 from skimage import data
+from torchvision.models.segmentation import fcn_resnet50
 
 import parchgrad
 from parchgrad import cli, errors
@@ -60,24 +61,32 @@ def commands_of(path):
             yield line, words[words.index("parchgrad") + 1 :]
 
 
-@pytest.fixture
-def reader(tmp_path, monkeypatch):
-    """A folder as a reader may have it: a photograph, a folder of photographs, nothing else."""
-    monkeypatch.chdir(tmp_path)
-    Image.fromarray(data.coffee()).save("photo.jpg", quality=95)
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder as a reader may have it, for all pages one after the other: a photograph, and a folder of some."""
+    place = tmp_path_factory.mktemp("desk")
+    Image.fromarray(data.coffee()).save(place / "photo.jpg", quality=95)
     for name in ("coffee", "cat", "camera", "rocket"):
-        folder = tmp_path / "photos" / name
+        folder = place / "photos" / name
         folder.mkdir(parents=True)
         Image.fromarray(getattr(data, name)()).convert("RGB").save(folder / "1.jpg")
-    yield tmp_path
+    yield place
     # Statistics of all layers are large.
-    for path in tmp_path.rglob("*.safetensors"):
+    for path in place.rglob("*.safetensors"):
         path.unlink()
+
+
+@pytest.fixture
+def reader(desk, monkeypatch):
+    """The reader, who sits in that folder."""
+    monkeypatch.chdir(desk)
+    return desk
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_blocks_of_a_page_run_as_printed(page, reader):
     names: dict[str, object] = {"__name__": "__main__"}
+    (reader / "map.png").unlink(missing_ok=True)
     for block in blocks_of(page, "python"):
         exec(compile(block, str(page), "exec"), names)
     if page.name in ("README.md", "index.md"):
@@ -103,9 +112,27 @@ def test_the_wrapper_of_a_segmentation_network_sums_over_what_is_called_by_the_c
     assert not torch.allclose(names["attribution"], plain)
 
 
+def test_default_layers_of_a_network_with_an_auxiliary_head_are_those_that_the_page_names():
+    network = fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
+    chosen = list(parchgrad.choose_layers(network))
+    assert chosen[-2:] == ["classifier.4", "aux_classifier.0"]
+    assert list(parchgrad.find_convolutions(network))[-1] == "aux_classifier.4"
+    patterns = parchgrad.choose_layers(network, ["*.layer3.*", "*.layer4.*"])
+    assert not [name for name in patterns if "classifier" in name]
+
+
+def test_options_between_backticks_are_left_alone(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "extensions")
+    plain = importlib.import_module("command_line").plain
+    assert (
+        plain("see `parchgrad explain --help`, or --layers 0.5") == "see `parchgrad explain --help`, or `--layers` 0.5"
+    )
+
+
 @pytest.mark.parametrize("page", pages_with("sh", slow=_SLOW))
 def test_the_commands_of_a_page_run_or_at_least_exist(page, reader, capsys):
     for settings in blocks_of(page, "toml")[:1]:
+        assert not (reader / "study.toml").exists()
         (reader / "study.toml").write_text(settings)
     for line, words in commands_of(page):
         if any(name in line for name in _ELSEWHERE):
@@ -117,6 +144,20 @@ def test_the_commands_of_a_page_run_or_at_least_exist(page, reader, capsys):
             with pytest.raises(SystemExit) as end:
                 cli.main(words)
         assert not end.value.code, f"{line}: {capsys.readouterr().err}"
+
+
+def test_every_page_reports_its_own_evaluations_in_folders_of_its_own():
+    owners: dict[str, str] = {}
+    for name, path in PAGES.items():
+        for line, words in commands_of(path):
+            if words[0] not in ("evaluate", "report") or any(found in line for found in _ELSEWHERE):
+                continue
+            folder = Path(words[words.index("--out") + 1])
+            if words[0] == "evaluate":
+                assert owners.setdefault(str(folder), name) == name, f"{name} and {owners[str(folder)]} share {folder}"
+            else:
+                assert owners.get(str(Path(words[1]).parent)) == name, f"{line} of {name} reports what it did not write"
+                assert owners.setdefault(str(folder), name) == name, f"{name} and {owners[str(folder)]} share {folder}"
 
 
 def check_options(words):

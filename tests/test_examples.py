@@ -57,6 +57,9 @@ def test_an_example_runs_as_a_script_from_anywhere(tmp_path):
 def test_the_table_names_every_example():
     table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\)", table, flags=re.MULTILINE)) == NAMES
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| \[(\w+)\.py\]\(#", page, flags=re.MULTILINE)) == NAMES
+    assert sorted(re.findall(r"literalinclude\} \.\./examples/(\w+)\.py$", page, flags=re.MULTILINE)) == NAMES
     for name in NAMES:
         assert f"python examples/{name}.py" in load(name).__doc__
 
@@ -124,7 +127,15 @@ def test_timm_model(tmp_path, capsys):
     edited = pg.heatmap(explainer.attribute(x)).flatten()
     expected = torch.corrcoef(torch.stack([plain, edited]).double())[0, 1].item()
     assert numbers_of(lines, "layers='all'")[-1] == pytest.approx(expected, abs=0.006)
-    assert width_of(tmp_path / "timm_model.png") > 1000
+    # Maps of random weights are no picture to show.
+    assert not list(tmp_path.iterdir())
+    assert max(map(len, lines)) < 80
+
+
+def test_timm_model_draws_what_a_trained_network_sees(tmp_path, capsys):
+    load("timm_model").main(["--model", "efficientnet_lite0", "--pretrained", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1].startswith("predicted: espresso (9")
+    assert width_of(tmp_path / "timm_model.png") > 500
 
 
 def test_a_network_that_does_not_exist_is_told_in_words():
@@ -163,13 +174,22 @@ def test_batch_over_a_folder(tmp_path, capsys):
     (folder / "inner").mkdir(parents=True)
     Image.fromarray(data.coffee()).save(folder / "coffee.png")
     Image.fromarray(data.cat()).save(folder / "inner" / "cat.png")
+    # Names that would be equal without their suffix, or with the folder in them.
+    Image.fromarray(data.camera()).save(folder / "coffee.jpg")
+    Image.fromarray(data.rocket()).save(folder / "inner-cat.png")
     (folder / "damaged.jpg").write_bytes(b"\xff\xd8 no photograph")
     load("batch_over_a_folder").main([str(folder), "--batch", "2", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("left out:") and "damaged.jpg" in line]) == 1
     with open(out / "maps.csv", newline="", encoding="utf-8") as table:
         rows = {row["photograph"]: row for row in csv.DictReader(table)}
-    assert {name: row["class"] for name, row in rows.items()} == {"coffee": "espresso", "inner-cat": "tiger cat"}
+    assert {name: row["class"] for name, row in rows.items()} == {
+        "coffee": "tripod",
+        "coffee-2": "espresso",
+        "inner-cat": "tiger cat",
+        "inner-cat-2": "missile",
+    }
+    assert max(len(line) for line in lines if "half of the map in" in line) < 80
     for name, row in rows.items():
         heat = np.sort(np.abs(np.load(out / "maps" / f"{name}.npy")).sum(axis=0, dtype=np.float64).ravel())
         # The smallest set of the strongest pixels that reaches half of the sum.

@@ -53,7 +53,11 @@ def as_text(default: object) -> str:
 
 def plain(text: str) -> str:
     """Help without a terminal's marks, and with options as code: their dashes stay."""
-    text = re.sub(r"(?<![`\w-])(--[a-z][\w=-]*)", r"`\1`", text)
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [
+        re.sub(r"(?<![\w-])(--[a-z][\w=-]*)", r"`\1`", part) for part in parts[::2]
+    ]
+    text = "".join(parts)
     return text.replace("\\[", "[").replace("|", "\\|").strip()
 
 
