@@ -45,7 +45,7 @@ def draw_demonstration() -> None:
 
 
 def draw_noise() -> None:
-    """Why many weak channels drown few strong ones, and what strides leave."""
+    """Why many weak channels turn the sum of few strong ones, and what strides leave."""
     save_figure(sum_directions().figure(), IMAGES / "method-directions.png")
     save_figure(checkerboard_figure(), IMAGES / "method-checkerboard.png")
 

@@ -1,4 +1,4 @@
-"""ParchGrad: partitioned channel gradients for saliency maps of convolutional networks one can trust."""
+"""ParchGrad: partitioned channel gradients for sharper saliency maps of convolutional networks."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

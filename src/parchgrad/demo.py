@@ -28,8 +28,8 @@ __all__ = ["PHOTOGRAPHS", "Demonstration", "demonstrate", "example_photographs"]
 
 CHANCE = 0.25
 PLAIN = "gradient"
-# scikit-image's name of each photograph and the ImageNet class it shows; None takes the predicted one.
 PHOTOGRAPHS = {"cat": None, "coffee": "espresso", "camera": "tripod", "motorcycle": "moped"}
+"""scikit-image's name of each photograph and the ImageNet class it shows; None takes the predicted one."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -17,7 +17,7 @@ from parchgrad.cli.statistics import stats
 from parchgrad.errors import ParchGradError, StatisticsWarning
 
 app = typer.Typer(
-    help="Saliency maps of convolutional networks one can trust.",
+    help="Sharper saliency maps of convolutional networks, honestly evaluated.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
