@@ -445,3 +445,22 @@ def test_energy_of_half_precision_gradients():
     half = gradient.half()
     expected = selector.select(LayerSignal(layer="conv", gradient=half.double()))
     assert torch.equal(selector.select(LayerSignal(layer="conv", gradient=half)), expected)
+
+
+def test_a_layer_of_dead_channels_hides_no_class():
+    def layer(mean, variance):
+        return pg.LayerStatistics(
+            count=torch.tensor(60),
+            mean=mean.mean().reshape(1),
+            std=torch.tensor([float(variance)]),
+            class_count=torch.tensor([20, 20, 20]),
+            class_mean=mean.unsqueeze(0),
+            class_variance=torch.full((1, 3), float(variance)),
+            shapiro_p=torch.tensor([0.01]),
+        )
+
+    dead, alive = layer(torch.zeros(3), 0), layer(torch.tensor([2.0, 0.0, 1.0]), 1)
+    for layers in ({"dead": dead, "alive": alive}, {"alive": alive, "dead": dead}):
+        held = pg.ChannelStatistics(layers)
+        for statistics in (held, held.compact(share=1.0)):
+            pg.ClassWise(statistics, quantile=1.0).check_targets([0, 2, 7, -1])

@@ -5,6 +5,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from parchgrad.errors import SettingError, StatisticsError
 from parchgrad.partition import at_least_float32, safe_norm, without_autocast
-from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
+from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
 from parchgrad.statistics.layer import AnyLayerStatistics
 from parchgrad.statistics.tests import TTest, check_test
 
@@ -453,8 +454,6 @@ class ClassWise(_StatisticalSelector):
     needs_class: ClassVar[bool] = True
     test: TTest = field(default="welch", kw_only=True)
     _masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
-    # Classes that the statistics know, once they were asked for.
-    _known: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -503,16 +502,26 @@ class ClassWise(_StatisticalSelector):
         """The statistics must hold images of each class (see `Selector.check_targets`)."""
         # Whether the model has the class at all is for others to say.
         classes = [index for index in targets if 0 <= index < self.statistics.model_classes]
-        if not self._known:
-            held = next(iter(self.statistics.values()))
-            self._known.append((held.class_log_p(self.test) < 0).any(dim=0))
-        known = self._known[0][self.statistics.columns(classes)].tolist()
+        known = self._known[self.statistics.columns(classes)].tolist()
         unknown = next((index for index, found in zip(classes, known, strict=True) if not found), None)
         if unknown is not None:
             raise StatisticsError(
                 f"The statistics hold no image of class {unknown}, so that nothing is known about it; collect them "
                 "with images of this class, or with predicted labels."
             )
+
+    @cached_property
+    def _known(self) -> Tensor:
+        """Classes of which the statistics hold images, shape (K,)."""
+        known = torch.zeros(self.statistics.classes, dtype=torch.bool)
+        for held in self.statistics.values():
+            if isinstance(held, LayerStatistics):
+                return held.class_count > 0
+            # Ranked statistics keep no counts; a layer of dead channels says nothing of any class.
+            known |= (held.class_log_p(self.test) < 0).any(dim=0)
+            if bool(known.all()):
+                break
+        return known
 
     def class_masks(self, layer: str) -> Tensor:
         """Mark the channels kept for each class that the statistics hold, shape (K, C).

@@ -1,4 +1,4 @@
-"""The two figures that explain the method: why many weak channels turn the sum of few strong ones, and what strides leave."""
+"""The two figures that explain the method: what many weak channels do to few strong ones, and what strides leave."""
 
 import math
 from collections.abc import Sequence
