@@ -252,15 +252,30 @@ def test_what_cannot_be_served_is_said():
         WebSettings(max_megabytes=0)
 
 
-def test_the_command_serves_until_it_is_stopped(tmp_path):
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(tmp_path, ending):
     with served(tmp_path, "--model", "shapes") as (process, url):
-        assert httpx.get(url).status_code == 200
+        kept = httpx.post(f"{url}/gradio_api/upload", files={"files": ("own.png", b"0", "image/png")}).json()
+        assert Path(kept[0]).read_bytes() == b"0"
         assert len(list(tmp_path.glob("parchgrad-*"))) == 1
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 0
         assert "Traceback" not in said
         assert said.strip().endswith("Stopping.")
+    assert not list(tmp_path.glob("parchgrad-*"))
+
+
+def test_an_interrupt_ends_the_command_where_a_shell_had_it_ignored(tmp_path):
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with served(tmp_path, "--model", "shapes") as (process, _):
+            signal.signal(signal.SIGINT, earlier)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+            assert process.returncode == 0
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert not list(tmp_path.glob("parchgrad-*"))
 
 
