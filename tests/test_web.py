@@ -1,5 +1,6 @@
 """The explorer as people and programs reach it: requests, many users at once, and a real browser."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -61,6 +62,22 @@ def folder(tmp_path_factory):
 def address(folder):
     with served(folder, "--max-megabytes", "1", "--max-megapixels", "3") as (_, url):
         yield url
+
+
+def post_form(address, sizes):
+    """Send a form of files in pieces, without saying how long it is."""
+
+    def pieces():
+        for number, size in enumerate(sizes):
+            name = f'name="files"; filename="{number}.png"'
+            yield f"--x\r\nContent-Disposition: form-data; {name}\r\n\r\n".encode()
+            for _ in range(size // 100_000):
+                yield bytes([number]) * 100_000
+            yield b"\r\n"
+        yield b"--x--\r\n"
+
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    return httpx.post(f"{address}/gradio_api/upload", content=pieces(), headers=form)
 
 
 class User:
@@ -182,11 +199,14 @@ def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
         assert httpx.get(f"{address}/gradio_api/{path}").status_code in (403, 404)
     large = {"files": ("large.png", b"0" * 1_200_000, "image/png")}
     assert httpx.post(f"{address}/gradio_api/upload", files=large).status_code == 413
-    # Of unknown length: Gradio itself counts.
-    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    parts = iter([head, *[b"0" * 100_000] * 12, b"\r\n--x--\r\n"])
-    form = {"content-type": "multipart/form-data; boundary=x"}
-    assert httpx.post(f"{address}/gradio_api/upload", content=parts, headers=form).status_code == 413
+    # Of unknown length, as one file, and as many that are small enough: four of a megabyte are the most in a form.
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    assert post_form(address, [1_200_000]).status_code == 413
+    assert post_form(address, [900_000] * 6).status_code == 413
+    assert post_form(address, [400_000] * 12).status_code == 413
+    assert {path for path in folder.rglob("*") if path.is_file()} == before
+    kept = post_form(address, [900_000] * 4).json()
+    assert [Path(path).stat().st_size for path in kept] == [900_000] * 4
     outside = {"files": ("../../outside.png", b"0", "image/png")}
     (kept,) = httpx.post(f"{address}/gradio_api/upload", files=outside).json()
     assert Path(kept).is_relative_to(folder)
@@ -211,6 +231,68 @@ def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
     user.take(tmp_path / "wide.png")
     assert "has 4.0 megapixels, but 3 are the most" in user.show()
     user.close()
+
+
+def test_files_are_refused_when_as_many_are_kept_as_may_be(tmp_path):
+    with served(tmp_path, "--model", "shapes", "--max-megabytes", "1", "--max-stored-megabytes", "2") as (_, url):
+        assert post_form(url, [900_000]).status_code == 200
+        assert post_form(url, [700_000, 800_000]).status_code == 507
+        stored = sum(path.stat().st_size for path in tmp_path.glob("parchgrad-*/**/*") if path.is_file())
+        assert 900_000 <= stored < 910_000
+        large = {"files": ("own.png", b"1" * 1_000_000, "image/png")}
+        assert httpx.post(f"{url}/gradio_api/upload", files=large).status_code == 200
+        answer = httpx.post(f"{url}/gradio_api/upload", files=large)
+        assert answer.status_code == 507
+        assert "holds as many files as it may" in answer.json()["error"]
+
+
+def answered(guarded, messages, **scope):
+    """What a guarded application sends, given the parts of a request."""
+    parts, sent = iter(messages), []
+
+    async def receive():
+        return next(parts)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []} | scope
+    asyncio.run(guarded(scope, receive, send))
+    return sent
+
+
+def test_the_guard_alone_refuses_what_it_should(tmp_path):
+    from parchgrad.web_guard import RequestGuard
+
+    bodies = []
+
+    async def application(scope, receive, send):
+        bodies.append((await receive())["body"] if scope["method"] == "POST" else b"")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    guard = RequestGuard(application, folder=tmp_path, largest_file=1000, files=4, most_stored=10_000)
+    for path in ("file=http://x/", "file/http://x/", "proxy=x", "stream/ftp://x/", "file= https://x/"):
+        assert answered(guard, [], method="GET", path=f"/gradio_api/{path}")[0]["status"] == 403
+    assert not bodies
+    start = answered(guard, [], method="GET", path="/gradio_api/file=C:/own.png")[0]
+    assert start["status"] == 200
+    assert b"frame-ancestors 'none'" in dict(start["headers"])[b"content-security-policy"]
+
+    whole = {"type": "http.request", "body": b'{"data": [1]}', "more_body": False}
+    assert answered(guard, [whole])[0]["status"] == 200
+    assert bodies[-1] == b'{"data": [1]}'
+    handed = len(bodies)
+    for place in ("http://x/", "file:///etc/passwd", " ftp://x"):
+        named = {"type": "http.request", "body": json.dumps({"data": [{"path": place}]}).encode()}
+        assert answered(guard, [named])[0]["status"] == 403
+    assert answered(guard, [{"type": "http.request", "body": b"[" * 200_000}])[0]["status"] == 403
+    half = {"type": "http.request", "body": b" " * 600_000, "more_body": True}
+    assert answered(guard, [half, half])[0]["status"] == 413
+    assert answered(guard, [], headers=[(b"content-length", b"1000001")])[0]["status"] == 413
+    # A body that is cut off is no body.
+    assert answered(guard, [{**whole, "more_body": True}, {"type": "http.disconnect"}]) == []
+    assert len(bodies) == handed
 
 
 def test_the_page_is_held_to_this_server(address):
@@ -250,6 +332,8 @@ def test_what_cannot_be_served_is_said():
         WebSettings(port=70_000)
     with pytest.raises(SettingError, match="max_megabytes is 0"):
         WebSettings(max_megabytes=0)
+    with pytest.raises(SettingError, match=r"max_megapixels is 500, but .* 178"):
+        WebSettings(max_megapixels=500)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

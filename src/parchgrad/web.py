@@ -57,6 +57,8 @@ except ImportError as error:
 __all__ = ["WebSettings", "build_app", "is_loopback", "serve"]
 
 TITLE = "ParchGrad explorer"
+# Pillow reads none that has more.
+_MOST_MEGAPIXELS = 178
 _SELECTORS = {
     "energy": "Gradient energy",
     "activation": "Gradient times activation",
@@ -98,8 +100,10 @@ class WebSettings:
         port: from 1 on; 0 takes any that is free.
         network: the network that is chosen first.
         statistics: file of channel statistics of that network; None takes those that come with the package, if any.
-        max_megabytes: size of the largest file that is taken.
-        max_megapixels: size of the largest photograph that is taken.
+        max_megabytes: size of the largest file that is taken; a form may hold four of that size, for a mosaic.
+        max_megapixels: size of the largest photograph that is taken, at most 178.
+        max_stored_megabytes: size of all files of users together, each of which is kept for some hours; when they are
+            so many, more are refused.
         any_network: whether the name of any network may be typed, which may download it and take much memory.
         max_waiting: requests that may wait; more are told so.
 
@@ -113,15 +117,21 @@ class WebSettings:
     statistics: Path | None = None
     max_megabytes: float = 20
     max_megapixels: float = 50
+    max_stored_megabytes: float = 2000
     any_network: bool = True
     max_waiting: int = 64
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise SettingError(f"port is {self.port}, but it must lie between 1 and 65535.")
-        for name in ("max_megabytes", "max_megapixels"):
+        for name in ("max_megabytes", "max_megapixels", "max_stored_megabytes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name} is {getattr(self, name)}, but it must be a positive number.")
+        if self.max_megapixels > _MOST_MEGAPIXELS:
+            raise SettingError(
+                f"max_megapixels is {self.max_megapixels:g}, but no photograph of more than {_MOST_MEGAPIXELS} "
+                "megapixels can be read; choose that or less."
+            )
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -689,7 +699,18 @@ def serve(settings: WebSettings | None = None, *, open_browser: bool = False) ->
                 state_session_capacity=1000,
                 theme=_theme(),
                 css=_style(),
-                app_kwargs={"middleware": [Middleware(RequestGuard, largest_file=largest_file)]},
+                app_kwargs={
+                    "middleware": [
+                        Middleware(
+                            RequestGuard,
+                            folder=Path(folder),
+                            largest_file=largest_file,
+                            # Those of a mosaic come together.
+                            files=CELLS,
+                            most_stored=int(settings.max_stored_megabytes * 2**20),
+                        )
+                    ]
+                },
             )
             yield url
         finally:

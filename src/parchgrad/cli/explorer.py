@@ -31,6 +31,7 @@ def explore(
     ] = None,
     max_megabytes: Annotated[float, typer.Option(help="Size of the largest file that is taken.")] = 20,
     max_megapixels: Annotated[float, typer.Option(help="Size of the largest photograph that is taken.")] = 50,
+    max_stored_megabytes: Annotated[float, typer.Option(help="Size of all files that are kept together.")] = 2000,
     open_browser: Annotated[bool, typer.Option("--open/--no-browser", help="Open the page in a browser.")] = False,
 ) -> None:
     """Explore photographs on a page in the browser, offline; needs the extra web."""
@@ -47,6 +48,7 @@ def explore(
                     statistics=statistics,
                     max_megabytes=max_megabytes,
                     max_megapixels=max_megapixels,
+                    max_stored_megabytes=max_stored_megabytes,
                     # What strangers type is not downloaded.
                     any_network=is_loopback(host),
                 )
