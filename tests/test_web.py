@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import html
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from PIL import Image
 import parchgrad as pg
 from parchgrad.demo import example_photographs
 from parchgrad.errors import SettingError
-from parchgrad.exploration import EXAMPLES, tinted
+from parchgrad.exploration import EXAMPLES, Explorer, Photograph, View, tinted
 from parchgrad.selection import make_selector
 
 pytestmark = pytest.mark.slow
@@ -86,6 +87,7 @@ class User:
     def __init__(self, address):
         self._client = gradio_client.Client(address, verbose=False)
         self._target, self._stamp = None, ""
+        self.status = self.offered = None
 
     def take(self, path):
         self._client.predict(gradio_client.handle_file(str(path)), api_name="/take")
@@ -107,7 +109,7 @@ class User:
             api_name="/show",
         )
         # What did not change comes as an empty update.
-        result, stamp = found[0], found[6]
+        result, self.status, stamp, self.offered = found[0], found[2], found[6], found[7]
         self._stamp = stamp if isinstance(stamp, str) else self._stamp
         return result
 
@@ -186,6 +188,68 @@ def test_a_choice_from_an_earlier_list_of_classes_counts_no_more(address):
     user.take_example("camera")
     # The browser may still send the class that was chosen for the cup.
     assert "for tripod," in user.show(network="efficientnet_lite0", layers="conv_head")
+    user.close()
+
+
+def test_what_was_on_its_way_when_the_network_changed_is_no_error(address):
+    user = User(address)
+    user.take_example("coffee")
+    assert "for espresso," in user.show(network="efficientnet_lite0", layers="conv_head")
+    user.show(network="shapes")
+    # Of the network before: a class that the other has not, and a selector that it cannot have.
+    user.choose(967)
+    user._stamp = "of before"
+    page = user.show(network="shapes", selector="class")
+    assert len(pictures(page)) == 2
+    assert "gradient energy, best 25%" in page
+    assert "needs statistics, but shapes has none; this is gradient energy." in user.status
+    assert user.offered["value"] == "energy"
+    # The list, which fell back, asks for the same again.
+    user.show(network="shapes")
+    assert "this is gradient energy." in user.status
+    user.show(network="shapes", quantile=0.3)
+    assert "this is gradient energy." not in user.status
+    page = user.show(network="efficientnet_lite0", selector="class", quantile=0.1)
+    assert "choose fewer layers or another selector." in page
+    # The list is offered where an error stands as well.
+    assert "class" in [value for _, value in user.offered["choices"]]
+    user.close()
+
+
+def test_what_programs_send_as_they_like_ends_in_one_sentence(address, tmp_path):
+    user = User(address)
+    for settings, said in (
+        ({"network": None}, "network is 'None', but it must be a text."),
+        ({"layers": ["a"]}, "but it must be a text."),
+        ({"layers": "a," * 600}, "layers is a text of 1,200 letters, but 1,000 are the most."),
+        ({"selector": 3}, "selector is '3', but it must be a text."),
+        ({"selector": "magic"}, "'magic'"),
+        ({"method": "magic"}, "'magic'"),
+        ({"prune": False, "gamma": 400}, "the power of gamma is 400, but it must be a number from -1 to 3."),
+        ({"quantile": "half"}, "quantile is half, but it must be a number from 0 to 1."),
+        ({"quantile": -1}, "quantile is -1,"),
+        ({"opacity": None}, "opacity is None,"),
+    ):
+        page = html.unescape(user.show(**settings))
+        assert "role='alert'" in page
+        assert said in page
+    user.show()
+    user.choose("tabby")
+    assert "'tabby', but it must be a whole number." in html.unescape(user.show())
+    user.choose(None)
+    user._client.predict({}, api_name="/take")
+    assert "There is no file in this" in user.show()
+    user.close()
+
+
+def test_a_folder_of_the_server_is_not_named(address, tmp_path):
+    example_photographs()[0].save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:20_000])
+    user = User(address)
+    user.take(tmp_path / "cut.jpg")
+    page = html.unescape(user.show())
+    assert "'cut.jpg' cannot be read" in page
+    assert "/cut.jpg" not in page
     user.close()
 
 
@@ -471,6 +535,12 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
 
         page.changes(search)
         page.wait(lambda: "for tabby," in page.text("#result"))
+        # Once more: there is nothing to change.
+        search()
+        page.wait(lambda: not page.all("[role=option]"))
+        time.sleep(1)
+        assert combobox.get_attribute("value") == "tabby"
+        assert "for tabby," in page.text("#result")
 
         # A slider, by the keyboard.
         slider = page.one("#quantile input[type=range]")
@@ -498,13 +568,28 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         page.all("#examples input")[2].send_keys(Keys.SPACE)
         page.wait(lambda: page.map() and "for tripod," in page.text("#result"))
 
-        # The best settings of a selector come with it.
+        # The best settings of a selector come with it, except for what was chosen already.
         selector = page.one("#selector input")
-        selector.click()
-        selector.send_keys(Keys.CONTROL, "a")
-        selector.send_keys("evidence", Keys.ENTER)
-        page.wait(lambda: "evidence, best 20%" in page.text("#result"))
+
+        def select(name):
+            selector.click()
+            selector.send_keys(Keys.CONTROL, "a")
+            selector.send_keys(name)
+            page.wait(lambda: name in page.text("[role=option]").lower())
+            selector.send_keys(Keys.ENTER)
+
+        select("evidence")
+        page.wait(lambda: "evidence, best 11%" in page.text("#result"))
         page.wait(lambda: "layers=0.75" in page.text("#code"))
+        select("random")
+        page.wait(lambda: "random channels (control), best 11%" in page.text("#result"))
+        page.wait(lambda: "layers=0.5" in page.text("#code"))
+
+        # A list that the keyboard has left lies over nothing.
+        page.one("#network input").click()
+        page.wait(lambda: page.all("#network [role=listbox]"))
+        page.one("#opacity input[type=range]").send_keys(Keys.ARROW_LEFT)
+        page.wait(lambda: not any(found.is_displayed() for found in page.all("[role=listbox]")))
         assert all(url.startswith((address, "data:", "blob:")) for url in page.requests())
 
 
@@ -531,7 +616,8 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
 
         page.one("#save-npy").click()
         (saved,) = page.wait(lambda: list(tmp_path.glob("mosaic_*.npy")))
-        assert np.load(saved).shape == (4, 3, 448, 448)
+        wanted = Explorer().play([Photograph(name) for name in EXAMPLES], View()).attribution.numpy()
+        np.testing.assert_allclose(np.load(saved), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
         page.one("#save-gif").click()
         page.wait(lambda: "choose it in the other tab" in page.text("#status"))
         next(tab for tab in page.all("[role=tab]") if "One" in tab.text).click()
