@@ -833,10 +833,16 @@ def _free_port(settings: WebSettings) -> int:
 def _files_in(folder: str) -> Iterator[None]:
     """Let Gradio keep its files in a folder, which it asks the environment for."""
     earlier = os.environ.get("GRADIO_TEMP_DIR")
+    # It makes an empty one besides, where it would have kept them when it was imported.
+    usual = Path(earlier or Path(tempfile.gettempdir(), "gradio"))
+    made = [path for path in (usual / "vibe_edit_history", usual) if not path.exists()]
     os.environ["GRADIO_TEMP_DIR"] = folder
     try:
         yield
     finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
         if earlier is None:
             del os.environ["GRADIO_TEMP_DIR"]
         else:
