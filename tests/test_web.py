@@ -82,6 +82,13 @@ def post_form(address, sizes):
     return httpx.post(f"{address}/gradio_api/upload", content=pieces(), headers=form)
 
 
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 class User:
     """One session of the page, driven as its script would drive it."""
 
@@ -270,6 +277,15 @@ def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
     assert post_form(address, [900_000] * 6).status_code == 413
     assert post_form(address, [400_000] * 12).status_code == 413
     assert {path for path in folder.rglob("*") if path.is_file()} == before
+    # One that is cut off leaves nothing either.
+    host, port = address.removeprefix("http://").split(":")
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    head += 'Content-Disposition: form-data; name="files"; filename="cut.png"\r\n\r\n'
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + b"0" * 300_000)
+        wait_for(lambda: {path for path in folder.rglob("*") if path.is_file()} != before)
+    wait_for(lambda: {path for path in folder.rglob("*") if path.is_file()} == before)
     kept = post_form(address, [900_000] * 4).json()
     assert [Path(path).stat().st_size for path in kept] == [900_000] * 4
     outside = {"files": ("../../outside.png", b"0", "image/png")}
@@ -429,7 +445,8 @@ def test_an_interrupt_ends_the_command_where_a_shell_had_it_ignored(tmp_path):
 
 
 def test_without_gradio_the_remedy_is_named():
-    code = "import sys; sys.modules['gradio'] = None; from parchgrad.cli import main; main(['explore'])"
+    missing = "import sys; sys.modules['gradio'] = sys.modules['starlette'] = None"
+    code = f"{missing}; from parchgrad.cli import main; main(['explore'])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 2
     assert "pip install 'parchgrad[web]'" in found.stderr

@@ -47,11 +47,12 @@ from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.visual import save_figure
 from parchgrad.visual.animation import save_animation
 from parchgrad.visual.maps import COLOUR_MAP, SIGNED_COLOUR_MAP
-from parchgrad.web_guard import RequestGuard
 
 try:
     import gradio as gr
     from starlette.middleware import Middleware
+
+    from parchgrad.web_guard import RequestGuard
 except ImportError as error:
     raise ParchGradError("The explorer needs Gradio; install it with: pip install 'parchgrad[web]'.") from error
 
