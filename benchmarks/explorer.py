@@ -12,6 +12,7 @@ import contextlib
 import io
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def served() -> Iterator[tuple[str, subprocess.Popen[str]]]:
         try:
             yield found[0], process
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
 
 
 def memory(process: int) -> int:

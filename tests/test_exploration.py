@@ -12,7 +12,15 @@ from PIL import Image
 import parchgrad as pg
 from parchgrad.attribution import METHODS
 from parchgrad.demo import example_photographs
-from parchgrad.errors import ImageError, InputError, LayerError, ParchGradError, SettingError, TargetError
+from parchgrad.errors import (
+    ImageError,
+    InputError,
+    LayerError,
+    ParchGradError,
+    SettingError,
+    StatisticsError,
+    TargetError,
+)
 from parchgrad.evaluation.localisation import mosaic
 from parchgrad.exploration import EXAMPLES, Explorer, Photograph, View, _Recent, check_photograph, tinted
 from parchgrad.selection import make_selector
@@ -69,13 +77,49 @@ def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, se
     found = explorer.explore(photograph, view)
     given = run(found.code)
     same_map(given["attribution"][0], found.attribution)
-    top, (_, expected) = tinted(found.maps(), signed=view.signed)
+    top, _ = tinted(found.maps(), signed=view.signed)
     assert given["top"] == pytest.approx(top, rel=1e-3)
     draw = blend_signed if view.signed else blend
     picture = draw(found.picture, found.maps()[1], top=top, opacity=0.7)
     written = np.asarray(Image.open("map.png").convert("RGB")) / 255
     assert np.abs(written - picture).max() < 0.02
-    assert expected.shape == (224, 224, 4)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("opacity", [1, 0.4, 0])
+def test_the_figure_has_the_opacity_of_the_maps(explorer, signed, opacity):
+    view = View(network="shapes", layers="all", signed=signed, opacity=opacity)
+    found, game = (
+        explorer.explore(Photograph("cat"), view),
+        explorer.play([Photograph(name) for name in EXAMPLES], view),
+    )
+    draw = blend_signed if signed else blend
+    for shown, (plain, partitioned) in ((found, [[one] for one in found.maps()]), (game, game.maps())):
+        top, _ = tinted([*plain, *partitioned], signed=signed)
+        wanted = [
+            picture
+            for maps in zip(plain, partitioned, strict=True)
+            for picture in (shown.picture, *(draw(shown.picture, one, top=top, opacity=opacity) for one in maps))
+        ]
+        drawn = [axes.images[0].get_array() for axes in shown.figure().axes if axes.images]
+        assert len(drawn) >= len(wanted)
+        for one, expected in zip(drawn, wanted, strict=False):
+            np.testing.assert_allclose(one, expected, atol=1e-6)
+
+
+def test_layers_without_statistics_are_told_with_what_can_be_chosen(explorer):
+    # The statistics that come with the package are of the upper half.
+    with pytest.raises(StatisticsError, match=r"but \d+ others are chosen as well, such as \S+; choose fewer layers"):
+        explorer.explore(Photograph("cat"), View(selector="class", layers="all"))
+
+
+def test_a_damaged_photograph_is_named_without_its_folder(explorer, tmp_path):
+    example_photographs()[0].save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:20_000])
+    check_photograph(tmp_path / "cut.jpg", megapixels=50)
+    with pytest.raises(ImageError, match=r"^'cut.jpg' cannot be read") as told:
+        explorer.explore(Photograph("cut.jpg", tmp_path / "cut.jpg"), View(network="shapes"))
+    assert str(tmp_path) not in str(told.value)
 
 
 @pytest.mark.parametrize("method", METHODS)

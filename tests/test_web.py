@@ -1,7 +1,9 @@
 """The explorer as people and programs reach it: requests, many users at once, and a real browser."""
 
+import asyncio
 import base64
 import contextlib
+import html
 import io
 import json
 import os
@@ -23,8 +25,9 @@ from PIL import Image
 import parchgrad as pg
 from parchgrad.demo import example_photographs
 from parchgrad.errors import SettingError
-from parchgrad.exploration import EXAMPLES, tinted
+from parchgrad.exploration import EXAMPLES, Explorer, Photograph, View, tinted
 from parchgrad.selection import make_selector
+from parchgrad.visual import save_figure
 
 pytestmark = pytest.mark.slow
 gradio_client = pytest.importorskip("gradio_client", reason="Gradio, of the extra web, is not installed.")
@@ -63,12 +66,36 @@ def address(folder):
         yield url
 
 
+def post_form(address, sizes):
+    """Send a form of files in pieces, without saying how long it is."""
+
+    def pieces():
+        for number, size in enumerate(sizes):
+            name = f'name="files"; filename="{number}.png"'
+            yield f"--x\r\nContent-Disposition: form-data; {name}\r\n\r\n".encode()
+            for _ in range(size // 100_000):
+                yield bytes([number]) * 100_000
+            yield b"\r\n"
+        yield b"--x--\r\n"
+
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    return httpx.post(f"{address}/gradio_api/upload", content=pieces(), headers=form)
+
+
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 class User:
     """One session of the page, driven as its script would drive it."""
 
     def __init__(self, address):
         self._client = gradio_client.Client(address, verbose=False)
         self._target, self._stamp = None, ""
+        self.status = self.offered = None
 
     def take(self, path):
         self._client.predict(gradio_client.handle_file(str(path)), api_name="/take")
@@ -90,7 +117,7 @@ class User:
             api_name="/show",
         )
         # What did not change comes as an empty update.
-        result, stamp = found[0], found[6]
+        result, self.status, stamp, self.offered = found[0], found[2], found[6], found[7]
         self._stamp = stamp if isinstance(stamp, str) else self._stamp
         return result
 
@@ -172,6 +199,68 @@ def test_a_choice_from_an_earlier_list_of_classes_counts_no_more(address):
     user.close()
 
 
+def test_what_was_on_its_way_when_the_network_changed_is_no_error(address):
+    user = User(address)
+    user.take_example("coffee")
+    assert "for espresso," in user.show(network="efficientnet_lite0", layers="conv_head")
+    user.show(network="shapes")
+    # Of the network before: a class that the other has not, and a selector that it cannot have.
+    user.choose(967)
+    user._stamp = "of before"
+    page = user.show(network="shapes", selector="class")
+    assert len(pictures(page)) == 2
+    assert "gradient energy, best 25%" in page
+    assert "needs statistics, but shapes has none; this is gradient energy." in user.status
+    assert user.offered["value"] == "energy"
+    # The list, which fell back, asks for the same again.
+    user.show(network="shapes")
+    assert "this is gradient energy." in user.status
+    user.show(network="shapes", quantile=0.3)
+    assert "this is gradient energy." not in user.status
+    page = user.show(network="efficientnet_lite0", selector="class", quantile=0.1)
+    assert "choose fewer layers or another selector." in page
+    # The list is offered where an error stands as well.
+    assert "class" in [value for _, value in user.offered["choices"]]
+    user.close()
+
+
+def test_what_programs_send_as_they_like_ends_in_one_sentence(address, tmp_path):
+    user = User(address)
+    for settings, said in (
+        ({"network": None}, "network is 'None', but it must be a text."),
+        ({"layers": ["a"]}, "but it must be a text."),
+        ({"layers": "a," * 600}, "layers is a text of 1,200 letters, but 1,000 are the most."),
+        ({"selector": 3}, "selector is '3', but it must be a text."),
+        ({"selector": "magic"}, "'magic'"),
+        ({"method": "magic"}, "'magic'"),
+        ({"prune": False, "gamma": 400}, "the power of gamma is 400, but it must be a number from -1 to 3."),
+        ({"quantile": "half"}, "quantile is half, but it must be a number from 0 to 1."),
+        ({"quantile": -1}, "quantile is -1,"),
+        ({"opacity": None}, "opacity is None,"),
+    ):
+        page = html.unescape(user.show(**settings))
+        assert "role='alert'" in page
+        assert said in page
+    user.show()
+    user.choose("tabby")
+    assert "'tabby', but it must be a whole number." in html.unescape(user.show())
+    user.choose(None)
+    user._client.predict({}, api_name="/take")
+    assert "There is no file in this" in user.show()
+    user.close()
+
+
+def test_a_folder_of_the_server_is_not_named(address, tmp_path):
+    example_photographs()[0].save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:20_000])
+    user = User(address)
+    user.take(tmp_path / "cut.jpg")
+    page = html.unescape(user.show())
+    assert "'cut.jpg' cannot be read" in page
+    assert "/cut.jpg" not in page
+    user.close()
+
+
 def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
     for path in (
         "file=/etc/passwd",
@@ -182,11 +271,23 @@ def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
         assert httpx.get(f"{address}/gradio_api/{path}").status_code in (403, 404)
     large = {"files": ("large.png", b"0" * 1_200_000, "image/png")}
     assert httpx.post(f"{address}/gradio_api/upload", files=large).status_code == 413
-    # Of unknown length: Gradio itself counts.
-    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    parts = iter([head, *[b"0" * 100_000] * 12, b"\r\n--x--\r\n"])
-    form = {"content-type": "multipart/form-data; boundary=x"}
-    assert httpx.post(f"{address}/gradio_api/upload", content=parts, headers=form).status_code == 413
+    # Of unknown length, as one file, and as many that are small enough: four of a megabyte are the most in a form.
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    assert post_form(address, [1_200_000]).status_code == 413
+    assert post_form(address, [900_000] * 6).status_code == 413
+    assert post_form(address, [400_000] * 12).status_code == 413
+    assert {path for path in folder.rglob("*") if path.is_file()} == before
+    # One that is cut off leaves nothing either.
+    host, port = address.removeprefix("http://").split(":")
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    head += 'Content-Disposition: form-data; name="files"; filename="cut.png"\r\n\r\n'
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + b"0" * 300_000)
+        wait_for(lambda: {path for path in folder.rglob("*") if path.is_file()} != before)
+    wait_for(lambda: {path for path in folder.rglob("*") if path.is_file()} == before)
+    kept = post_form(address, [900_000] * 4).json()
+    assert [Path(path).stat().st_size for path in kept] == [900_000] * 4
     outside = {"files": ("../../outside.png", b"0", "image/png")}
     (kept,) = httpx.post(f"{address}/gradio_api/upload", files=outside).json()
     assert Path(kept).is_relative_to(folder)
@@ -211,6 +312,68 @@ def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
     user.take(tmp_path / "wide.png")
     assert "has 4.0 megapixels, but 3 are the most" in user.show()
     user.close()
+
+
+def test_files_are_refused_when_as_many_are_kept_as_may_be(tmp_path):
+    with served(tmp_path, "--model", "shapes", "--max-megabytes", "1", "--max-stored-megabytes", "2") as (_, url):
+        assert post_form(url, [900_000]).status_code == 200
+        assert post_form(url, [700_000, 800_000]).status_code == 507
+        stored = sum(path.stat().st_size for path in tmp_path.glob("parchgrad-*/**/*") if path.is_file())
+        assert 900_000 <= stored < 910_000
+        large = {"files": ("own.png", b"1" * 1_000_000, "image/png")}
+        assert httpx.post(f"{url}/gradio_api/upload", files=large).status_code == 200
+        answer = httpx.post(f"{url}/gradio_api/upload", files=large)
+        assert answer.status_code == 507
+        assert "holds as many files as it may" in answer.json()["error"]
+
+
+def answered(guarded, messages, **scope):
+    """What a guarded application sends, given the parts of a request."""
+    parts, sent = iter(messages), []
+
+    async def receive():
+        return next(parts)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []} | scope
+    asyncio.run(guarded(scope, receive, send))
+    return sent
+
+
+def test_the_guard_alone_refuses_what_it_should(tmp_path):
+    from parchgrad.web_guard import RequestGuard
+
+    bodies = []
+
+    async def application(scope, receive, send):
+        bodies.append((await receive())["body"] if scope["method"] == "POST" else b"")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    guard = RequestGuard(application, folder=tmp_path, largest_file=1000, files=4, most_stored=10_000)
+    for path in ("file=http://x/", "file/http://x/", "proxy=x", "stream/ftp://x/", "file= https://x/"):
+        assert answered(guard, [], method="GET", path=f"/gradio_api/{path}")[0]["status"] == 403
+    assert not bodies
+    start = answered(guard, [], method="GET", path="/gradio_api/file=C:/own.png")[0]
+    assert start["status"] == 200
+    assert b"frame-ancestors 'none'" in dict(start["headers"])[b"content-security-policy"]
+
+    whole = {"type": "http.request", "body": b'{"data": [1]}', "more_body": False}
+    assert answered(guard, [whole])[0]["status"] == 200
+    assert bodies[-1] == b'{"data": [1]}'
+    handed = len(bodies)
+    for place in ("http://x/", "file:///etc/passwd", " ftp://x"):
+        named = {"type": "http.request", "body": json.dumps({"data": [{"path": place}]}).encode()}
+        assert answered(guard, [named])[0]["status"] == 403
+    assert answered(guard, [{"type": "http.request", "body": b"[" * 200_000}])[0]["status"] == 403
+    half = {"type": "http.request", "body": b" " * 600_000, "more_body": True}
+    assert answered(guard, [half, half])[0]["status"] == 413
+    assert answered(guard, [], headers=[(b"content-length", b"1000001")])[0]["status"] == 413
+    # A body that is cut off is no body.
+    assert answered(guard, [{**whole, "more_body": True}, {"type": "http.disconnect"}]) == []
+    assert len(bodies) == handed
 
 
 def test_the_page_is_held_to_this_server(address):
@@ -250,22 +413,40 @@ def test_what_cannot_be_served_is_said():
         WebSettings(port=70_000)
     with pytest.raises(SettingError, match="max_megabytes is 0"):
         WebSettings(max_megabytes=0)
+    with pytest.raises(SettingError, match=r"max_megapixels is 500, but .* 178"):
+        WebSettings(max_megapixels=500)
 
 
-def test_the_command_serves_until_it_is_stopped(tmp_path):
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(tmp_path, ending):
     with served(tmp_path, "--model", "shapes") as (process, url):
-        assert httpx.get(url).status_code == 200
+        kept = httpx.post(f"{url}/gradio_api/upload", files={"files": ("own.png", b"0", "image/png")}).json()
+        assert Path(kept[0]).read_bytes() == b"0"
         assert len(list(tmp_path.glob("parchgrad-*"))) == 1
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 0
         assert "Traceback" not in said
         assert said.strip().endswith("Stopping.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_ends_the_command_where_a_shell_had_it_ignored(tmp_path):
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with served(tmp_path, "--model", "shapes") as (process, _):
+            signal.signal(signal.SIGINT, earlier)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+            assert process.returncode == 0
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert not list(tmp_path.glob("parchgrad-*"))
 
 
 def test_without_gradio_the_remedy_is_named():
-    code = "import sys; sys.modules['gradio'] = None; from parchgrad.cli import main; main(['explore'])"
+    missing = "import sys; sys.modules['gradio'] = sys.modules['starlette'] = None"
+    code = f"{missing}; from parchgrad.cli import main; main(['explore'])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 2
     assert "pip install 'parchgrad[web]'" in found.stderr
@@ -372,6 +553,12 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
 
         page.changes(search)
         page.wait(lambda: "for tabby," in page.text("#result"))
+        # Once more: there is nothing to change.
+        search()
+        page.wait(lambda: not page.all("[role=option]"))
+        time.sleep(1)
+        assert combobox.get_attribute("value") == "tabby"
+        assert "for tabby," in page.text("#result")
 
         # A slider, by the keyboard.
         slider = page.one("#quantile input[type=range]")
@@ -399,23 +586,46 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         page.all("#examples input")[2].send_keys(Keys.SPACE)
         page.wait(lambda: page.map() and "for tripod," in page.text("#result"))
 
-        # The best settings of a selector come with it.
+        # The best settings of a selector come with it, except for what was chosen already.
         selector = page.one("#selector input")
-        selector.click()
-        selector.send_keys(Keys.CONTROL, "a")
-        selector.send_keys("evidence", Keys.ENTER)
-        page.wait(lambda: "evidence, best 20%" in page.text("#result"))
+
+        def select(name):
+            selector.click()
+            selector.send_keys(Keys.CONTROL, "a")
+            selector.send_keys(name)
+            page.wait(lambda: name in page.text("[role=option]").lower())
+            selector.send_keys(Keys.ENTER)
+
+        select("evidence")
+        page.wait(lambda: "evidence, best 11%" in page.text("#result"))
         page.wait(lambda: "layers=0.75" in page.text("#code"))
+        select("random")
+        page.wait(lambda: "random channels (control), best 11%" in page.text("#result"))
+        page.wait(lambda: "layers=0.5" in page.text("#code"))
+
+        # A list that the keyboard has left lies over nothing.
+        page.one("#network input").click()
+        page.wait(lambda: page.all("#network [role=listbox]"))
+        page.one("#opacity input[type=range]").send_keys(Keys.ARROW_LEFT)
+        page.wait(lambda: not any(found.is_displayed() for found in page.all("[role=listbox]")))
         assert all(url.startswith((address, "data:", "blob:")) for url in page.requests())
 
 
 @needs_browser
 def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
     with browser(width=420) as driver:
         driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
         page = Page(driver, address)
         # Nothing sticks out of a narrow window.
         assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        # The keyboard goes down the page, as the eye does.
+        places = []
+        for _ in range(30):
+            driver.switch_to.active_element.send_keys(Keys.TAB)
+            places.append(page.script("return document.activeElement.closest('#page > *')?.id ?? ''"))
+        assert list(dict.fromkeys(filter(None, places))) == ["shown", "settings", "taken-away"]
         next(tab for tab in page.all("[role=tab]") if "Mosaic" in tab.text).click()
         paths = []
         for name, image in zip(EXAMPLES, example_photographs(), strict=True):
@@ -432,15 +642,29 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
 
         page.one("#save-npy").click()
         (saved,) = page.wait(lambda: list(tmp_path.glob("mosaic_*.npy")))
-        assert np.load(saved).shape == (4, 3, 448, 448)
+        wanted = Explorer().play([Photograph(name) for name in EXAMPLES], View()).attribution.numpy()
+        np.testing.assert_allclose(np.load(saved), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
         page.one("#save-gif").click()
         page.wait(lambda: "choose it in the other tab" in page.text("#status"))
         next(tab for tab in page.all("[role=tab]") if "One" in tab.text).click()
         page.wait(lambda: "convolutions edited" in page.text("#status"))
         page.one("#save-png").click()
         (figure,) = page.wait(lambda: list(tmp_path.glob("cat_*.png")))
-        with Image.open(figure) as drawn:
-            assert drawn.size[0] > 900
+        found = Explorer().explore(Photograph("cat"), View())
+        save_figure(found.figure(), tmp_path / "wanted.png")
+        with Image.open(figure) as drawn, Image.open(tmp_path / "wanted.png") as wanted:
+            assert drawn.size == wanted.size
+            difference = np.asarray(drawn, dtype=float) - np.asarray(wanted, dtype=float)
+            assert np.abs(difference).mean() < 0.5
+        # What was saved with other settings has another name.
+        page.one("#signed input").click()
+        page.wait(lambda: "against the class" in page.text("#result"))
+        page.one("#prune input").click()
+        page.wait(lambda: "gamma 10" in page.text("#result"))
+        page.one("#save-npy").click()
+        (weighed,) = page.wait(lambda: list(tmp_path.glob("cat_*_gamma10_signed.npy")))
+        wanted = Explorer().explore(Photograph("cat"), View(gamma=10.0)).attribution.numpy()
+        np.testing.assert_allclose(np.load(weighed), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
         page.one("#save-gif").click()
         (moving,) = page.wait(lambda: list(tmp_path.glob("cat_*.gif")), seconds=60)
         with Image.open(moving) as frames:

@@ -8,7 +8,8 @@ import math
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,11 +25,11 @@ from parchgrad.data.images import read_image, stored_frame
 from parchgrad.demo import PHOTOGRAPHS, example_photographs
 from parchgrad.errors import ImageError, InputError, SettingError, StatisticsError, StatisticsWarning, TargetError
 from parchgrad.evaluation.localisation import cell_shares, mosaic
-from parchgrad.layers import parse_layers
+from parchgrad.layers import choose_layers, parse_layers
 from parchgrad.models import OFFLINE_MODEL, Classifier, Prediction, load_model
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, ClassWise, Selector, make_selector
 from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
-from parchgrad.visual import panel, shared_top, signed_panel, tint, tint_signed
+from parchgrad.visual import blend, blend_signed, panel, shared_top, signed_panel, tint, tint_signed
 from parchgrad.visual.sweeps import QUANTILES, Sweep, quantile_sweep
 
 __all__ = [
@@ -133,7 +134,8 @@ class Photograph:
             ImageError: if there is no such example or file, or the file is no complete image.
         """
         if self.path is not None:
-            return read_image(self.path)
+            with _named_alone(self.path):
+                return read_image(self.path)
         if self.name not in EXAMPLES:
             raise ImageError(f"There is no example photograph {self.name!r}; there are: {', '.join(EXAMPLES)}.")
         return example_photographs()[EXAMPLES.index(self.name)]
@@ -168,10 +170,8 @@ def check_photograph(path: str | Path, *, megapixels: float) -> None:
     with warnings.catch_warnings():
         # Pillow warns of large images, which are refused here by a limit of our own.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
+        with _named_alone(path):
             width, height, _ = stored_frame(path)
-        except ImageError as error:
-            raise ImageError(str(error).replace(repr(str(path)), repr(path.name))) from error
         with Image.open(path) as opened:
             kind = opened.format
     if kind not in _FORMATS:
@@ -181,6 +181,15 @@ def check_photograph(path: str | Path, *, megapixels: float) -> None:
         raise ImageError(
             f"{path.name!r} has {found:,.1f} megapixels, but {megapixels:g} are the most; scale it down first."
         )
+
+
+@contextmanager
+def _named_alone(path: Path) -> Iterator[None]:
+    """Name a file in errors without its folder, which is the server's own business."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(str(error).replace(repr(str(path)), repr(path.name))) from error
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -450,6 +459,7 @@ class Explorer:
     ) -> tuple[Explainer, Tensor, Tensor]:
         """The explainer, and the attributions of the inputs with ParchGrad and without it."""
         model = network.classifier.model
+        _check_held(network, view)
         rows = max(1, _PIXELS_PER_PASS // (inputs.shape[2] * inputs.shape[3]))
         explainer = Explainer(
             model,
@@ -516,6 +526,21 @@ class _Recent(Generic[T]):
         return made
 
 
+def _check_held(network: _Network, view: View) -> None:
+    """Say what can be chosen instead where the statistics do not know all chosen layers."""
+    if view.selector not in STATISTICAL_SELECTORS or network.statistics is None:
+        return
+    held = network.statistics
+    chosen = choose_layers(network.classifier.model, parse_layers(view.layers))
+    unknown = [name for name in chosen if name not in held]
+    if unknown:
+        names = list(held)
+        raise StatisticsError(
+            f"The statistics of {view.network} are of {len(names)} convolutions, from {names[0]} to {names[-1]}, but "
+            f"{len(unknown)} others are chosen as well, such as {unknown[0]}; choose fewer layers or another selector."
+        )
+
+
 def _maps(attribution: Tensor, view: View) -> Tensor:
     return signed_heatmap(attribution) if view.signed else heatmap(attribution)
 
@@ -527,9 +552,16 @@ def _figure(
     labels: Sequence[str],
     view: View,
 ) -> Figure:
-    draw = signed_panel if view.signed else panel
+    draw, lay = (signed_panel, blend_signed) if view.signed else (panel, blend)
     title = view.method.replace("_", " ")
-    return draw(pictures, {title: plain, f"{title} + ParchGrad": partitioned}, labels=labels)
+    figure = draw(pictures, {title: plain, f"{title} + ParchGrad": partitioned}, labels=labels)
+    top = shared_top([*plain, *partitioned])
+    # A panel has opaque maps; its cells run row by row, each photograph before its two maps.
+    for place, cells in enumerate(zip(pictures, plain, partitioned, strict=True)):
+        for column in (1, 2):
+            mixed = lay(cells[0], cells[column], top=top, opacity=view.opacity)
+            figure.axes[3 * place + column].images[0].set_data(mixed)
+    return figure
 
 
 def _own_shares(attribution: Tensor) -> tuple[float, ...]:

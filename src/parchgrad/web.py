@@ -43,20 +43,24 @@ from parchgrad.exploration import (
 )
 from parchgrad.files import writing
 from parchgrad.models import OFFLINE_MODEL, SHAPES_MODEL
+from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.visual import save_figure
 from parchgrad.visual.animation import save_animation
 from parchgrad.visual.maps import COLOUR_MAP, SIGNED_COLOUR_MAP
-from parchgrad.web_guard import RequestGuard
 
 try:
     import gradio as gr
     from starlette.middleware import Middleware
+
+    from parchgrad.web_guard import RequestGuard
 except ImportError as error:
     raise ParchGradError("The explorer needs Gradio; install it with: pip install 'parchgrad[web]'.") from error
 
 __all__ = ["WebSettings", "build_app", "is_loopback", "serve"]
 
 TITLE = "ParchGrad explorer"
+# Pillow reads none that has more.
+_MOST_MEGAPIXELS = 178
 _SELECTORS = {
     "energy": "Gradient energy",
     "activation": "Gradient times activation",
@@ -65,6 +69,9 @@ _SELECTORS = {
     "class": "Class-wise (statistics)",
     "instance": "Instance-wise (statistics)",
 }
+_FALLBACK = "energy"
+# Of a name or of patterns.
+_LONGEST_TEXT = 1000
 _LAYERS = {
     "Upper half": "0.5",
     "Upper 3/4": "0.75",
@@ -75,9 +82,12 @@ _HEAD = """<div class='pg-head'><h1>ParchGrad</h1>
 <p>What in a photograph speaks for a class, seen through the channels that matter</p></div>"""
 _NO_MOSAIC = f"Drop {CELLS} photographs, or take the examples: each class is explained in all {CELLS} at once."
 _PLACES = ("top left", "top right", "bottom left", "bottom right")
-# Evidence is best by other settings than the rest.
-_SUGGEST = """(selector, quantile, layers) =>
-  selector === "evidence" ? [0.2, "0.75"] : quantile === 0.2 && layers === "0.75" ? [0.1, "0.5"] : [quantile, layers]"""
+# Evidence is best by other settings than the rest; what the user has chosen himself is his.
+_SUGGEST = """(selector, quantile, layers) => {
+  const [ofQuantile, ofLayers] = selector === "evidence" ? [0.2, "0.75"] : [0.1, "0.5"];
+  const chosen = document.documentElement.dataset;
+  return [chosen.quantile ? quantile : ofQuantile, chosen.layers ? layers : ofLayers];
+}"""
 _BLEND = "(opacity) => { document.documentElement.style.setProperty('--map-opacity', opacity); }"
 _FETCH = "() => { document.querySelector('#fetched')?.click(); }"
 _ON_LOAD = """() => {
@@ -86,6 +96,15 @@ _ON_LOAD = """() => {
   for (const group of document.querySelectorAll("fieldset")) {
     group.setAttribute("aria-label", group.querySelector("[data-testid=block-info]")?.textContent.trim() ?? "");
   }
+  // Gradio takes the first option of all when the chosen one is chosen again.
+  document.addEventListener("keydown", (event) => {
+    const field = event.key === "Enter" && event.target.closest?.("#settings .block");
+    if (field && field.querySelector("[role=option].active[aria-selected=true]")) {
+      event.preventDefault();
+      event.stopPropagation();
+      event.target.blur();
+    }
+  }, true);
 }"""
 
 
@@ -98,8 +117,10 @@ class WebSettings:
         port: from 1 on; 0 takes any that is free.
         network: the network that is chosen first.
         statistics: file of channel statistics of that network; None takes those that come with the package, if any.
-        max_megabytes: size of the largest file that is taken.
-        max_megapixels: size of the largest photograph that is taken.
+        max_megabytes: size of the largest file that is taken; a form may hold four of that size, for a mosaic.
+        max_megapixels: size of the largest photograph that is taken, at most 178.
+        max_stored_megabytes: size of all files of users together, each of which is kept for some hours; when they are
+            so many, more are refused.
         any_network: whether the name of any network may be typed, which may download it and take much memory.
         max_waiting: requests that may wait; more are told so.
 
@@ -113,15 +134,21 @@ class WebSettings:
     statistics: Path | None = None
     max_megabytes: float = 20
     max_megapixels: float = 50
+    max_stored_megabytes: float = 2000
     any_network: bool = True
     max_waiting: int = 64
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise SettingError(f"port is {self.port}, but it must lie between 1 and 65535.")
-        for name in ("max_megabytes", "max_megapixels"):
+        for name in ("max_megabytes", "max_megapixels", "max_stored_megabytes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name} is {getattr(self, name)}, but it must be a positive number.")
+        if self.max_megapixels > _MOST_MEGAPIXELS:
+            raise SettingError(
+                f"max_megapixels is {self.max_megapixels:g}, but no photograph of more than {_MOST_MEGAPIXELS} "
+                "megapixels can be read; choose that or less."
+            )
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -146,6 +173,7 @@ class _Shown:
         network: the network that the list of selectors belongs to.
         view: the settings of what is shown; None where an error stands in its place.
         photographs: those of the mosaic that is shown; none where it is the single photograph.
+        note: what was said of `view` besides.
     """
 
     listed: tuple[Photograph, str] | None = None
@@ -153,6 +181,7 @@ class _Shown:
     network: str = ""
     view: View | None = None
     photographs: tuple[Photograph, ...] = ()
+    note: str = ""
 
 
 def build_app(settings: WebSettings) -> gr.Blocks:
@@ -280,6 +309,8 @@ class _Page:
             "fn": self._on_worker(self._show),
             "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
             "outputs": [*texts, self.top, self.target, self.stamp, self.selector, self._shown],
+            # Gradio would hold what is on its way to choices that have changed since.
+            "preprocess": False,
             "concurrency_id": "network",
             "show_progress": "full",
             "show_progress_on": self.status,
@@ -295,6 +326,8 @@ class _Page:
         self.selector.input(
             None, [self.selector, self.quantile, self.layers], [self.quantile, self.layers], js=_SUGGEST
         )
+        for name, own in (("quantile", self.quantile), ("layers", self.layers)):
+            own.input(None, js=f"() => {{ document.documentElement.dataset.{name} = 'chosen'; }}")
         self.prune.input(lambda prune: gr.update(visible=not prune), self.prune, self.gamma, **private)
         self.opacity.input(None, self.opacity, None, js=_BLEND)
         self.opacity.change(
@@ -356,7 +389,9 @@ class _Page:
         """A photograph that was dropped, pasted or chosen."""
         if file is None:
             return {self._photograph: _Refused("")}
-        found = self._checked(str(file["path"]))
+        found = (
+            self._checked(str(file["path"])) if file.get("path") else _Refused("There is no file in this; give one.")
+        )
         if isinstance(found, _Refused):
             # What is no image is not shown in its place either.
             return {self._photograph: found, self.file: None, self.example: None}
@@ -399,26 +434,54 @@ class _Page:
         """Show the photograph, or the mosaic, through the settings; all that is wrong is said in its place."""
         began = time.perf_counter()
         place = self.game if mode == "mosaic" else self.result
+        offered: dict[Any, Any] = {}
         try:
+            _check_texts(network=network, selector=selector, method=method, layers=layers)
+            self._check_network(network)
+            known = self._explorer.selectors(network)
+            if network != shown.network:
+                offered = {self.selector: gr.update(choices=self._selectors(network))}
+            note = ""
+            if selector in STATISTICAL_SELECTORS and selector not in known:
+                note = f" {_SELECTORS[selector]} needs statistics, but {network} has none; this is gradient energy."
+                selector, offered = (
+                    _FALLBACK,
+                    {self.selector: gr.update(choices=self._selectors(network), value=_FALLBACK)},
+                )
+            shown = replace(shown, network=network)
             view = View(
                 network=network,
                 target=_chosen(shown, photograph, network, target, stamp),
                 selector=selector,
                 method=method,
                 layers=layers,
-                quantile=quantile,
-                gamma=math.inf if prune else 10**gamma,
-                signed=signed,
-                opacity=opacity,
+                quantile=_number("quantile", quantile, 0, 1),
+                gamma=math.inf if prune else 10 ** _number("the power of gamma", gamma, -1, 3),
+                signed=bool(signed),
+                opacity=_number("opacity", opacity, 0, 1),
             )
             found = self._play(mosaic, view, shown) if mode == "mosaic" else self._explore(photograph, view, shown)
-            said = f"{time.perf_counter() - began:.2f} s. {found[self.status]}"
-            return found | {self.status: _status(said)} | self._offer_selectors(view, shown)
+            now = found[self._shown]
+            # The list falls back as well, by which the same is shown once more.
+            note = note or (shown.note if now.view == shown.view else "")
+            said = f"{time.perf_counter() - began:.2f} s. {found[self.status]}{note}"
+            return found | offered | {self.status: _status(said), self._shown: replace(now, note=note)}
         except _NothingYetError as missing:
             told = _message(str(missing))
         except ParchGradError as error:
             told = _message(str(error), refused=True)
-        return {place: told, self.status: "", self.code: "", self._shown: replace(shown, view=None, photographs=())}
+        shown = replace(shown, view=None, photographs=())
+        if mode == "single" and isinstance(photograph, _Refused):
+            # Classes of a photograph that is not here any more are none to choose from.
+            offered |= {part: gr.update(choices=[], value=None) for part in (self.top, self.target)}
+            shown = replace(shown, listed=None)
+        return offered | {place: told, self.status: "", self.code: "", self._shown: shown}
+
+    def _check_network(self, network: str) -> None:
+        if not (self._settings.any_network or network in self._settings.networks):
+            raise SettingError(
+                f"There is no network {network!r} here; there are: {', '.join(self._settings.networks)}."
+            )
 
     def _explore(self, photograph: Photograph | _Refused, view: View, shown: _Shown) -> dict[Any, Any]:
         found = self._explorer.explore(_usable([photograph])[0], view)
@@ -437,7 +500,7 @@ class _Page:
             }
         return lists | {
             self.result: _single_page(found),
-            self.status: f"{len(found.layers)} convolutions edited, from {found.layers[0]} to {found.layers[-1]}.",
+            self.status: _edited(found.layers),
             self._shown: _Shown(listed=listed, target=chosen, network=view.network, view=replace(view, target=chosen)),
             self.code: found.code,
         }
@@ -455,17 +518,12 @@ class _Page:
             self.code: found.code,
         }
 
-    def _offer_selectors(self, view: View, shown: _Shown) -> dict[Any, Any]:
-        return (
-            {} if view.network == shown.network else {self.selector: gr.update(choices=self._selectors(view.network))}
-        )
-
     def _rewrite(self, shown: _Shown, opacity: float) -> dict[Any, Any]:
         """The code for another opacity; the picture itself is blended in the browser."""
         if shown.view is None or shown.view.opacity == opacity:
             return {self.code: gr.skip()}
-        changed = replace(shown, view=replace(shown.view, opacity=opacity))
         try:
+            changed = replace(shown, view=replace(shown.view, opacity=_number("opacity", opacity, 0, 1)))
             return {self._shown: changed, self.code: self._found(changed).code}
         except ParchGradError:
             # The file is gone by now, which the next event says.
@@ -511,7 +569,26 @@ def _chosen(
     """The class to explain; None where the photograph or the network is new, and its prediction counts."""
     if shown.listed != (photograph, network):
         return None
-    return target if target is not None and stamp == _stamp(shown.listed) else shown.target
+    if target is None or stamp != _stamp(shown.listed):
+        return shown.target
+    if not isinstance(target, int):
+        raise SettingError(f"The class is {str(target)[:40]!r}, but it must be a whole number.")
+    return target
+
+
+def _check_texts(**settings: object) -> None:
+    """Look at what programs may send as they like, where the page has a list or a field."""
+    for name, value in settings.items():
+        if not isinstance(value, str):
+            raise SettingError(f"{name} is {str(value)[:40]!r}, but it must be a text.")
+        if len(value) > _LONGEST_TEXT:
+            raise SettingError(f"{name} is a text of {len(value):,} letters, but {_LONGEST_TEXT:,} are the most.")
+
+
+def _number(name: str, value: object, least: float, most: float) -> float:
+    if not isinstance(value, (int, float)) or not least <= value <= most:
+        raise SettingError(f"{name} is {str(value)[:40]}, but it must be a number from {least} to {most}.")
+    return value
 
 
 def _stamp(listed: object) -> str:
@@ -552,14 +629,32 @@ def _stem(found: Exploration | Game) -> str:
         if isinstance(found, Exploration)
         else ["mosaic", *(item.category for item in found.targets)]
     )
-    parts = [*shown, view.network, view.method, view.selector, f"layers {view.layers}", f"q{view.quantile:g}"]
-    return "_".join(re.sub(r"[^\w.]+", "-", part).strip("-.")[:40] for part in parts if part)[:180]
+    settings = [view.network, view.method, view.selector, f"layers {view.layers}", f"q{view.quantile:g}"]
+    settings += [] if math.isinf(view.gamma) else [f"gamma{_plain_number(view.gamma)}"]
+    settings += ["signed"] if view.signed else []
+
+    def joined(parts: Sequence[str]) -> str:
+        return "_".join(re.sub(r"[^\w.]+", "-", part).strip("-.")[:40] for part in parts if part)
+
+    # Names of four classes may be long; what tells two files apart is kept.
+    return f"{joined(shown)[:100]}_{joined(settings)}"
+
+
+def _plain_number(value: float) -> str:
+    """Three digits, without a power of ten."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def _edited(layers: Sequence[str]) -> str:
+    if len(layers) == 1:
+        return f"1 convolution edited, {layers[0]}."
+    return f"{len(layers)} convolutions edited, from {layers[0]} to {layers[-1]}."
 
 
 def _single_page(found: Exploration) -> str:
     view = found.view
     top, pictures = tinted(found.maps(), signed=view.signed)
-    strength = "" if math.isinf(view.gamma) else f", gamma {view.gamma:.3g}"
+    strength = "" if math.isinf(view.gamma) else f", gamma {_plain_number(view.gamma)}"
     return _render(
         "explorer_single.html",
         view,
@@ -689,7 +784,18 @@ def serve(settings: WebSettings | None = None, *, open_browser: bool = False) ->
                 state_session_capacity=1000,
                 theme=_theme(),
                 css=_style(),
-                app_kwargs={"middleware": [Middleware(RequestGuard, largest_file=largest_file)]},
+                app_kwargs={
+                    "middleware": [
+                        Middleware(
+                            RequestGuard,
+                            folder=Path(folder),
+                            largest_file=largest_file,
+                            # Those of a mosaic come together.
+                            files=CELLS,
+                            most_stored=int(settings.max_stored_megabytes * 2**20),
+                        )
+                    ]
+                },
             )
             yield url
         finally:
@@ -728,10 +834,16 @@ def _free_port(settings: WebSettings) -> int:
 def _files_in(folder: str) -> Iterator[None]:
     """Let Gradio keep its files in a folder, which it asks the environment for."""
     earlier = os.environ.get("GRADIO_TEMP_DIR")
+    # It makes an empty one besides, where it would have kept them when it was imported.
+    usual = Path(earlier or Path(tempfile.gettempdir(), "gradio"))
+    made = [path for path in (usual / "vibe_edit_history", usual) if not path.exists()]
     os.environ["GRADIO_TEMP_DIR"] = folder
     try:
         yield
     finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
         if earlier is None:
             del os.environ["GRADIO_TEMP_DIR"]
         else:

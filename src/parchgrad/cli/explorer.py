@@ -1,14 +1,19 @@
 """The command that serves the web explorer."""
 
 import logging
+import signal
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from parchgrad.cli.shared import console, error_console
+
+# Windows has no hang-up of the terminal.
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def explore(
@@ -26,26 +31,47 @@ def explore(
     ] = None,
     max_megabytes: Annotated[float, typer.Option(help="Size of the largest file that is taken.")] = 20,
     max_megapixels: Annotated[float, typer.Option(help="Size of the largest photograph that is taken.")] = 50,
+    max_stored_megabytes: Annotated[float, typer.Option(help="Size of all files that are kept together.")] = 2000,
     open_browser: Annotated[bool, typer.Option("--open/--no-browser", help="Open the page in a browser.")] = False,
 ) -> None:
     """Explore photographs on a page in the browser, offline; needs the extra web."""
-    with ExitStack() as served:
-        with error_console.status("Starting"):
-            from parchgrad.web import WebSettings, is_loopback, serve
-
-            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-            settings = WebSettings(
-                host=host,
-                port=port,
-                network=model,
-                statistics=statistics,
-                max_megabytes=max_megabytes,
-                max_megapixels=max_megapixels,
-                # What strangers type is not downloaded.
-                any_network=is_loopback(host),
-            )
-            url = served.enter_context(serve(settings, open_browser=open_browser))
-        console.print(f"Look at {url} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+    with _interrupted_by_signals(), ExitStack() as served:
         with suppress(KeyboardInterrupt):
+            with error_console.status("Starting"):
+                from parchgrad.web import WebSettings, is_loopback, serve
+
+                logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+                settings = WebSettings(
+                    host=host,
+                    port=port,
+                    network=model,
+                    statistics=statistics,
+                    max_megabytes=max_megabytes,
+                    max_megapixels=max_megapixels,
+                    max_stored_megabytes=max_stored_megabytes,
+                    # What strangers type is not downloaded.
+                    any_network=is_loopback(host),
+                )
+                url = served.enter_context(serve(settings, open_browser=open_browser))
+            console.print(f"Look at {url} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
             threading.Event().wait()
         error_console.print("Stopping.", highlight=False)
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let every signal that asks for the end interrupt like Ctrl-C, so that photographs of users are removed."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        # Once: what cleans up is not to be cut off.
+        for ending in _ENDING:
+            signal.signal(ending, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    # Set even where it is ignored, as a shell does for what runs in the background.
+    earlier = {ending: signal.signal(ending, interrupt) for ending in _ENDING}
+    try:
+        yield
+    finally:
+        for ending, handler in earlier.items():
+            signal.signal(ending, handler)
