@@ -4,6 +4,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,6 +23,7 @@ from parchgrad.evaluation.grid_pointing import make_mosaics
 from parchgrad.evaluation.runs import TargetChoice, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
+from parchgrad.files import refuse_special
 from parchgrad.models import Classifier, load_model
 from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.statistics import ChannelStatistics
@@ -323,11 +325,13 @@ def _open(settings: DataSettings, classifier: Classifier) -> Samples:
 
 def _read_toml(path: str | Path) -> dict[str, Any]:
     try:
+        refuse_special(path)
         with Path(path).open("rb") as file:
             read: dict[str, Any] = tomllib.load(file)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({error.strerror or error}); check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Numbers of thousands of digits are a plain ValueError.
         raise InputError(f"{str(path)!r} is no TOML ({error}); mend the line that it names.") from error
     return read
 
@@ -362,8 +366,17 @@ def _build(kind: type[T], given: Mapping[str, Any], place: str) -> T:
             values[name] = _convert(value, types[name], f"[{name}]")
         except ValueError as error:
             wanted = " or ".join(_words(types[name]))
-            raise SettingError(f"{_called(name)} in {place} is {value!r}, but it must be {wanted}.") from error
+            raise SettingError(f"{_called(name)} in {place} is {_short(value)}, but it must be {wanted}.") from error
     return kind(**values)
+
+
+def _short(value: object) -> str:
+    """A value of a file as it is quoted to its user, who knows the rest."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} without end"
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def _called(name: str) -> str:
@@ -390,7 +403,8 @@ def _convert(value: Any, wanted: Any, place: str) -> Any:
     elif (get_origin(wanted) is Literal and value in kinds) or type(value) is wanted:
         return value
     elif wanted is float and (type(value) is int or value == "inf"):
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     raise ValueError
 
 

@@ -1,30 +1,71 @@
-"""Writing files so that nothing half-written is ever seen and nothing is lost."""
+"""Files: written so that nothing half-written is ever seen and nothing is lost, and read only where that ends."""
 
+import errno
 import os
 import re
 import secrets
+import stat
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from parchgrad.errors import OutputError
 
-__all__ = ["check_outputs", "distinct_stems", "without_addresses", "writing"]
+__all__ = [
+    "check_outputs",
+    "distinct_stems",
+    "locked",
+    "refuse_special",
+    "remove_abandoned",
+    "without_addresses",
+    "writing",
+]
+
+# Seconds after which nobody writes a temporary file any more.
+_ABANDONED = 3600.0
 
 
 def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
-    """Raise `OutputError` if one of the files exists and `force` is off, or its folder can be neither used nor made."""
+    """Raise `OutputError` if one of the files exists and `force` is off, or its folder can be neither used nor made.
+
+    What is neither a file nor a folder, such as `/dev/null`, is never overwritten.
+    """
+    # The functions of os.path take what cannot be looked at for missing, where those of Path raise.
     for path in paths:
-        if not path.name or path.is_dir():
+        if not path.name or os.path.isdir(path):
             raise OutputError(f"{str(path)!r} is a folder; name a file in it.")
-        if path.exists() and not force:
+        if os.path.lexists(path) and not force:
             raise OutputError(
                 f"{str(path)!r} exists already; choose another place, or overwrite it: force=True, or --force on the "
                 "command line."
             )
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
+        _check_overwritable(path)
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
             raise OutputError(f"{str(path)!r} cannot be written below {str(folder)!r}; choose another folder.")
+
+
+def _check_overwritable(path: Path) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(f"{str(path)!r} is no plain file, and is not replaced by one; choose another place.")
+
+
+def refuse_special(path: str | Path) -> None:
+    """Raise `OSError` where a path names a pipe, a device or a socket, reading which may never end, or nothing at all.
+
+    Example:
+        >>> refuse_special("/dev/zero")
+        Traceback (most recent call last):
+        ...
+        OSError: [Errno 22] it is a pipe or device, not a plain file: '/dev/zero'
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or device, not a plain file", str(path))
 
 
 def distinct_stems(paths: Iterable[Path]) -> list[str]:
@@ -57,6 +98,9 @@ def without_addresses(text: str) -> str:
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; it takes its name when the block ends well, and is removed otherwise.
 
+    A process that is killed leaves the earlier file and the temporary one, whose name starts with a dot; the next time
+    that `path` is written, temporary files which nobody has touched for an hour are removed.
+
     Raises:
         OutputError: if the folder cannot be made or the file cannot be written.
 
@@ -70,18 +114,98 @@ def writing(path: Path) -> Iterator[Path]:
     """
     # The suffix stays last: writers choose the format by it.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    _check_overwritable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path, seconds=_ABANDONED)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         # safetensors makes files that nobody else may read, whatever the user's mask says.
         temporary.chmod(mode)
         temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"{str(path)!r} cannot be written ({reason}); choose another folder.") from error
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
     finally:
         # Gone already where all went well; a folder that could not be made has no such file either.
-        if temporary.parent.is_dir():
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: Exception) -> OutputError:
+    # safetensors tells the system's errors in its own words.
+    reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).rstrip(".")
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
+    remedy = "make room" if is_full else "check its permissions"
+    return OutputError(f"{str(path)!r} cannot be written ({reason}); {remedy}, or choose another folder.")
+
+
+def remove_abandoned(path: Path, *, seconds: float = 0.0) -> None:
+    """Remove what a killed process left of writing `path`, where nobody has touched it for a time.
+
+    Args:
+        path: what was written.
+        seconds: how long ago; 0 where nobody else can be writing.
+
+    Raises:
+        OSError: if a file may not be removed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in (".note.0123abcd.txt", ".notes.0123abcd.txt"):
+        ...         Path(folder, name).touch()
+        ...     remove_abandoned(Path(folder, "note.txt"))
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['.notes.0123abcd.txt']
+    """
+    hexadecimal = "[0-9a-f]" * 8
+    for file in path.parent.glob(f".{escape(path.stem)}.{hexadecimal}{escape(path.suffix)}"):
+        # Another process may have been quicker.
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime >= seconds:
+                file.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let nobody else, in whatever process, into such a block for the same path.
+
+    The lock is the operating system's: it ends with the process that holds it, however that ends.
+
+    Raises:
+        OutputError: if somebody else is in such a block, or its folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder, "rows")), locked(Path(folder, "rows")):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        parchgrad.errors.OutputError: ...rows' is being written by another run; wait for its end, or choose another...
+    """
+    # Imported where it is needed, so that --help answers at once.
+    from filelock import FileLock, Timeout
+
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(
+            f"{str(path)!r} is being written by another run; wait for its end, or choose another place."
+        ) from error
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    except NotImplementedError:
+        # On a file system that knows no locks nobody holds one.
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            # While it is held; Windows does not remove what is open, and an empty file is left there.
+            with suppress(OSError):
+                file.unlink()
+            lock.release()

@@ -17,6 +17,7 @@ from parchgrad.data.geometry import find_placement, turn_boxes
 from parchgrad.data.images import stored_frame
 from parchgrad.data.samples import Sample
 from parchgrad.errors import ImageError, SettingError
+from parchgrad.files import refuse_special
 
 __all__ = ["BoxedFolder"]
 
@@ -175,6 +176,7 @@ def _wrong(path: Path, reason: str) -> ImageError:
 
 def _read_annotation(path: Path) -> bytes:
     try:
+        refuse_special(path)
         with path.open("rb") as file:
             content = file.read(_LARGEST_ANNOTATION + 1)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Photographs from files."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from parchgrad.errors import ImageError
+from parchgrad.files import refuse_special
 
-__all__ = ["read_image", "stored_frame", "to_rgb"]
+__all__ = ["check_proportions", "read_image", "stored_frame", "to_rgb"]
 
 _ORIENTATION = 0x0112
+# A network's preprocessing scales the shorter side up to its own: a row of pixels would take gigabytes.
+_LONGEST = 1000
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -21,7 +25,8 @@ def read_image(path: str | Path) -> Image.Image:
         path: any format that Pillow reads; of an animation the first frame.
 
     Raises:
-        ImageError: if there is no such file, or it is no complete image, or an unreasonably large one.
+        ImageError: if there is no such file, or it is no complete image, or one of more than 178 million pixels, or
+            more than a thousand times as long as wide.
 
     Example:
         >>> import tempfile
@@ -32,7 +37,27 @@ def read_image(path: str | Path) -> Image.Image:
         (4, 3)
     """
     with _opened(path) as opened:
-        return to_rgb(ImageOps.exif_transpose(opened))
+        check_proportions(opened)
+        # In place, since a large photograph is held as few times as may be.
+        ImageOps.exif_transpose(opened, in_place=True)
+        return to_rgb(opened)
+
+
+def check_proportions(image: Image.Image) -> None:
+    """Raise `ImageError` if an image has no pixels, or is more than a thousand times as long as wide.
+
+    Example:
+        >>> check_proportions(Image.new("1", (2000, 2)))
+        >>> check_proportions(Image.new("1", (2001, 2)))
+        Traceback (most recent call last):
+        ...
+        parchgrad.errors.ImageError: An image of 2001 x 2 pixels is too narrow to be looked at; cut a wider part out.
+    """
+    short, long = sorted(image.size)
+    if short == 0 or long > _LONGEST * short:
+        raise ImageError(
+            f"An image of {image.width} x {image.height} pixels is too narrow to be looked at; cut a wider part out."
+        )
 
 
 def stored_frame(path: str | Path) -> tuple[int, int, int]:
@@ -57,6 +82,7 @@ def stored_frame(path: str | Path) -> tuple[int, int, int]:
         ((4, 3, 6), (3, 4))
     """
     with _opened(path) as opened:
+        check_proportions(opened)
         orientation = opened.getexif().get(_ORIENTATION, 1)
         return *opened.size, orientation if orientation in range(1, 9) else 1
 
@@ -65,8 +91,15 @@ def stored_frame(path: str | Path) -> tuple[int, int, int]:
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong with it becomes an `ImageError` of one sentence."""
     try:
-        with Image.open(path) as opened:
-            yield opened
+        refuse_special(path)
+        with warnings.catch_warnings():
+            # Of odd metadata and of many pixels, neither of which makes an image unreadable. Those of Pillow alone:
+            # of several threads one may find the filters of another.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with Image.open(path) as opened:
+                yield opened
+    except ImageError as error:
+        raise ImageError(f"{str(path)!r} cannot be used: {error}") from error
     except FileNotFoundError as error:
         raise ImageError(f"There is no file {str(path)!r}; check the path.") from error
     except IsADirectoryError as error:
@@ -91,13 +124,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         (255, 255, 255)
     """
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values = values * (255 / 65535)
+            values *= np.float32(255 / 65535)
         elif image.mode == "F" and values.max(initial=0) <= 1:
-            values = values * 255
-        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+            values *= 255
+        levels = np.rint(values.clip(0, 255, out=values), out=values).astype(np.uint8)
+        return Image.fromarray(levels).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
+        coloured = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
     return image.convert("RGB")

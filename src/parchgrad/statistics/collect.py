@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from parchgrad.errors import InputError, LayerError, ModelError, ParchGradError, SettingError, StatisticsError
-from parchgrad.files import without_addresses
+from parchgrad.files import locked, without_addresses
 from parchgrad.layers import (
     Convolution,
     LayerChoice,
@@ -91,7 +91,7 @@ def collect_statistics(
         StatisticsError: if there are no images, labels are missing or out of range, a layer takes no part, the
             checkpoint was made with another model, data or settings, or another process is lost.
         ModelError: if the model holds no convolution, is in training mode, or its output are no logits.
-        OutputError: if the checkpoint cannot be written.
+        OutputError: if the checkpoint cannot be written, or another run is writing it.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
@@ -120,7 +120,9 @@ def collect_statistics(
             check_parts(Path(checkpoint), processes.count)
             path = part_of_process(Path(checkpoint), processes.rank, processes.count)
         batches = _Batches(data, batch_size, workers, labels, processes)
-        found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
+        # Two that go on from one checkpoint would write it by turns.
+        with nullcontext() if path is None else locked(path):
+            found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
         for part in processes.gather({} if found is None else found.tensors()):
             if found is not None and part:
                 found.merge(Accumulator.restored(part, seed=seed))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad.errors import StatisticsError
+from parchgrad.files import refuse_special
 from parchgrad.layers import find_convolutions
 from parchgrad.statistics.layer import RankedLayerStatistics
 from parchgrad.statistics.store import ChannelStatistics
@@ -87,6 +88,7 @@ def read_tensor_list(path: Path) -> list[Tensor]:
         StatisticsError: if the file is missing, damaged, or holds anything but a list of tensors.
     """
     try:
+        refuse_special(path)
         content = path.read_bytes()
         _check_opcodes(content)
         value = _TensorUnpickler(io.BytesIO(content)).load()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
-from parchgrad.files import writing
+from parchgrad.files import refuse_special, writing
 from parchgrad.layers import Convolution, check_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
 from parchgrad.statistics.layer import AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
@@ -344,6 +344,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
                 is of another model; the layer or field is named.
         """
         try:
+            refuse_special(path)
             with safe_open(path, framework="pt") as opened:
                 header = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
