@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from parchgrad.errors import OutputError
+from parchgrad.errors import OutputError, reason_of
 
 __all__ = [
     "check_outputs",
@@ -134,7 +134,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 def _cannot_write(path: Path, error: Exception) -> OutputError:
     # safetensors tells the system's errors in its own words.
-    reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).rstrip(".")
+    reason = reason_of(error)
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
     remedy = "make room" if is_full else "check its permissions"
     return OutputError(f"{str(path)!r} cannot be written ({reason}); {remedy}, or choose another folder.")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from parchgrad._version import __version__
-from parchgrad.errors import InputError
+from parchgrad.errors import InputError, reason_of
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Example, Examples, choose_examples
 from parchgrad.evaluation.report import (
     BASELINE,
@@ -177,7 +177,9 @@ def _count_words(folder: str | Path, images: int) -> str:
         if type(asked) is not int:
             raise ValueError("it does not say of how many images it is")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"The run in {str(folder)!r} cannot be read ({error}); evaluate it again.") from error
+        raise InputError(
+            f"The run in {str(folder)!r} cannot be read ({reason_of(error)}); evaluate it again."
+        ) from error
     return f"{images} images" if asked == images else f"{images} of {asked} images, since the run is not finished"
 
 

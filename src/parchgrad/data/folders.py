@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from parchgrad.data.images import read_image
-from parchgrad.errors import ImageError
+from parchgrad.errors import ImageError, reason_of
 from parchgrad.files import refuse_special, without_addresses
 
 __all__ = ["PhotographFolder", "find_files", "match_classes"]
@@ -167,7 +167,7 @@ def _size(file: Path) -> int:
 
 
 def _cannot_read(place: str | Path, error: OSError) -> ImageError:
-    return ImageError(f"{str(place)!r} cannot be read ({error.strerror or error}); check its permissions.")
+    return ImageError(f"{str(place)!r} cannot be read ({reason_of(error)}); check its permissions.")
 
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from parchgrad.errors import ImageError
+from parchgrad.errors import ImageError, reason_of
 from parchgrad.files import refuse_special
 
-__all__ = ["check_proportions", "read_image", "stored_frame", "to_rgb"]
+__all__ = ["check_proportions", "opened_image", "read_image", "stored_frame", "to_rgb"]
 
 _ORIENTATION = 0x0112
 # A network's preprocessing scales the shorter side up to its own: a row of pixels would take gigabytes.
@@ -36,7 +36,7 @@ def read_image(path: str | Path) -> Image.Image:
         ...     read_image(path).size
         (4, 3)
     """
-    with _opened(path) as opened:
+    with opened_image(path) as opened:
         check_proportions(opened)
         # In place, since a large photograph is held as few times as may be.
         ImageOps.exif_transpose(opened, in_place=True)
@@ -81,15 +81,25 @@ def stored_frame(path: str | Path) -> tuple[int, int, int]:
         ...     stored_frame(path), read_image(path).size
         ((4, 3, 6), (3, 4))
     """
-    with _opened(path) as opened:
+    with opened_image(path) as opened:
         check_proportions(opened)
         orientation = opened.getexif().get(_ORIENTATION, 1)
         return *opened.size, orientation if orientation in range(1, 9) else 1
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image; whatever goes wrong with it becomes an `ImageError` of one sentence."""
+def opened_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image without decoding it; whatever goes wrong with it in the block becomes an `ImageError`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "wrong.gif")
+        ...     Image.new("L", (4, 3)).save(path, "PNG")
+        ...     with opened_image(path) as image:
+        ...         image.format
+        'PNG'
+    """
     try:
         refuse_special(path)
         with warnings.catch_warnings():
@@ -107,13 +117,14 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ImageError(f"{str(path)!r} is no image that can be read; give a JPEG, PNG or similar file.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{str(path)!r} has too many pixels ({error}); scale it down first.") from error
+        raise ImageError(f"{str(path)!r} has too many pixels ({reason_of(error)}); scale it down first.") from error
     except PermissionError as error:
         raise ImageError(f"{str(path)!r} may not be read; check its permissions.") from error
     except Exception as error:
         # Pillow's many decoders raise what they like on damaged files.
-        reason = str(error).strip() or type(error).__name__
-        raise ImageError(f"{str(path)!r} cannot be read ({reason}); the file may be cut off or damaged.") from error
+        raise ImageError(
+            f"{str(path)!r} cannot be read ({reason_of(error)}); the file may be cut off or damaged."
+        ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from parchgrad.data.samples import Samples
-from parchgrad.errors import InputError, SettingError
+from parchgrad.errors import InputError, SettingError, reason_of
 from parchgrad.evaluation.methods import CONTROLS, Method
 from parchgrad.evaluation.scores import HEADLINES, SCORES
 from parchgrad.evaluation.summary import valid_mean
@@ -147,8 +147,8 @@ class Examples:
                     raise ValueError(f"a class of {example.image!r} has no name")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise InputError(
-                f"{str(path)!r} cannot be read as the examples of a run ({error}); delete it, and run the evaluation "
-                "again, which makes it anew."
+                f"{str(path)!r} cannot be read as the examples of a run ({reason_of(error)}); delete it, and run the "
+                "evaluation again, which makes it anew."
             ) from error
         return cls(choice=choice, categories=categories, pictures=pictures, maps=maps)
 

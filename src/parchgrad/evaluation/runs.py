@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from parchgrad._version import __version__
 from parchgrad.data.samples import Sample, Samples
-from parchgrad.errors import InputError, OutputError, SettingError
+from parchgrad.errors import InputError, OutputError, SettingError, reason_of
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Choice, Examples, MakePicture, choose_examples, make_examples
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import Method
@@ -184,8 +184,8 @@ def read_rows(folder: str | Path) -> list[Row]:
                 row = _checked_row(json.loads(line))
             except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f"Line {number} of {str(file)!r} is no row of a run ({error}); remove it, and run the evaluation "
-                    "again."
+                    f"Line {number} of {str(file)!r} is no row of a run ({reason_of(error)}); remove it, and run the "
+                    "evaluation again."
                 ) from error
             found.setdefault((row["setting"], row["index"]), row)
     order = {title: place for place, title in enumerate(dict.fromkeys(title for title, _ in found))}
@@ -423,7 +423,7 @@ class _Appender:
             raise self._cannot(error) from error
 
     def _cannot(self, error: OSError) -> OutputError:
-        return OutputError(f"{str(self._path)!r} cannot be written ({error.strerror or error}); choose another folder.")
+        return OutputError(f"{str(self._path)!r} cannot be written ({reason_of(error)}); choose another folder.")
 
 
 def _plain(value: object) -> object:
@@ -437,7 +437,7 @@ def _complete_lines(file: Path) -> Iterator[bytes]:
         with file.open("rb") as opened:
             yield from (line for line in opened if line.endswith(b"\n"))
     except OSError as error:
-        raise InputError(f"{str(file)!r} cannot be read ({error.strerror or error}); choose another folder.") from error
+        raise InputError(f"{str(file)!r} cannot be read ({reason_of(error)}); choose another folder.") from error
 
 
 def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
@@ -451,7 +451,7 @@ def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
         refuse_special(path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error}); choose another folder.") from error
+        raise InputError(f"{str(path)!r} cannot be read ({reason_of(error)}); choose another folder.") from error
     different = [key for key, value in wanted.items() if not isinstance(found, dict) or found.get(key) != value]
     if different:
         raise SettingError(

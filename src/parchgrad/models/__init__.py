@@ -153,7 +153,8 @@ def find_category(query: str, categories: Sequence[str], model: str) -> int:
         >>> find_category("Tabby", ["pug", "tabby"], "resnet18")
         1
     """
-    if query.strip().isdecimal():
+    # A number of thousands of digits is no index, and none that Python would read.
+    if query.strip().isdecimal() and len(query) < 20:
         index = int(query)
         if index < len(categories):
             return index

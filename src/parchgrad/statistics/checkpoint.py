@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parchgrad.errors import StatisticsError
+from parchgrad.errors import StatisticsError, reason_of
 from parchgrad.files import refuse_special, remove_abandoned, writing
 
 __all__ = ["check_parts", "differences", "part_of_process", "read_checkpoint", "remove_checkpoints", "write_checkpoint"]
@@ -71,7 +71,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
         earlier = {str(name): str(text) for name, text in dict(json.loads(header["settings"])).items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticsError(
-            f"The checkpoint {str(path)!r} cannot be read ({error}); delete it to start anew."
+            f"The checkpoint {str(path)!r} cannot be read ({reason_of(error)}); delete it to start anew."
         ) from error
     differing = differences(earlier, settings)
     if differing:

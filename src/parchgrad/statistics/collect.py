@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from parchgrad.errors import InputError, LayerError, ModelError, ParchGradError, SettingError, StatisticsError
+from parchgrad.errors import (
+    InputError,
+    LayerError,
+    ModelError,
+    ParchGradError,
+    SettingError,
+    StatisticsError,
+    reason_of,
+)
 from parchgrad.files import locked, without_addresses
 from parchgrad.layers import (
     Convolution,
@@ -152,7 +160,7 @@ def _collect(
     on_progress: Progress | None,
 ) -> Accumulator | None:
     """Gather the batches of this process, from where its checkpoint stands; nothing where it has no batch."""
-    accumulator, done = saver.restored(seed)
+    accumulator, done = saver.restored(batches, seed)
     device = next(model.parameters()).device
     if accumulator is not None and on_progress is not None:
         on_progress("images", accumulator.images, batches.images)
@@ -271,16 +279,19 @@ class _Saver:
     def __init__(self, path: Path | None, settings: Mapping[str, str], every: int) -> None:
         self._path, self._settings, self._every = path, settings, every
 
-    def restored(self, seed: int) -> tuple[Accumulator | None, int]:
+    def restored(self, batches: "_Batches", seed: int) -> tuple[Accumulator | None, int]:
         """What was gathered, and the number of batches that is."""
         tensors = None if self._path is None else read_checkpoint(self._path, self._settings)
         if tensors is None:
             return None, 0
         try:
-            return Accumulator.restored(tensors, seed=seed), int(tensors["batches"])
-        except (KeyError, ValueError, RuntimeError) as error:
+            found, done = Accumulator.restored(tensors, seed=seed), int(tensors["batches"])
+            if found.images != batches.images_of(done):
+                raise ValueError(f"it says that {done} batches hold {found.images} images")
+            return found, done
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise StatisticsError(
-                f"The checkpoint {str(self._path)!r} is damaged ({error}); delete it to start anew."
+                f"The checkpoint {str(self._path)!r} is damaged ({reason_of(error)}); delete it to start anew."
             ) from error
 
     def save_at_times(self, accumulator: Accumulator, batches: int, *, is_last: bool) -> None:
@@ -307,6 +318,12 @@ class _Batches:
             starts = range(0, len(data), batch_size)[processes.rank :: processes.count]
             self._numbers = [range(start, min(start + batch_size, len(data))) for start in starts]
             self.count, self.images = len(self._numbers), sum(len(numbers) for numbers in self._numbers)
+
+    def images_of(self, done: int) -> int | None:
+        """Number of images in the first `done` batches; None where there are not as many."""
+        if self._numbers is None or not 0 <= done <= len(self._numbers):
+            return None
+        return sum(len(numbers) for numbers in self._numbers[:done])
 
     def after(self, done: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Numbers, inputs and given labels of each batch but the first `done`; no labels where they are predicted."""
@@ -363,7 +380,7 @@ def _unwrapped(batches: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from batches
     except ParchGradError as error:
-        lines = str(error).strip().splitlines()
+        lines = str(error.args[0]).strip().splitlines()
         if len(lines) < 2:
             raise
         raise type(error)(lines[-1].split(": ", 1)[-1]) from error

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
+from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning, reason_of
 from parchgrad.files import refuse_special, writing
 from parchgrad.layers import Convolution, check_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
@@ -354,7 +354,8 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             if Path(path).is_dir():
                 raise StatisticsError(f"{str(path)!r} is a folder; give a statistics file in it.") from error
             raise StatisticsError(
-                f"{str(path)!r} cannot be read as channel statistics ({error}); it may be cut off or of another kind."
+                f"{str(path)!r} cannot be read as channel statistics ({reason_of(error)}); it may be cut off or of "
+                "another kind."
             ) from error
         if header.get("format") != _FORMAT:
             raise StatisticsError(f"{str(path)!r} holds no channel statistics; collect some, or give another file.")
@@ -464,5 +465,5 @@ def _layer_from(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], path: s
         raise StatisticsError(f"Layer {layer!r} in {str(path)!r} does not fit: {error}") from error
     except TypeError as error:
         raise StatisticsError(
-            f"Layer {layer!r} in {str(path)!r} is described wrongly ({error}); collect again."
+            f"Layer {layer!r} in {str(path)!r} is described wrongly ({reason_of(error)}); collect again."
         ) from error
