@@ -14,6 +14,8 @@ from parchgrad.files import refuse_special
 __all__ = ["check_proportions", "opened_image", "read_image", "stored_frame", "to_rgb"]
 
 _ORIENTATION = 0x0112
+# Pillow would have Ghostscript run these.
+_PROGRAMS = ("EPS",)
 # A network's preprocessing scales the shorter side up to its own: a row of pixels would take gigabytes.
 _LONGEST = 1000
 
@@ -107,6 +109,10 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
             # of several threads one may find the filters of another.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with Image.open(path) as opened:
+                if opened.format in _PROGRAMS:
+                    raise ImageError(
+                        f"it is an {opened.format} file, which is a program rather than pixels; give a JPEG or PNG."
+                    )
                 yield opened
     except ImageError as error:
         raise ImageError(f"{str(path)!r} cannot be used: {error}") from error

@@ -21,7 +21,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torchvision import transforms
 
-from parchgrad.data.images import to_rgb
+from parchgrad.data.images import check_proportions, to_rgb
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
 from parchgrad.shapes_network import ShapesNetwork
@@ -62,7 +62,12 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Preprocess one photograph of any mode into a tensor (3, H, W), or (1, H, W) by a grey transform."""
+        """Preprocess one photograph of any mode into a tensor (3, H, W), or (1, H, W) by a grey transform.
+
+        Raises:
+            ImageError: if it has no pixels, or is more than a thousand times as long as wide.
+        """
+        check_proportions(image)
         return self.transform(to_rgb(image))
 
     def picture(self, inputs: Tensor) -> NDArray[Any]:
