@@ -6,6 +6,7 @@ __all__ = [
     "LayerError",
     "ModelError",
     "ModelWarning",
+    "NonFiniteError",
     "OutputError",
     "ParchGradError",
     "SettingError",
@@ -34,6 +35,10 @@ class ModelError(ParchGradError):
 
 class InputError(ParchGradError):
     """The input tensor cannot be explained: not finite, wrong shape or dtype."""
+
+
+class NonFiniteError(ParchGradError):
+    """Scores or maps are NaN or infinite, though the input is not; the message names the layer where it began."""
 
 
 class TargetError(ParchGradError):

@@ -18,8 +18,8 @@ from parchgrad.files import without_addresses
 from parchgrad.layers import (
     Convolution,
     LayerChoice,
+    bare_model,
     check_evaluation_mode,
-    check_model,
     choose_layers,
     find_convolutions,
 )
@@ -102,7 +102,7 @@ def collect_statistics(
     """
     # Joined first: a process that stops at a check must not leave the others waiting for it to join.
     with joined_processes() as processes:
-        check_model(model)
+        model = bare_model(model)
         check_evaluation_mode(model)
         _check_settings(data, labels, batch_size, workers, checkpoint_every, seed, metadata or {})
         chosen = choose_layers(model, layers)
@@ -204,7 +204,7 @@ def collect_gaps(model: nn.Module, batches: Iterable[Any], layer: str) -> Tensor
         tensor([[1.5000, 0.0000],
                 [0.0000, 1.5000]])
     """
-    check_model(model)
+    model = bare_model(model)
     check_evaluation_mode(model)
     convolution = _convolution_named(model, layer)
     if isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
 from parchgrad.files import writing
-from parchgrad.layers import Convolution, check_model, find_convolutions
+from parchgrad.layers import Convolution, bare_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
 from parchgrad.statistics.layer import AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
 from parchgrad.statistics.tests import TTest
@@ -29,6 +29,7 @@ _VERSION = "1"
 _SUFFIX = ".safetensors"
 # No layer has this name, since module names hold no colon.
 _KEYS = ":keys"
+_VIEWS = ("layers", "metadata", "weight_digests")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,6 +46,14 @@ class RowSample:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", MappingProxyType(dict(self.rows)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Read-only views cannot be pickled; plain dicts take their place on the way."""
+        return {**vars(self), "rows": dict(self.rows)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the view again."""
+        vars(self).update(state, rows=MappingProxyType(state["rows"]))
 
 
 def weight_digest(convolution: Convolution) -> str:
@@ -90,8 +99,16 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
     sample: RowSample | None = field(default=None, kw_only=True)
     model_classes: int = field(default=0, kw_only=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Read-only views cannot be pickled; plain dicts take their place on the way."""
+        return {**vars(self), **{name: dict(getattr(self, name)) for name in _VIEWS}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the views again."""
+        vars(self).update(state, **{name: MappingProxyType(state[name]) for name in _VIEWS})
+
     def __post_init__(self) -> None:
-        for name in ("layers", "metadata", "weight_digests"):
+        for name in _VIEWS:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         if not self.layers:
             raise StatisticsError("Channel statistics need at least one layer; none was given.")
@@ -282,7 +299,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise `StatisticsError` naming the first layer that the model lacks, or has otherwise than here."""
-        check_model(model)
+        model = bare_model(model)
         convolutions = find_convolutions(model)
         for name, layer in self.items():
             if name not in convolutions:
