@@ -58,7 +58,8 @@ pictures: $(VENV)/.dev  ## draw the pictures of README and docs again
 notebooks: $(VENV)/.dev  ## run the notebooks of docs/ again and write their outputs into them
 	$(BIN)/python tools/run_notebooks.py
 
-bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistics; an hour, on a quiet machine
+bench: $(VENV)/.dev  ## measure imports, speed and memory beside Captum, and statistics; an hour, on a quiet machine
+	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/class_log_p.py
 	$(BIN)/python benchmarks/collection.py
