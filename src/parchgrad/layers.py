@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from parchgrad.checks import is_number
 from parchgrad.errors import LayerError, ModelError
 
 __all__ = [
@@ -33,7 +34,8 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_evaluation_mode(model: nn.Module) -> None:
-    """Raise `ModelError` if the model or a part of it is in training mode."""
+    """Raise `ModelError` if what is given is no module, or it or a part of it is in training mode."""
+    check_model(model)
     if any(module.training for module in model.modules()):
         name = next(name for name, module in model.named_modules() if module.training)
         part = f"{type(model).__name__} (in {name!r})" if name else type(model).__name__
@@ -52,6 +54,7 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
         >>> list(find_convolutions(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))))
         ['0', '2']
     """
+    check_model(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
     if not convolutions:
         raise ModelError(
@@ -87,7 +90,7 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
     convolutions = find_convolutions(model)
     if isinstance(layers, bool) or layers is None:
         raise _not_a_choice(layers)
-    if isinstance(layers, (int, float)):
+    if is_number(layers):
         chosen = _last(convolutions, float(layers))
     elif layers == "default":
         chosen = _default_names(model, convolutions)
