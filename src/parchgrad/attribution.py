@@ -12,6 +12,7 @@ import captum.attr
 import torch
 from torch import Tensor, nn
 
+from parchgrad.checks import check_kind, is_number, is_whole_number
 from parchgrad.diagnosis import check_weights, find_non_finite
 from parchgrad.engine import (
     ParchGrad,
@@ -109,7 +110,7 @@ class Explainer:
             StatisticsError: if the selector's statistics do not fit the layers.
         """
         model = bare_model(model)
-        if internal_batch_size is not None and not (isinstance(internal_batch_size, int) and internal_batch_size > 0):
+        if internal_batch_size is not None and not (is_whole_number(internal_batch_size) and internal_batch_size > 0):
             raise SettingError(
                 f"internal_batch_size is {internal_batch_size!r}, but it must be a whole number from 1 on."
             )
@@ -163,7 +164,7 @@ class Explainer:
             NonFiniteError: if scores or maps are NaN or infinite; it names the layer where that began.
         """
         check_evaluation_mode(self._model)
-        _check_inputs(inputs)
+        check_inputs(inputs)
         with torch.inference_mode(False), torch.enable_grad():
             batch = inputs.detach().clone()
             head: Logits | Output
@@ -230,7 +231,7 @@ class Explainer:
             NonFiniteError: if logits are NaN or infinite; it names the layer where that began.
         """
         check_evaluation_mode(self._model)
-        _check_inputs(inputs)
+        check_inputs(inputs)
         logits = Logits(self._model, -1, self._pick_logits)
         size = self._internal_batch_size or inputs.shape[0]
         with torch.no_grad():
@@ -285,11 +286,15 @@ def signed_heatmap(attribution: Tensor) -> Tensor:
 
 
 def _check_map(attribution: Tensor) -> None:
+    check_kind("The attribution", attribution, Tensor, "give a tensor (B, C, *S)", error=InputError)
+    if not attribution.is_floating_point():
+        raise InputError(f"The attribution is {attribution.dtype}, but a heat map needs floating point; call .float().")
     if attribution.dim() < 3:
         raise InputError(f"The attribution has shape {tuple(attribution.shape)}, but a heat map needs (B, C, *S).")
 
 
-def _check_inputs(inputs: Tensor) -> None:
+def check_inputs(inputs: Tensor) -> None:
+    """Raise `InputError` unless the inputs are a batch (B, C, *S) of finite floating-point numbers."""
     if not isinstance(inputs, Tensor):
         raise InputError(f"The inputs are a {type(inputs).__name__}, but a tensor (B, C, *S) is needed.")
     if inputs.dim() < 3 or inputs.shape[0] == 0:
@@ -308,6 +313,7 @@ def _targets_per_row(target: Target, inputs: Tensor) -> Tensor:
 
 def _find_method(name: str, options: Mapping[str, Any]) -> "_CaptumMethod | _SmoothGrad":
     """Build the method from its name and options, all of which must exist."""
+    check_kind("method", name, str, f"give one of {', '.join(METHODS)}, or a Captum class name", wanted="a name")
     if name == "smoothgrad":
         _check_options(name, options, {member.name for member in fields(_SmoothGrad)})
         return _SmoothGrad(**options)
@@ -353,10 +359,10 @@ class _CaptumMethod:
         _check_options(self.name, self.options, {*constructor, *call} - _RESERVED)
         for option, parameter in {**constructor, **call}.items():
             if parameter.default is inspect.Parameter.empty and option not in {*_RESERVED, *self.options}:
-                raise SettingError(f"method {self.name!r} needs the option {option!r}; give it as {option}=...")
+                raise SettingError(f"method {self.name!r} needs the option {option!r}; give it by name.")
         for option in ("n_steps", "n_samples"):
             value = self.options.get(option, 1)
-            if not isinstance(value, int) or value < 1:
+            if not is_whole_number(value) or value < 1:
                 raise SettingError(f"{option} is {value!r}, but it must be a whole number from 1 on.")
 
     def _parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
@@ -435,12 +441,12 @@ class _SmoothGrad:
     name: ClassVar[str] = "smoothgrad"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.samples, int) or self.samples < 1:
+        if not is_whole_number(self.samples) or self.samples < 1:
             raise SettingError(f"samples is {self.samples!r}, but it must be a whole number from 1 on.")
-        if not isinstance(self.sigma, int | float) or not 0 <= self.sigma < math.inf:
+        if not is_number(self.sigma) or not 0 <= self.sigma < math.inf:
             raise SettingError(f"sigma is {self.sigma!r}, but it must be a share of the input's range, 0 or more.")
-        if not isinstance(self.seed, int):
-            raise SettingError(f"seed is {self.seed!r}, but it must be a whole number.")
+        if not is_whole_number(self.seed) or abs(self.seed) >= 2**63:
+            raise SettingError(f"seed is {self.seed!r}, but it must be a whole number of fewer than 64 bits.")
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -459,7 +465,7 @@ class _SmoothGrad:
         batch = inputs.shape[0]
         clean = inputs.detach()
         # The same noise for every row, drawn on the CPU: a row's map depends on neither its batch nor the device.
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         noise = torch.randn(self.samples, *clean.shape[1:], generator=generator).to(clean)
         spread = self.sigma * (clean.flatten(1).amax(dim=1) - clean.flatten(1).amin(dim=1))
         spread = spread.reshape(batch, *[1] * clean.dim())

@@ -609,14 +609,17 @@ def integer_targets(target: Target) -> Tensor:
             "or one per row, shape (B,)."
         )
     if int(targets.min()) < 0:
-        raise TargetError(f"target holds {int(targets.min())}, but class indices start at 0.")
+        raise TargetError(f"target holds {int(targets.min())}, but class indices start at 0; give one from there on.")
     return targets.reshape(-1).long()
 
 
 def check_target_range(highest: int, classes: int) -> None:
     """Raise `TargetError` if the highest target is no class of a model with this many classes."""
     if highest >= classes:
-        raise TargetError(f"target {highest} is out of range: the model has {classes} classes, 0 to {classes - 1}.")
+        raise TargetError(
+            f"target {highest} is out of range: the model has {classes} classes, 0 to {classes - 1}; choose one of "
+            "these."
+        )
 
 
 def check_target_count(targets: Tensor, rows: int, what: str) -> None:

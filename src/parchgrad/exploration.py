@@ -353,7 +353,9 @@ class Explorer:
         ranked = probabilities.argsort(descending=True).tolist()
         target = ranked[0] if view.target is None else view.target
         if not 0 <= target < len(ranked):
-            raise TargetError(f"Class {target} is out of range: {view.network} has {len(ranked)} classes.")
+            raise TargetError(
+                f"Class {target} is out of range: {view.network} has {len(ranked)} classes; choose one of them."
+            )
         key = (view.network, photograph.key, target)
         explainer, partitioned, plain = self._attribute(network, view, inputs, (target,), key)
         return Exploration(
@@ -376,7 +378,7 @@ class Explorer:
             ParchGradError: if one cannot be read, or a setting does not fit the network.
         """
         if len(photographs) != CELLS:
-            raise InputError(f"A mosaic needs {CELLS} photographs, but {len(photographs)} are given.")
+            raise InputError(f"A mosaic needs {CELLS} photographs, but {len(photographs)} are given; give as many.")
         network = self._network(view.network)
         inputs = mosaic(
             torch.cat([self._inputs(network, photograph) for photograph in photographs]), rows=ROWS, columns=COLUMNS

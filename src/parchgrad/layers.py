@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from parchgrad.checks import is_number
 from parchgrad.errors import LayerError, ModelError
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LayerChoice",
     "bare_model",
     "check_evaluation_mode",
+    "check_model",
     "choose_layers",
     "find_convolutions",
     "parse_layers",
@@ -23,6 +25,14 @@ __all__ = [
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LayerChoice: TypeAlias = str | float | Sequence[str] | Sequence[nn.Module]
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `ModelError` if what is given is no module."""
+    if not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)
+        hint = "give its .model" if isinstance(inner, nn.Module) else "give the network itself"
+        raise ModelError(f"The model is a {type(model).__name__}, but a torch.nn.Module is needed; {hint}.")
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -36,10 +46,7 @@ def bare_model(model: nn.Module) -> nn.Module:
         >>> bare_model(model) is model
         True
     """
-    if not isinstance(model, nn.Module):
-        inner = getattr(model, "model", None)
-        hint = "give its .model" if isinstance(inner, nn.Module) else "give the network itself"
-        raise ModelError(f"The model is a {type(model).__name__}, but a torch.nn.Module is needed; {hint}.")
+    check_model(model)
     if isinstance(model, nn.DataParallel):
         raise ModelError(
             "DataParallel copies the model in every pass, out of reach of hooks; explain model.module, one process "
@@ -50,7 +57,8 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def check_evaluation_mode(model: nn.Module) -> None:
-    """Raise `ModelError` if the model or a part of it is in training mode."""
+    """Raise `ModelError` if what is given is no module, or it or a part of it is in training mode."""
+    check_model(model)
     if any(module.training for module in model.modules()):
         name = next(name for name, module in model.named_modules() if module.training)
         part = f"{type(model).__name__} (in {name!r})" if name else type(model).__name__
@@ -69,6 +77,7 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
         >>> list(find_convolutions(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))))
         ['0', '2']
     """
+    check_model(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
     if not convolutions:
         raise ModelError(
@@ -105,7 +114,7 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
     _check_more_than_patches(model, convolutions)
     if isinstance(layers, bool) or layers is None:
         raise _not_a_choice(layers)
-    if isinstance(layers, (int, float)):
+    if is_number(layers):
         chosen = _last(convolutions, float(layers))
     elif layers == "default":
         chosen = _default_names(model, convolutions)

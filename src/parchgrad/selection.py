@@ -12,6 +12,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from parchgrad.checks import check_kind, is_number, is_whole_number
 from parchgrad.errors import SettingError, StatisticsError
 from parchgrad.partition import at_least_float32, safe_norm, without_autocast
 from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
@@ -134,7 +135,7 @@ def _kept_count(scores: Tensor, quantile: float) -> int:
 
 
 def _check_quantile(quantile: float) -> None:
-    if not isinstance(quantile, int | float) or not 0 < quantile <= 1:
+    if not is_number(quantile) or not 0 < quantile <= 1:
         raise SettingError(f"quantile is {quantile!r}, but it must lie in (0, 1]: the share of channels that is kept.")
 
 
@@ -145,13 +146,13 @@ def _check_threshold(quantile: float | None, alpha: float | None) -> None:
         raise SettingError(f"Exactly one of quantile and alpha must be given, but {given}.")
     if quantile is not None:
         _check_quantile(quantile)
-    if alpha is not None and not 0 < alpha < 1:
-        raise SettingError(f"alpha is {alpha}, but it must lie in (0, 1): the largest p-value that is kept.")
+    if alpha is not None and not (is_number(alpha) and 0 < alpha < 1):
+        raise SettingError(f"alpha is {alpha!r}, but it must lie in (0, 1): the largest p-value that is kept.")
 
 
 def _check_normality_threshold(threshold: float | None) -> None:
-    if threshold is not None and not 0 < threshold <= 1:
-        raise SettingError(f"normality_threshold is {threshold}, but it must lie in (0, 1], or be None for no gate.")
+    if threshold is not None and not (is_number(threshold) and 0 < threshold <= 1):
+        raise SettingError(f"normality_threshold is {threshold!r}, but it must lie in (0, 1], or be None for no gate.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +257,7 @@ class Evidence(Selector):
 
     def __post_init__(self) -> None:
         _check_quantile(self.quantile)
-        if not isinstance(self.positions, int | float) or not 0 < self.positions <= 1:
+        if not is_number(self.positions) or not 0 < self.positions <= 1:
             raise SettingError(f"positions is {self.positions!r}, but it must lie in (0, 1]: the share of the places.")
 
     def observe(self, output: Tensor) -> Tensor:
@@ -318,6 +319,8 @@ class RandomChannels(Selector):
 
     def __post_init__(self) -> None:
         _check_quantile(self.quantile)
+        if not is_whole_number(self.seed):
+            raise SettingError(f"seed is {self.seed!r}, but it must be a whole number.")
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Draw `max(1, int(quantile * C))` channels without replacement (see `Selector.select`)."""
@@ -348,7 +351,9 @@ class FixedChannels(Selector):
     masks: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
+        check_kind("masks", self.masks, Mapping, "give {name of a layer: mask}", wanted="a dictionary")
         for layer, mask in self.masks.items():
+            check_kind(f"The mask of layer {layer!r}", mask, Tensor, "give a boolean tensor (C,) or (B, C)")
             if mask.dtype != torch.bool or mask.dim() not in (1, 2):
                 raise SettingError(
                     f"The mask of layer {layer!r} is {mask.dtype} of shape {tuple(mask.shape)}, "
@@ -362,7 +367,8 @@ class FixedChannels(Selector):
                 raise SettingError(f"No mask is given for layer {layer!r}; give one, or leave the layer out of layers.")
             if self.masks[layer].shape[-1] != count:
                 raise SettingError(
-                    f"The mask of layer {layer!r} has {self.masks[layer].shape[-1]} channels, the layer has {count}."
+                    f"The mask of layer {layer!r} has {self.masks[layer].shape[-1]} channels, the layer has {count}; "
+                    "give one of its own."
                 )
 
     def select(self, signal: LayerSignal) -> Tensor:

@@ -582,7 +582,9 @@ def _check_texts(**settings: object) -> None:
         if not isinstance(value, str):
             raise SettingError(f"{name} is {str(value)[:40]!r}, but it must be a text.")
         if len(value) > _LONGEST_TEXT:
-            raise SettingError(f"{name} is a text of {len(value):,} letters, but {_LONGEST_TEXT:,} are the most.")
+            raise SettingError(
+                f"{name} is a text of {len(value):,} letters, but {_LONGEST_TEXT:,} are the most; shorten it."
+            )
 
 
 def _number(name: str, value: object, least: float, most: float) -> float:

@@ -23,9 +23,12 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torchvision import transforms
 
+from parchgrad.attribution import check_inputs
+from parchgrad.checks import check_kind, check_whole_number
 from parchgrad.data.images import to_rgb
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
+from parchgrad.heads import Logits
 from parchgrad.shapes_network import ShapesNetwork
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "ModelEntry",
     "Prediction",
     "Preprocessing",
+    "check_classifier",
     "check_model_name",
     "find_category",
     "list_models",
@@ -125,10 +129,14 @@ class Classifier:
         """Predict the `count` most probable classes of each row of a preprocessed batch (B, 3, H, W), best first.
 
         Raises:
+            InputError: if the inputs are no finite floating-point batch, or do not fit the model.
             ModelError: if there is not one name for each class.
+            SettingError: if `count` is no whole number from 1 on.
         """
+        check_whole_number("count", count, 1)
+        check_inputs(inputs)
         with torch.no_grad():
-            logits = self.model(inputs)
+            logits = Logits(self.model, -1)(inputs)
             if logits.shape[1] != len(self.categories):
                 raise ModelError(
                     f"{self.name} has {logits.shape[1]} classes, but {len(self.categories)} names are given for them; "
@@ -141,6 +149,12 @@ class Classifier:
             tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, row, strict=True))
             for indices, row in zip(best.tolist(), probabilities.tolist(), strict=True)
         ]
+
+
+def check_classifier(classifier: object) -> None:
+    """Raise `ModelError` if what is given is no `Classifier`."""
+    remedy = "load one with load_model(name), or wrap your network with Classifier(...)"
+    check_kind("classifier", classifier, Classifier, remedy, error=ModelError)
 
 
 def find_category(query: str, categories: Sequence[str], model: str) -> int:
@@ -158,12 +172,14 @@ def find_category(query: str, categories: Sequence[str], model: str) -> int:
         >>> find_category("Tabby", ["pug", "tabby"], "resnet18")
         1
     """
+    check_kind("The class", query, str, "give its name or its index as a text", error=TargetError, wanted="a text")
     if query.strip().isdecimal():
         index = int(query)
         if index < len(categories):
             return index
         raise TargetError(
-            f"Class {index} is out of range: {model} has {len(categories)} classes, 0 to {len(categories) - 1}."
+            f"Class {index} is out of range: {model} has {len(categories)} classes, 0 to {len(categories) - 1}; "
+            "choose one of these."
         )
     wanted = query.strip().casefold()
     names = [category.casefold() for category in categories]
@@ -229,6 +245,8 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
 
 def check_model_name(name: str) -> None:
     """Raise `ModelError` if `load_model` knows no model of this name; nothing is loaded."""
+    remedy = "give a name such as 'resnet18', and wrap a network of your own with Classifier(...)"
+    check_kind("name", name, str, remedy, error=ModelError, wanted="the name of a model")
     of_torchvision = torchvision.models.list_models(torchvision.models)
     if name in (OFFLINE_MODEL, SHAPES_MODEL) or name in of_torchvision or timm.is_model(name):
         return

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeGuard
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
+from parchgrad.checks import check_kind
+from parchgrad.errors import OutputError, SettingError, StatisticsError, StatisticsWarning
 from parchgrad.files import writing
 from parchgrad.layers import Convolution, bare_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
@@ -154,10 +156,13 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
                 raise StatisticsError(f"The sampled images of layer {name!r} must be rows of shape {shape}.")
             if sample.rows[name].dtype not in (torch.float32, torch.float64):
                 raise StatisticsError(
-                    f"The sampled images of layer {name!r} are {sample.rows[name].dtype}, not float32."
+                    f"The sampled images of layer {name!r} are {sample.rows[name].dtype}, not float32; convert them."
                 )
             if not torch.isfinite(sample.rows[name]).all():
-                raise StatisticsError(f"The sampled images of layer {name!r} hold values that are not finite.")
+                raise StatisticsError(
+                    f"The sampled images of layer {name!r} hold values that are not finite; collect the statistics "
+                    "again."
+                )
 
     @property
     def classes(self) -> int:
@@ -195,6 +200,12 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         Raises:
             StatisticsError: if a layer or class is not among them.
         """
+        for name, value, kind in (("layers", layers, "names of layers"), ("classes", classes, "class indices")):
+            if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
+                raise StatisticsError(
+                    f"{name} is {value!r}, but it must be a list of {kind}; choose_layers(model, ...) gives the names "
+                    "of a ratio or pattern, and [index] is a list of one class."
+                )
         wanted = list(self) if layers is None else list(layers)
         unknown = set(wanted) - set(self.layers)
         if unknown:
@@ -202,7 +213,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         kept = {name: self[name] for name in self if name in set(wanted)}
         indices = self.class_indices
         if classes is not None:
-            indices = tuple(sorted(set(classes)))
+            indices = tuple(sorted(set(classes.tolist() if isinstance(classes, Tensor) else classes)))
             if not indices:
                 raise StatisticsError("No class is left to restrict to; give at least one.")
             columns = self.columns(indices)
@@ -325,6 +336,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         Raises:
             OutputError: if the file cannot be written.
         """
+        check_kind("path", path, (str, PathLike), "name the file to write", error=OutputError, wanted="a path")
         tensors: dict[str, Tensor] = {}
         for name, layer in self.items():
             parts = vars(layer) if isinstance(layer, LayerStatistics) else _ranked_parts(layer)
@@ -360,6 +372,8 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             StatisticsError: if the file is missing, cut off, of another kind or version, holds what does not fit, or
                 is of another model; the layer or field is named.
         """
+        remedy = "give the path of a file that save wrote"
+        check_kind("path", path, (str, PathLike), remedy, error=StatisticsError, wanted="a path")
         try:
             with safe_open(path, framework="pt") as opened:
                 header = opened.metadata() or {}
