@@ -372,9 +372,15 @@ def test_single_images_of_a_class_are_said_once():
     with pytest.warns(StatisticsWarning, match="2 of 5 classes have images, but fewer than two") as said:
         selector = pg.ClassWise(statistics, quantile=0.5)
     assert len(said) == 1
-    assert said[0].filename == __file__
     selector.class_masks("b")
     pg.ClassWise(statistics, quantile=0.5, test="student")
+
+
+def test_the_warning_names_the_line_that_makes_the_selector():
+    statistics = random_statistics({"conv": 4}, classes=5, images=8)
+    with pytest.warns(StatisticsWarning) as said:
+        pg.ClassWise(statistics, quantile=0.5)
+    assert said[0].filename == __file__
 
 
 def test_selectors_by_their_short_names():
