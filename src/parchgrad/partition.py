@@ -177,7 +177,9 @@ def safe_norm(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """A context in which products are not run in half precision, though the backward pass is in an autocast block."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    # Of a device that knows no autocast the question itself is an error.
+    running = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if running else nullcontext()
 
 
 def at_least_float32(values: Tensor) -> Tensor:

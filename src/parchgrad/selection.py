@@ -212,10 +212,8 @@ class GradientTimesActivation(Selector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g * z` (see `Selector.select`)."""
-        unit = _unit_rows(signal.gradient)
-        return keep_best(
-            (unit * _given(signal.observation, "observation").flatten(2).to(unit.dtype)).sum(dim=2), self.quantile
-        )
+        output = _flat(_given(signal.observation, "observation"))
+        return keep_best((_unit_rows(signal.gradient) * output).sum(dim=2), self.quantile)
 
 
 @dataclass(frozen=True, kw_only=True)
