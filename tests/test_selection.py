@@ -407,8 +407,8 @@ def test_statistics_must_fit_the_classes():
     ("channels", "sentence"),
     [
         ({"head": 3}, "No mask is given for layer 'head'; give one, or leave the layer out of layers."),
-        ({"conv": 3}, "The mask of layer 'conv' has 2 channels, the layer has 3."),
-        ({"rows": 3}, "The mask of layer 'rows' has 2 channels, the layer has 3."),
+        ({"conv": 3}, "The mask of layer 'conv' has 2 channels, the layer has 3; give one of its own."),
+        ({"rows": 3}, "The mask of layer 'rows' has 2 channels, the layer has 3; give one of its own."),
     ],
 )
 def test_masks_must_fit_the_layers(channels, sentence):
