@@ -156,7 +156,7 @@ class _Reader(ast.NodeVisitor):
         helper = self._source.helper(name_of_call(node))
         if helper is not None:
             self._say_of_helper(helper, node)
-        elif ast.unparse(node.func) == "warnings.warn":
+        elif ast.unparse(node.func) in ("warn", "warnings.warn"):
             kind = ast.unparse(node.args[1])
             if kind in self._source.kinds:
                 self._say(self._source.kinds[kind], node, self._names)

@@ -6,7 +6,6 @@ hook that fires for another thread, or for a block that is not the innermost one
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
-from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError
+from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError, warn
 from parchgrad.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, check_position_weights, partition_gradient
 from parchgrad.selection import LayerSignal, Selector
@@ -184,19 +183,17 @@ class ParchGrad:
         if session in self._sessions:
             self._sessions.remove(session)
         if kind is None and not session.was_called:
-            warnings.warn(
+            warn(
                 f"Nothing was edited, since {type(self._model).__name__} was not called in this block; call the model "
                 "itself rather than a compiled or functional copy, in the thread that entered the block.",
                 ModelWarning,
-                stacklevel=2,
             )
         elif kind is None and session.missed:
-            warnings.warn(
+            warn(
                 f"{len(session.missed)} of {len(self.layers)} chosen convolutions were never called and not edited: "
                 f"{', '.join(session.missed[:3])}{', ...' if len(session.missed) > 3 else ''}; leave out those that "
                 "take no part, and explain the model as it was before a part of it was compiled.",
                 ModelWarning,
-                stacklevel=2,
             )
 
 

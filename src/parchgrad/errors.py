@@ -1,5 +1,8 @@
 """Everything that parchgrad raises on purpose: one tree, so that one `except` catches it."""
 
+import sys
+import warnings
+
 __all__ = [
     "ImageError",
     "InputError",
@@ -14,7 +17,11 @@ __all__ = [
     "StatisticsWarning",
     "TargetError",
     "WeightsError",
+    "warn",
 ]
+
+# Code of other modules that stands between the user's line and ours.
+_BETWEEN = {"parchgrad", "dataclasses", "contextlib"}
 
 
 class ParchGradError(Exception):
@@ -103,3 +110,20 @@ class OutputError(ParchGradError):
 
     Usually there is an earlier result, or the folder may not be written to.
     """
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn of the line outside of this package that led here, where Python shows the same words once.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn("Nothing was edited; call the model.", ModelWarning)
+        >>> str(caught[0].message)
+        'Nothing was edited; call the model.'
+    """
+    # From Python 3.12 on `skip_file_prefixes` would do.
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

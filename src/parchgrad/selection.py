@@ -462,7 +462,7 @@ class ClassWise(_StatisticalSelector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_test(self.test)
-        self.statistics.warn_of_fallback(self.test, stacklevel=4)
+        self.statistics.warn_of_fallback(self.test)
 
     def check(self, channels: Mapping[str, int]) -> None:
         """Every layer needs statistics of its own number of channels, and of enough of them (see `Selector.check`)."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parchgrad.checks import check_kind
-from parchgrad.errors import OutputError, SettingError, StatisticsError, StatisticsWarning
+from parchgrad.errors import OutputError, SettingError, StatisticsError, StatisticsWarning, warn
 from parchgrad.files import writing
 from parchgrad.layers import Convolution, bare_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
@@ -256,7 +255,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             SettingError: if `share` is out of range or `test` unknown.
             StatisticsError: if the statistics are compact already, and of another test.
         """
-        self.warn_of_fallback(test, stacklevel=3)
+        self.warn_of_fallback(test)
         layers = {
             name: RankedLayerStatistics(
                 mean=layer.mean,
@@ -290,22 +289,16 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         layer = next(iter(self.values()))
         return int((layer.effective_count == 0).sum()) if isinstance(layer, LayerStatistics) else 0
 
-    def warn_of_fallback(self, test: TTest, *, stacklevel: int = 2) -> None:
-        """Warn where Student's test takes Welch's place, since some classes have fewer than two images.
-
-        Args:
-            test: the test that is asked for.
-            stacklevel: whose line the warning names; see `warnings.warn`.
-        """
+    def warn_of_fallback(self, test: TTest) -> None:
+        """Warn where Student's test takes Welch's place, since some classes have fewer than two images."""
         few = self.count_fallbacks(test)
         if few:
             empty = self.count_empty()
             none = f", and {empty} have none" if empty else ""
-            warnings.warn(
+            warn(
                 f"{few} of {self.classes} classes have images, but fewer than two{none}; Welch's test needs two, so "
                 "that Student's takes its place for them.",
                 StatisticsWarning,
-                stacklevel=stacklevel,
             )
 
     def check_model(self, model: nn.Module) -> None:
