@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint check docs pictures notebooks bench study clean
+.PHONY: help demo test lint check docs pictures notebooks bench soak study clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -49,6 +49,9 @@ bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistic
 	$(BIN)/python benchmarks/class_log_p.py
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py --memory
+
+soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one model, and thousands of explanations
+	PARCHGRAD_SOAK_SECONDS=60 $(BIN)/python -m pytest tests/test_crowd.py tests/test_concurrency.py tests/test_leaks.py
 
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
