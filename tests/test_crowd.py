@@ -55,7 +55,7 @@ class SlowHub(Hub):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    for name in ("test_byobnet", "test_efficientnet"):
+    for name in ("test_byobnet", "test_efficientnet", "test_convnext"):
         SlowHub.weights[name] = safetensors.torch.save(timm.create_model(name).state_dict())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowHub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -103,11 +103,14 @@ def test_who_comes_to_a_full_queue_is_told(url):
     shows = next(item for item in httpx.get(f"{url}/config").json()["dependencies"] if item["api_name"] == "show")
     of_user = [None] * (len(shows["inputs"]) - 11)
     # Each takes no work, but its turn.
-    settings = ["shapes", None, "", "energy", "gradient", "nothing", 0.1, True, 1, False, 1]
+    settings = [None, "", "energy", "gradient", "nothing", 0.1, True, 1, False, 1]
     user, refused = User(url), None
     with httpx.Client(timeout=30) as client:
         for number in range(400):
-            message = {"data": of_user + settings, "fn_index": shows["id"], "session_hash": f"user {number}"}
+            # The first wait a moment for a network that does not come.
+            network = "test_convnext" if number < 4 else "shapes"
+            message = {"fn_index": shows["id"], "session_hash": f"user {number}"}
+            message["data"] = [*of_user, network, *settings]
             answer = client.post(f"{url}/gradio_api/queue/join", json=message)
             if answer.status_code != 200:
                 refused = answer
