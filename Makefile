@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test test-lowest lint check docs pictures notebooks bench study clean
+.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -64,6 +64,9 @@ bench: $(VENV)/.dev  ## measure imports, speed and memory beside Captum, and sta
 	$(BIN)/python benchmarks/class_log_p.py
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py --memory
+
+soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one model, and thousands of explanations
+	PARCHGRAD_SOAK_SECONDS=60 $(BIN)/python -m pytest tests/test_crowd.py tests/test_concurrency.py tests/test_leaks.py
 
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -264,21 +265,22 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The weights of one model, as the Hugging Face Hub gives them; another is out of order, of others it has none."""
+    """Weights by model, as the Hugging Face Hub gives them; one is out of order, of others it has none."""
 
-    weights = b""
+    weights: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
 
     def do_HEAD(self):
         self.asked.append(f"{self.command} {self.path}")
-        known = self.path == "/timm/test_byobnet.r160_in1k/resolve/main/model.safetensors"
+        name, _, rest = self.path.removeprefix("/timm/").partition(".r160_in1k/resolve/main/")
+        known = rest == "model.safetensors" and name in self.weights
         self.send_response(503 if "test_vit." in self.path else 200 if known else 404)
-        self.send_header("Content-Length", str(len(self.weights) if known else 0))
+        self.send_header("Content-Length", str(len(self.weights[name]) if known else 0))
         self.send_header("ETag", '"of-the-weights"')
         self.send_header("X-Repo-Commit" if known else "X-Error-Code", "0" * 40 if known else "RepoNotFound")
         self.end_headers()
         if known and self.command == "GET":
-            self.wfile.write(self.weights)
+            self.wfile.write(self.weights[name])
 
     def do_GET(self):
         self.do_HEAD()
@@ -306,10 +308,9 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
-def test_weights_of_timm_come_from_a_hub_that_answers_and_fail_at_once_from_one_that_does_not(tmp_path):
+def test_weights_of_timm_come_from_a_hub_that_answers_and_fail_at_once_from_one_that_does_not(monkeypatch, tmp_path):
     network = timm.create_model("test_byobnet")
-    save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    Hub.weights = (tmp_path / "weights.safetensors").read_bytes()
+    monkeypatch.setattr(Hub, "weights", {"test_byobnet": safetensors.torch.save(network.state_dict())})
     wanted = float(sum(values.double().sum() for values in network.state_dict().values()))
 
     def fetch(process, name):
