@@ -10,7 +10,15 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
-from parchgrad.selection import LayerSignal, Selection, Selector, default_quantile, keep_best, make_selector
+from parchgrad.selection import (
+    LayerSignal,
+    Selection,
+    Selector,
+    _is_safe,
+    default_quantile,
+    keep_best,
+    make_selector,
+)
 from parchgrad.statistics import RankedLayerStatistics
 from tests import reference
 from tests.conftest import random_statistics
@@ -590,6 +598,8 @@ def test_no_number_is_read_off_a_device(selector):
     assert found.channel_mask.shape == (3, 6)
     weights = found.position_weights
     assert weights is None or (weights.device.type == "meta" and weights.shape == (3, 4, 4))
+    if isinstance(selector, pg.ClassWise):
+        assert [mask.device.type for mask in selector._masks.values()] == ["meta"]
 
 
 @pytest.mark.parametrize("selector", every_selector(), ids=lambda selector: type(selector).__name__)
@@ -620,27 +630,38 @@ def test_ordinary_gradients_do_not_pay_for_the_ends_of_the_range(selector, rows,
     assert selector.select(signal(gradient, selector.observe(output))).sum(1).tolist() == [1] * rows
 
 
-SCALES = [1.0, 2.0**-140, 2.0**-120, 2.0**-60, 2.0**60, 2.0**120]
+SCALES = {
+    "tiny and huge": [1.0, 2.0**-140, 2.0**-120, 2.0**-60, 2.0**60, 2.0**120],
+    "tiny": [1.0, 2.0**-140, 2.0**-120, 2.0**-60, 2.0**-40, 1.0],
+}
 
 
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("space", [(1, 1), (5, 5)])
 @pytest.mark.parametrize("selector", every_selector()[:3], ids=lambda selector: type(selector).__name__)
-def test_rows_of_every_scale_in_one_batch(selector, space):
-    # Whole numbers keep all their digits as subnormals; in the second pass the output has the scales, too.
+def test_rows_of_every_scale_in_one_batch(selector, space, scales):
+    # Whole numbers keep all their digits as subnormals.
     gradient, output = (torch.randint(-15, 16, (6, 20, *space)).float() for _ in range(2))
     if space == (5, 5):
         output -= output.flatten(2).mean(2)[..., None, None].round()
-    scales = torch.tensor(SCALES).reshape(6, 1, 1, 1)
     expected = selector.select(signal(gradient.double(), selector.observe(output.double())))
-    observation = selector.observe(output)
-    assert torch.equal(selector.select(signal(gradient, observation)), expected)
-    assert torch.equal(selector.select(signal(gradient * scales, observation)), expected)
-    # A row of tiny gradients behind huge outputs, and the other way round.
-    scaled = selector.observe(output * scales.flip(0))
-    assert torch.equal(selector.select(signal(gradient * scales, scaled)), expected)
-    for row in range(6):
-        alone = signal((gradient * scales)[row : row + 1], selector.observe((output * scales.flip(0))[row : row + 1]))
-        assert torch.equal(selector.select(alone), expected[row : row + 1])
+    scales = torch.tensor(scales).reshape(6, 1, 1, 1)
+    for scaled, observed in ((gradient, output), (gradient * scales, output), (gradient * scales, output * scales)):
+        if isinstance(selector, pg.GradientTimesActivation) and observed is not output:
+            observed = output * scales.flip(0)
+        found = selector.select(signal(scaled, selector.observe(observed)))
+        assert torch.equal(found, expected)
+        for row in range(6):
+            alone = signal(scaled[row : row + 1], selector.observe(observed[row : row + 1]))
+            assert torch.equal(selector.select(alone), expected[row : row + 1])
+
+
+def test_only_what_was_read_is_known_to_be_safe():
+    assert _is_safe(torch.ones(2, 3, 4))
+    for unknown in (torch.ones(2, 3, 4, device="meta"), torch.ones(2, 0, 4), torch.ones(0, 3, 4)):
+        assert not _is_safe(unknown)
+    for scale in (2.0**-31, 2.0**31, 0.0):
+        assert not _is_safe(torch.tensor([1.0, scale]).reshape(2, 1, 1))
 
 
 @pytest.mark.parametrize("scale", [2.0**-660, 2.0**660])
