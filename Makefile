@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint check docs pictures notebooks bench study clean
+.PHONY: help demo test lint check docs pictures notebooks bench study mutants clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,10 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet 'mutmut>=3.8,<4'
 	@touch $@
 
 demo: $(VENV)/.demo  ## explain four photographs, offline, and write outputs/demo/index.html
@@ -53,7 +57,12 @@ bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistic
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
 
+mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test fail; a quarter of an hour
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
+
 check: lint test  ## all that a change must pass
 
 clean:  ## remove the environment and everything generated
-	rm -rf $(VENV) outputs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs mutants build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
