@@ -173,6 +173,17 @@ def test_a_signal_without_what_the_selector_needs():
             selector.select(bare)
 
 
+def test_selectors_say_whether_they_need_a_class():
+    gradient = torch.randn(2, 6, 3, 3)
+    for selector in every_selector():
+        bare = signal(gradient, selector.observe(gradient))
+        if selector.needs_class:
+            with pytest.raises(SettingError, match="without classes"):
+                selector.select(bare)
+        else:
+            assert selector.select(bare).shape == (2, 6)
+
+
 def test_random_channels_depend_on_seed_and_layer_alone():
     gradient = torch.zeros(4, 40, 2, 2)
     selector = pg.RandomChannels(quantile=0.25, seed=7)
@@ -528,7 +539,7 @@ def test_energy_far_below_the_largest_is_ranked_all_the_same():
     assert mask.sum(1).tolist() == [6, 6, 6]
     # The squares of the others vanish in float32, that of the largest does not.
     gradient[::2, 0] *= 1e8
-    for scale in (2.0**-54, 2.0**-30, 1.0):
+    for scale in (2.0**-54, 2.0**-49, 2.0**-30, 1.0):
         assert torch.equal(selector.select(LayerSignal(layer="conv", gradient=scale * gradient[::2])), mask[::2])
 
 
@@ -631,8 +642,8 @@ def test_ordinary_gradients_do_not_pay_for_the_ends_of_the_range(selector, rows,
 
 
 SCALES = {
-    "tiny and huge": [1.0, 2.0**-140, 2.0**-120, 2.0**-60, 2.0**60, 2.0**120],
-    "tiny": [1.0, 2.0**-140, 2.0**-120, 2.0**-60, 2.0**-40, 1.0],
+    "tiny and huge": [1.0, 2.0**-140, 2.0**-120, 2.0**-75, 2.0**75, 2.0**120],
+    "tiny": [1.0, 2.0**-140, 2.0**-120, 2.0**-75, 2.0**-40, 1.0],
 }
 
 
@@ -800,6 +811,22 @@ def ranked(log_p, share):
         share=share,
     )
     return pg.ChannelStatistics({"conv": layer})
+
+
+def test_one_image_is_enough_to_know_a_class():
+    statistics = random_statistics({"conv": 4}, classes=5, images=9)
+    pg.ClassWise(statistics, quantile=0.5, test="student").check_targets([4])
+
+
+@pytest.mark.parametrize("layers", [("a", "b"), ("b", "a")])
+def test_targets_that_no_layer_of_ranked_statistics_knows(layers):
+    # The first layer knows the first class by one channel of two, the second layer the second class.
+    known = {"a": ranked([[-3.0, 0.0, 0.0], [0.0, 0.0, 0.0]], 0.5), "b": ranked([[0.0, -2.0, 0.0]] * 2, 0.5)}
+    statistics = pg.ChannelStatistics({layer: known[layer]["conv"] for layer in layers})
+    selector = pg.ClassWise(statistics, quantile=0.5)
+    selector.check_targets([0, 1])
+    with pytest.raises(StatisticsError, match="no image of class 2"):
+        selector.check_targets([0, 2])
 
 
 def test_a_quantile_beyond_what_compact_statistics_rank():
