@@ -78,12 +78,13 @@ def test_a_class_far_from_the_rest_does_not_cancel(separation, test):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0])
-def test_some_classes_of_many_are_tested_against_all_the_others(scale):
+@pytest.mark.parametrize("kept", [[3, 1], [2]])
+def test_some_classes_of_many_are_tested_against_all_the_others(kept, scale):
     generator = np.random.default_rng(5)
     samples, labels = scale * generator.normal(size=(60, 7)), np.arange(60) % 5
     whole = moments(samples, labels, 5)
-    some = {name: value[..., [3, 1]] if name.startswith("class") else value for name, value in whole.items()}
-    np.testing.assert_allclose(class_log_p(**some), class_log_p(**whole)[:, [3, 1]], rtol=1e-9)
+    some = {name: value[..., kept] if name.startswith("class") else value for name, value in whole.items()}
+    np.testing.assert_allclose(class_log_p(**some), class_log_p(**whole)[:, kept], rtol=1e-9)
 
 
 def test_classes_of_less_weight_than_one_sample():
