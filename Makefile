@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study clean
+.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study mutants clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -32,6 +32,10 @@ $(LOWEST)/.dev: pyproject.toml tools/lowest_versions.py
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet 'mutmut>=3.8,<4'
 	@touch $@
 
 demo: $(VENV)/.demo  ## explain four photographs, offline, and write outputs/demo/index.html
@@ -71,7 +75,12 @@ soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
 
+mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test fail; a quarter of an hour
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
+
 check: lint test  ## all that a change must pass
 
 clean:  ## remove the environment and everything generated
-	rm -rf $(VENV) $(LOWEST) outputs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) outputs mutants build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

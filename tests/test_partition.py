@@ -208,10 +208,11 @@ def test_memory_formats_and_the_incoming_tensor():
     assert partition_gradient(gradient[:0], mask[:0]).shape == (0, 6, 3, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(0, 6, 3, 4), (2, 0, 3, 4), (2, 6, 0, 4)])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_nothing_to_edit(shape, gamma):
-    gradient = torch.zeros(shape)
+def test_nothing_to_edit(shape, gamma, dtype):
+    gradient = torch.zeros(shape, dtype=dtype)
     edited = partition_gradient(gradient, torch.ones(shape[:2], dtype=torch.bool), gamma=gamma, conserve="exact")
     assert edited.shape == shape
 

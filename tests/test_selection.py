@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 
@@ -10,7 +11,15 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
-from parchgrad.selection import LayerSignal, Selection, Selector, default_quantile, keep_best, make_selector
+from parchgrad.selection import (
+    LayerSignal,
+    Selection,
+    Selector,
+    _is_safe,
+    default_quantile,
+    keep_best,
+    make_selector,
+)
 from parchgrad.statistics import RankedLayerStatistics
 from tests import reference
 from tests.conftest import random_statistics
@@ -163,6 +172,17 @@ def test_a_signal_without_what_the_selector_needs():
         sentence = f"^The layer signal comes without {name}, which this selector needs; see LayerSignal\\.$"
         with pytest.raises(SettingError, match=sentence):
             selector.select(bare)
+
+
+def test_selectors_say_whether_they_need_a_class():
+    gradient = torch.randn(2, 6, 3, 3)
+    for selector in every_selector():
+        bare = signal(gradient, selector.observe(gradient))
+        if selector.needs_class:
+            with pytest.raises(SettingError, match="without classes"):
+                selector.select(bare)
+        else:
+            assert selector.select(bare).shape == (2, 6)
 
 
 def test_random_channels_depend_on_seed_and_layer_alone():
@@ -491,7 +511,7 @@ def test_energy_ranks_alike_at_any_scale_and_in_any_batch():
         return selector.select(LayerSignal(layer="conv", gradient=values))
 
     expected = masks(gradient)
-    for scale in (2.0**-100, 2.0**-50, 2.0**-31, 2.0**-29, 2.0**70, 2.0**100):
+    for scale in (2.0**-100, 2.0**-74, 2.0**-50, 2.0**-31, 2.0**-29, 2.0**70, 2.0**100):
         assert torch.equal(masks(gradient * scale), expected)
     # A row of zeros, tiny and huge rows beside them change nothing.
     others = torch.cat((torch.zeros(1, 20, 300), gradient[:1] * 2.0**-90, gradient[1:2] * 2.0**90))
@@ -520,7 +540,7 @@ def test_energy_far_below_the_largest_is_ranked_all_the_same():
     assert mask.sum(1).tolist() == [6, 6, 6]
     # The squares of the others vanish in float32, that of the largest does not.
     gradient[::2, 0] *= 1e8
-    for scale in (2.0**-54, 2.0**-30, 1.0):
+    for scale in (2.0**-54, 2.0**-51, 2.0**-49, 2.0**-30, 1.0):
         assert torch.equal(selector.select(LayerSignal(layer="conv", gradient=scale * gradient[::2])), mask[::2])
 
 
@@ -583,6 +603,7 @@ def every_selector(channels=6):
 @pytest.mark.parametrize("selector", every_selector(), ids=lambda selector: type(selector).__name__)
 def test_no_number_is_read_off_a_device(selector):
     # A tensor of the meta device holds none: reading one, or mixing it with another device, is an error.
+    selector = dataclasses.replace(selector)
     gradient = torch.empty(3, 6, 4, 4, device="meta")
     classes = torch.empty(3, dtype=torch.long, device="meta")
     found = selector.partition(signal(gradient, selector.observe(gradient), classes))
@@ -590,6 +611,8 @@ def test_no_number_is_read_off_a_device(selector):
     assert found.channel_mask.shape == (3, 6)
     weights = found.position_weights
     assert weights is None or (weights.device.type == "meta" and weights.shape == (3, 4, 4))
+    if isinstance(selector, pg.ClassWise):
+        assert [mask.device.type for mask in selector._masks.values()] == ["meta"]
 
 
 @pytest.mark.parametrize("selector", every_selector(), ids=lambda selector: type(selector).__name__)
@@ -620,27 +643,38 @@ def test_ordinary_gradients_do_not_pay_for_the_ends_of_the_range(selector, rows,
     assert selector.select(signal(gradient, selector.observe(output))).sum(1).tolist() == [1] * rows
 
 
-SCALES = [1.0, 2.0**-140, 2.0**-120, 2.0**-60, 2.0**60, 2.0**120]
+SCALES = {
+    "tiny and huge": [1.0, 2.0**-140, 2.0**-120, 2.0**-75, 2.0**75, 2.0**120],
+    "tiny": [1.0, 2.0**-140, 2.0**-120, 2.0**-75, 2.0**-40, 1.0],
+}
 
 
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("space", [(1, 1), (5, 5)])
 @pytest.mark.parametrize("selector", every_selector()[:3], ids=lambda selector: type(selector).__name__)
-def test_rows_of_every_scale_in_one_batch(selector, space):
-    # Whole numbers keep all their digits as subnormals; in the second pass the output has the scales, too.
+def test_rows_of_every_scale_in_one_batch(selector, space, scales):
+    # Whole numbers keep all their digits as subnormals.
     gradient, output = (torch.randint(-15, 16, (6, 20, *space)).float() for _ in range(2))
     if space == (5, 5):
         output -= output.flatten(2).mean(2)[..., None, None].round()
-    scales = torch.tensor(SCALES).reshape(6, 1, 1, 1)
     expected = selector.select(signal(gradient.double(), selector.observe(output.double())))
-    observation = selector.observe(output)
-    assert torch.equal(selector.select(signal(gradient, observation)), expected)
-    assert torch.equal(selector.select(signal(gradient * scales, observation)), expected)
-    # A row of tiny gradients behind huge outputs, and the other way round.
-    scaled = selector.observe(output * scales.flip(0))
-    assert torch.equal(selector.select(signal(gradient * scales, scaled)), expected)
-    for row in range(6):
-        alone = signal((gradient * scales)[row : row + 1], selector.observe((output * scales.flip(0))[row : row + 1]))
-        assert torch.equal(selector.select(alone), expected[row : row + 1])
+    scales = torch.tensor(scales).reshape(6, 1, 1, 1)
+    for scaled, observed in ((gradient, output), (gradient * scales, output), (gradient * scales, output * scales)):
+        if isinstance(selector, pg.GradientTimesActivation) and observed is not output:
+            observed = output * scales.flip(0)
+        found = selector.select(signal(scaled, selector.observe(observed)))
+        assert torch.equal(found, expected)
+        for row in range(6):
+            alone = signal(scaled[row : row + 1], selector.observe(observed[row : row + 1]))
+            assert torch.equal(selector.select(alone), expected[row : row + 1])
+
+
+def test_only_what_was_read_is_known_to_be_safe():
+    assert _is_safe(torch.ones(2, 3, 4))
+    for unknown in (torch.ones(2, 3, 4, device="meta"), torch.ones(2, 0, 4), torch.ones(0, 3, 4)):
+        assert not _is_safe(unknown)
+    for scale in (2.0**-31, 2.0**31, 0.0):
+        assert not _is_safe(torch.tensor([1.0, scale]).reshape(2, 1, 1))
 
 
 @pytest.mark.parametrize("scale", [2.0**-660, 2.0**660])
@@ -779,6 +813,22 @@ def ranked(log_p, share):
         share=share,
     )
     return pg.ChannelStatistics({"conv": layer})
+
+
+def test_one_image_is_enough_to_know_a_class():
+    statistics = random_statistics({"conv": 4}, classes=5, images=9)
+    pg.ClassWise(statistics, quantile=0.5, test="student").check_targets([4])
+
+
+@pytest.mark.parametrize("layers", [("a", "b"), ("b", "a")])
+def test_targets_that_no_layer_of_ranked_statistics_knows(layers):
+    # The first layer knows the first class by one channel of two, the second layer the second class.
+    known = {"a": ranked([[-3.0, 0.0, 0.0], [0.0, 0.0, 0.0]], 0.5), "b": ranked([[0.0, -2.0, 0.0]] * 2, 0.5)}
+    statistics = pg.ChannelStatistics({layer: known[layer]["conv"] for layer in layers})
+    selector = pg.ClassWise(statistics, quantile=0.5)
+    selector.check_targets([0, 1])
+    with pytest.raises(StatisticsError, match="no image of class 2"):
+        selector.check_targets([0, 2])
 
 
 def test_a_quantile_beyond_what_compact_statistics_rank():

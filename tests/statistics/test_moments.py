@@ -98,3 +98,10 @@ def test_groups_of_less_weight_than_one_sample():
         mean = np.average(values, axis=0, weights=own)
         np.testing.assert_allclose(found.mean[group], mean, rtol=1e-13)
         np.testing.assert_allclose(found.m2[group], own @ (values.numpy() - mean) ** 2, rtol=1e-12)
+        assert float(found.effective_count[group]) == pytest.approx(own.sum() ** 2 / (own**2).sum())
+
+
+def test_two_samples_have_a_variance_and_one_has_none():
+    found = moments_of_labels(torch.tensor([[1.0], [4.0], [7.0]]), torch.tensor([0, 0, 1]), 2)
+    assert found.variance[0].item() == 4.5
+    assert found.variance[1].isnan()
