@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -225,5 +226,9 @@ def test_every_requirement_has_a_lower_bound_that_is_a_release(capsys, monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split("==")[0] for line in lines) == sorted(REQUIRED | OPTIONAL)
     assert "tomli==2.0; python_version < '3.11'" in lines
+    rows = re.findall(
+        r"^\| (\S+) \| (\d\S*) \|", (ROOT / "docs" / "supply.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted("==".join(row) for row in rows) == sorted(line.split(";")[0] for line in lines)
     with pytest.raises(ValueError, match="no one lower bound"):
         tool.lowest(Requirement("torch"))
