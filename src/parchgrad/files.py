@@ -51,7 +51,7 @@ def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
 
 def _check_overwritable(path: Path) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OutputError(f"{str(path)!r} is no plain file, and is not replaced by one; choose another place.")
+        raise OutputError(f"{str(path)!r} cannot be written, since it is no plain file; choose another place.")
 
 
 def refuse_special(path: str | Path) -> None:

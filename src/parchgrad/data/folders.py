@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from parchgrad.checks import check_kind
 from parchgrad.data.images import read_image
 from parchgrad.errors import ImageError, reason_of
 from parchgrad.files import refuse_special, without_addresses
@@ -57,6 +59,7 @@ class PhotographFolder(Dataset[Any]):
         Raises:
             ImageError: if there is no such folder, or no photograph in it, or a folder in it may not be read.
         """
+        check_kind("root", root, (str, PathLike), "give one folder", error=ImageError, wanted="the path of a folder")
         self.root, self._transform = Path(root), transform
         if not os.path.isdir(self.root):
             raise ImageError(f"There is no folder {str(root)!r}; check the path.")

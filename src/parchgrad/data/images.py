@@ -3,12 +3,14 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from parchgrad.errors import ImageError, reason_of
+from parchgrad.checks import check_kind
+from parchgrad.errors import ImageError, InputError, reason_of
 from parchgrad.files import refuse_special
 
 __all__ = ["check_proportions", "opened_image", "read_image", "stored_frame", "to_rgb"]
@@ -55,11 +57,17 @@ def check_proportions(image: Image.Image) -> None:
         ...
         parchgrad.errors.ImageError: An image of 2001 x 2 pixels is too narrow to be looked at; cut a wider part out.
     """
+    _check_image(image)
     short, long = sorted(image.size)
     if short == 0 or long > _LONGEST * short:
         raise ImageError(
             f"An image of {image.width} x {image.height} pixels is too narrow to be looked at; cut a wider part out."
         )
+
+
+def _check_image(image: object) -> None:
+    remedy = "open a file with parchgrad.data.images.read_image(path), and turn an array with PIL.Image.fromarray"
+    check_kind("The image", image, Image.Image, remedy, error=InputError, wanted="a PIL image")
 
 
 def stored_frame(path: str | Path) -> tuple[int, int, int]:
@@ -102,6 +110,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
         ...         image.format
         'PNG'
     """
+    check_kind("path", path, (str, PathLike), "give one file at a time", error=ImageError, wanted="the path of a file")
     try:
         refuse_special(path)
         with warnings.catch_warnings():
@@ -140,6 +149,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
         (255, 255, 255)
     """
+    _check_image(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
