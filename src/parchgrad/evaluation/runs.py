@@ -30,7 +30,7 @@ from parchgrad.evaluation.methods import Method
 from parchgrad.evaluation.scores import SCORES, ScoreSettings, score_maps
 from parchgrad.evaluation.settings import Grid, Setting, make_method
 from parchgrad.files import locked, refuse_special, writing
-from parchgrad.layers import check_evaluation_mode
+from parchgrad.layers import bare_model, check_evaluation_mode
 from parchgrad.statistics import ChannelStatistics
 
 __all__ = ["Row", "TargetChoice", "evaluate", "read_rows"]
@@ -95,7 +95,7 @@ def evaluate(
             else.
         InputError: if the images differ in size, or a file of the run is damaged.
         OutputError: if the folder cannot be written, or this process of the run is going on already.
-        ModelError: if the model is in training mode.
+        ModelError: if the model is in training mode, or wrapped in DataParallel.
         ParchGradError: if a setting does not fit the model; see `Explainer`.
 
     Example:
@@ -116,6 +116,7 @@ def evaluate(
     if target not in get_args(TargetChoice):
         raise SettingError(f"target is {target!r}, but it must be one of {', '.join(get_args(TargetChoice))}.")
     check_whole_number("batch_size", batch_size, 1)
+    model = bare_model(model)
     check_evaluation_mode(model)
     _check_given(data, settings, methods, scores, statistics)
     rank, count = process or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
