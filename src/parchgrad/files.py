@@ -29,13 +29,35 @@ __all__ = [
 _ABANDONED = 3600.0
 
 
-def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
-    """Raise `OutputError` if one of the files exists and `force` is off, or its folder can be neither used nor made.
+def check_outputs(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Look at every file that is to be written, before anything takes long.
 
-    What is neither a file nor a folder, such as `/dev/null`, is never overwritten.
+    Args:
+        paths: the files.
+        force: whether files that exist may be overwritten. What is neither a file nor a folder, such as `/dev/null`,
+            never is.
+        inputs: files that the results are made from, which are never overwritten either.
+
+    Raises:
+        OutputError: if one of them exists and `force` is off, its folder can be neither used nor made, two of them are
+            the same, or one is among the inputs.
+
+    Example:
+        >>> check_outputs([Path("new", "a.png"), Path("new", "a.png")], force=False)
+        Traceback (most recent call last):
+        ...
+        parchgrad.errors.OutputError: Two results would be written to 'new/a.png'; rename an input, or take...
     """
     # The functions of os.path take what cannot be looked at for missing, where those of Path raise.
+    read, seen = {os.path.realpath(path) for path in inputs}, set[Path]()
     for path in paths:
+        if path in seen:
+            raise OutputError(f"Two results would be written to {str(path)!r}; rename an input, or take one at a time.")
+        seen.add(path)
+        if os.path.realpath(path) in read:
+            raise OutputError(
+                f"{str(path)!r} would be overwritten, and is what the results are made from; choose another folder."
+            )
         if not path.name or os.path.isdir(path):
             raise OutputError(f"{str(path)!r} is a folder; name a file in it.")
         if os.path.lexists(path) and not force:
@@ -75,13 +97,14 @@ def distinct_stems(paths: Iterable[Path]) -> list[str]:
         >>> distinct_stems([Path("a.jpg"), Path("a.png"), Path("other", "a.jpg"), Path("b.jpg")])
         ['a', 'a-2', 'a-3', 'b']
     """
-    stems: list[str] = []
+    stems: dict[str, str] = {}
     for path in paths:
         stem, number = path.stem, 2
-        while stem in stems:
+        # Some file systems tell no capitals.
+        while stem.casefold() in stems:
             stem, number = f"{path.stem}-{number}", number + 1
-        stems.append(stem)
-    return stems
+        stems[stem.casefold()] = stem
+    return list(stems.values())
 
 
 def without_addresses(text: str) -> str:
@@ -123,6 +146,9 @@ def writing(path: Path) -> Iterator[Path]:
         yield temporary
         # safetensors makes files that nobody else may read, whatever the user's mask says.
         temporary.chmod(mode)
+        # Some file systems say only here that there was no room.
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error

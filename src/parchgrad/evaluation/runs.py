@@ -94,7 +94,8 @@ def evaluate(
         SettingError: if a setting is out of range, two methods have one title, or the folder holds a run of something
             else.
         InputError: if the images differ in size, or a file of the run is damaged.
-        OutputError: if the folder cannot be written, or this process of the run is going on already.
+        OutputError: if the folder cannot be written or holds files that are of no run, or this process of the run is
+            going on already.
         ModelError: if the model is in training mode, or wrapped in DataParallel.
         ParchGradError: if a setting does not fit the model; see `Explainer`.
 
@@ -467,7 +468,13 @@ def _complete_lines(file: Path) -> Iterator[bytes]:
 def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
     """Write what is evaluated, or make sure that the folder's run evaluates the same."""
     path, wanted = folder / "run.json", json.loads(json.dumps(described))
+    # Before it is asked whether there is a description, which every process writes ahead of its rows.
+    others = [file.name for file in (*sorted(folder.glob("rows-*.jsonl")), folder / EXAMPLES_FILE) if file.exists()]
     if not path.exists():
+        if others:
+            raise OutputError(
+                f"{str(folder)!r} holds {others[0]!r}, but no 'run.json' that says of which run; choose another folder."
+            )
         with writing(path) as temporary:
             temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return
