@@ -1,6 +1,7 @@
 """Disks that are full, folders that may not be written, processes that are killed, and two runs at once."""
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -21,7 +22,7 @@ from parchgrad.errors import OutputError
 from parchgrad.evaluation.examples import Choice, Example, Examples
 from parchgrad.evaluation.runs import read_rows
 from parchgrad.explanation import explain_images
-from parchgrad.files import check_outputs, locked, writing
+from parchgrad.files import check_outputs, locked, remove_abandoned, writing
 from parchgrad.reporting import make_report
 from parchgrad.statistics.checkpoint import write_checkpoint
 from parchgrad.visual import save_figure
@@ -35,32 +36,13 @@ from tests.statistics.test_checkpoint import collect
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def shapes():
-    return pg.load_model("shapes")
-
-
-@pytest.fixture(scope="module")
-def explanation(shapes):
-    return explain_images(shapes, [Image.new("RGB", (64, 64), "grey")], pg.GradientEnergy(quantile=0.5), target=1)[0]
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reported")
-    run(folder, data=Noise(3))
-    return make_report([folder])
-
-
-@pytest.fixture(scope="module")
-def sweeps(shapes):
-    image = Image.new("RGB", (64, 64), "grey")
-    return {"ParchGrad": quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.5, 0.1))}
-
-
-@pytest.fixture
-def save(request, explanation, report, sweeps):
-    """What writes results into a folder, and the names of its files."""
+def make_writers(place):
+    """Functions that write results into a folder, with the names of their files."""
+    image, shapes = Image.new("RGB", (64, 64), "grey"), pg.load_model("shapes")
+    (explanation,) = explain_images(shapes, [image], pg.GradientEnergy(quantile=0.5), target=1)
+    sweeps = {"ParchGrad": quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.5, 0.1))}
+    run(place, data=Noise(3))
+    report = make_report([place])
     example = Example(index=0, image="a", label=0, target=0, predicted=0, values=(0.5,), gain=0.5)
     choice = Choice(score="aopc", leading="a", settings=("a",), best=(example,), worst=())
     arrays = np.zeros((4, 5, 3), np.uint8), np.zeros((1, 4, 5), np.uint8)
@@ -80,7 +62,17 @@ def save(request, explanation, report, sweeps):
             lambda folder: report.save(folder, force=True),
             ["report.html", "report.md", "report.csv"],
         ),
-    }[request.param]
+    }
+
+
+@pytest.fixture(scope="module")
+def writers(tmp_path_factory):
+    return make_writers(tmp_path_factory.mktemp("reported"))
+
+
+@pytest.fixture
+def save(request, writers):
+    return writers[request.param]
 
 
 WRITERS = ("statistics", "checkpoint", "examples", "figure", "animation", "explanation", "report")
@@ -170,15 +162,20 @@ def test_rows_that_found_no_room_are_had_again(tmp_path):
     assert sorted(path.name for path in rows.parent.iterdir()) == ["examples.safetensors", "rows-0.jsonl", "run.json"]
 
 
+SURROUNDINGS = {
+    "cwd": ROOT,
+    "env": {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
+}
+
+
+def command_of(script, *arguments):
+    return [sys.executable, "-c", script, *map(str, arguments)]
+
+
 @contextmanager
 def started(script, *arguments):
     """A process that says when it has come so far; killed at the end of the block at the latest."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment) as process:
+    with subprocess.Popen(command_of(script, *arguments), stdout=subprocess.PIPE, **SURROUNDINGS) as process:
         try:
             assert process.stdout.readline(), "it has ended too early"
             yield process
@@ -227,17 +224,109 @@ def test_killed_while_writing_a_file_is_the_earlier_or_the_later_one(tmp_path):
 
     # What was left may still be somebody's, until nobody has touched it for an hour.
     (left,) = tmp_path.glob(".half.????????.txt")
+    long_ago = (time.time() - 3700,) * 2
+    # A large file may take long; its folder does not know of it.
+    os.utime(left, long_ago)
     with writing(tmp_path / "half.txt") as temporary:
         temporary.write_text("later")
-    assert left.read_text() == "half"
-    os.utime(left, (time.time() - 3700,) * 2)
-    for name in (".half.notes.txt", ".half.0123abcd.png", ".other.0123abcd.txt"):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (time.time() - 3700,) * 2)
+    assert (left / "new.txt").read_text() == "half"
+    others = [tmp_path / name for name in (".half.notes.txt", ".half.0123abcd.png", ".other.0123abcd.txt")]
+    for other in others:
+        other.mkdir()
+    (tmp_path / ".half.01234567.txt").write_text("mine")
+    for path in (left / "new.txt", left, *others, tmp_path / ".half.01234567.txt"):
+        os.utime(path, long_ago)
     with writing(tmp_path / "half.txt") as temporary:
         temporary.write_text("later")
     assert not left.exists()
-    assert len(list(tmp_path.glob(".*"))) >= 3
+    assert {*others, tmp_path / ".half.01234567.txt"} <= set(tmp_path.iterdir())
+
+
+def killed(act, seconds):
+    """Do something in a process of its own until it is killed, which says nothing to it; whether it was at it still."""
+    child = os.fork()
+    if not child:
+        # Whatever happens in it, what stands after this function is not done twice.
+        try:
+            act()
+        finally:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def again_and_again(write, folder):
+    while True:
+        write(folder)
+
+
+def kill_all(place):
+    """Kill evaluations, collections and writers of every kind at odd moments; run in a process that has no threads."""
+    torch.set_num_threads(1)
+    times = [0.02, 0.05, 0.09, 0.14, 0.2]
+    started = [killed(lambda: run(place / "run", data=Noise(30)), seconds) for seconds in times]
+    started += [killed(lambda: collect_slowly(place / "a.checkpoint"), seconds) for seconds in times]
+    print(f"{sum(started)} runs killed", flush=True)
+    for name, (write, names) in make_writers(place / "reported").items():
+        folder = place / name
+        folder.mkdir()
+        for file in names:
+            (folder / file).write_bytes(b"earlier")
+        (place / f"{name}-whole").mkdir()
+        # The first time of all, Matplotlib looks fonts up.
+        for _ in range(2):
+            start = time.monotonic()
+            write(place / f"{name}-whole")
+        taken = time.monotonic() - start
+        for part in (0.3, 0.8, 1.5):
+            assert killed(lambda write=write, folder=folder: again_and_again(write, folder), part * taken)
+
+
+def collect_slowly(path=None):
+    return collect(path, checkpoint_every=1, on_progress=lambda *_: time.sleep(0.01))
+
+
+def meaning(content):
+    """A file's bytes, but for the order in which safetensors writes the names in its header."""
+    size = int.from_bytes(content[:8], "little")
+    return (json.loads(content[8 : 8 + size]), content[8 + size :]) if size < len(content) else content
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_no_file_is_half_and_the_next_run_goes_on(tmp_path):
+    script = "import sys, pathlib; from tests.test_faults import kill_all; kill_all(pathlib.Path(sys.argv[1]))"
+    told = subprocess.run(command_of(script, tmp_path), **SURROUNDINGS, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout.split()[0]) >= 5, "most of them were at it"
+
+    left = []
+    for name in WRITERS:
+        whole = contents(tmp_path / f"{name}-whole")
+        visible = [path for path in (tmp_path / name).iterdir() if not path.name.startswith(".")]
+        assert sorted(path.name for path in visible) == sorted(whole)
+        for path in visible:
+            held = path.read_bytes()
+            assert held == b"earlier" or meaning(held) == meaning(whole[path.name]), path
+        hidden = [path for path in (tmp_path / name).iterdir() if path not in visible]
+        assert len(hidden) <= 3 * len(whole), "each that was killed leaves one folder for each file at most"
+        left += hidden
+        for path in visible:
+            remove_abandoned(path)
+        assert sorted((tmp_path / name).iterdir()) == sorted(visible), "what is left is known as such"
+    assert len(left) > len(WRITERS), "most were killed while they wrote"
+
+    held = (tmp_path / "run" / "rows-0.jsonl").read_bytes()
+    before = len(read_rows(tmp_path / "run"))
+    rows = run(tmp_path / "run", data=Noise(30))
+    assert 0 < before <= len(rows) == 90
+    assert (tmp_path / "run" / "rows-0.jsonl").read_bytes().startswith(held[: held.rindex(b"\n") + 1])
+    close(rows, run(tmp_path / "unbroken", data=Noise(30)))
+
+    seen = []
+    resumed = collect(tmp_path / "a.checkpoint", checkpoint_every=1, on_progress=lambda *told: seen.append(told))
+    assert seen[0][1] > 7, "it goes on from the checkpoint"
+    assert_same(resumed, collect())
 
 
 EVALUATING = """
@@ -309,11 +398,24 @@ def test_names_that_cannot_be_files(tmp_path, force):
         pass
 
 
-def test_any_error_of_the_system_is_an_output_error(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+@pytest.mark.parametrize("place", [(files.Path, "touch"), (files.os, "fsync"), (files.Path, "replace")])
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room"),
+        (errno.EROFS, "check its permissions"),
+        (errno.EIO, "check its permissions"),
+    ],
+)
+def test_any_error_of_the_system_is_an_output_error(tmp_path, monkeypatch, place, number, remedy):
+    (tmp_path / "a.txt").write_text("earlier")
 
-    monkeypatch.setattr(files.Path, "replace", fail)
-    with pytest.raises(OutputError, match=r"\(Disk quota exceeded\); make room"), writing(tmp_path / "a.txt"):
-        pass
-    assert list(tmp_path.iterdir()) == []
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*place, fail)
+    words = rf"cannot be written \({os.strerror(number)}\); {remedy}, or choose another folder\.$"
+    with pytest.raises(OutputError, match=words), writing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("later")
+    assert contents(tmp_path) == {"a.txt": b"earlier"}

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -119,10 +120,10 @@ def without_addresses(text: str) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it takes its name when the block ends well, and is removed otherwise.
+    """Give a temporary path; what is written there becomes `path` when the block ends well, and is removed otherwise.
 
-    A process that is killed leaves the earlier file and the temporary one, whose name starts with a dot; the next time
-    that `path` is written, temporary files which nobody has touched for an hour are removed.
+    A process that is killed leaves the earlier file, and beside it a temporary folder whose name starts with a dot; the
+    next time that `path` is written, such folders in which nobody has written for an hour are removed.
 
     Raises:
         OutputError: if the folder cannot be made or the file cannot be written.
@@ -135,12 +136,15 @@ def writing(path: Path) -> Iterator[Path]:
         ...     Path(folder, "new", "note.txt").read_text()
         'hello'
     """
+    # A folder, since some libraries write by way of temporary files of their own, which would be left beside `path`.
+    folder = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     # The suffix stays last: writers choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = folder / f"new{path.suffix}"
     _check_overwritable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path, seconds=_ABANDONED)
+        folder.mkdir()
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -153,9 +157,7 @@ def writing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error
     finally:
-        # Gone already where all went well; a folder that could not be made has no such file either.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cannot_write(path: Path, error: Exception) -> OutputError:
@@ -174,23 +176,24 @@ def remove_abandoned(path: Path, *, seconds: float = 0.0) -> None:
         seconds: how long ago; 0 where nobody else can be writing.
 
     Raises:
-        OSError: if a file may not be removed.
+        OSError: if a folder may not be removed.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in (".note.0123abcd.txt", ".notes.0123abcd.txt"):
-        ...         Path(folder, name).touch()
+        ...         Path(folder, name).mkdir()
         ...     remove_abandoned(Path(folder, "note.txt"))
         ...     [file.name for file in Path(folder).iterdir()]
         ['.notes.0123abcd.txt']
     """
     hexadecimal = "[0-9a-f]" * 8
-    for file in path.parent.glob(f".{escape(path.stem)}.{hexadecimal}{escape(path.suffix)}"):
+    for folder in path.parent.glob(f".{escape(path.stem)}.{hexadecimal}{escape(path.suffix)}"):
         # Another process may have been quicker.
         with suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime >= seconds:
-                file.unlink()
+            written = max(file.stat().st_mtime for file in (folder, *folder.glob("*")))
+            if folder.is_dir() and time.time() - written >= seconds:
+                shutil.rmtree(folder)
 
 
 @contextmanager
