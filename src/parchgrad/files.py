@@ -176,7 +176,7 @@ def remove_abandoned(path: Path, *, seconds: float = 0.0) -> None:
         seconds: how long ago; 0 where nobody else can be writing.
 
     Raises:
-        OSError: if a folder may not be removed.
+        OSError: if it may not be removed.
 
     Example:
         >>> import tempfile
@@ -188,12 +188,16 @@ def remove_abandoned(path: Path, *, seconds: float = 0.0) -> None:
         ['.notes.0123abcd.txt']
     """
     hexadecimal = "[0-9a-f]" * 8
-    for folder in path.parent.glob(f".{escape(path.stem)}.{hexadecimal}{escape(path.suffix)}"):
+    for left in path.parent.glob(f".{escape(path.stem)}.{hexadecimal}{escape(path.suffix)}"):
         # Another process may have been quicker.
         with suppress(FileNotFoundError):
-            written = max(file.stat().st_mtime for file in (folder, *folder.glob("*")))
-            if folder.is_dir() and time.time() - written >= seconds:
-                shutil.rmtree(folder)
+            written = max(file.stat().st_mtime for file in (left, *left.glob("*")))
+            if time.time() - written < seconds:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 @contextmanager
