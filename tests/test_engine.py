@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
+from parchgrad import engine
 from parchgrad.engine import plain_gradients, read_classes
 from parchgrad.errors import (
     InputError,
@@ -924,6 +925,8 @@ def test_leaving_in_another_thread_is_an_error_and_leaves_no_hook(network):
     with pg.ParchGrad(network, selector, layers="all"):
         input_gradient(network, x)
     assert len(selector.seen) == 2
+    # Nor is it kept alive.
+    assert engine._SESSIONS.get() == ()
     with pytest.raises(ParchGradError, match="another thread"):
         pg.ParchGrad(network, pg.GradientEnergy()).__exit__(None, None, None)
 

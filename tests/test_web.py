@@ -620,7 +620,8 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         page = Page(driver, address)
         # Nothing sticks out of a narrow window.
         assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-        # The keyboard goes down the page, as the eye does.
+        # The keyboard goes down the page, as the eye does, from its top.
+        page.script("document.body.tabIndex = -1; document.body.focus()")
         places = []
         for _ in range(30):
             driver.switch_to.active_element.send_keys(Keys.TAB)

@@ -284,7 +284,7 @@ class _Session:
                     self._handles.append(convolution.register_forward_hook(hook, prepend=True))
                 # Called after an exception too, so that a failed pass leaves no state behind.
                 self._handles.append(self._head.register_forward_hook(self._end, always_call=True))
-            _SESSIONS.set((*_SESSIONS.get(), self))
+            _SESSIONS.set((*_open_sessions(), self))
         except BaseException:
             self.close()
             raise
@@ -293,7 +293,7 @@ class _Session:
         self._is_open = False
         for handle in self._handles:
             handle.remove()
-        _SESSIONS.set(tuple(session for session in _SESSIONS.get() if session is not self))
+        _SESSIONS.set(_open_sessions())
         _FORWARDS.set(tuple(forward for forward in _FORWARDS.get() if forward.session is not self))
 
     def _decides_over(self, convolution: nn.Module) -> bool:
@@ -529,6 +529,11 @@ def _is_convolution_of(node: Any, source: Tensor) -> bool:
 
 _SESSIONS: ContextVar[tuple[_Session, ...]] = ContextVar("parchgrad_sessions", default=())
 _FORWARDS: ContextVar[tuple[_Forward, ...]] = ContextVar("parchgrad_forwards", default=())
+
+
+def _open_sessions() -> tuple[_Session, ...]:
+    """Those of this thread or task; one that another thread closed is still in the context that entered it."""
+    return tuple(session for session in _SESSIONS.get() if session._is_open)
 
 
 def _version(values: Tensor) -> int | None:
