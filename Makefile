@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+# Every process computes on one core, so that they do not wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 # The oldest Python that the package takes, wherever it is; else the usual one.
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
@@ -42,10 +44,10 @@ demo: $(VENV)/.demo  ## explain four photographs, offline, and write outputs/dem
 	$(BIN)/parchgrad demo --force
 
 test: $(VENV)/.dev  ## run every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-lowest: $(LOWEST)/.dev  ## run every test with the lowest versions that pyproject.toml admits, on Python 3.10 if found
-	$(LOWEST)/bin/python -m pytest
+	$(subst $(VENV),$(LOWEST),$(PYTEST))
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
