@@ -401,9 +401,10 @@ class _CaptumMethod:
         of_call = {option: value for option, value in self.options.items() if option not in constructor}
         if "internal_batch_size" in call:
             of_call["internal_batch_size"] = rows_per_pass
-        baselines = of_call.get("baselines")
-        if isinstance(baselines, Tensor) and self.class_name not in _SAMPLES_BASELINES and baselines.dim() > 0:
-            of_call["baselines"] = _rows_of_baselines(baselines, inputs, rows)
+        if self.class_name in _SAMPLES_BASELINES:
+            _check_baseline_samples(self.class_name, of_call.get("baselines"), inputs)
+        elif "baselines" in of_call:
+            of_call["baselines"] = _rows_of_baselines(of_call["baselines"], inputs, rows)
         attribution = _captum_classes()[self.class_name](scores, **of_constructor)
         try:
             result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
@@ -417,14 +418,43 @@ class _CaptumMethod:
         return result
 
 
-def _rows_of_baselines(baselines: Tensor, inputs: Tensor, rows: slice) -> Tensor:
+def _rows_of_baselines(baselines: object, inputs: Tensor, rows: slice) -> Tensor | float | None:
     """The baselines of some rows of the batch, where there is one per row."""
-    if baselines.dim() < inputs.dim() or baselines.shape[0] == 1:
+    if baselines is None or is_number(baselines):
         return baselines
-    chosen = baselines[rows]
-    if chosen.shape[0] != inputs.shape[0]:
+    if not isinstance(baselines, Tensor) or not _is_broadcast(baselines, inputs):
+        raise SettingError(
+            f"baselines is {_described(baselines)}, but it must be a number or a tensor that has one row, or one for "
+            f"each of the inputs, which are {tuple(inputs.shape[1:])}."
+        )
+    chosen = baselines if baselines.shape[0] == 1 else baselines[rows]
+    if chosen.shape[0] not in (1, inputs.shape[0]):
         raise SettingError(f"There are {baselines.shape[0]} baselines, but more rows; give one, or one per row.")
-    return chosen
+    return chosen.expand(-1, *inputs.shape[1:])
+
+
+def _check_baseline_samples(name: str, baselines: object, inputs: Tensor) -> None:
+    if callable(baselines):
+        return
+    # Captum's own rule.
+    least = 2 if name == "DeepLiftShap" else 1
+    rows = isinstance(baselines, Tensor) and baselines.shape[1:] == inputs.shape[1:] and len(baselines)
+    if rows < least:
+        raise SettingError(
+            f"baselines is {_described(baselines)}, but {name} takes samples of a distribution; give a tensor of "
+            f"{least} rows or more, each {tuple(inputs.shape[1:])}."
+        )
+
+
+def _is_broadcast(baselines: Tensor, inputs: Tensor) -> bool:
+    sizes = zip(baselines.shape[1:], inputs.shape[1:], strict=False)
+    return baselines.dim() == inputs.dim() and all(size in (1, wanted) for size, wanted in sizes)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value) if isinstance(value, str | float | None) else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True, kw_only=True)
