@@ -422,15 +422,16 @@ def _rows_of_baselines(baselines: object, inputs: Tensor, rows: slice) -> Tensor
     """The baselines of some rows of the batch, where there is one per row."""
     if baselines is None or is_number(baselines):
         return baselines
+    shape = tuple(inputs.shape[1:])
     if not isinstance(baselines, Tensor) or not _is_broadcast(baselines, inputs):
         raise SettingError(
             f"baselines is {_described(baselines)}, but it must be a number or a tensor that has one row, or one for "
-            f"each of the inputs, which are {tuple(inputs.shape[1:])}."
+            f"each of the inputs, which are {shape}."
         )
     chosen = baselines if baselines.shape[0] == 1 else baselines[rows]
     if chosen.shape[0] not in (1, inputs.shape[0]):
         raise SettingError(f"There are {baselines.shape[0]} baselines, but more rows; give one, or one per row.")
-    return chosen.expand(-1, *inputs.shape[1:])
+    return chosen.expand(-1, *shape)
 
 
 def _check_baseline_samples(name: str, baselines: object, inputs: Tensor) -> None:
@@ -438,11 +439,11 @@ def _check_baseline_samples(name: str, baselines: object, inputs: Tensor) -> Non
         return
     # Captum's own rule.
     least = 2 if name == "DeepLiftShap" else 1
-    rows = isinstance(baselines, Tensor) and baselines.shape[1:] == inputs.shape[1:] and len(baselines)
-    if rows < least:
+    shape = tuple(inputs.shape[1:])
+    if not isinstance(baselines, Tensor) or tuple(baselines.shape[1:]) != shape or len(baselines) < least:
         raise SettingError(
             f"baselines is {_described(baselines)}, but {name} takes samples of a distribution; give a tensor of "
-            f"{least} rows or more, each {tuple(inputs.shape[1:])}."
+            f"{least} rows or more, each {shape}."
         )
 
 
