@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint check docs pictures notebooks bench study clean
+.PHONY: help demo test lint check docs pictures notebooks bench study survey clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -52,6 +52,9 @@ bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistic
 
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
+
+survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; ten minutes on one core
+	$(BIN)/python tools/survey_models.py
 
 check: lint test  ## all that a change must pass
 
