@@ -2,11 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
+# The oldest Python that the package takes, wherever it is; else the usual one.
+LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
+	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test lint check docs pictures notebooks bench study survey clean
+.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study survey mutants clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +23,19 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.demo $(VENV)/.docs
 
+$(LOWEST)/.dev: pyproject.toml tools/lowest_versions.py
+	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet packaging tomli
+	$(LOWEST)/bin/python tools/lowest_versions.py dev > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	@touch $@
+
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet 'mutmut>=3.8,<4'
 	@touch $@
 
 demo: $(VENV)/.demo  ## explain four photographs, offline, and write outputs/demo/index.html
@@ -28,6 +43,9 @@ demo: $(VENV)/.demo  ## explain four photographs, offline, and write outputs/dem
 
 test: $(VENV)/.dev  ## run every test
 	$(BIN)/python -m pytest
+
+test-lowest: $(LOWEST)/.dev  ## run every test with the lowest versions that pyproject.toml admits, on Python 3.10 if found
+	$(LOWEST)/bin/python -m pytest
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -44,11 +62,15 @@ pictures: $(VENV)/.dev  ## draw the pictures of README and docs again
 notebooks: $(VENV)/.dev  ## run the notebooks of docs/ again and write their outputs into them
 	$(BIN)/python tools/run_notebooks.py
 
-bench: $(VENV)/.dev  ## measure speed and memory beside Captum, and of statistics; an hour, on a quiet machine
+bench: $(VENV)/.dev  ## measure imports, speed and memory beside Captum, and statistics; an hour, on a quiet machine
+	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/class_log_p.py
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py --memory
+
+soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one model, and thousands of explanations
+	PARCHGRAD_SOAK_SECONDS=60 $(BIN)/python -m pytest tests/test_crowd.py tests/test_concurrency.py tests/test_leaks.py
 
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
@@ -56,7 +78,12 @@ study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; 
 survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; ten minutes on one core
 	$(BIN)/python tools/survey_models.py
 
+mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test fail; a quarter of an hour
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
+
 check: lint test  ## all that a change must pass
 
 clean:  ## remove the environment and everything generated
-	rm -rf $(VENV) outputs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) outputs mutants build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

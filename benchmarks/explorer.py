@@ -9,7 +9,9 @@ The second serves the explorer in a process of its own, whose memory is read fro
 import argparse
 import base64
 import contextlib
+import html
 import io
+import os
 import random
 import re
 import signal
@@ -20,11 +22,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from gradio_client import Client, handle_file
 from PIL import Image
@@ -32,8 +35,22 @@ from PIL import Image
 import parchgrad as pg
 from parchgrad.demo import example_photographs
 from parchgrad.exploration import EXAMPLES, Explorer, Photograph, View, tinted
+from parchgrad.layers import parse_layers
 
 NETWORK = "efficientnet_lite0"
+MEGABYTES = 2
+OUTSIDE = ("file=/etc/passwd", "file=../../etc/passwd", "file=%2e%2e/%2e%2e/etc/passwd", "file=http://127.0.0.1/x.png")
+MALFORMED = (
+    b"",
+    b"{",
+    b"null",
+    b"[1]",
+    b"[" * 100_000,
+    b'{"data": 1}',
+    b'{"data": [], "fn_index": 10000}',
+    b"\xff\xfe",
+    b'{"data": [{"path": "http://127.0.0.1/x.png"}], "fn_index": 0, "session_hash": "a"}',
+)
 QUANTILES = [round(0.05 + 0.05 * step, 2) for step in range(9)]
 
 
@@ -59,112 +76,231 @@ def answers(rounds: int) -> None:
             print(f"{selector:10s} layers {layers:5s} {statistics.median(times):6.3f} s, worst {max(times):6.3f} s")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class Crowd:
+    """What many users do at once, and how.
+
+    Attributes:
+        users: how many.
+        seconds: for how long.
+        network: of the maps that they look at.
+        layers: of the same.
+    """
+
+    users: int
+    seconds: float
+    network: str = NETWORK
+    layers: str = "0.5"
+
+
+@dataclass(kw_only=True)
 class Tally:
-    """What the users saw, together."""
+    """What became of their requests.
+
+    Attributes:
+        counts: of each outcome; `WRONG` stands before what must not happen.
+        times: of all requests, in seconds.
+        places: the longest queue that a user was told to stand in.
+        before: memory of the server once every network and map was made, in bytes.
+        peak: the most that it had later.
+        after: what it had in the end.
+        course: that of every quarter, in bytes.
+        alive: whether it was still there.
+        said: what it wrote on its error stream.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     times: list[float] = field(default_factory=list)
+    places: int = 0
+    before: int = 0
+    peak: int = 0
+    after: int = 0
+    course: list[int] = field(default_factory=list)
+    alive: bool = False
+    said: str = ""
+
+    @property
+    def wrong(self) -> dict[str, int]:
+        """What must not happen, and how often it did."""
+        return {name: count for name, count in self.counts.items() if name.startswith("WRONG")}
 
 
-def crowd(users: int, seconds: float) -> None:
-    """Print what became of good and bad requests by many users at once."""
-    wanted, lock, tally = expected_maps(), threading.Lock(), Tally()
-    with tempfile.TemporaryDirectory() as folder, served() as (url, process):
-        files = {name: Path(folder, f"{name}.png") for name in EXAMPLES}
-        for path, image in zip(files.values(), example_photographs(), strict=True):
-            image.save(path)
-        Path(folder, "bad.png").write_text("no picture")
-        before, peak, end = memory(process.pid), 0, time.monotonic() + seconds
+class User:
+    """One session of the page, and what this user does next, good or bad."""
 
-        def use(number: int) -> None:
-            draw = random.Random(number)
-            client = Client(url, verbose=False)
-            while time.monotonic() < end:
-                began = time.perf_counter()
+    def __init__(self, url: str, crowd: Crowd, number: int, folder: Path, wanted: Mapping[Any, Any]) -> None:
+        """Begin a session; `wanted` are the right maps, and the number tells one user's choices from another's."""
+        self._client = Client(url, verbose=False)
+        self._url, self._crowd, self._folder, self._wanted = url.rstrip("/"), crowd, folder, wanted
+        self._draw = random.Random(number)
+        # The longest queue this user was told to stand in.
+        self.place = 0
+
+    def act(self) -> str:
+        """Do something, and say how it was answered."""
+        bad = (self._bad_file, self._bad_layers, self._bad_network, self._traversal, self._oversize, self._malformed)
+        # Every third request is a bad one.
+        if self._draw.random() < 1 / 3:
+            return self._draw.choice(bad)()
+        name, quantile = self._draw.choice(EXAMPLES), self._draw.choice(QUANTILES)
+        self._take(name)
+        page = self._show(quantile)
+        maps = re.findall(r'class="pg-map" src="data:image/png;base64,([^"]+)"', page)
+        if len(maps) != 2:
+            return f"WRONG: no maps but {page[:200]}"
+        found = np.asarray(Image.open(io.BytesIO(base64.b64decode(maps[1]))), dtype=float) / 255
+        return "right map" if np.abs(found - self._wanted[name, quantile]).max() < 0.01 else "WRONG: another map"
+
+    def close(self) -> None:
+        """End the session."""
+        self._client.close()
+
+    def _take(self, name: str) -> None:
+        if self._draw.random() < 0.5:
+            self._client.predict(handle_file(str(self._folder / f"{name}.png")), api_name="/take")
+        else:
+            self._client.predict(name, api_name="/take_example")
+
+    def _show(self, quantile: float, **changed: str) -> str:
+        """Ask for the page as it is with these settings, and watch the queue meanwhile."""
+        settings = {"selector": "energy", "method": "gradient", "prune": True, "gamma": 1, "signed": False}
+        settings |= {"network": self._crowd.network, "layers": self._crowd.layers, "opacity": 1} | changed
+        job = self._client.submit(target=None, stamp="", quantile=quantile, **settings, api_name="/show")
+        while not job.done():
+            self.place = max(self.place, job.status().rank or 0)
+            time.sleep(0.02)
+        result: str = job.result()[0]
+        return html.unescape(result)
+
+    def _bad_file(self) -> str:
+        self._client.predict(handle_file(str(self._folder / "bad.png")), api_name="/take")
+        said = self._show(0.1)
+        return "bad file refused" if "'bad.png' is no image that can be read" in said else "WRONG: bad file taken"
+
+    def _bad_layers(self) -> str:
+        self._take(EXAMPLES[0])
+        return (
+            "bad layers refused" if "matches none" in self._show(0.1, layers="nothing") else "WRONG: bad layers taken"
+        )
+
+    def _bad_network(self) -> str:
+        said = self._show(0.1, network="no_such_network")
+        known = "Neither torchvision nor timm knows a model 'no_such_network'"
+        return "bad network refused" if known in said else f"WRONG: bad network: {said[:200]}"
+
+    def _traversal(self) -> str:
+        path = self._draw.choice(OUTSIDE)
+        answer = httpx.get(f"{self._url}/gradio_api/{path}")
+        refused = answer.status_code in (403, 404) and "root:" not in answer.text
+        return "path refused" if refused else f"WRONG: path answered by {answer.status_code}"
+
+    def _oversize(self) -> str:
+        files = {"files": ("large.png", bytes(int((MEGABYTES + 0.2) * 2**20)), "image/png")}
+        try:
+            status = httpx.post(f"{self._url}/gradio_api/upload", files=files, timeout=60).status_code
+        except (httpx.WriteError, httpx.ReadError):
+            # The server may answer, and end the connection, before it has been sent all.
+            status = 413
+        return "oversize refused" if status == 413 else f"WRONG: oversize answered by {status}"
+
+    def _malformed(self) -> str:
+        body = self._draw.choice(MALFORMED)
+        address = f"{self._url}/gradio_api/queue/join"
+        status = httpx.post(address, content=body, headers={"content-type": "application/json"}, timeout=60).status_code
+        return "malformed body refused" if 400 <= status < 500 else f"WRONG: {body[:40]!r} answered by {status}"
+
+
+def observe(crowd: Crowd) -> Tally:
+    """Serve the explorer to a crowd, and see what becomes of its good and bad requests."""
+    wanted, lock, tally = expected_maps(crowd), threading.Lock(), Tally()
+    with tempfile.TemporaryDirectory() as place, served(crowd.network) as (url, process, errors):
+        folder = Path(place)
+        for name, image in zip(EXAMPLES, example_photographs(), strict=True):
+            image.save(folder / f"{name}.png")
+        (folder / "bad.png").write_text("no picture")
+        users = [User(url, crowd, number, folder, wanted) for number in range(crowd.users)]
+        # Everything once, so that what is counted is what becomes more.
+        for _ in range(12):
+            tally.counts[users[0].act()] += 1
+        tally.before, began = memory(process.pid), time.monotonic()
+
+        def use(user: User) -> None:
+            while time.monotonic() < began + crowd.seconds:
+                asked = time.perf_counter()
                 try:
-                    found = request(client, draw, files, Path(folder, "bad.png"), wanted)
+                    found = user.act()
                 except Exception as error:
                     # Whatever it is, it counts.
-                    found = f"failed: {str(error)[:80]}"
+                    found = f"WRONG: {type(error).__name__}: {str(error)[:200]}"
                 with lock:
                     tally.counts[found] += 1
-                    tally.times.append(time.perf_counter() - began)
+                    tally.times.append(time.perf_counter() - asked)
 
-        threads = [threading.Thread(target=use, args=(number,)) for number in range(users)]
+        threads = [threading.Thread(target=use, args=(user,)) for user in users]
         for thread in threads:
             thread.start()
-        minutes: list[int] = []
         while any(thread.is_alive() for thread in threads):
-            time.sleep(0.5)
-            peak = max(peak, memory(process.pid))
-            if (time.monotonic() - end + seconds) // 30 > len(minutes):
-                minutes.append(memory(process.pid) >> 20)
-        alive = process.poll() is None
+            time.sleep(0.2)
+            tally.peak = max(tally.peak, memory(process.pid))
+            if time.monotonic() - began > crowd.seconds / 4 * (len(tally.course) + 1):
+                tally.course.append(memory(process.pid))
+        for user in users:
+            user.close()
+        tally.places = max(user.place for user in users)
+        tally.after, tally.alive = memory(process.pid), process.poll() is None
+        tally.said = errors.read_text()
+    return tally
+
+
+def report(tally: Tally) -> None:
+    """Print what became of a crowd's requests."""
     for name, count in tally.counts.most_common():
         print(f"{count:6d} {name}")
     ordered = sorted(tally.times)
     print(f"median {statistics.median(ordered):.2f} s, 95 % within {ordered[int(0.95 * len(ordered))]:.2f} s")
-    print(f"memory of the server {before / 2**20:,.0f} MiB before, at most {peak / 2**20:,.0f} MiB; alive: {alive}")
-    print(f"MiB every half minute: {minutes}")
+    print(f"the last in the queue was told that {tally.places} were before")
+    print(f"MiB of the server: {tally.before >> 20} before, at most {tally.peak >> 20}, {tally.after >> 20} in the end")
+    print(f"MiB after each quarter: {[size >> 20 for size in tally.course]}; alive: {tally.alive}")
+    if tally.said:
+        print(f"it said: {tally.said}")
 
 
-def request(client: Any, draw: random.Random, files: dict[str, Path], bad: Path, wanted: dict[Any, Any]) -> str:
-    """One user's next request, and how it was answered."""
-    kind = draw.random()
-    if kind < 0.1:
-        client.predict(handle_file(str(bad)), api_name="/take")
-        return "bad file refused" if "no image that can be read" in show(client, 0.1) else "WRONG: bad file taken"
-    name, quantile = draw.choice(EXAMPLES), draw.choice(QUANTILES)
-    if draw.random() < 0.5:
-        client.predict(handle_file(str(files[name])), api_name="/take")
-    else:
-        client.predict(name, api_name="/take_example")
-    if kind < 0.2:
-        said = show(client, quantile, layers="nothing")
-        return "bad layers refused" if "matches none" in said else "WRONG: bad layers taken"
-    page = show(client, quantile)
-    maps = re.findall(r'class="pg-map" src="data:image/png;base64,([^"]+)"', page)
-    if len(maps) != 2:
-        return "WRONG: no maps"
-    found = np.asarray(Image.open(io.BytesIO(base64.b64decode(maps[1]))), dtype=float) / 255
-    return "right map" if np.abs(found - wanted[name, quantile]).max() < 0.01 else "WRONG: another map"
-
-
-def show(client: Any, quantile: float, layers: str = "0.5") -> str:
-    """Ask for the page as it is with these settings."""
-    settings = {"selector": "energy", "method": "gradient", "prune": True, "gamma": 1, "signed": False, "opacity": 1}
-    result: str = client.predict(
-        network=NETWORK, target=None, stamp="", layers=layers, quantile=quantile, **settings, api_name="/show"
-    )[0]
-    return result
-
-
-def expected_maps() -> dict[Any, Any]:
-    """The map of each photograph and quantile, by the library itself."""
-    classifier, wanted = pg.load_model(NETWORK), {}
+def expected_maps(crowd: Crowd) -> dict[Any, Any]:
+    """The map of each photograph and quantile, by the library itself, one after the other."""
+    classifier, wanted = pg.load_model(crowd.network), {}
     for name, image in zip(EXAMPLES, example_photographs(), strict=True):
         inputs = classifier.preprocess(image).unsqueeze(0)
         plain = pg.heatmap(pg.Explainer(classifier.model, None).attribute(inputs))[0]
+        layers = parse_layers(crowd.layers)
         for quantile in QUANTILES:
-            explainer = pg.Explainer(classifier.model, pg.GradientEnergy(quantile=quantile), layers=0.5)
+            explainer = pg.Explainer(classifier.model, pg.GradientEnergy(quantile=quantile), layers=layers)
             heat = pg.heatmap(explainer.attribute(inputs))[0]
             wanted[name, quantile] = tinted([plain, heat], signed=False)[1][1]
     return wanted
 
 
 @contextlib.contextmanager
-def served() -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run the command; give its address and its process."""
-    command = [sys.executable, "-m", "parchgrad", "explore", "--port", "0", "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        found = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
-        assert found is not None, "The explorer did not start."
-        try:
-            yield found[0], process
-        finally:
-            process.send_signal(signal.SIGINT)
+def served(
+    network: str, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
+    """Run the command; give its address, its process, and the file of what it says on its error stream."""
+    command = [sys.executable, "-m", "parchgrad", "explore", "--port", "0", "--no-browser", "--model", network]
+    command += ["--max-megabytes", str(MEGABYTES)]
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder, "errors.txt")
+        with (
+            errors.open("w") as stream,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stream, text=True, env=os.environ | dict(environment or {})
+            ) as process,
+        ):
+            try:
+                assert process.stdout is not None
+                found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+                assert found is not None, f"The explorer did not start: {errors.read_text()}"
+                yield found[0], process, errors
+            finally:
+                process.send_signal(signal.SIGINT)
 
 
 def memory(process: int) -> int:
@@ -183,6 +319,6 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=60)
     asked = parser.parse_args()
     if asked.users:
-        crowd(asked.users, asked.seconds)
+        report(observe(Crowd(users=asked.users, seconds=asked.seconds)))
     else:
         answers(asked.rounds)

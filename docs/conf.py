@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "command_line",
     "docstrings",
+    "error_messages",
     "mathml",
 ]
 exclude_patterns = ["extensions"]

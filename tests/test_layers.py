@@ -4,7 +4,7 @@ import torchvision
 from torch import nn
 
 from parchgrad.errors import LayerError, ModelError
-from parchgrad.layers import choose_layers, find_convolutions
+from parchgrad.layers import bare_model, choose_layers, find_convolutions
 from tests.conftest import small_network
 
 
@@ -117,3 +117,30 @@ def test_default_elsewhere_is_the_upper_half():
     # This EfficientNet has one stage less, hence no such set.
     names = list(find_convolutions(torchvision.models.efficientnet_v2_s()))
     assert list(choose_layers(torchvision.models.efficientnet_v2_s())) == names[-(len(names) // 2) :]
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224"]
+)
+@pytest.mark.parametrize("layers", ["default", "all", 0.5])
+def test_networks_whose_convolutions_only_cut_patches_are_refused(name, layers):
+    model = timm.create_model(name)
+    with pytest.raises(
+        ModelError, match=r"is no convolutional network: its only convolutions \((patch_embed|stem)\.proj\) cut"
+    ):
+        choose_layers(model, layers)
+
+
+def test_networks_with_patches_and_other_convolutions_are_not():
+    assert choose_layers(timm.create_model("convnext_atto"), "all")
+    assert choose_layers(timm.create_model("vit_small_r26_s32_224"), "all")
+    # A patch embedding with an ordinary head.
+    patches = nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+    )
+    assert list(choose_layers(patches)) == ["0"]
+
+
+def test_bare_models_are_themselves():
+    model = chain(2)
+    assert bare_model(model) is model

@@ -1,13 +1,22 @@
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parchgrad.errors import SettingError
-from parchgrad.partition import partition_gradient
+from parchgrad.partition import (
+    check_position_weights,
+    partition_gradient,
+    pruning_scale,
+    rounding_error,
+    safe_norm,
+    without_autocast,
+)
 from tests import reference
 
 GAMMAS = [math.inf, 2.0, 0.3]
@@ -199,18 +208,138 @@ def test_memory_formats_and_the_incoming_tensor():
     assert partition_gradient(gradient[:0], mask[:0]).shape == (0, 6, 3, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 6, 3, 4), (2, 0, 3, 4), (2, 6, 0, 4)])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_nothing_to_edit(shape, gamma, dtype):
+    gradient = torch.zeros(shape, dtype=dtype)
+    edited = partition_gradient(gradient, torch.ones(shape[:2], dtype=torch.bool), gamma=gamma, conserve="exact")
+    assert edited.shape == shape
+
+
+@pytest.mark.parametrize("spatial", [(1,), (3, 4)])
+@pytest.mark.parametrize("conserve", CONSERVE)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_kept_sum_of_nothing_is_pruned_but_not_scaled(gamma, conserve, spatial):
+    # Its rounding error is zero as well: zero divided by zero must not reach the result.
+    gradient, mask = random_case(23, spatial=spatial)
+    mask[:] = torch.tensor([True, False, False, True, False, False])
+    gradient[:, [0, 3]] = 0
+    edited = partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+    assert torch.equal(edited, gradient * 0 if math.isinf(gamma) else gradient)
+
+
+def test_sums_that_cancel_each_other_up_to_rounding_leave_nothing_to_conserve():
+    kept = torch.randn(1, 256, 14, 14)
+    gradient = torch.cat((kept, -kept * (1 + 1e-7 * torch.randn_like(kept))), dim=1)
+    mask = torch.arange(512).unsqueeze(0) < 256
+    assert torch.equal(partition_gradient(gradient, mask, gamma=1.0, conserve="exact"), gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spatial", [(), (1,), (5,), (2, 3)])
+def test_rounding_error_by_hand(spatial, dtype):
+    # Pointwise: eps sqrt(C) times the summed magnitudes, the mean over space taken; as a norm, sqrt(S) times that.
+    values = torch.randn(3, 4, *spatial, dtype=torch.float64)
+    flat = values.abs().reshape(3, 4, -1)
+    pointwise = torch.finfo(dtype).eps * math.sqrt(9) * flat.mean(2).sum(1)
+    found = rounding_error(values.to(dtype), 9)
+    torch.testing.assert_close(found.double(), pointwise * math.sqrt(flat.shape[2]), rtol=1e-6, atol=0)
+
+
+def test_rounding_error_of_huge_values_is_finite():
+    assert rounding_error(torch.full((1, 60, 50), 3e38), 60).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_safe_norm_at_the_ends_of_the_range(dtype):
+    # Rows of every scale in one tensor; the squares of the ends are beyond the type itself.
+    end = {torch.float16: (2.0**-20, 2.0**12), torch.float32: (2.0**-140, 2.0**120)}
+    low, high = end.get(dtype, (2.0**-1000, 2.0**1000))
+    whole = torch.tensor([3.0, -4.0, 12.0, 0.0], dtype=torch.float64)
+    rows = torch.stack((whole * low, whole, whole * high, whole * 0)).to(dtype)
+    expected = torch.tensor([13 * low, 13.0, 13 * high, 0.0], dtype=torch.float64)
+    assert torch.equal(safe_norm(rows, dim=1).double(), expected)
+    assert torch.equal(safe_norm(rows.reshape(4, 2, 2), dim=(1, 2)).double(), expected)
+
+
+def test_scale_without_conserving_has_the_type_of_the_sum():
+    kept = torch.ones(2, 3, dtype=torch.float32)
+    scale = pruning_scale(kept, 2 * kept, torch.zeros(2, dtype=torch.float64), conserve="none")
+    assert torch.equal(scale, torch.ones(2, dtype=torch.float32))
+    assert scale.dtype == torch.float32
+
+
+class WidestCopies(TorchDispatchMode):
+    """Numbers of elements of every float64 tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = [0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            self.sizes.append(found.numel())
+        return found
+
+
+@pytest.mark.parametrize("conserve", CONSERVE)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_the_gradient_is_never_copied_into_a_wider_type(gamma, conserve):
+    gradient, mask = random_case(29, channels=40, dtype=torch.float32)
+    with WidestCopies() as copies:
+        partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+    assert max(copies.sizes) < gradient.numel() / 10
+
+
+@pytest.mark.parametrize("conserve", CONSERVE)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_no_number_is_read_off_the_device(gamma, conserve):
+    # A tensor of the meta device holds none: reading one is an error. Nor does it know autocast.
+    gradient, mask = torch.empty(3, 6, 4, 4, device="meta"), torch.ones(3, 6, dtype=torch.bool, device="meta")
+    assert partition_gradient(gradient, mask, gamma=gamma, conserve=conserve).device.type == "meta"
+
+
+def test_autocast_is_switched_off_inside_only():
+    with torch.autocast("cpu", torch.bfloat16):
+        with without_autocast("cpu"):
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "sentence"),
     [
-        ({"gamma": 0.0}, "gamma is 0.0"),
-        ({"gamma": math.nan}, "gamma is nan"),
-        ({"gamma": "inf"}, "gamma is 'inf'"),
-        ({"conserve": "all"}, "independent, exact, none"),
-        ({"channel_mask": torch.ones(3, 6)}, "boolean mask"),
-        ({"channel_mask": torch.ones(3, 5, dtype=torch.bool)}, r"shape \(3, 6\)"),
+        *(
+            ({"gamma": gamma}, f"gamma is {gamma!r}, but it must be a positive number; infinity prunes the other ")
+            for gamma in (0.0, 0, -1.0, math.nan, "inf", None)
+        ),
+        ({"conserve": "all"}, "conserve is 'all', but it must be one of independent, exact, none."),
+        (
+            {"channel_mask": torch.ones(3, 6)},
+            "channel_mask is torch.float32 of shape (3, 6), but the gradient of shape (3, 6, 3, 4) needs a boolean "
+            "mask of shape (3, 6).",
+        ),
+        ({"channel_mask": torch.ones(3, 5, dtype=torch.bool)}, "channel_mask is torch.bool of shape (3, 5), but "),
+        ({"channel_mask": torch.ones(2, 6, dtype=torch.bool)}, "channel_mask is torch.bool of shape (2, 6), but "),
     ],
 )
-def test_bad_settings(changes, words):
+def test_bad_settings(changes, sentence):
     gradient, mask = random_case(0)
-    with pytest.raises(SettingError, match=words):
+    with pytest.raises(SettingError, match="^" + re.escape(sentence)):
         partition_gradient(**{"gradient": gradient, "channel_mask": mask, **changes})
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.ones(3, 3, 5), torch.ones(6, 3, 4), torch.ones(3, 4), torch.ones(3, 3, 4, dtype=torch.long)]
+)
+def test_position_weights_that_do_not_fit(weights):
+    gradient, _ = random_case(0)
+    check_position_weights(torch.ones(3, 3, 4), gradient)
+    sentence = (
+        f"position_weights is {weights.dtype} of shape {tuple(weights.shape)}, but the gradient of shape (3, 6, 3, 4) "
+        "needs floating-point weights of shape (3, 3, 4)."
+    )
+    with pytest.raises(SettingError, match="^" + re.escape(sentence) + "$"):
+        check_position_weights(weights, gradient)

@@ -1,4 +1,6 @@
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +11,16 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
-from parchgrad.selection import LayerSignal, keep_best, make_selector
+from parchgrad.selection import (
+    LayerSignal,
+    Selection,
+    Selector,
+    _is_safe,
+    default_quantile,
+    keep_best,
+    make_selector,
+)
+from parchgrad.statistics import RankedLayerStatistics
 from tests import reference
 from tests.conftest import random_statistics
 
@@ -152,14 +163,26 @@ def test_alpha_itself_is_kept():
 def test_a_signal_without_what_the_selector_needs():
     bare = signal(torch.zeros(1, 3, 1))
     statistics = random_statistics({"conv": 3})
-    for selector in (
-        pg.GradientTimesActivation(),
-        pg.Evidence(),
-        pg.ClassWise(statistics, alpha=0.1),
-        pg.InstanceWise(statistics, alpha=0.1),
+    for selector, name in (
+        (pg.GradientTimesActivation(), "observation"),
+        (pg.Evidence(), "observation"),
+        (pg.ClassWise(statistics, alpha=0.1), "classes"),
+        (pg.InstanceWise(statistics, alpha=0.1), "observation"),
     ):
-        with pytest.raises(SettingError, match="comes without"):
+        sentence = f"^The layer signal comes without {name}, which this selector needs; see LayerSignal\\.$"
+        with pytest.raises(SettingError, match=sentence):
             selector.select(bare)
+
+
+def test_selectors_say_whether_they_need_a_class():
+    gradient = torch.randn(2, 6, 3, 3)
+    for selector in every_selector():
+        bare = signal(gradient, selector.observe(gradient))
+        if selector.needs_class:
+            with pytest.raises(SettingError, match="without classes"):
+                selector.select(bare)
+        else:
+            assert selector.select(bare).shape == (2, 6)
 
 
 def test_random_channels_depend_on_seed_and_layer_alone():
@@ -187,8 +210,14 @@ def test_fixed_channels_per_layer_or_per_row():
     assert torch.equal(pg.FixedChannels({"conv": rows}).select(signal(torch.zeros(2, 2, 3))), rows)
     same = pg.FixedChannels({"conv": rows[0]}).select(signal(torch.zeros(2, 2, 3)))
     assert torch.equal(same, rows[[0, 0]])
-    with pytest.raises(SettingError, match="has 2 rows, but the pass has 3"):
-        pg.FixedChannels({"conv": rows}).select(signal(torch.zeros(3, 2, 3)))
+    wide = torch.tensor([[True, False, False]] * 2)
+    assert torch.equal(pg.FixedChannels({"conv": wide}).select(signal(torch.zeros(2, 3, 3))), wide)
+    sentence = (
+        "The mask of layer 'conv' has 2 rows, but the pass has 3; give a mask of shape (C,), or one row per row of "
+        "the pass."
+    )
+    with pytest.raises(SettingError, match=f"^{re.escape(sentence)}$"):
+        pg.FixedChannels({"conv": wide}).select(signal(torch.zeros(3, 3, 3)))
 
 
 @pytest.mark.parametrize("test", ["welch", "student"])
@@ -310,48 +339,103 @@ def test_instance_wise_orders_scores_whose_p_value_underflows():
     assert chosen(mask) == [{2}]
 
 
+QUANTILE = "quantile is {}, but it must lie in (0, 1]: the share of channels that is kept."
+ONE_OF_TWO = "Exactly one of quantile and alpha must be given, but {}."
+ALPHA = "alpha is {}, but it must lie in (0, 1): the largest p-value that is kept."
+NORMALITY = "normality_threshold is {}, but it must lie in (0, 1], or be None for no gate."
+POSITIONS = "positions is {}, but it must lie in (0, 1]: the share of the places."
+MASK = "The mask of layer 'conv' is {}, but it must be boolean of shape (C,) or (B, C)."
+
+
 @pytest.mark.parametrize(
-    ("build", "words"),
+    ("build", "sentence"),
     [
-        (lambda s: pg.GradientEnergy(quantile=0.0), "quantile is 0.0"),
-        (lambda s: pg.GradientTimesActivation(quantile=1.1), "quantile is 1.1"),
-        (lambda s: pg.Evidence(quantile=0), "quantile is 0"),
-        (lambda s: pg.Evidence(positions=0), "positions is 0"),
-        (lambda s: pg.RandomChannels(quantile=math.nan), "quantile is nan"),
-        (lambda s: pg.GradientEnergy(quantile="a"), "quantile is 'a'"),
-        (lambda s: pg.FixedChannels({"conv": torch.ones(3)}), "'conv' is torch.float32"),
-        (lambda s: pg.ClassWise(s), "neither is"),
-        (lambda s: pg.ClassWise(s, quantile=0.1, alpha=0.1), "both are"),
-        (lambda s: pg.InstanceWise(s, quantile=0.1, alpha=0.1), "both are"),
-        (lambda s: pg.InstanceWise(s, alpha=0.0), "alpha is 0.0"),
-        (lambda s: pg.ClassWise(s, quantile=2.0), "quantile is 2.0"),
-        (lambda s: pg.ClassWise(s, quantile=0.1, normality_threshold=0.0), "normality_threshold is 0.0"),
-        (lambda s: pg.ClassWise(s, quantile=0.1, test="fisher"), "welch, student"),
+        (lambda s: pg.GradientEnergy(quantile=0.0), QUANTILE.format("0.0")),
+        (lambda s: pg.GradientTimesActivation(quantile=1.1), QUANTILE.format("1.1")),
+        (lambda s: pg.Evidence(quantile=0), QUANTILE.format("0")),
+        (lambda s: pg.Evidence(positions=0), POSITIONS.format("0")),
+        (lambda s: pg.Evidence(positions=1.5), POSITIONS.format("1.5")),
+        (lambda s: pg.Evidence(positions="all"), POSITIONS.format("'all'")),
+        (lambda s: pg.RandomChannels(quantile=math.nan), QUANTILE.format("nan")),
+        (lambda s: pg.GradientEnergy(quantile="a"), QUANTILE.format("'a'")),
+        (lambda s: pg.FixedChannels({"conv": torch.ones(3)}), MASK.format("torch.float32 of shape (3,)")),
+        (lambda s: pg.FixedChannels({"conv": torch.ones(()) > 0}), MASK.format("torch.bool of shape ()")),
+        (lambda s: pg.FixedChannels({"conv": torch.ones(1, 3, 1) > 0}), MASK.format("torch.bool of shape (1, 3, 1)")),
+        (lambda s: pg.ClassWise(s), ONE_OF_TWO.format("neither is")),
+        (lambda s: pg.ClassWise(s, quantile=0.1, alpha=0.1), ONE_OF_TWO.format("both are")),
+        (lambda s: pg.InstanceWise(s, quantile=0.1, alpha=0.1), ONE_OF_TWO.format("both are")),
+        *((lambda s, a=a: pg.InstanceWise(s, alpha=a), ALPHA.format(a)) for a in (0.0, 1.0, 1.5)),
+        (lambda s: pg.ClassWise(s, quantile=2.0), QUANTILE.format("2.0")),
+        *(
+            (lambda s, t=t: pg.ClassWise(s, quantile=0.1, normality_threshold=t), NORMALITY.format(t))
+            for t in (0.0, 1.5)
+        ),
+        (
+            lambda s: pg.ClassWise(s, quantile=0.1, test="fisher"),
+            "test is 'fisher', but it must be one of welch, student.",
+        ),
     ],
 )
-def test_bad_settings(build, words):
-    with pytest.raises(SettingError, match=words):
+def test_bad_settings(build, sentence):
+    with pytest.raises(SettingError, match=f"^{re.escape(sentence)}$"):
         build(random_statistics({"conv": 3}))
 
 
+def test_settings_at_the_ends_of_their_ranges():
+    statistics = random_statistics({"conv": 3})
+    assert pg.Evidence(positions=1).positions == 1
+    # Every channel is far from normal, and all of them are the best.
+    assert pg.ClassWise(statistics, quantile=1, normality_threshold=1).class_masks("conv").all()
+    assert pg.InstanceWise(statistics, quantile=1.0).quantile == 1
+
+
 def test_statistics_are_needed():
-    with pytest.raises(StatisticsError, match="is a NoneType"):
-        pg.ClassWise(None, quantile=0.1)
+    with pytest.raises(StatisticsError, match=r"^statistics is a dict, but this selector needs ChannelStatistics\.$"):
+        pg.ClassWise({}, quantile=0.1)
 
 
-def test_statistics_must_fit_the_layers_and_the_classes():
+@pytest.mark.parametrize(
+    ("channels", "sentence"),
+    [
+        (
+            {"conv": 3, "head": 3},
+            "The statistics do not hold layer 'head'; collect them with this layer, or choose among the layers they "
+            "hold.",
+        ),
+        (
+            {"conv": 4},
+            "The statistics of layer 'conv' have 3 channels, the layer has 4; they were collected on another model.",
+        ),
+    ],
+)
+def test_statistics_must_fit_the_layers(channels, sentence):
+    for kind in (pg.ClassWise, pg.InstanceWise):
+        selector = kind(random_statistics({"conv": 3}), quantile=0.5)
+        selector.check({"conv": 3})
+        with pytest.raises(StatisticsError, match=f"^{re.escape(sentence)}$"):
+            selector.check(channels)
+
+
+def test_statistics_must_fit_the_classes():
     selector = pg.ClassWise(random_statistics({"conv": 3}), quantile=0.5)
-    selector.check({"conv": 3})
-    with pytest.raises(StatisticsError, match="do not hold layer 'head'"):
-        selector.check({"head": 3})
-    with pytest.raises(StatisticsError, match="have 3 channels, the layer has 4"):
-        selector.check({"conv": 4})
-    with pytest.raises(StatisticsError, match="of 5 classes, but the model's output has 7"):
+    sentence = "The statistics are of 5 classes, but the model's output has 7; collect statistics on this model."
+    with pytest.raises(StatisticsError, match=f"^{re.escape(sentence)}$"):
         selector.check_classes(7)
-    with pytest.raises(SettingError, match="No mask is given for layer 'head'"):
-        pg.FixedChannels({}).check({"head": 3})
-    with pytest.raises(SettingError, match="has 2 channels, the layer has 3"):
-        pg.FixedChannels({"conv": torch.ones(2, dtype=torch.bool)}).check({"conv": 3})
+
+
+@pytest.mark.parametrize(
+    ("channels", "sentence"),
+    [
+        ({"head": 3}, "No mask is given for layer 'head'; give one, or leave the layer out of layers."),
+        ({"conv": 3}, "The mask of layer 'conv' has 2 channels, the layer has 3; give one of its own."),
+        ({"rows": 3}, "The mask of layer 'rows' has 2 channels, the layer has 3; give one of its own."),
+    ],
+)
+def test_masks_must_fit_the_layers(channels, sentence):
+    selector = pg.FixedChannels({"conv": torch.ones(2) > 0, "rows": torch.ones(3, 2) > 0})
+    selector.check({"conv": 2, "rows": 2})
+    with pytest.raises(SettingError, match=f"^{re.escape(sentence)}$"):
+        selector.check(channels)
 
 
 def test_restricted_classes_are_looked_up_and_others_refused():
@@ -372,9 +456,15 @@ def test_single_images_of_a_class_are_said_once():
     with pytest.warns(StatisticsWarning, match="2 of 5 classes have images, but fewer than two") as said:
         selector = pg.ClassWise(statistics, quantile=0.5)
     assert len(said) == 1
-    assert said[0].filename == __file__
     selector.class_masks("b")
     pg.ClassWise(statistics, quantile=0.5, test="student")
+
+
+def test_the_warning_names_the_line_that_makes_the_selector():
+    statistics = random_statistics({"conv": 4}, classes=5, images=8)
+    with pytest.warns(StatisticsWarning) as said:
+        pg.ClassWise(statistics, quantile=0.5)
+    assert said[0].filename == __file__
 
 
 def test_selectors_by_their_short_names():
@@ -382,10 +472,27 @@ def test_selectors_by_their_short_names():
     assert make_selector("random", quantile=0.2) == pg.RandomChannels(quantile=0.2)
     assert isinstance(make_selector("class", quantile=0.2, statistics=statistics), pg.ClassWise)
     assert isinstance(make_selector("instance", quantile=0.2, statistics=statistics), pg.InstanceWise)
-    with pytest.raises(StatisticsError, match="'class' needs channel statistics"):
-        make_selector("class", quantile=0.2)
-    with pytest.raises(SettingError, match="one of energy, activation, evidence, random, class, instance"):
+    for name in ("class", "instance"):
+        sentence = f"The selector {name!r} needs channel statistics; collect some, or choose 'energy'."
+        with pytest.raises(StatisticsError, match=f"^{re.escape(sentence)}$"):
+            make_selector(name, quantile=0.2)
+    sentence = "selector is 'best', but it must be one of energy, activation, evidence, random, class, instance."
+    with pytest.raises(SettingError, match=f"^{re.escape(sentence)}$"):
         make_selector("best", quantile=0.2)
+
+
+def test_a_selector_by_its_name_has_the_settings_that_are_given():
+    statistics = random_statistics({"conv": 4})
+    assert make_selector("random", quantile=0.2, seed=3) == pg.RandomChannels(quantile=0.2, seed=3)
+    assert make_selector("random") == pg.RandomChannels()
+    assert make_selector("energy") == pg.GradientEnergy()
+    assert make_selector("activation", quantile=0.7) == pg.GradientTimesActivation(quantile=0.7)
+    assert make_selector("evidence") == pg.Evidence()
+    for name in ("class", "instance"):
+        assert make_selector(name, statistics=statistics).quantile == default_quantile(name) == 0.1
+        assert make_selector(name, statistics=statistics, quantile=0.3).statistics is statistics
+    assert make_selector("class", statistics=statistics).test == "welch"
+    assert make_selector("class", statistics=statistics.compact(test="student")).test == "student"
 
 
 def near_ties(rows, channels=20):
@@ -404,7 +511,7 @@ def test_energy_ranks_alike_at_any_scale_and_in_any_batch():
         return selector.select(LayerSignal(layer="conv", gradient=values))
 
     expected = masks(gradient)
-    for scale in (2.0**-100, 2.0**-50, 2.0**-31, 2.0**-29, 2.0**70, 2.0**100):
+    for scale in (2.0**-100, 2.0**-74, 2.0**-50, 2.0**-31, 2.0**-29, 2.0**70, 2.0**100):
         assert torch.equal(masks(gradient * scale), expected)
     # A row of zeros, tiny and huge rows beside them change nothing.
     others = torch.cat((torch.zeros(1, 20, 300), gradient[:1] * 2.0**-90, gradient[1:2] * 2.0**90))
@@ -433,7 +540,7 @@ def test_energy_far_below_the_largest_is_ranked_all_the_same():
     assert mask.sum(1).tolist() == [6, 6, 6]
     # The squares of the others vanish in float32, that of the largest does not.
     gradient[::2, 0] *= 1e8
-    for scale in (2.0**-54, 2.0**-30, 1.0):
+    for scale in (2.0**-54, 2.0**-51, 2.0**-49, 2.0**-30, 1.0):
         assert torch.equal(selector.select(LayerSignal(layer="conv", gradient=scale * gradient[::2])), mask[::2])
 
 
@@ -464,3 +571,293 @@ def test_a_layer_of_dead_channels_hides_no_class():
         held = pg.ChannelStatistics(layers)
         for statistics in (held, held.compact(share=1.0)):
             pg.ClassWise(statistics, quantile=1.0).check_targets([0, 2, 7, -1])
+
+
+def test_a_selector_without_places_partitions_by_its_mask_alone():
+    class Largest(Selector):
+        def select(self, signal):
+            return keep_best(signal.gradient.flatten(2).sum(2), 0.1)
+
+    gradient = torch.randn(3, 6, 2, 2)
+    found = Largest().partition(signal(gradient))
+    assert isinstance(found, Selection)
+    assert torch.equal(found.channel_mask, Largest().select(signal(gradient)))
+    assert found.position_weights is None
+
+
+def every_selector(channels=6):
+    statistics = random_statistics({"conv": channels})
+    return [
+        pg.GradientEnergy(quantile=0.3),
+        pg.GradientTimesActivation(quantile=0.3),
+        pg.Evidence(quantile=0.3),
+        pg.RandomChannels(quantile=0.3),
+        pg.FixedChannels({"conv": torch.arange(channels) < 2}),
+        pg.ClassWise(statistics, quantile=0.3),
+        pg.ClassWise(statistics, alpha=0.3),
+        pg.InstanceWise(statistics, quantile=0.3),
+        pg.InstanceWise(statistics, alpha=0.3, normality_threshold=None),
+    ]
+
+
+@pytest.mark.parametrize("selector", every_selector(), ids=lambda selector: type(selector).__name__)
+def test_no_number_is_read_off_a_device(selector):
+    # A tensor of the meta device holds none: reading one, or mixing it with another device, is an error.
+    selector = dataclasses.replace(selector)
+    gradient = torch.empty(3, 6, 4, 4, device="meta")
+    classes = torch.empty(3, dtype=torch.long, device="meta")
+    found = selector.partition(signal(gradient, selector.observe(gradient), classes))
+    assert found.channel_mask.device.type == "meta"
+    assert found.channel_mask.shape == (3, 6)
+    weights = found.position_weights
+    assert weights is None or (weights.device.type == "meta" and weights.shape == (3, 4, 4))
+    if isinstance(selector, pg.ClassWise):
+        assert [mask.device.type for mask in selector._masks.values()] == ["meta"]
+
+
+@pytest.mark.parametrize("selector", every_selector(), ids=lambda selector: type(selector).__name__)
+def test_a_pass_without_rows(selector):
+    gradient = torch.empty(0, 6, 4, 4)
+    observation = selector.observe(gradient)
+    found = selector.partition(signal(gradient, observation, torch.empty(0, dtype=torch.long)))
+    assert found.channel_mask.shape == (0, 6)
+
+
+@pytest.mark.parametrize("selector", every_selector()[:3], ids=lambda selector: type(selector).__name__)
+def test_a_layer_without_space(selector):
+    gradient, output = torch.randn(4, 6), torch.randn(4, 6)
+    found = selector.select(signal(gradient, selector.observe(output)))
+    single = selector.select(signal(gradient.unsqueeze(2), selector.observe(output.unsqueeze(2))))
+    assert torch.equal(found, single)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("selector", every_selector()[:3], ids=lambda selector: type(selector).__name__)
+def test_ordinary_gradients_do_not_pay_for_the_ends_of_the_range(selector, rows, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError
+
+    monkeypatch.setattr("parchgrad.selection.safe_norm", refuse)
+    monkeypatch.setattr("torch.frexp", refuse)
+    gradient, output = torch.randn(rows, 6, 4, 4), torch.randn(rows, 6, 4, 4)
+    assert selector.select(signal(gradient, selector.observe(output))).sum(1).tolist() == [1] * rows
+
+
+SCALES = {
+    "tiny and huge": [1.0, 2.0**-140, 2.0**-120, 2.0**-75, 2.0**75, 2.0**120],
+    "tiny": [1.0, 2.0**-140, 2.0**-120, 2.0**-75, 2.0**-40, 1.0],
+}
+
+
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("space", [(1, 1), (5, 5)])
+@pytest.mark.parametrize("selector", every_selector()[:3], ids=lambda selector: type(selector).__name__)
+def test_rows_of_every_scale_in_one_batch(selector, space, scales):
+    # Whole numbers keep all their digits as subnormals.
+    gradient, output = (torch.randint(-15, 16, (6, 20, *space)).float() for _ in range(2))
+    if space == (5, 5):
+        output -= output.flatten(2).mean(2)[..., None, None].round()
+    expected = selector.select(signal(gradient.double(), selector.observe(output.double())))
+    scales = torch.tensor(scales).reshape(6, 1, 1, 1)
+    for scaled, observed in ((gradient, output), (gradient * scales, output), (gradient * scales, output * scales)):
+        if isinstance(selector, pg.GradientTimesActivation) and observed is not output:
+            observed = output * scales.flip(0)
+        found = selector.select(signal(scaled, selector.observe(observed)))
+        assert torch.equal(found, expected)
+        for row in range(6):
+            alone = signal(scaled[row : row + 1], selector.observe(observed[row : row + 1]))
+            assert torch.equal(selector.select(alone), expected[row : row + 1])
+
+
+def test_only_what_was_read_is_known_to_be_safe():
+    assert _is_safe(torch.ones(2, 3, 4))
+    for unknown in (torch.ones(2, 3, 4, device="meta"), torch.ones(2, 0, 4), torch.ones(0, 3, 4)):
+        assert not _is_safe(unknown)
+    for scale in (2.0**-31, 2.0**31, 0.0):
+        assert not _is_safe(torch.tensor([1.0, scale]).reshape(2, 1, 1))
+
+
+@pytest.mark.parametrize("scale", [2.0**-660, 2.0**660])
+@pytest.mark.parametrize("selector", every_selector()[:3], ids=lambda selector: type(selector).__name__)
+def test_double_precision_far_beyond_where_squares_vanish(selector, scale):
+    gradient, output = (torch.randn(3, 20, 4, 4, dtype=torch.float64) for _ in range(2))
+    observation = selector.observe(output)
+    expected = selector.select(signal(gradient, observation))
+    if isinstance(selector, pg.Evidence):
+        scale = math.sqrt(scale) / 2**90 if scale > 1 else math.sqrt(scale) * 2**90
+    assert torch.equal(selector.select(signal(gradient * scale, observation)), expected)
+
+
+@pytest.mark.parametrize("selector", every_selector()[:3], ids=lambda selector: type(selector).__name__)
+def test_a_row_without_gradient_keeps_every_channel(selector):
+    gradient, output = torch.randn(3, 6, 4, 4), torch.randn(3, 6, 4, 4)
+    gradient[1] = 0
+    mask = selector.select(signal(gradient, selector.observe(output)))
+    assert mask.sum(1).tolist() == [1, 6, 1]
+
+
+@pytest.mark.parametrize("selector", every_selector()[:3], ids=lambda selector: type(selector).__name__)
+def test_huge_gradients_where_subnormal_numbers_are_flushed_to_zero(selector):
+    gradient, output = torch.randn(3, 20, 4, 4), torch.randn(3, 20, 4, 4)
+    gradient *= 3e38 / gradient.abs().max()
+    expected = selector.select(signal(gradient.double(), selector.observe(output.double())))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    try:
+        found = selector.select(signal(gradient, selector.observe(output)))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("space", [(3,), (7, 7), (56, 56)])
+def test_levels_alone_leave_nothing_of_a_channel(space):
+    levels = 10 ** (6 * torch.rand(2, 30) - 3)
+    output = levels.reshape(2, 30, *[1] * len(space)) * torch.ones(2, 30, *space)
+    varied = output.clone()
+    varied[:, ::2] += 1e-2 * levels[:, ::2].reshape(2, 15, *[1] * len(space)) * torch.randn(2, 15, *space)
+    assert not pg.Evidence().observe(output).any()
+    observed = pg.Evidence().observe(varied)
+    assert not observed[:, 1::2].any()
+    # What varies by a hundredth of its level is taken as it is, in its own unit.
+    flat = varied[:, ::2].flatten(2)
+    assert torch.equal(observed[:, ::2], flat - flat.mean(2, keepdim=True))
+
+
+def test_the_output_of_a_single_place_is_observed_as_it_is():
+    output = torch.randn(3, 6, 1, 1)
+    observed = pg.Evidence().observe(output)
+    assert torch.equal(observed, output.flatten(2))
+    output.zero_()
+    assert observed.all()
+
+
+def test_channels_at_the_very_threshold():
+    layer = pg.LayerStatistics(
+        count=torch.tensor(40),
+        mean=torch.zeros(3),
+        std=torch.ones(3),
+        class_count=torch.tensor([20, 20]),
+        class_mean=torch.tensor([[1.0, -1.0]] * 3),
+        class_variance=torch.ones(3, 2),
+        shapiro_p=torch.tensor([0.05, 0.04, 0.0], dtype=torch.float64),
+    )
+    statistics = pg.ChannelStatistics({"conv": layer})
+    # A p-value of alpha itself is kept, one of the normality threshold itself is not.
+    observation = torch.tensor([[9.0, 0.0, -1e-6]], dtype=torch.float64)
+    found = pg.InstanceWise(statistics, alpha=0.5).select(signal(torch.zeros(1, 3, 1), observation))
+    assert found.tolist() == [[False, True, False]]
+    assert pg.ClassWise(statistics, quantile=1.0).class_masks("conv")[0].tolist() == [False, True, True]
+
+
+def test_a_constant_channel_takes_no_place_of_another():
+    statistics = random_statistics({"conv": 4})
+    layer = statistics["conv"]
+    fields = ("count", "class_count", "class_mean", "class_variance", "shapiro_p")
+    std, mean = layer.std.clone(), layer.mean
+    std[2] = 0
+    layer = pg.LayerStatistics(mean=mean, std=std, **{name: getattr(layer, name) for name in fields})
+    gap = mean + torch.tensor([0.3, 0.1, 5.0, 0.2]) * layer.std.max()
+    expected = max((float((gap[c] - mean[c]) / std[c]), c) for c in (0, 1, 3))[1]
+    for value in (float(gap[2]) + 5, float(mean[2])):
+        gap[2] = value
+        found = pg.InstanceWise(pg.ChannelStatistics({"conv": layer}), quantile=0.25).select(
+            signal(torch.zeros(1, 4, 1), gap.unsqueeze(0))
+        )
+        assert chosen(found) == [{expected}]
+
+
+def test_every_layer_and_class_has_its_own_mask():
+    statistics = random_statistics({"a": 30, "b": 30}, seed=4)
+    selector = pg.ClassWise(statistics, quantile=0.2)
+    for layer in ("a", "b", "a"):
+        one = LayerSignal(layer=layer, gradient=torch.zeros(5, 30, 1), classes=torch.arange(5))
+        expected = [
+            reference.best_channels((-statistics[layer].class_log_p()[:, label]).tolist(), 0.2) for label in range(5)
+        ]
+        assert chosen(selector.select(one)) == expected
+
+
+def test_a_class_beyond_all_that_are_held():
+    some = pg.ClassWise(random_statistics({"conv": 8}).restrict(classes=[1, 2]), quantile=0.3)
+    for missing in (0, 3, 4):
+        with pytest.raises(StatisticsError, match=f"not class {missing}"):
+            some.select(signal(torch.ones(2, 8, 1), classes=torch.tensor([1, missing])))
+
+
+@pytest.mark.parametrize("empty", [0, 2, 4])
+def test_targets_without_images(empty):
+    layer = random_statistics({"conv": 3})["conv"]
+    fields = ("count", "mean", "std", "class_mean", "class_variance", "shapiro_p")
+    counts = torch.where(torch.arange(5) == empty, 0, layer.class_count)
+    layer = pg.LayerStatistics(class_count=counts, **{name: getattr(layer, name) for name in fields})
+    selector = pg.ClassWise(pg.ChannelStatistics({"conv": layer}), quantile=0.5)
+    # Whether the model has a class is for others to say.
+    selector.check_targets([label for label in range(-1, 7) if label != empty])
+    sentence = (
+        f"The statistics hold no image of class {empty}, so that nothing is known about it; collect them with images "
+        "of this class, or with predicted labels."
+    )
+    with pytest.raises(StatisticsError, match=f"^{re.escape(sentence)}$"):
+        selector.check_targets([1, empty, 3])
+
+
+def ranked(log_p, share):
+    channels = len(log_p)
+    layer = RankedLayerStatistics(
+        mean=torch.zeros(channels),
+        std=torch.ones(channels),
+        shapiro_p=torch.zeros(channels),
+        log_p=torch.tensor(log_p),
+        test="welch",
+        share=share,
+    )
+    return pg.ChannelStatistics({"conv": layer})
+
+
+def test_one_image_is_enough_to_know_a_class():
+    statistics = random_statistics({"conv": 4}, classes=5, images=9)
+    pg.ClassWise(statistics, quantile=0.5, test="student").check_targets([4])
+
+
+@pytest.mark.parametrize("layers", [("a", "b"), ("b", "a")])
+def test_targets_that_no_layer_of_ranked_statistics_knows(layers):
+    # The first layer knows the first class by one channel of two, the second layer the second class.
+    known = {"a": ranked([[-3.0, 0.0, 0.0], [0.0, 0.0, 0.0]], 0.5), "b": ranked([[0.0, -2.0, 0.0]] * 2, 0.5)}
+    statistics = pg.ChannelStatistics({layer: known[layer]["conv"] for layer in layers})
+    selector = pg.ClassWise(statistics, quantile=0.5)
+    selector.check_targets([0, 1])
+    with pytest.raises(StatisticsError, match="no image of class 2"):
+        selector.check_targets([0, 2])
+
+
+def test_a_quantile_beyond_what_compact_statistics_rank():
+    statistics = ranked([[-3.0, 0.0], [-2.0, -1.0], [0.0, -4.0], [0.0, 0.0]], 0.5)
+    pg.ClassWise(statistics, quantile=0.5).check({"conv": 4})
+    pg.ClassWise(statistics, alpha=0.05).check({"conv": 4})
+    sentence = (
+        "The statistics of layer 'conv' are compact: they rank the best 50% of the channels only, but quantile is "
+        "0.6; lower it, or collect full statistics."
+    )
+    with pytest.raises(StatisticsError, match=f"^{re.escape(sentence)}$"):
+        pg.ClassWise(statistics, quantile=0.6).check({"conv": 4})
+
+
+def test_alpha_on_compact_statistics():
+    # The first class holds p-values on both sides of alpha, the second none at all.
+    log_p = [[-3.0, 0.0], [-1.0, 0.0], [-0.5, 0.0], [0.0, 0.0]]
+    masks = pg.ClassWise(ranked(log_p, 0.75), alpha=math.exp(-1)).class_masks("conv")
+    assert masks.tolist() == [[True, True, False, False], [False] * 4]
+    # Where all that are held pass, more may.
+    sentence = (
+        "The statistics of layer 'conv' are compact, with too few channels for alpha={}; lower it, use a quantile, or "
+        "collect full statistics."
+    )
+    for last in (-1.0, -1.5):
+        few = [[-3.0, -3.0], [-2.0, -0.1], [last, 0.0], [0.0, 0.0]]
+        with pytest.raises(StatisticsError, match=f"^{re.escape(sentence.format(math.exp(-1)))}$"):
+            pg.ClassWise(ranked(few, 0.75), alpha=math.exp(-1)).class_masks("conv")
+    # Unless there are no others.
+    masks = pg.ClassWise(ranked([[-3.0, -3.0], [-2.0, -1.5]], 1.0), alpha=math.exp(-1)).class_masks("conv")
+    assert masks.all()
+    assert pg.ClassWise(ranked(few, 0.75), quantile=0.75).class_masks("conv").sum(1).tolist() == [3, 4]

@@ -10,14 +10,15 @@ from parchgrad import errors
 
 # From the bottom up; modules on one line may import each other.
 ORDER = [
-    {"_version", "errors", "files"},
+    {"_version", "errors", "files", "checks"},
     {"partition", "layers", "statistics.moments", "statistics.tests", "statistics.compact"},
     {"statistics.checkpoint", "statistics.processes", "statistics.layer"},
     {"statistics", "statistics.store"},
     {"statistics.accumulate", "statistics.pickles", "selection"},
     {"statistics.collect"},
-    {"convolution"},
+    {"convolution", "diagnosis"},
     {"engine"},
+    {"heads"},
     {"attribution"},
     {"recording"},
     {"data.images", "data.folders", "data.samples", "data.outlines", "shapes_network"},

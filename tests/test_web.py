@@ -229,7 +229,7 @@ def test_what_programs_send_as_they_like_ends_in_one_sentence(address, tmp_path)
     for settings, said in (
         ({"network": None}, "network is 'None', but it must be a text."),
         ({"layers": ["a"]}, "but it must be a text."),
-        ({"layers": "a," * 600}, "layers is a text of 1,200 letters, but 1,000 are the most."),
+        ({"layers": "a," * 600}, "layers is a text of 1,200 letters, but 1,000 are the most; shorten it."),
         ({"selector": 3}, "selector is '3', but it must be a text."),
         ({"selector": "magic"}, "'magic'"),
         ({"method": "magic"}, "'magic'"),

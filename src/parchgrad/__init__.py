@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from parchgrad.engine import ParchGrad
     from parchgrad.errors import ParchGradError
     from parchgrad.explanation import Explanation, explain_images
+    from parchgrad.heads import RegionScore
     from parchgrad.hook_wrapper import get_hook_wrapper
     from parchgrad.layers import choose_layers, find_convolutions
     from parchgrad.models import Classifier, load_model
@@ -49,6 +50,7 @@ __all__ = [
     "ParchGradError",
     "RandomChannels",
     "RankedLayerStatistics",
+    "RegionScore",
     "Selection",
     "Selector",
     "__version__",
@@ -72,6 +74,7 @@ _MODULES = {
     "engine": ("ParchGrad",),
     "errors": ("ParchGradError",),
     "explanation": ("Explanation", "explain_images"),
+    "heads": ("RegionScore",),
     "hook_wrapper": ("get_hook_wrapper",),
     "layers": ("choose_layers", "find_convolutions"),
     "models": ("Classifier", "load_model"),

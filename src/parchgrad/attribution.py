@@ -3,7 +3,8 @@
 import difflib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -11,16 +12,19 @@ import captum.attr
 import torch
 from torch import Tensor, nn
 
+from parchgrad.checks import check_kind, is_number, is_whole_number
+from parchgrad.diagnosis import check_weights, find_non_finite
 from parchgrad.engine import (
     ParchGrad,
     Target,
     check_target_count,
-    check_target_range,
     integer_targets,
+    partitioned_before,
     plain_gradients,
 )
-from parchgrad.errors import InputError, ModelError, SettingError
-from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model
+from parchgrad.errors import InputError, ModelError, NonFiniteError, SettingError
+from parchgrad.heads import Logits, Output, Score, Scores
+from parchgrad.layers import LayerChoice, bare_model, check_evaluation_mode
 from parchgrad.partition import Conserve, at_least_float32
 from parchgrad.selection import Selector
 
@@ -72,19 +76,23 @@ class Explainer:
         gamma: float = math.inf,
         conserve: Conserve = "independent",
         method: str = "gradient",
+        logits: Callable[[Any], Tensor] | None = None,
         internal_batch_size: int | None = 32,
         **method_options: Any,
     ) -> None:
         """Check every setting against the model and the method.
 
         Args:
-            model: a classifier whose output are the logits, shape (B, K), in evaluation mode.
+            model: a classifier whose output are the logits, shape (B, K), in evaluation mode. Of a
+                DistributedDataParallel wrapper the module inside is meant.
             selector: which channels matter; None is the plain method, and `layers`, `gamma` and `conserve` are unused.
             layers: which convolutions are edited; see `choose_layers`.
             gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
             conserve: how the layer's variance is kept: `"independent"`, `"exact"` or `"none"`.
             method: `"gradient"`, `"input_x_gradient"`, `"integrated_gradients"`, `"smoothgrad"`, or the class name of
                 any Captum gradient attribution that explains the input, such as `"DeepLift"`.
+            logits: picks the logits out of an output of any kind, such as `lambda output: output["logits"]`; None takes
+                the output itself.
             internal_batch_size: rows in one pass, at least 1; bounds memory for large batches and for methods that
                 expand a row into many (`DeepLiftShap` and `GradientShap` pass one image's rows at the least). None
                 passes everything at once.
@@ -96,15 +104,21 @@ class Explainer:
         Raises:
             SettingError: if a setting is out of range, or the method or an option of it does not exist.
             LayerError: if the layers are not in the model.
-            ModelError: if the model holds no convolution, or nothing that the method acts on.
+            NonFiniteError: if weights are NaN or infinite; it names their layer.
+            ModelError: if the model is wrapped in DataParallel, holds no convolution, or none but those that cut
+                patches for a transformer, or nothing that the method acts on.
             StatisticsError: if the selector's statistics do not fit the layers.
         """
-        check_model(model)
-        if internal_batch_size is not None and not (isinstance(internal_batch_size, int) and internal_batch_size > 0):
+        model = bare_model(model)
+        if internal_batch_size is not None and not (is_whole_number(internal_batch_size) and internal_batch_size > 0):
             raise SettingError(
                 f"internal_batch_size is {internal_batch_size!r}, but it must be a whole number from 1 on."
             )
+        if logits is not None and not callable(logits):
+            raise SettingError(f"logits is {logits!r}, but it must be a function that picks them out of the output.")
+        check_weights(model)
         self._model = model
+        self._pick_logits = logits
         self._internal_batch_size = internal_batch_size
         self._method = _find_method(method, method_options)
         self._method.check(model)
@@ -127,12 +141,15 @@ class Explainer:
         """Options of the method, those left at this package's defaults included."""
         return dict(self._method.options)
 
-    def attribute(self, inputs: Tensor, target: Target | None = None) -> Tensor:
+    def attribute(self, inputs: Tensor, target: Target | Score | None = None) -> Tensor:
         """Attribute the score of a class to the inputs. A batch gives the maps that its rows give one by one.
 
         Args:
             inputs: preprocessed batch, shape (B, C, *S), floating point, finite.
-            target: class index for all rows, one per row of shape (B,), or None for the predicted class.
+            target: class index for all rows, one per row of shape (B,), or None for the predicted class. For an output
+                that is not one logit per class: a function of it, or of what `logits` picks, that returns a score for
+                each row, such as `RegionScore`. Methods that look at several versions of an image call it with more
+                rows than there are images.
 
         Returns:
             Attribution of the shape, dtype and device of `inputs`, detached; signed, unless the Captum class chosen
@@ -140,27 +157,70 @@ class Explainer:
 
         Raises:
             InputError: if the inputs are no finite floating-point batch, or do not fit the model.
-            TargetError: if a target is no class of the model, or there is not one per row.
+            TargetError: if a target is no class of the model, or there is not one per row, or one score per row.
             StatisticsError: if the selector's statistics know nothing of a target.
             ModelError: if the model is in training mode, its output are no logits of shape (B, K), or the chosen layers
                 take no part in it.
+            NonFiniteError: if scores or maps are NaN or infinite; it names the layer where that began.
         """
         check_evaluation_mode(self._model)
-        _check_inputs(inputs)
+        check_inputs(inputs)
         with torch.inference_mode(False), torch.enable_grad():
             batch = inputs.detach().clone()
-            targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
-            logits = Logits(self._model, int(targets.max()))
-            if self._partition is not None:
-                self._partition.selector.check_targets(sorted(set(targets.tolist())))
+            head: Logits | Output
+            if callable(target):
+                targets, head = None, Output(self._model, self._pick_logits)
+                scores: nn.Module = Scores(head, target)
+            else:
+                targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
+                scores = head = Logits(self._model, int(targets.max()), self._pick_logits)
+                if self._partition is not None:
+                    self._partition.selector.check_targets(sorted(set(targets.tolist())))
             size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
             parts = []
-            with plain_gradients(self._model) if self._partition is None else self._partition:
+            with self._gradients(head):
                 for start in range(0, inputs.shape[0], size):
                     rows = slice(start, start + size)
                     part = batch[rows].requires_grad_()
-                    parts.append(self._method(logits, part, targets[rows], rows, self._internal_batch_size))
-        return torch.cat(parts).detach()
+                    of_part = None if targets is None else targets[rows]
+                    parts.append(self._method(scores, part, of_part, rows, self._internal_batch_size))
+            found = torch.cat(parts).detach()
+            finite = found.flatten(1).isfinite().all(dim=1)
+            if not (head.was_finite and bool(finite.all())):
+                raise self._non_finite(scores, head, batch, targets, finite)
+        return found
+
+    def _gradients(self, head: nn.Module) -> AbstractContextManager[None]:
+        """A block in which gradients are those of this explainer."""
+        if self._partition is None:
+            return plain_gradients(self._model)
+        return partitioned_before(head, self._partition)
+
+    def _non_finite(
+        self, scores: nn.Module, head: nn.Module, batch: Tensor, targets: Tensor | None, finite: Tensor
+    ) -> NonFiniteError:
+        """Look where values stop being finite, on the first row whose map does."""
+        batch = batch.detach().clone()
+        row = int(finite.byte().argmin())
+        what = f"The map of row {row} of {len(batch)} holds"
+        if bool(finite.all()):
+            # Its score says so, or that of another row does.
+            with torch.no_grad():
+                of_rows = [scores(part) for part in torch.split(batch, 1)]
+            row = next((index for index, score in enumerate(of_rows) if not score.isfinite().all()), 0)
+            what = f"The scores of row {row} of {len(batch)} hold"
+        inputs = batch[row : row + 1]
+
+        def explained(part: Tensor) -> Tensor:
+            found: Tensor = scores(part)
+            return found.sum() if targets is None else found[:, targets[row]].sum()
+
+        with self._gradients(head):
+            place, remedy = find_non_finite(self._model, explained, inputs) or (
+                f"in the passes of {self._method.name} around the image, not in that of the image itself",
+                "look at the method's options, such as its baselines",
+            )
+        return NonFiniteError(f"{what} NaN or infinite values, which began {place}; {remedy}.")
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Predict the class of each row, shape (B,).
@@ -168,13 +228,17 @@ class Explainer:
         Raises:
             InputError: if the inputs are no finite floating-point batch, or do not fit the model.
             ModelError: if the model is in training mode, or its output are no logits of shape (B, K).
+            NonFiniteError: if logits are NaN or infinite; it names the layer where that began.
         """
         check_evaluation_mode(self._model)
-        _check_inputs(inputs)
-        logits = Logits(self._model, -1)
+        check_inputs(inputs)
+        logits = Logits(self._model, -1, self._pick_logits)
         size = self._internal_batch_size or inputs.shape[0]
         with torch.no_grad():
-            return torch.cat([logits(part).argmax(dim=1) for part in torch.split(inputs, size)])
+            predicted = torch.cat([logits(part).argmax(dim=1) for part in torch.split(inputs, size)])
+        if not logits.was_finite:
+            raise self._non_finite(logits, logits, inputs, predicted, torch.ones(len(inputs), dtype=torch.bool))
+        return predicted
 
 
 def heatmap(attribution: Tensor) -> Tensor:
@@ -221,66 +285,16 @@ def signed_heatmap(attribution: Tensor) -> Tensor:
     return attribution.mean(dim=1)
 
 
-class Logits(nn.Module):
-    """The model as attribution methods see it: what it is given and what it returns is checked in words."""
-
-    def __init__(self, model: nn.Module, highest_target: int) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-        self._highest_target = highest_target
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        try:
-            logits = self.model(inputs)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            mismatch = _mismatch(self.model, inputs, str(error))
-            if mismatch is None:
-                raise
-            raise InputError(mismatch) from error
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise ModelError(
-                f"The model returns {found}, but logits of shape (B, K) are needed; wrap it so that it returns them."
-            )
-        check_target_range(self._highest_target, logits.shape[1])
-        return logits
-
-
-def _mismatch(model: nn.Module, inputs: Tensor, message: str) -> str | None:
-    """Why a model may have refused these inputs, as far as its first convolution tells; None if it does not."""
-    first = next((module for module in model.modules() if isinstance(module, Convolution)), None)
-    if first is None:
-        return None
-    if inputs.dim() != len(first.kernel_size) + 2:
-        return (
-            f"The inputs have shape {tuple(inputs.shape)}, but the model's first convolution takes a batch with "
-            f"{len(first.kernel_size) + 2} dimensions; add the batch dimension with inputs.unsqueeze(0)."
-        )
-    if "channels" in message and inputs.shape[1] != first.in_channels:
-        if inputs.shape[-1] == first.in_channels:
-            return (
-                f"The inputs have shape {tuple(inputs.shape)} with the channels last; move them to the second place, "
-                "as in inputs.movedim(-1, 1)."
-            )
-        return (
-            f"The inputs have {inputs.shape[1]} channels, but the model's first convolution takes "
-            f"{first.in_channels}; convert them first."
-        )
-    if inputs.dtype != first.weight.dtype and ("type" in message or "dtype" in message):
-        return (
-            f"The inputs are {inputs.dtype}, but the model's weights are {first.weight.dtype}; "
-            "convert one of them with .to()."
-        )
-    return None
-
-
 def _check_map(attribution: Tensor) -> None:
+    check_kind("The attribution", attribution, Tensor, "give a tensor (B, C, *S)", error=InputError)
+    if not attribution.is_floating_point():
+        raise InputError(f"The attribution is {attribution.dtype}, but a heat map needs floating point; call .float().")
     if attribution.dim() < 3:
         raise InputError(f"The attribution has shape {tuple(attribution.shape)}, but a heat map needs (B, C, *S).")
 
 
-def _check_inputs(inputs: Tensor) -> None:
+def check_inputs(inputs: Tensor) -> None:
+    """Raise `InputError` unless the inputs are a batch (B, C, *S) of finite floating-point numbers."""
     if not isinstance(inputs, Tensor):
         raise InputError(f"The inputs are a {type(inputs).__name__}, but a tensor (B, C, *S) is needed.")
     if inputs.dim() < 3 or inputs.shape[0] == 0:
@@ -299,6 +313,7 @@ def _targets_per_row(target: Target, inputs: Tensor) -> Tensor:
 
 def _find_method(name: str, options: Mapping[str, Any]) -> "_CaptumMethod | _SmoothGrad":
     """Build the method from its name and options, all of which must exist."""
+    check_kind("method", name, str, f"give one of {', '.join(METHODS)}, or a Captum class name", wanted="a name")
     if name == "smoothgrad":
         _check_options(name, options, {member.name for member in fields(_SmoothGrad)})
         return _SmoothGrad(**options)
@@ -344,10 +359,10 @@ class _CaptumMethod:
         _check_options(self.name, self.options, {*constructor, *call} - _RESERVED)
         for option, parameter in {**constructor, **call}.items():
             if parameter.default is inspect.Parameter.empty and option not in {*_RESERVED, *self.options}:
-                raise SettingError(f"method {self.name!r} needs the option {option!r}; give it as {option}=...")
+                raise SettingError(f"method {self.name!r} needs the option {option!r}; give it by name.")
         for option in ("n_steps", "n_samples"):
             value = self.options.get(option, 1)
-            if not isinstance(value, int) or value < 1:
+            if not is_whole_number(value) or value < 1:
                 raise SettingError(f"{option} is {value!r}, but it must be a whole number from 1 on.")
 
     def _parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
@@ -379,7 +394,7 @@ class _CaptumMethod:
         return max(1, rows_per_pass // factors.get(self.class_name, 1))
 
     def __call__(
-        self, logits: nn.Module, inputs: Tensor, targets: Tensor, rows: slice, rows_per_pass: int | None
+        self, scores: nn.Module, inputs: Tensor, targets: Tensor | None, rows: slice, rows_per_pass: int | None
     ) -> Tensor:
         constructor, call = self._parameters()
         of_constructor = {option: value for option, value in self.options.items() if option in constructor}
@@ -389,7 +404,7 @@ class _CaptumMethod:
         baselines = of_call.get("baselines")
         if isinstance(baselines, Tensor) and self.class_name not in _SAMPLES_BASELINES and baselines.dim() > 0:
             of_call["baselines"] = _rows_of_baselines(baselines, inputs, rows)
-        attribution = _captum_classes()[self.class_name](logits, **of_constructor)
+        attribution = _captum_classes()[self.class_name](scores, **of_constructor)
         try:
             result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
         except RuntimeError as error:
@@ -426,12 +441,12 @@ class _SmoothGrad:
     name: ClassVar[str] = "smoothgrad"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.samples, int) or self.samples < 1:
+        if not is_whole_number(self.samples) or self.samples < 1:
             raise SettingError(f"samples is {self.samples!r}, but it must be a whole number from 1 on.")
-        if not isinstance(self.sigma, int | float) or not 0 <= self.sigma < math.inf:
+        if not is_number(self.sigma) or not 0 <= self.sigma < math.inf:
             raise SettingError(f"sigma is {self.sigma!r}, but it must be a share of the input's range, 0 or more.")
-        if not isinstance(self.seed, int):
-            raise SettingError(f"seed is {self.seed!r}, but it must be a whole number.")
+        if not is_whole_number(self.seed) or abs(self.seed) >= 2**63:
+            raise SettingError(f"seed is {self.seed!r}, but it must be a whole number of fewer than 64 bits.")
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -444,13 +459,13 @@ class _SmoothGrad:
         return rows_per_pass or images
 
     def __call__(
-        self, logits: nn.Module, inputs: Tensor, targets: Tensor, rows: slice, rows_per_pass: int | None
+        self, scores: nn.Module, inputs: Tensor, targets: Tensor | None, rows: slice, rows_per_pass: int | None
     ) -> Tensor:
-        saliency = captum.attr.Saliency(logits)
+        saliency = captum.attr.Saliency(scores)
         batch = inputs.shape[0]
         clean = inputs.detach()
         # The same noise for every row, drawn on the CPU: a row's map depends on neither its batch nor the device.
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         noise = torch.randn(self.samples, *clean.shape[1:], generator=generator).to(clean)
         spread = self.sigma * (clean.flatten(1).amax(dim=1) - clean.flatten(1).amin(dim=1))
         spread = spread.reshape(batch, *[1] * clean.dim())
@@ -458,6 +473,7 @@ class _SmoothGrad:
         total = torch.zeros_like(at_least_float32(clean))
         for part in torch.split(noise, copies):
             noisy = (clean.unsqueeze(1) + spread * part).flatten(0, 1).requires_grad_()
-            maps = saliency.attribute(noisy, target=targets.repeat_interleave(len(part)), abs=False)
+            of_copies = None if targets is None else targets.repeat_interleave(len(part))
+            maps = saliency.attribute(noisy, target=of_copies, abs=False)
             total += maps.unflatten(0, (batch, len(part))).sum(dim=1)
         return (total / self.samples).to(inputs.dtype)

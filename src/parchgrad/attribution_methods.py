@@ -10,9 +10,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from parchgrad.attribution import Explainer, Logits, heatmap
+from parchgrad.attribution import Explainer, heatmap
 from parchgrad.engine import Target, integer_targets, plain_gradients
 from parchgrad.errors import InputError, SettingError, TargetError
+from parchgrad.heads import Logits
 from parchgrad.hook_wrapper import HookWrapper
 from parchgrad.layers import check_evaluation_mode
 from parchgrad.partition import Conserve

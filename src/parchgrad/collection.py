@@ -6,7 +6,7 @@ from pathlib import Path
 from parchgrad.data.folders import PhotographFolder, match_classes
 from parchgrad.errors import ImageError
 from parchgrad.layers import LayerChoice
-from parchgrad.models import Classifier
+from parchgrad.models import Classifier, check_classifier
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.accumulate import Progress
 from parchgrad.statistics.collect import Labels, collect_statistics
@@ -63,6 +63,7 @@ def collect_from_folder(
         >>> statistics.metadata["model"], statistics.metadata["images"]
         ('resnet18', '2')
     """
+    check_classifier(classifier)
     photographs = PhotographFolder(folder, classifier.preprocess.transform)
     described = f"{len(photographs)} photographs in {Path(folder).resolve().name}"
     if labels == "given":

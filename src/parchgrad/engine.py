@@ -6,8 +6,7 @@ hook that fires for another thread, or for a block that is not the innermost one
 
 import functools
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
-from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError
-from parchgrad.layers import Convolution, LayerChoice, check_evaluation_mode, check_model, choose_layers
+from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError, warn
+from parchgrad.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, check_position_weights, partition_gradient
 from parchgrad.selection import LayerSignal, Selector
 
@@ -29,6 +28,8 @@ __all__ = [
     "check_target_count",
     "check_target_range",
     "integer_targets",
+    "partitioned_before",
+    "pick_logits",
     "plain_gradients",
     "read_classes",
 ]
@@ -82,35 +83,39 @@ class ParchGrad:
         gamma: float = math.inf,
         conserve: Conserve = "independent",
         target: Target | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
         """Choose the layers and check every setting; no hook is set before the block is entered.
 
         Args:
-            model: the module whose output are the logits, shape (B, K).
+            model: the module whose output are the logits, shape (B, K), or from whose output `logits` picks them. Of a
+                DistributedDataParallel wrapper the module inside is meant.
             selector: which channels matter.
             layers: which convolutions are edited; see `choose_layers`.
             gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
             conserve: how the layer's variance is kept: `"independent"`, `"exact"` or `"none"`.
             target: class per row, or one for all, in place of the class read off the backward signal.
+            logits: picks the logits out of an output that is a tuple, a dict or an object of some other kind, such as
+                `lambda output: output["out"]`. It picks a tensor that is there: off one that it computes no class can
+                be read, since what is explained does not come from it.
 
         Raises:
             SettingError: if a setting is out of range.
             LayerError: if the layers are not in the model.
-            ModelError: if the model holds no convolution, is wrapped in DataParallel, or was compiled.
+            ModelError: if the model holds no convolution, or none but those that cut patches for a transformer, is
+                wrapped in DataParallel, or was compiled.
             StatisticsError: if the selector's statistics do not fit the layers, or know nothing of `target`.
             TargetError: if `target` is no class.
         """
-        check_model(model)
-        if isinstance(model, nn.DataParallel):
-            raise ModelError(
-                "DataParallel copies the model in every pass, out of reach of the edit; explain model.module, "
-                "one process per device."
-            )
+        model = bare_model(model)
         _check_not_compiled(model)
         if not isinstance(selector, Selector):
             raise SettingError(f"selector is {selector!r}, but it must be a Selector such as GradientEnergy().")
         check_edit_settings(gamma, conserve)
+        if logits is not None and not callable(logits):
+            raise SettingError(f"logits is {logits!r}, but it must be a function that picks them out of the output.")
         self._model = model
+        self._pick_logits = logits
         self._selector = selector
         self._gamma = gamma
         self._conserve: Conserve = conserve
@@ -134,18 +139,26 @@ class ParchGrad:
         """Which channels matter."""
         return self._selector
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open blocks behind: a copy, as in another process, starts outside of any."""
+        return {**vars(self), "_sessions": []}
+
     def __enter__(self) -> "ParchGrad":
         """Set the hooks.
 
         Raises:
             ModelError: if the model or a part of it is in training mode or compiled.
         """
+        self._enter(self._model)
+        return self
+
+    def _enter(self, head: nn.Module) -> None:
+        """Set the hooks; the classes are read at the output of `head`, which calls the model."""
         check_evaluation_mode(self._model)
         _check_not_compiled(self._model)
-        session = _Session(self._model, self)
+        session = _Session(self._model, self, head)
         self._sessions.append(session)
         session.open()
-        return self
 
     def __exit__(
         self,
@@ -170,19 +183,17 @@ class ParchGrad:
         if session in self._sessions:
             self._sessions.remove(session)
         if kind is None and not session.was_called:
-            warnings.warn(
+            warn(
                 f"Nothing was edited, since {type(self._model).__name__} was not called in this block; call the model "
                 "itself rather than a compiled or functional copy, in the thread that entered the block.",
                 ModelWarning,
-                stacklevel=2,
             )
         elif kind is None and session.missed:
-            warnings.warn(
+            warn(
                 f"{len(session.missed)} of {len(self.layers)} chosen convolutions were never called and not edited: "
                 f"{', '.join(session.missed[:3])}{', ...' if len(session.missed) > 3 else ''}; leave out those that "
                 "take no part, and explain the model as it was before a part of it was compiled.",
                 ModelWarning,
-                stacklevel=2,
             )
 
 
@@ -194,6 +205,32 @@ def _check_not_compiled(model: nn.Module) -> None:
             "The model or a part of it was compiled by torch.compile and may run past the hooks of its layers; "
             "explain the model as it was before, such as model._orig_mod or a copy that is not compiled."
         )
+
+
+@contextmanager
+def partitioned_before(head: nn.Module, partition: ParchGrad) -> Iterator[None]:
+    """Enter a block whose classes are read at the output of a module that wraps the model.
+
+    Args:
+        head: calls the model and returns its logits (B, K), however it comes by them.
+        partition: the block, made for the model itself.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 1)).eval()
+        >>> head = nn.Sequential(model, nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
+        >>> x = torch.ones(1, 1, 3, requires_grad=True)
+        >>> with partitioned_before(head, pg.ParchGrad(model, pg.GradientEnergy())):
+        ...     torch.autograd.grad(head(x)[:, 2].sum(), x)[0].shape
+        torch.Size([1, 1, 3])
+    """
+    partition._enter(head)
+    try:
+        yield
+    except BaseException as error:
+        partition.__exit__(type(error), error, error.__traceback__)
+        raise
+    partition.__exit__(None, None, None)
 
 
 @contextmanager
@@ -209,7 +246,8 @@ def plain_gradients(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(found, torch.autograd.grad(model(x).sum(), x)[0])
         True
     """
-    session = _Session(model, None)
+    model = bare_model(model)
+    session = _Session(model, None, model)
     session.open()
     try:
         yield
@@ -220,9 +258,9 @@ def plain_gradients(model: nn.Module) -> Iterator[None]:
 class _Session:
     """One entered block: its hooks, and the convolutions over which it decides. Without an owner it edits nothing."""
 
-    def __init__(self, model: nn.Module, owner: ParchGrad | None) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, owner: ParchGrad | None, head: nn.Module) -> None:
         self.owner = owner
+        self._head = head
         self.covered = {id(module) for module in model.modules() if isinstance(module, Convolution)}
         self._handles: list[RemovableHandle] = []
         self._is_open = True
@@ -240,12 +278,12 @@ class _Session:
     def open(self) -> None:
         try:
             if self.owner is not None:
-                self._handles.append(self.model.register_forward_pre_hook(self._begin))
+                self._handles.append(self._head.register_forward_pre_hook(self._begin))
                 for name, convolution in self.owner._convolutions.items():
                     hook = functools.partial(self._attach, self.owner, name)
                     self._handles.append(convolution.register_forward_hook(hook, prepend=True))
                 # Called after an exception too, so that a failed pass leaves no state behind.
-                self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
+                self._handles.append(self._head.register_forward_hook(self._end, always_call=True))
             _SESSIONS.set((*_SESSIONS.get(), self))
         except BaseException:
             self.close()
@@ -355,6 +393,8 @@ class _Forward:
     def watch(self, output: object) -> None:
         """Read the classes off the gradient at the logits, or take those that were given."""
         owner = self.owner
+        if owner._pick_logits is not None:
+            output = pick_logits(output, owner._pick_logits)
         if isinstance(output, Tensor) and output.requires_grad and not self.reached:
             raise ModelError(
                 "None of the chosen convolutions was called in this forward pass, so nothing would be edited; choose "
@@ -371,8 +411,8 @@ class _Forward:
                 output.register_hook(self.read)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         elif owner._targets is None:
             raise ModelError(
-                f"The model returns a {type(output).__name__}, off which no class can be read; wrap it so that it "
-                "returns the logits, or give target."
+                f"The model returns a {type(output).__name__}, off which no class can be read; give logits, a "
+                "function that picks them out of it, or give target."
             )
 
     def read(self, gradient: Tensor) -> None:
@@ -502,6 +542,32 @@ def _current_backward_pass() -> int:
     return number
 
 
+def pick_logits(output: Any, pick: Callable[[Any], Tensor]) -> Tensor:
+    """Pick the logits out of a model's output.
+
+    Raises:
+        ModelError: if the function fails on this output, or returns no tensor.
+
+    Example:
+        >>> pick_logits({"out": torch.ones(1, 2)}, lambda output: output["out"])
+        tensor([[1., 1.]])
+    """
+    try:
+        found = pick(output)
+    except (TypeError, LookupError, AttributeError) as error:
+        kind = type(output).__name__
+        raise ModelError(
+            f"logits cannot pick anything out of the {kind} that the model returns ({type(error).__name__}: {error}); "
+            f"give a function of a {kind}."
+        ) from error
+    if not isinstance(found, Tensor):
+        raise ModelError(
+            f"logits picks a {type(found).__name__} out of the model's output, but a tensor is needed; pick one of its "
+            "tensors."
+        )
+    return found
+
+
 def read_classes(gradient: Tensor) -> Tensor:
     """Read which class each row explains off the gradient at the logits.
 
@@ -540,14 +606,17 @@ def integer_targets(target: Target) -> Tensor:
             "or one per row, shape (B,)."
         )
     if int(targets.min()) < 0:
-        raise TargetError(f"target holds {int(targets.min())}, but class indices start at 0.")
+        raise TargetError(f"target holds {int(targets.min())}, but class indices start at 0; give one from there on.")
     return targets.reshape(-1).long()
 
 
 def check_target_range(highest: int, classes: int) -> None:
     """Raise `TargetError` if the highest target is no class of a model with this many classes."""
     if highest >= classes:
-        raise TargetError(f"target {highest} is out of range: the model has {classes} classes, 0 to {classes - 1}.")
+        raise TargetError(
+            f"target {highest} is out of range: the model has {classes} classes, 0 to {classes - 1}; choose one of "
+            "these."
+        )
 
 
 def check_target_count(targets: Tensor, rows: int, what: str) -> None:

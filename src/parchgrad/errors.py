@@ -1,11 +1,15 @@
 """Everything that parchgrad raises on purpose: one tree, so that one `except` catches it."""
 
+import sys
+import warnings
+
 __all__ = [
     "ImageError",
     "InputError",
     "LayerError",
     "ModelError",
     "ModelWarning",
+    "NonFiniteError",
     "OutputError",
     "ParchGradError",
     "SettingError",
@@ -13,7 +17,11 @@ __all__ = [
     "StatisticsWarning",
     "TargetError",
     "WeightsError",
+    "warn",
 ]
+
+# Code of other modules that stands between the user's line and ours.
+_BETWEEN = {"parchgrad", "dataclasses", "contextlib"}
 
 
 class ParchGradError(Exception):
@@ -21,44 +29,101 @@ class ParchGradError(Exception):
 
 
 class SettingError(ParchGradError):
-    """A setting is out of its range, unknown, or contradicts another."""
+    """A setting is out of its range, unknown, or contradicts another.
+
+    Usually a share is given in percent, a number as a text, a name has a typing error, or an option belongs to another
+    method.
+    """
 
 
 class LayerError(ParchGradError):
-    """The chosen layers do not exist in the model, or are no convolutions."""
+    """The chosen layers do not exist in the model, or are no convolutions.
+
+    Usually a pattern is written for another architecture, or modules are taken from a copy of the model.
+    """
 
 
 class ModelError(ParchGradError):
-    """The model cannot be explained as it is: unknown name, training mode, no convolution, odd output."""
+    """The model cannot be explained as it is: unknown name, training mode, no convolution, odd output.
+
+    Usually `model.eval()` was not called, a classifier is given in place of its `.model`, or the output is a dictionary
+    or a map.
+    """
 
 
 class InputError(ParchGradError):
-    """The input tensor cannot be explained: not finite, wrong shape or dtype."""
+    """What is looked at cannot be: a tensor, a map, a file of settings or the rows of a run.
+
+    Usually the batch dimension is missing, the channels stand last, whole numbers were not preprocessed, or something
+    was divided by zero.
+    """
+
+
+class NonFiniteError(ParchGradError):
+    """Scores or maps are NaN or infinite, though the input is not; the message names the layer where it began."""
 
 
 class TargetError(ParchGradError):
-    """The class to explain does not exist, or does not fit the batch."""
+    """The class to explain does not exist, or does not fit the batch.
+
+    Usually the model has other classes than the labels, which are counted from 0, or there is not one for each row.
+    """
 
 
 class StatisticsError(ParchGradError):
-    """Channel statistics are missing, malformed, or belong to another model."""
+    """Channel statistics are missing, malformed, or belong to another model.
+
+    Usually they were collected before the model was trained further, on other layers, or on data of other classes.
+    """
 
 
 class ModelWarning(UserWarning):
-    """A model was not run in the way in which it is edited."""
+    """A model was not run in the way in which it is edited.
+
+    Usually the block holds no call of the model itself, or layers are chosen that take no part in its pass.
+    """
 
 
 class StatisticsWarning(UserWarning):
-    """Channel statistics serve, but in another way than was asked for."""
+    """Channel statistics serve, but in another way than was asked for.
+
+    Usually the data hold a single image of some classes.
+    """
 
 
 class WeightsError(ParchGradError):
-    """Pretrained weights are missing, damaged, or cannot be downloaded."""
+    """Pretrained weights are missing, damaged, or cannot be downloaded.
+
+    Usually there is no network, or an extra of the package is not installed.
+    """
 
 
 class ImageError(ParchGradError):
-    """A file is no readable image."""
+    """A file is no readable image, or images do not stand where they should.
+
+    Usually a path is wrong, a download was cut off, or photographs are in no class folders.
+    """
 
 
 class OutputError(ParchGradError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written where it was asked for.
+
+    Usually there is an earlier result, or the folder may not be written to.
+    """
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn of the line outside of this package that led here, where Python shows the same words once.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn("Nothing was edited; call the model.", ModelWarning)
+        >>> str(caught[0].message)
+        'Nothing was edited; call the model.'
+    """
+    # From Python 3.12 on `skip_file_prefixes` would do.
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

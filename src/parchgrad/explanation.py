@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from parchgrad.attribution import Explainer, heatmap, signed_heatmap
+from parchgrad.checks import check_kind, check_whole_number, is_number
 from parchgrad.engine import integer_targets
-from parchgrad.errors import SettingError
+from parchgrad.errors import InputError, SettingError
 from parchgrad.files import check_outputs, writing
 from parchgrad.layers import LayerChoice
-from parchgrad.models import Classifier, Prediction
+from parchgrad.models import Classifier, Prediction, check_classifier
 from parchgrad.partition import Conserve
 from parchgrad.selection import Selector
 from parchgrad.statistics import ChannelStatistics
@@ -152,9 +153,17 @@ def explain_images(
         >>> explanation.target.category, tuple(explanation.attribution.shape)
         ('tiger shark', (3, 224, 224))
     """
-    options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size, **(method_options or {})}
+    check_classifier(classifier)
+    _check_photographs(images, names)
+    check_whole_number("internal_batch_size", internal_batch_size, 1)
     if not isinstance(selector, Selector):
-        raise SettingError(f"selector is {selector!r}, but photographs are explained with one beside the plain method.")
+        raise SettingError(
+            f"selector is {selector!r}, but photographs are explained with one beside the plain method; give one such "
+            "as GradientEnergy()."
+        )
+    remedy = "give the method's options by name"
+    check_kind("method_options", method_options or {}, Mapping, remedy, wanted="a dictionary")
+    options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size, **(method_options or {})}
     explainer = Explainer(classifier.model, selector, layers=layers, gamma=gamma, conserve=conserve, **options)
     plain = Explainer(classifier.model, None, **options)
     settings = {
@@ -165,9 +174,9 @@ def explain_images(
         "internal_batch_size": internal_batch_size,
         "selector": _describe(selector),
         "layers": list(explainer.layers),
-        "layers_choice": layers if isinstance(layers, str | float | int) else [_describe(layer) for layer in layers],
+        "layers_choice": _describe_layers(layers),
         # JSON knows no infinity.
-        "gamma": "inf" if math.isinf(gamma) else gamma,
+        "gamma": "inf" if math.isinf(gamma) else float(gamma),
         "conserve": conserve,
         "target_choice": "predicted" if target is None else target,
     }
@@ -196,17 +205,37 @@ def explain_images(
     return explanations
 
 
+def _check_photographs(images: object, names: Sequence[str] | None) -> None:
+    if isinstance(images, str) or not isinstance(images, Sequence):
+        raise InputError(
+            f"images is of type {type(images).__name__}, but a list of PIL images is needed; put a single one into a "
+            "list, and open files with parchgrad.data.images.read_image(path)."
+        )
+    if names is not None and (isinstance(names, str) or len(names) != len(images)):
+        raise SettingError(f"names is {names!r}, but there must be one for each image; give a list of {len(images)}.")
+
+
+def _describe_layers(layers: LayerChoice) -> object:
+    if is_number(layers):
+        return float(layers)
+    if isinstance(layers, str):
+        return layers
+    return [_describe(layer) for layer in cast(Sequence[object], layers)]
+
+
 def _describe(value: object) -> object:
     """A selector or layer choice as JSON can hold it: its class and its plain settings."""
     if isinstance(value, Selector):
-        plain = (str, int, float, bool, type(None))
+        plain = (str, int, float, bool, np.generic, type(None))
         settings: dict[str, object] = {
-            name: v for name, v in vars(value).items() if isinstance(v, plain) and not name.startswith("_")
+            name: _describe(v) for name, v in vars(value).items() if isinstance(v, plain) and not name.startswith("_")
         }
         held, hidden = getattr(value, "statistics", None), ("categories", "collections")
         if isinstance(held, ChannelStatistics):
             settings["statistics"] = {name: text for name, text in held.metadata.items() if name not in hidden}
         return {"name": type(value).__name__, **settings}
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, (nn.Module, Tensor)):
         return type(value).__name__
     return value if isinstance(value, (str, int, float, type(None))) else repr(value)

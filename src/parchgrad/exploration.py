@@ -56,6 +56,7 @@ _EXAMPLE_CODE = {name: f"data.{name}()" for name in EXAMPLES} | {"motorcycle": "
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # Pixels that go through a network in one pass: memory stays the same for mosaics and for methods of many passes.
 _PIXELS_PER_PASS = 8 * 224 * 224
+_FILTERS = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +168,8 @@ def check_photograph(path: str | Path, *, megapixels: float) -> None:
         parchgrad.errors.ImageError: 'wide.png' has 4.0 megapixels, but 3 are the most; scale it down first.
     """
     path = Path(path)
-    with warnings.catch_warnings():
-        # Pillow warns of large images, which are refused here by a limit of our own.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    # Pillow warns of large images, which are refused here by a limit of our own.
+    with _silent(Image.DecompressionBombWarning):
         with _named_alone(path):
             width, height, _ = stored_frame(path)
         with Image.open(path) as opened:
@@ -181,6 +181,14 @@ def check_photograph(path: str | Path, *, megapixels: float) -> None:
         raise ImageError(
             f"{path.name!r} has {found:,.1f} megapixels, but {megapixels:g} are the most; scale it down first."
         )
+
+
+@contextmanager
+def _silent(category: type[Warning]) -> Iterator[None]:
+    """Ignore warnings of a category; one thread at a time, since what is ignored is known to the whole process."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", category)
+        yield
 
 
 @contextmanager
@@ -328,6 +336,15 @@ class Explorer:
         """
         return self._network(name).classifier
 
+    def holds(self, name: str) -> bool:
+        """Whether a network is loaded by now.
+
+        Example:
+            >>> Explorer().holds("shapes")
+            False
+        """
+        return self._networks.holds(name)
+
     def selectors(self, name: str) -> tuple[str, ...]:
         """Short names of the selectors that a network can be looked at with.
 
@@ -353,7 +370,9 @@ class Explorer:
         ranked = probabilities.argsort(descending=True).tolist()
         target = ranked[0] if view.target is None else view.target
         if not 0 <= target < len(ranked):
-            raise TargetError(f"Class {target} is out of range: {view.network} has {len(ranked)} classes.")
+            raise TargetError(
+                f"Class {target} is out of range: {view.network} has {len(ranked)} classes; choose one of them."
+            )
         key = (view.network, photograph.key, target)
         explainer, partitioned, plain = self._attribute(network, view, inputs, (target,), key)
         return Exploration(
@@ -376,7 +395,7 @@ class Explorer:
             ParchGradError: if one cannot be read, or a setting does not fit the network.
         """
         if len(photographs) != CELLS:
-            raise InputError(f"A mosaic needs {CELLS} photographs, but {len(photographs)} are given.")
+            raise InputError(f"A mosaic needs {CELLS} photographs, but {len(photographs)} are given; give as many.")
         network = self._network(view.network)
         inputs = mosaic(
             torch.cat([self._inputs(network, photograph) for photograph in photographs]), rows=ROWS, columns=COLUMNS
@@ -484,8 +503,7 @@ class Explorer:
             # The masks of all classes would take most of a second for every new quantile.
             key = (network.classifier.name, tuple(sorted(set(targets))))
             statistics = self._columns.get(key, functools.partial(statistics.restrict, classes=targets))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", StatisticsWarning)
+        with _silent(StatisticsWarning):
             return make_selector(view.selector, quantile=view.quantile, statistics=statistics)
 
 
@@ -509,6 +527,10 @@ class _Recent(Generic[T]):
         self._held: OrderedDict[Hashable, T] = OrderedDict()
         self._total = 0
         self._lock = threading.Lock()
+
+    def holds(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._held
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         with self._lock:

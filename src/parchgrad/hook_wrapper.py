@@ -10,7 +10,7 @@ from torch import nn
 
 from parchgrad.engine import ParchGrad, Target
 from parchgrad.errors import LayerError, SettingError, StatisticsError
-from parchgrad.layers import Convolution, check_model, choose_layers, find_convolutions
+from parchgrad.layers import Convolution, bare_model, choose_layers, find_convolutions
 from parchgrad.models import check_model_name
 from parchgrad.models.pretrained_models import ENCODERS
 from parchgrad.partition import Conserve
@@ -62,7 +62,7 @@ class HookWrapper:
 
     def __init__(self, name: str, model: nn.Module, method: Method) -> None:
         """See `get_hook_wrapper`."""
-        check_model(model)
+        model = bare_model(model)
         if method not in _METHODS:
             raise SettingError(f"method is {method!r}, but it must be one of {', '.join(_METHODS)}.")
         if name not in ENCODERS:

@@ -7,12 +7,15 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from parchgrad.checks import is_number
 from parchgrad.errors import LayerError, ModelError
 
 __all__ = [
     "Convolution",
     "LayerChoice",
+    "bare_model",
     "check_evaluation_mode",
     "check_model",
     "choose_layers",
@@ -32,8 +35,30 @@ def check_model(model: nn.Module) -> None:
         raise ModelError(f"The model is a {type(model).__name__}, but a torch.nn.Module is needed; {hint}.")
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """Take a model out of the wrapper of DistributedDataParallel, whose own passes wait for gradients of weights.
+
+    Raises:
+        ModelError: if what is given is no module, or is wrapped in DataParallel.
+
+    Example:
+        >>> model = nn.Conv1d(1, 4, 1)
+        >>> bare_model(model) is model
+        True
+    """
+    check_model(model)
+    if isinstance(model, nn.DataParallel):
+        raise ModelError(
+            "DataParallel copies the model in every pass, out of reach of hooks; explain model.module, one process "
+            "per device, as DistributedDataParallel has it."
+        )
+    inside: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return inside
+
+
 def check_evaluation_mode(model: nn.Module) -> None:
-    """Raise `ModelError` if the model or a part of it is in training mode."""
+    """Raise `ModelError` if what is given is no module, or it or a part of it is in training mode."""
+    check_model(model)
     if any(module.training for module in model.modules()):
         name = next(name for name, module in model.named_modules() if module.training)
         part = f"{type(model).__name__} (in {name!r})" if name else type(model).__name__
@@ -52,6 +77,7 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
         >>> list(find_convolutions(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))))
         ['0', '2']
     """
+    check_model(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
     if not convolutions:
         raise ModelError(
@@ -77,7 +103,7 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
 
     Raises:
         LayerError: if a pattern matches nothing, a ratio is out of range, or a module is no convolution of the model.
-        ModelError: if the model holds no convolution.
+        ModelError: if the model holds no convolution, or none but those that cut patches for a transformer.
 
     Example:
         >>> model = nn.Sequential(*[nn.Conv1d(4, 4, 3) for _ in range(4)])
@@ -85,9 +111,10 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
         (['2', '3'], ['0', '2', '3'])
     """
     convolutions = find_convolutions(model)
+    _check_more_than_patches(model, convolutions)
     if isinstance(layers, bool) or layers is None:
         raise _not_a_choice(layers)
-    if isinstance(layers, (int, float)):
+    if is_number(layers):
         chosen = _last(convolutions, float(layers))
     elif layers == "default":
         chosen = _default_names(model, convolutions)
@@ -108,6 +135,22 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
         raise _not_a_choice(layers)
     wanted = set(chosen)
     return {name: module for name, module in convolutions.items() if name in wanted}
+
+
+def _check_more_than_patches(model: nn.Module, convolutions: Mapping[str, Convolution]) -> None:
+    """Raise `ModelError` for a transformer or mixer: its convolutions cut patches, linear layers do all else."""
+    cuts = all(module.kernel_size == module.stride and max(module.kernel_size) > 1 for module in convolutions.values())
+    if cuts and sum(isinstance(module, nn.Linear) for module in model.modules()) > _LINEAR_LAYERS_OF_A_HEAD:
+        raise ModelError(
+            f"{type(model).__name__} is no convolutional network: its only convolutions "
+            f"({', '.join(list(convolutions)[:3])}{', ...' if len(convolutions) > 3 else ''}) cut the image into "
+            "patches, and the channels behind them are not what decides; use a convolutional network or the plain "
+            "method (selector=None)."
+        )
+
+
+# As VGG and AlexNet have: a network of patches with no more behind them is left to the user.
+_LINEAR_LAYERS_OF_A_HEAD = 3
 
 
 def parse_layers(text: str) -> str | float | list[str]:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from parchgrad.checks import check_kind, is_number
 from parchgrad.errors import SettingError
 
 __all__ = [
@@ -36,7 +37,7 @@ _WAYS = get_args(Conserve)
 
 def check_edit_settings(gamma: float, conserve: str) -> None:
     """Raise `SettingError` unless `gamma` and `conserve` are settings that `partition_gradient` knows."""
-    if not isinstance(gamma, int | float) or not gamma > 0:
+    if not is_number(gamma) or not gamma > 0:
         raise SettingError(f"gamma is {gamma!r}, but it must be a positive number; infinity prunes the other channels.")
     if conserve not in _WAYS:
         raise SettingError(f"conserve is {conserve!r}, but it must be one of {', '.join(_WAYS)}.")
@@ -44,6 +45,10 @@ def check_edit_settings(gamma: float, conserve: str) -> None:
 
 def check_channel_mask(channel_mask: Tensor, gradient: Tensor) -> None:
     """Raise `SettingError` unless the mask is boolean, with a row for each row of the gradient."""
+    for name, value in (("gradient", gradient), ("channel_mask", channel_mask)):
+        check_kind(name, value, Tensor, "turn it with torch.as_tensor")
+    if not gradient.is_floating_point():
+        raise SettingError(f"gradient is {gradient.dtype}, but it must hold floating-point numbers; call .float().")
     if channel_mask.dtype != torch.bool or channel_mask.shape != gradient.shape[:2]:
         raise SettingError(
             f"channel_mask is {channel_mask.dtype} of shape {tuple(channel_mask.shape)}, but the gradient of shape "
@@ -172,7 +177,9 @@ def safe_norm(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """A context in which products are not run in half precision, though the backward pass is in an autocast block."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    # Of a device that knows no autocast the question itself is an error.
+    running = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if running else nullcontext()
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from parchgrad.checks import check_kind, is_number, is_whole_number
 from parchgrad.errors import SettingError, StatisticsError
 from parchgrad.partition import at_least_float32, safe_norm, without_autocast
 from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
@@ -134,7 +135,7 @@ def _kept_count(scores: Tensor, quantile: float) -> int:
 
 
 def _check_quantile(quantile: float) -> None:
-    if not isinstance(quantile, int | float) or not 0 < quantile <= 1:
+    if not is_number(quantile) or not 0 < quantile <= 1:
         raise SettingError(f"quantile is {quantile!r}, but it must lie in (0, 1]: the share of channels that is kept.")
 
 
@@ -145,13 +146,13 @@ def _check_threshold(quantile: float | None, alpha: float | None) -> None:
         raise SettingError(f"Exactly one of quantile and alpha must be given, but {given}.")
     if quantile is not None:
         _check_quantile(quantile)
-    if alpha is not None and not 0 < alpha < 1:
-        raise SettingError(f"alpha is {alpha}, but it must lie in (0, 1): the largest p-value that is kept.")
+    if alpha is not None and not (is_number(alpha) and 0 < alpha < 1):
+        raise SettingError(f"alpha is {alpha!r}, but it must lie in (0, 1): the largest p-value that is kept.")
 
 
 def _check_normality_threshold(threshold: float | None) -> None:
-    if threshold is not None and not 0 < threshold <= 1:
-        raise SettingError(f"normality_threshold is {threshold}, but it must lie in (0, 1], or be None for no gate.")
+    if threshold is not None and not (is_number(threshold) and 0 < threshold <= 1):
+        raise SettingError(f"normality_threshold is {threshold!r}, but it must lie in (0, 1], or be None for no gate.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,10 +212,8 @@ class GradientTimesActivation(Selector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g * z` (see `Selector.select`)."""
-        unit = _unit_rows(signal.gradient)
-        return keep_best(
-            (unit * _given(signal.observation, "observation").flatten(2).to(unit.dtype)).sum(dim=2), self.quantile
-        )
+        output = _flat(_given(signal.observation, "observation"))
+        return keep_best((_unit_rows(signal.gradient) * output).sum(dim=2), self.quantile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +255,7 @@ class Evidence(Selector):
 
     def __post_init__(self) -> None:
         _check_quantile(self.quantile)
-        if not isinstance(self.positions, int | float) or not 0 < self.positions <= 1:
+        if not is_number(self.positions) or not 0 < self.positions <= 1:
             raise SettingError(f"positions is {self.positions!r}, but it must lie in (0, 1]: the share of the places.")
 
     def observe(self, output: Tensor) -> Tensor:
@@ -318,6 +317,8 @@ class RandomChannels(Selector):
 
     def __post_init__(self) -> None:
         _check_quantile(self.quantile)
+        if not is_whole_number(self.seed):
+            raise SettingError(f"seed is {self.seed!r}, but it must be a whole number.")
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Draw `max(1, int(quantile * C))` channels without replacement (see `Selector.select`)."""
@@ -348,7 +349,9 @@ class FixedChannels(Selector):
     masks: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
+        check_kind("masks", self.masks, Mapping, "give {name of a layer: mask}", wanted="a dictionary")
         for layer, mask in self.masks.items():
+            check_kind(f"The mask of layer {layer!r}", mask, Tensor, "give a boolean tensor (C,) or (B, C)")
             if mask.dtype != torch.bool or mask.dim() not in (1, 2):
                 raise SettingError(
                     f"The mask of layer {layer!r} is {mask.dtype} of shape {tuple(mask.shape)}, "
@@ -362,7 +365,8 @@ class FixedChannels(Selector):
                 raise SettingError(f"No mask is given for layer {layer!r}; give one, or leave the layer out of layers.")
             if self.masks[layer].shape[-1] != count:
                 raise SettingError(
-                    f"The mask of layer {layer!r} has {self.masks[layer].shape[-1]} channels, the layer has {count}."
+                    f"The mask of layer {layer!r} has {self.masks[layer].shape[-1]} channels, the layer has {count}; "
+                    "give one of its own."
                 )
 
     def select(self, signal: LayerSignal) -> Tensor:
@@ -458,7 +462,7 @@ class ClassWise(_StatisticalSelector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_test(self.test)
-        self.statistics.warn_of_fallback(self.test, stacklevel=4)
+        self.statistics.warn_of_fallback(self.test)
 
     def check(self, channels: Mapping[str, int]) -> None:
         """Every layer needs statistics of its own number of channels, and of enough of them (see `Selector.check`)."""

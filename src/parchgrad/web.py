@@ -14,9 +14,10 @@ import os
 import re
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ _SELECTORS = {
     "instance": "Instance-wise (statistics)",
 }
 _FALLBACK = "energy"
+# Seconds for which a network that is not there yet is waited for, and after which it is asked for again.
+_LOADING_PATIENCE = 3.0
+_ASKED_AGAIN = 2.0
+_LOADED_AT_ONCE = 2
+_REMEMBERED = 16
 # Of a name or of patterns.
 _LONGEST_TEXT = 1000
 _LAYERS = {
@@ -210,6 +216,7 @@ class _Page:
         statistics = {} if settings.statistics is None else {settings.network: settings.statistics}
         self._settings = settings
         self._explorer = Explorer(statistics=statistics)
+        self._loading = _Loading(self._explorer)
         # Every thread in which a network runs keeps threads and memory for itself; Gradio would use dozens.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
         self._photograph, self._mosaic = gr.State(Photograph(EXAMPLES[0])), gr.State(())
@@ -288,6 +295,8 @@ class _Page:
                 self.take_examples = gr.Button("Take the four examples", size="sm", elem_id="take-examples")
                 self.game = gr.HTML(_message(_NO_MOSAIC), elem_id="game")
         self.status = gr.HTML("", elem_id="status")
+        # Asks again while a network is on its way.
+        self.again = gr.Timer(_ASKED_AGAIN, active=False)
 
     def _add_downloads(self) -> None:
         with gr.Row(elem_id="downloads"):
@@ -308,7 +317,7 @@ class _Page:
         shows: dict[str, Any] = {
             "fn": self._on_worker(self._show),
             "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
-            "outputs": [*texts, self.top, self.target, self.stamp, self.selector, self._shown],
+            "outputs": [*texts, self.top, self.target, self.stamp, self.selector, self._shown, self.again],
             # Gradio would hold what is on its way to choices that have changed since.
             "preprocess": False,
             "concurrency_id": "network",
@@ -318,7 +327,7 @@ class _Page:
         # One listener for all settings: of those that were changed in a hurry the last state is shown.
         settings = [self.target, self.network, self.selector, self.layers, self.quantile, self.prune, self.gamma]
         settings += [self.method, self.signed]
-        triggers = [app.load, *(setting.change for setting in settings)]
+        triggers = [app.load, self.again.tick, *(setting.change for setting in settings)]
         gr.on(triggers, trigger_mode="always_last", api_name="show", **shows)
         shows["api_visibility"] = "private"
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -432,12 +441,13 @@ class _Page:
         opacity: float,
     ) -> dict[Any, Any]:
         """Show the photograph, or the mosaic, through the settings; all that is wrong is said in its place."""
-        began = time.perf_counter()
+        began, is_coming = time.perf_counter(), False
         place = self.game if mode == "mosaic" else self.result
         offered: dict[Any, Any] = {}
         try:
             _check_texts(network=network, selector=selector, method=method, layers=layers)
             self._check_network(network)
+            self._loading.wait_for(network)
             known = self._explorer.selectors(network)
             if network != shown.network:
                 offered = {self.selector: gr.update(choices=self._selectors(network))}
@@ -465,9 +475,11 @@ class _Page:
             # The list falls back as well, by which the same is shown once more.
             note = note or (shown.note if now.view == shown.view else "")
             said = f"{time.perf_counter() - began:.2f} s. {found[self.status]}{note}"
-            return found | offered | {self.status: _status(said), self._shown: replace(now, note=note)}
+            settled = {self.status: _status(said), self._shown: replace(now, note=note), self.again: _ticking(False)}
+            return found | offered | settled
         except _NothingYetError as missing:
             told = _message(str(missing))
+            is_coming = isinstance(missing, _StillLoadingError)
         except ParchGradError as error:
             told = _message(str(error), refused=True)
         shown = replace(shown, view=None, photographs=())
@@ -475,7 +487,8 @@ class _Page:
             # Classes of a photograph that is not here any more are none to choose from.
             offered |= {part: gr.update(choices=[], value=None) for part in (self.top, self.target)}
             shown = replace(shown, listed=None)
-        return offered | {place: told, self.status: "", self.code: "", self._shown: shown}
+        told_instead = {place: told, self.status: "", self.code: "", self._shown: shown}
+        return offered | told_instead | {self.again: _ticking(is_coming)}
 
     def _check_network(self, network: str) -> None:
         if not (self._settings.any_network or network in self._settings.networks):
@@ -556,6 +569,63 @@ class _NothingYetError(ParchGradError):
     """Nothing is wrong, but something is missing."""
 
 
+class _StillLoadingError(_NothingYetError):
+    """What is missing comes by itself."""
+
+
+class _Loading:
+    """Networks on their way. They are loaded beside the queue, so that a download holds up only who waits for it."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self._explorer = explorer
+        self._coming: dict[str, Future[object]] = {}
+
+    def wait_for(self, network: str) -> None:
+        """Load a network, unless it is held, and wait a moment for it; to be called from one thread.
+
+        Raises:
+            _StillLoadingError: if it takes longer.
+            SettingError: if others are on their way.
+            ParchGradError: if it cannot be loaded.
+        """
+        if self._explorer.holds(network):
+            self._coming.pop(network, None)
+            return
+        if network not in self._coming:
+            waiting = [name for name, coming in self._coming.items() if not coming.done()]
+            if len(waiting) >= _LOADED_AT_ONCE:
+                raise SettingError(f"{' and '.join(waiting)} are being loaded already; choose {network} again later.")
+            while len(self._coming) > _REMEMBERED:
+                # Of which nobody has asked what became of it.
+                self._coming.pop(next(name for name, coming in self._coming.items() if coming.done()))
+            self._coming[network] = self._start(network)
+        coming = self._coming[network]
+        wait([coming], timeout=_LOADING_PATIENCE)
+        if not coming.done():
+            raise _StillLoadingError(f"{network} is being loaded; it is shown as soon as it is here.")
+        del self._coming[network]
+        coming.result()
+
+    def _start(self, network: str) -> "Future[object]":
+        coming: Future[object] = Future()
+
+        def load() -> None:
+            try:
+                coming.set_result(self._explorer.classifier(network))
+            except BaseException as error:
+                # To whoever asks for it.
+                coming.set_exception(error)
+
+        # A daemon: the end of the server does not wait for a download.
+        threading.Thread(target=load, name=f"loading {network}", daemon=True).start()
+        return coming
+
+
+def _ticking(active: bool) -> dict[str, Any]:
+    changed: dict[str, Any] = gr.update(active=active)
+    return changed
+
+
 def _usable(photographs: Sequence[Photograph | _Refused]) -> tuple[Photograph, ...]:
     for item in photographs:
         if isinstance(item, _Refused):
@@ -582,7 +652,9 @@ def _check_texts(**settings: object) -> None:
         if not isinstance(value, str):
             raise SettingError(f"{name} is {str(value)[:40]!r}, but it must be a text.")
         if len(value) > _LONGEST_TEXT:
-            raise SettingError(f"{name} is a text of {len(value):,} letters, but {_LONGEST_TEXT:,} are the most.")
+            raise SettingError(
+                f"{name} is a text of {len(value):,} letters, but {_LONGEST_TEXT:,} are the most; shorten it."
+            )
 
 
 def _number(name: str, value: object, least: float, most: float) -> float:

@@ -249,7 +249,7 @@ def test_every_setting_and_the_data_change_the_fingerprint():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Jigsaw(digits(), grid=0, shuffles=1), "grid is 0, but it must be a whole number from 1"),
+        (lambda: Jigsaw(digits(), grid=0, shuffles=1), "grid is 0, but it must be a whole number of at least 1"),
         (lambda: Jigsaw(digits(), grid=2.0, shuffles=1), "grid is 2.0"),
         (lambda: Jigsaw(digits(), grid=True, shuffles=0), "grid is True"),
         (lambda: Jigsaw(digits(), grid=2, shuffles=-1), "shuffles is -1"),

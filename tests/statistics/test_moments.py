@@ -76,3 +76,32 @@ def test_half_precision_values_are_summed_in_float64():
     assert found.mean.dtype == torch.float64
     torch.testing.assert_close(found.mean[0, 0], values[0, 0].double(), rtol=1e-13, atol=0)
     assert found.m2.abs().max() < 1e-20
+
+
+def test_channels_of_very_different_levels_do_not_cancel():
+    values, _ = sample(3)
+    weights = torch.rand(60, 3, dtype=torch.float64)
+    levels = torch.tensor([0.0, 1e9, -1e9, 1e3, 1.0], dtype=torch.float64)
+    expected = moments_of_weights(values, weights)
+    found = moments_of_weights(values + levels, weights)
+    torch.testing.assert_close(found.mean, expected.mean + levels, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.m2[:, [0, 3, 4]], expected.m2[:, [0, 3, 4]], rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.m2, expected.m2, rtol=1e-5, atol=0)
+
+
+def test_groups_of_less_weight_than_one_sample():
+    values, _ = sample(4)
+    weights = 1e-3 * torch.rand(60, 3, dtype=torch.float64)
+    found = moments_of_weights(values, weights)
+    for group in range(3):
+        own = weights[:, group].numpy()
+        mean = np.average(values, axis=0, weights=own)
+        np.testing.assert_allclose(found.mean[group], mean, rtol=1e-13)
+        np.testing.assert_allclose(found.m2[group], own @ (values.numpy() - mean) ** 2, rtol=1e-12)
+        assert float(found.effective_count[group]) == pytest.approx(own.sum() ** 2 / (own**2).sum())
+
+
+def test_two_samples_have_a_variance_and_one_has_none():
+    found = moments_of_labels(torch.tensor([[1.0], [4.0], [7.0]]), torch.tensor([0, 0, 1]), 2)
+    assert found.variance[0].item() == 4.5
+    assert found.variance[1].isnan()

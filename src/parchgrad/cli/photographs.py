@@ -3,9 +3,7 @@
 import enum
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,18 +141,17 @@ def explain(
         own = [file for stem in stems for file in Explanation.files(out, stem)]
         check_outputs([*own, *signed_panels], force=force)
         classifier, (chosen,) = _prepare(model, [selector], statistics, quantile, status.update)
-        with _captum_is_quiet():
-            explanations = explain_images(
-                classifier,
-                photographs,
-                chosen,
-                target=None if target is None else classifier.find_category(target),
-                layers=parse_layers(layers),
-                gamma=gamma,
-                conserve=conserve.value,
-                method=method,
-                names=[path.name for path in images],
-            )
+        explanations = explain_images(
+            classifier,
+            photographs,
+            chosen,
+            target=None if target is None else classifier.find_category(target),
+            layers=parse_layers(layers),
+            gamma=gamma,
+            conserve=conserve.value,
+            method=method,
+            names=[path.name for path in images],
+        )
         for found, stem in zip(explanations, stems, strict=True):
             found.save(out, stem, force=force)
         for found, path in zip(explanations, signed_panels, strict=False):
@@ -375,9 +372,7 @@ def _make_sweeps(
         return edit(alphas=given or ALPHAS)
 
     for photograph in photographs:
-        with _captum_is_quiet():
-            row = [swept(photograph, selector) for selector in selectors]
-        yield row
+        yield [swept(photograph, selector) for selector in selectors]
 
 
 def _check_statistics(names: Sequence[SelectorName], statistics: Path | None) -> None:
@@ -411,14 +406,6 @@ def _prepare(
         held.check_model(classifier.model)
     say("Explaining")
     return classifier, selectors
-
-
-@contextmanager
-def _captum_is_quiet() -> Iterator[None]:
-    """Leave out Captum's notice that a method sets hooks, which are gone by the time it is read."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Setting (backward|forward)")
-        yield
 
 
 def _parse_values(text: str) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from parchgrad.checks import check_kind
 from parchgrad.data.images import read_image
 from parchgrad.errors import ImageError
 from parchgrad.files import without_addresses
@@ -57,6 +59,7 @@ class PhotographFolder(Dataset[Any]):
         Raises:
             ImageError: if there is no such folder, or no photograph in it.
         """
+        check_kind("root", root, (str, PathLike), "give one folder", error=ImageError, wanted="the path of a folder")
         self.root, self._transform = Path(root), transform
         if not self.root.is_dir():
             raise ImageError(f"There is no folder {str(root)!r}; check the path.")

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from parchgrad.errors import ImageError
+from parchgrad.checks import check_kind
+from parchgrad.errors import ImageError, InputError
 
 __all__ = ["read_image", "stored_frame", "to_rgb"]
 
@@ -64,6 +66,7 @@ def stored_frame(path: str | Path) -> tuple[int, int, int]:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong with it becomes an `ImageError` of one sentence."""
+    check_kind("path", path, (str, PathLike), "give one file at a time", error=ImageError, wanted="the path of a file")
     try:
         with Image.open(path) as opened:
             yield opened
@@ -90,6 +93,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
         (255, 255, 255)
     """
+    remedy = "open a file with parchgrad.data.images.read_image(path), and turn an array with PIL.Image.fromarray"
+    check_kind("The image", image, Image.Image, remedy, error=InputError, wanted="a PIL image")
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:

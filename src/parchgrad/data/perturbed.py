@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import gaussian_blur
 
+from parchgrad.checks import check_whole_number
 from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError, SettingError
 
@@ -80,9 +81,9 @@ class Jigsaw(_Perturbed):
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_whole("grid", self.grid, 1)
-        _check_whole("shuffles", self.shuffles, 0)
-        _check_whole("seed", self.seed, 0)
+        check_whole_number("grid", self.grid, 1)
+        check_whole_number("shuffles", self.shuffles, 0)
+        check_whole_number("seed", self.seed, 0)
         if self.grid == 1 and self.shuffles:
             raise SettingError(f"A grid of one cell cannot be shuffled {self.shuffles} times; take grid=2 or more.")
 
@@ -198,8 +199,8 @@ class PerturbedMNIST(_Perturbed):
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:
             raise SettingError(f"epsilon is {self.epsilon}, but it must be in [0, 1].")
-        _check_whole("canvas", self.canvas, 1)
-        _check_whole("seed", self.seed, 0)
+        check_whole_number("canvas", self.canvas, 1)
+        check_whole_number("seed", self.seed, 0)
 
     def _change(self, sample: Sample, index: int) -> Sample:
         tile = sample.image
@@ -241,8 +242,3 @@ def _generator(seed: int, index: int) -> torch.Generator:
     """A generator for one item, far from those of its neighbours and of other seeds."""
     state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
-
-
-def _check_whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingError(f"{name} is {value!r}, but it must be a whole number from {least}.")

@@ -13,6 +13,7 @@ from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from parchgrad.checks import is_whole_number
 from parchgrad.data.outlines import CUTTABLE, OUTLINES, Coverage, Inside, bar, blob, coverage, cut, wave
 from parchgrad.data.samples import Sample
 from parchgrad.errors import SettingError
@@ -69,12 +70,12 @@ class GeneratedShapes(Dataset[Sample]):
 
     categories = SHAPE_CATEGORIES
 
-    def __init__(self, *, count: int, seed: int, size: int = 64, distractors: int = 3, rivals: int = 0) -> None:
+    def __init__(self, count: int, *, seed: int = 0, size: int = 64, distractors: int = 3, rivals: int = 0) -> None:
         """Check the settings; pictures are drawn when they are asked for.
 
         Args:
             count: number of pictures, at least 1; it changes none of them.
-            seed: any number in [0, 2^63).
+            seed: any number in [0, 2^63). The network `shapes` was trained on those of seed 1.
             size: edge of the pictures in pixels, at least 32. Shapes grow with it.
             distractors: number of objects of no class beside the shape, at least 0.
             rivals: number of shapes of other classes beside the shape, at least 0 and below the number of classes. They
@@ -92,10 +93,11 @@ class GeneratedShapes(Dataset[Sample]):
             "rivals": (rivals, 0, len(self.categories)),
         }
         for name, (value, least, bound) in ranges.items():
-            if not isinstance(value, int) or not least <= value < bound:
+            if not is_whole_number(value) or not least <= value < bound:
                 raise SettingError(f"{name} is {value!r}, but it must be a whole number from {least} to {bound - 1}.")
-        self._count, self._seed = count, seed
-        self._scene = _Scene(size, distractors, rivals)
+        # numpy's whole numbers have no JSON, which the fingerprint is made of.
+        self._count, self._seed = int(count), int(seed)
+        self._scene = _Scene(int(size), int(distractors), int(rivals))
 
     @property
     def fingerprint(self) -> str:

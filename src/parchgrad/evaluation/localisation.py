@@ -304,7 +304,10 @@ def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
         tensor([[0.7500, 0.0000, 0.0000, 0.2500]])
     """
     if heat.dim() != 3 or heat.shape[1] % rows or heat.shape[2] % columns:
-        raise InputError(f"Maps of shape {tuple(heat.shape)} do not divide into {rows} x {columns} cells (B, H, W).")
+        raise InputError(
+            f"Maps of shape {tuple(heat.shape)} do not divide into {rows} x {columns} cells (B, H, W); give maps "
+            "whose height and width do."
+        )
     if (heat < 0).any():
         raise InputError("The maps hold negative values; take their magnitude with heatmap() first.")
     batch, height, width = heat.shape

@@ -244,7 +244,10 @@ def masks_of_another_class(
         with torch.no_grad():
             classes = model(images[:1]).shape[1]
         if classes < 2:
-            raise SettingError("The model has one class, so that there is no other whose masks could be taken.")
+            raise SettingError(
+                "The model has one class, so that there is no other whose masks could be taken; choose a model of "
+                "several."
+            )
         step = classes // 2 if distance is None else distance
         foreign = edit.record(selector, images, (target + step) % classes)
         return edit.replay(selector, foreign, images, target)

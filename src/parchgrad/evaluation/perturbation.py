@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from parchgrad.checks import check_whole_number
 from parchgrad.errors import InputError, SettingError
 
 __all__ = [
@@ -401,8 +402,7 @@ def _where_valid(values: Tensor, responses: Responses) -> Tensor:
 
 
 def _even_steps(steps: int) -> list[float]:
-    if steps < 1:
-        raise SettingError(f"steps is {steps}, but it must be a whole number from 1 on.")
+    check_whole_number("steps", steps, 1)
     return [step / steps for step in range(steps + 1)]
 
 

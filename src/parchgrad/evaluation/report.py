@@ -106,7 +106,10 @@ def summarise(
     """
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     if len(models) != 1:
-        raise InputError(f"The rows are of {', '.join(models) or 'no model'}, but one model is summarised at a time.")
+        raise InputError(
+            f"The rows are of {', '.join(models) or 'no model'}, but one model is summarised at a time; give the rows "
+            "of one."
+        )
     by_setting: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_setting.setdefault(row["setting"], {})[row["index"]] = row

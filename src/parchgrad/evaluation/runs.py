@@ -15,19 +15,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from parchgrad._version import __version__
+from parchgrad.checks import check_kind, check_whole_number
 from parchgrad.data.samples import Sample, Samples
-from parchgrad.errors import InputError, OutputError, SettingError
+from parchgrad.errors import InputError, OutputError, SettingError, StatisticsError
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Choice, Examples, MakePicture, choose_examples, make_examples
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import Method
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
-from parchgrad.evaluation.settings import Setting, make_method
+from parchgrad.evaluation.settings import Grid, Setting, make_method
 from parchgrad.files import writing
 from parchgrad.layers import check_evaluation_mode
 from parchgrad.statistics import ChannelStatistics
@@ -106,9 +107,9 @@ def evaluate(
     """
     if target not in get_args(TargetChoice):
         raise SettingError(f"target is {target!r}, but it must be one of {', '.join(get_args(TargetChoice))}.")
-    if batch_size < 1:
-        raise SettingError(f"batch_size is {batch_size}, but it must be 1 or more.")
+    check_whole_number("batch_size", batch_size, 1)
     check_evaluation_mode(model)
+    _check_given(data, settings, methods, scores, statistics)
     rank, count = process or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if not 0 <= rank < count:
         raise SettingError(f"This is process {rank} of {count}, but they are counted from zero; name one of them.")
@@ -157,6 +158,28 @@ def evaluate(
                 if on_progress is not None:
                     on_progress(finished, total)
     _keep_examples(place, data, entries, model, statistics=statistics, seed=seed, picture=picture)
+
+
+def _check_given(data: object, settings: object, methods: object, scores: object, statistics: object) -> None:
+    """Raise `SettingError` naming the first of the arguments that is of another kind."""
+    named = (hasattr(data, name) for name in ("__len__", "__getitem__", "categories", "fingerprint"))
+    if not all(named):
+        raise SettingError(
+            f"data is of type {type(data).__name__}, but images with labels, categories and a fingerprint are needed; "
+            "wrap a data set of pairs in parchgrad.data.samples.LabelledImages."
+        )
+    if isinstance(settings, Grid):
+        raise SettingError("settings is a Grid, but its settings are needed; give grid.settings().")
+    check_kind("settings", settings, Sequence, "give grid.settings()", wanted="a list of settings")
+    for setting in cast(Sequence[object], settings):
+        check_kind("One of the settings", setting, Setting, "make it with Setting(...)")
+    if methods is not None:
+        check_kind("methods", methods, Mapping, "give {title: make_method}", wanted="a dictionary")
+    if scores is not None:
+        check_kind("scores", scores, ScoreSettings, "give ScoreSettings(families=...)")
+    if statistics is not None:
+        read = "read a file with ChannelStatistics.load(path)"
+        check_kind("statistics", statistics, ChannelStatistics, read, error=StatisticsError)
 
 
 def read_rows(folder: str | Path) -> list[Row]:

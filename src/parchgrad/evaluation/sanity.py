@@ -98,7 +98,8 @@ def structural_similarities(first: Tensor, second: Tensor) -> Tensor:
     _check_pair(first, second)
     if min(first.shape[1:]) < 3:
         raise InputError(
-            f"The maps have shape {tuple(first.shape)}, but windows of 3 x 3 pixels at least are compared."
+            f"The maps have shape {tuple(first.shape)}, but windows of 3 x 3 pixels at least are compared; give "
+            "larger maps."
         )
     both = torch.stack((first, second)).double().cpu()
     scaled = (both / both.amax(dim=(2, 3), keepdim=True)).numpy()

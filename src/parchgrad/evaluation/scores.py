@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from parchgrad.checks import check_whole_number
 from parchgrad.errors import SettingError
 from parchgrad.evaluation import localisation, perturbation, sanity
 from parchgrad.evaluation.methods import Method
@@ -127,11 +128,8 @@ class ScoreSettings:
         for family in self.families:
             if family not in FAMILIES:
                 raise SettingError(f"There are no scores {family!r}; the families are: {', '.join(FAMILIES)}.")
-        if self.internal_batch_size < 1:
-            raise SettingError(f"internal_batch_size is {self.internal_batch_size}, but it must be 1 or more.")
-        for name in ("steps", "samples", "draws"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} is {getattr(self, name)}, but it must be 1 or more.")
+        for name in ("internal_batch_size", "steps", "samples", "draws"):
+            check_whole_number(name, getattr(self, name), 1)
         if not self.ratios or not all(0 <= ratio <= 1 for ratio in self.ratios):
             raise SettingError(f"ratios are {self.ratios}, but they must be shares of the pixels, in [0, 1].")
         if not self.randomised or not all(0 < share <= 1 for share in self.randomised):
@@ -235,7 +233,9 @@ def score_maps(
         )
     if "randomisation" in chosen.families:
         if make_method is None:
-            raise SettingError("The family 'randomisation' asks for maps of other weights, but make_method is missing.")
+            raise SettingError(
+                "The family 'randomisation' asks for maps of other weights, but make_method is missing; give it."
+            )
         found |= _randomisation_scores(model, make_method, images, target, chosen)
     return found
 

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypedDict, get_args
 
 from torch import nn
 
 from parchgrad.attribution import Explainer
+from parchgrad.checks import check_kind, is_number
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.methods import (
     Method,
@@ -72,6 +73,16 @@ class Setting:
     masks: Masks = "own"
 
     def __post_init__(self) -> None:
+        check_kind("method", self.method, str, "give its name")
+        for name in ("quantile", "gamma"):
+            if not is_number(getattr(self, name)):
+                raise SettingError(
+                    f"{name} is {getattr(self, name)!r}, but it must be a number; write it without quotes."
+                )
+            # numpy's numbers have no JSON, which rows are written in.
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
         known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
         if self.selector is not None and self.selector not in known:
             raise SettingError(f"selector is {self.selector!r}, but it must be one of {', '.join(known)}.")
@@ -116,6 +127,9 @@ class Grid:
         gammas: see `Setting.gamma`.
         conserves: see `Setting.conserve`.
         masks: see `Setting.masks`.
+
+    Raises:
+        SettingError: if a single value is given where several are wanted.
     """
 
     methods: tuple[str, ...] = ("gradient",)
@@ -125,6 +139,14 @@ class Grid:
     gammas: tuple[float, ...] = (math.inf,)
     conserves: tuple[Conserve, ...] = ("independent",)
     masks: tuple[Masks, ...] = ("own",)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise SettingError(
+                    f"{item.name} is {value!r}, but it must be a tuple of values; for a single one write ({value!r},)."
+                )
 
     def settings(self) -> tuple[Setting, ...]:
         """The controls, the plain gradient first, then all combinations, each once.

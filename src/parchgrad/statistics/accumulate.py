@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from parchgrad.checks import check_kind
 from parchgrad.errors import StatisticsError
 from parchgrad.statistics.layer import LayerStatistics
 from parchgrad.statistics.moments import Moments, merge, moments_of_labels, moments_of_weights
@@ -75,7 +76,8 @@ class Accumulator:
         classes = self._of_classes.weight.numel()
         if weights.dim() not in (1, 2) or weights.shape != (len(values), classes)[: weights.dim()]:
             raise StatisticsError(
-                f"The labels have shape {tuple(weights.shape)}, but there are {len(values)} images, {classes} classes."
+                f"The labels have shape {tuple(weights.shape)}, but there are {len(values)} images, {classes} "
+                "classes; give one label for each image."
             )
         if weights.dim() == 1 and (int(weights.min()) < 0 or int(weights.max()) >= classes):
             raise StatisticsError(
@@ -262,6 +264,9 @@ def merge_statistics(parts: Iterable[ChannelStatistics], *, on_progress: Progres
     parts = list(parts)
     if not parts:
         raise StatisticsError("There are no statistics to merge; give at least one part.")
+    for part in parts:
+        remedy = "read files with ChannelStatistics.load(path), and give them in a list"
+        check_kind("A part", part, ChannelStatistics, remedy, error=StatisticsError)
     first = parts[0]
     for number, part in enumerate(parts[1:], start=2):
         _check_mergeable(first, part, number)

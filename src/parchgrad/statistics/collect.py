@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from parchgrad.checks import check_whole_number
 from parchgrad.errors import InputError, LayerError, ModelError, ParchGradError, SettingError, StatisticsError
 from parchgrad.files import without_addresses
 from parchgrad.layers import (
     Convolution,
     LayerChoice,
+    bare_model,
     check_evaluation_mode,
-    check_model,
     choose_layers,
     find_convolutions,
 )
@@ -102,7 +104,7 @@ def collect_statistics(
     """
     # Joined first: a process that stops at a check must not leave the others waiting for it to join.
     with joined_processes() as processes:
-        check_model(model)
+        model = bare_model(model)
         check_evaluation_mode(model)
         _check_settings(data, labels, batch_size, workers, checkpoint_every, seed, metadata or {})
         chosen = choose_layers(model, layers)
@@ -204,7 +206,7 @@ def collect_gaps(model: nn.Module, batches: Iterable[Any], layer: str) -> Tensor
         tensor([[1.5000, 0.0000],
                 [0.0000, 1.5000]])
     """
-    check_model(model)
+    model = bare_model(model)
     check_evaluation_mode(model)
     convolution = _convolution_named(model, layer)
     if isinstance(batches, Tensor | Dataset) or not isinstance(batches, Iterable):
@@ -365,6 +367,21 @@ def _unwrapped(batches: Iterable[Any]) -> Iterator[Any]:
         if len(lines) < 2:
             raise
         raise type(error)(lines[-1].split(": ", 1)[-1]) from error
+    except (TypeError, RuntimeError) as error:
+        # What torch says when it cannot make a batch of the items.
+        kind = re.search(r"collate: .* found <class '([\w.]+)'>", str(error))
+        sizes = re.search(r"equal size, but got (\[.*?\]) at entry 0 and (\[.*?\]) at entry", str(error))
+        if kind is not None:
+            raise StatisticsError(
+                f"The data give items of type {kind[1]}, but they must be tensors; use a transform or a collate "
+                "function that makes them."
+            ) from error
+        if sizes is not None:
+            raise StatisticsError(
+                f"The data give inputs of shapes {sizes[1]} and {sizes[2]}; bring them to one size, or take "
+                "batch_size=1."
+            ) from error
+        raise
 
 
 def _check_settings(
@@ -385,8 +402,7 @@ def _check_settings(
         ("checkpoint_every", checkpoint_every, 1),
         ("seed", seed, 0),
     ):
-        if not isinstance(value, int) or value < lowest:
-            raise SettingError(f"{name} is {value!r}, but it must be a whole number of at least {lowest}.")
+        check_whole_number(name, value, lowest)
     if not isinstance(data, Iterable) and not _has_items(data):
         raise SettingError(f"data is a {type(data).__name__}, but it must be a data set or batches of one.")
     if workers and not _has_items(data):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parchgrad.checks import is_number
 from parchgrad.errors import SettingError, StatisticsError
 
 __all__ = ["COMPACT_PARTS", "check_share", "compact_log_p", "expand_log_p", "keep_share"]
@@ -18,7 +19,7 @@ _LEVELS = 256
 
 def check_share(share: float) -> None:
     """Raise `SettingError` unless a share of the channels can be kept."""
-    if not isinstance(share, int | float) or not 0 < share <= 1:
+    if not is_number(share) or not 0 < share <= 1:
         raise SettingError(f"share is {share!r}, but it must lie in (0, 1]: the share of the channels that is held.")
 
 

@@ -67,7 +67,10 @@ def import_pickles(folder: str | Path, model: nn.Module, *, name: str) -> Channe
         # What is not defined, as of a constant channel, counts as p = 1; a normality test that failed, as normal.
         known = p.double().nan_to_num(1.0)
         if bool(((known < 0) | (known > 1)).any()):
-            raise StatisticsError(f"'cls_p_values.pkl' holds values outside [0, 1] for layer {layer!r}.")
+            raise StatisticsError(
+                f"'cls_p_values.pkl' holds values outside [0, 1] for layer {layer!r}; give the file that the research "
+                "code wrote."
+            )
         shapiro_p, mean, std = (part.double().nan_to_num(fill) for part, fill in zip(others, (1, 0, 0), strict=True))
         # What has underflowed ranks before the smallest number there is.
         kind = torch.finfo(p.dtype)

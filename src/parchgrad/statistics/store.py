@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeGuard
@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
+from parchgrad.checks import check_kind
+from parchgrad.errors import OutputError, SettingError, StatisticsError, StatisticsWarning, warn
 from parchgrad.files import writing
-from parchgrad.layers import Convolution, check_model, find_convolutions
+from parchgrad.layers import Convolution, bare_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
 from parchgrad.statistics.layer import AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
 from parchgrad.statistics.tests import TTest
@@ -29,6 +30,7 @@ _VERSION = "1"
 _SUFFIX = ".safetensors"
 # No layer has this name, since module names hold no colon.
 _KEYS = ":keys"
+_VIEWS = ("layers", "metadata", "weight_digests")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,6 +47,14 @@ class RowSample:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", MappingProxyType(dict(self.rows)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Read-only views cannot be pickled; plain dicts take their place on the way."""
+        return {**vars(self), "rows": dict(self.rows)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the view again."""
+        vars(self).update(state, rows=MappingProxyType(state["rows"]))
 
 
 def weight_digest(convolution: Convolution) -> str:
@@ -90,8 +100,16 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
     sample: RowSample | None = field(default=None, kw_only=True)
     model_classes: int = field(default=0, kw_only=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Read-only views cannot be pickled; plain dicts take their place on the way."""
+        return {**vars(self), **{name: dict(getattr(self, name)) for name in _VIEWS}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the views again."""
+        vars(self).update(state, **{name: MappingProxyType(state[name]) for name in _VIEWS})
+
     def __post_init__(self) -> None:
-        for name in ("layers", "metadata", "weight_digests"):
+        for name in _VIEWS:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         if not self.layers:
             raise StatisticsError("Channel statistics need at least one layer; none was given.")
@@ -137,10 +155,13 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
                 raise StatisticsError(f"The sampled images of layer {name!r} must be rows of shape {shape}.")
             if sample.rows[name].dtype not in (torch.float32, torch.float64):
                 raise StatisticsError(
-                    f"The sampled images of layer {name!r} are {sample.rows[name].dtype}, not float32."
+                    f"The sampled images of layer {name!r} are {sample.rows[name].dtype}, not float32; convert them."
                 )
             if not torch.isfinite(sample.rows[name]).all():
-                raise StatisticsError(f"The sampled images of layer {name!r} hold values that are not finite.")
+                raise StatisticsError(
+                    f"The sampled images of layer {name!r} hold values that are not finite; collect the statistics "
+                    "again."
+                )
 
     @property
     def classes(self) -> int:
@@ -178,6 +199,12 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         Raises:
             StatisticsError: if a layer or class is not among them.
         """
+        for name, value, kind in (("layers", layers, "names of layers"), ("classes", classes, "class indices")):
+            if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
+                raise StatisticsError(
+                    f"{name} is {value!r}, but it must be a list of {kind}; choose_layers(model, ...) gives the names "
+                    "of a ratio or pattern, and [index] is a list of one class."
+                )
         wanted = list(self) if layers is None else list(layers)
         unknown = set(wanted) - set(self.layers)
         if unknown:
@@ -185,7 +212,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         kept = {name: self[name] for name in self if name in set(wanted)}
         indices = self.class_indices
         if classes is not None:
-            indices = tuple(sorted(set(classes)))
+            indices = tuple(sorted(set(classes.tolist() if isinstance(classes, Tensor) else classes)))
             if not indices:
                 raise StatisticsError("No class is left to restrict to; give at least one.")
             columns = self.columns(indices)
@@ -228,7 +255,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             SettingError: if `share` is out of range or `test` unknown.
             StatisticsError: if the statistics are compact already, and of another test.
         """
-        self.warn_of_fallback(test, stacklevel=3)
+        self.warn_of_fallback(test)
         layers = {
             name: RankedLayerStatistics(
                 mean=layer.mean,
@@ -262,27 +289,21 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         layer = next(iter(self.values()))
         return int((layer.effective_count == 0).sum()) if isinstance(layer, LayerStatistics) else 0
 
-    def warn_of_fallback(self, test: TTest, *, stacklevel: int = 2) -> None:
-        """Warn where Student's test takes Welch's place, since some classes have fewer than two images.
-
-        Args:
-            test: the test that is asked for.
-            stacklevel: whose line the warning names; see `warnings.warn`.
-        """
+    def warn_of_fallback(self, test: TTest) -> None:
+        """Warn where Student's test takes Welch's place, since some classes have fewer than two images."""
         few = self.count_fallbacks(test)
         if few:
             empty = self.count_empty()
             none = f", and {empty} have none" if empty else ""
-            warnings.warn(
+            warn(
                 f"{few} of {self.classes} classes have images, but fewer than two{none}; Welch's test needs two, so "
                 "that Student's takes its place for them.",
                 StatisticsWarning,
-                stacklevel=stacklevel,
             )
 
     def check_model(self, model: nn.Module) -> None:
         """Raise `StatisticsError` naming the first layer that the model lacks, or has otherwise than here."""
-        check_model(model)
+        model = bare_model(model)
         convolutions = find_convolutions(model)
         for name, layer in self.items():
             if name not in convolutions:
@@ -308,6 +329,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         Raises:
             OutputError: if the file cannot be written.
         """
+        check_kind("path", path, (str, PathLike), "name the file to write", error=OutputError, wanted="a path")
         tensors: dict[str, Tensor] = {}
         for name, layer in self.items():
             parts = vars(layer) if isinstance(layer, LayerStatistics) else _ranked_parts(layer)
@@ -343,6 +365,8 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             StatisticsError: if the file is missing, cut off, of another kind or version, holds what does not fit, or
                 is of another model; the layer or field is named.
         """
+        remedy = "give the path of a file that save wrote"
+        check_kind("path", path, (str, PathLike), remedy, error=StatisticsError, wanted="a path")
         try:
             with safe_open(path, framework="pt") as opened:
                 header = opened.metadata() or {}

@@ -141,7 +141,7 @@ def _rest_of_each_class(
     other_weight = count - everything[0]
     other_weight = np.where(other_weight > _ROUNDING * count, other_weight, 0.0)
     safe = np.where(other_weight > 0, other_weight, 1.0)
-    other_mean = np.where(other_weight > 0, (count * total_mean[:, None] - everything[0] * everything[1]) / safe, 0.0)
+    other_mean = (count * total_mean[:, None] - everything[0] * everything[1]) / safe
     between = (other_mean - everything[1]) ** 2 * everything[0] * other_weight / count
     other_m2 = np.where(other_weight > 0, np.maximum(total_m2[:, None] - everything[2] - between, 0.0), 0.0)
     other = (other_weight, other_mean, other_m2)
@@ -170,7 +170,7 @@ def _merge(
 ) -> tuple[Floats, Floats, Floats]:
     """Chan's update of (weight, mean, m2), elementwise."""
     weight = first[0] + second[0]
-    share = np.where(weight > 0, second[0] / np.where(weight > 0, weight, 1.0), 0.0)
+    share = second[0] / np.where(weight > 0, weight, 1.0)
     difference = second[1] - first[1]
     return weight, first[1] + difference * share, first[2] + second[2] + difference**2 * (first[0] * share)
 
@@ -218,8 +218,8 @@ def _incomplete_beta_fraction(x: Floats, a: Floats, b: float) -> Floats:
     numerator = np.ones_like(x)
     denominator = 1 / (1 - (a + b) * x / (a + 1))
     value: Floats = denominator.copy()
-    # The number of terms that converge grows with the square root of the degrees of freedom.
-    for m in range(1, 100 + int(10 * np.sqrt(a.max()))):
+    # In the far tail less than ten are enough, at any number of degrees of freedom.
+    for m in range(1, 100):
         for term in (
             m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
             -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from parchgrad.checks import check_whole_number
 from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.files import writing
 from parchgrad.visual.maps import paint, relative, shared_top
@@ -81,8 +82,7 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
     """
     first = _check_together(sweeps)
     for name, value, lowest in (("panel_size", panel_size, 32), ("fading_frames", fading_frames, 0)):
-        if not isinstance(value, int) or value < lowest:
-            raise SettingError(f"{name} is {value!r}, but it must be a whole number of at least {lowest}.")
+        check_whole_number(name, value, lowest)
     size = _panel_shape(first.picture, panel_size)
     picture = _resized_picture(first.picture, size)
     top = shared_top([first.plain, *(heat for sweep in sweeps.values() for heat in sweep.heats)])

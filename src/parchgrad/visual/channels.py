@@ -240,11 +240,15 @@ def kept_channels(
         (('0',), [[2], [2]])
     """
     if inputs.shape[0] != 1:
-        raise InputError(f"The inputs have shape {tuple(inputs.shape)}, but kept channels are of one image (1, C, *S).")
+        raise InputError(
+            f"The inputs have shape {tuple(inputs.shape)}, but kept channels are of one image (1, C, *S); give "
+            "inputs[:1]."
+        )
     names = tuple(categories) if categories is not None else tuple(f"class {index}" for index in targets)
     if len(targets) not in (1, 2) or len(names) != len(targets):
         raise SettingError(
-            f"{len(targets)} targets and {len(names)} categories are given, but one class or two can be looked at."
+            f"{len(targets)} targets and {len(names)} categories are given, but one class or two can be looked at; "
+            "give a name for each."
         )
     if len(set(map(int, targets))) < len(targets):
         raise SettingError(f"Both targets are {int(targets[0])}, but two classes are compared; give different ones.")

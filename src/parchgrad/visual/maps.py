@@ -342,7 +342,7 @@ def strip(
         ['cat', 'q = 0.5', 'q = 0.1']
     """
     if columns < 1:
-        raise SettingError(f"columns is {columns}, but a line holds at least one picture.")
+        raise SettingError(f"columns is {columns}, but a line holds at least one picture; give 1 or more.")
     top = shared_top(maps.values())
     cells = [(label, _array(photograph)), *((name, blend(photograph, heat, top=top)) for name, heat in maps.items())]
     figure, axes = _lay_out(cells, columns)
@@ -419,7 +419,10 @@ def _mix(photograph: ArrayLike, tinted: Picture, opacity: float) -> Picture:
         raise SettingError(f"opacity is {opacity}, but it must lie in [0, 1].")
     picture = _array(photograph)
     if picture.shape != (*tinted.shape[:2], 3):
-        raise InputError(f"A photograph of shape {picture.shape} and a map of shape {tinted.shape[:2]} do not match.")
+        raise InputError(
+            f"A photograph of shape {picture.shape} and a map of shape {tinted.shape[:2]} do not match; bring them to "
+            "one size."
+        )
     if picture.min() < 0 or picture.max() > 1:
         raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
     grey = (picture @ _LUMINANCE)[..., None]
@@ -436,10 +439,14 @@ def _cells(
 ) -> list[tuple[str, Picture]]:
     """Title and picture of each cell, row by row: a photograph, and its maps drawn over it."""
     if not photographs or (labels is not None and len(labels) != len(photographs)):
-        raise InputError(f"A panel of {len(photographs)} photographs needs at least one, and as many labels.")
+        raise InputError(
+            f"A panel of {len(photographs)} photographs needs at least one, and as many labels; give a label for each."
+        )
     for name, column in maps.items():
         if len(column) != len(photographs):
-            raise InputError(f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs.")
+            raise InputError(
+                f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs; give one for each."
+            )
     return [
         cell
         for row, photograph in enumerate(photographs)

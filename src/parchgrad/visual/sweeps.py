@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from parchgrad.attribution import Explainer, heatmap
 from parchgrad.errors import SettingError
 from parchgrad.layers import LayerChoice
-from parchgrad.models import Classifier, Prediction
+from parchgrad.models import Classifier, Prediction, check_classifier
 from parchgrad.partition import Conserve
 from parchgrad.recording import Recorder
 from parchgrad.selection import Selector
@@ -196,6 +196,7 @@ def _sweep(
     target: int | None,
     edit: _Edit,
 ) -> Sweep:
+    check_classifier(classifier)
     inputs = classifier.preprocess(image).unsqueeze(0).to(next(classifier.model.parameters()))
     plain = edit.explainer(classifier.model, None)
     index = int(plain.predict(inputs)) if target is None else target
@@ -230,7 +231,12 @@ def _sweep(
 
 def _values(setting: str, values: Iterable[float]) -> tuple[float, ...]:
     """The values as plain numbers, each once as it is written in titles."""
-    found = tuple(map(float, values))
+    try:
+        found = tuple(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise SettingError(
+            f"{setting}s is {values!r}, but it must be a list of numbers; give (0.5, 0.2, 0.1)."
+        ) from error
     if not found:
         raise SettingError(f"A sweep over no {setting} at all was asked for; give one value at least.")
     written = [f"{value:g}" for value in found]

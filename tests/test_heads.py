@@ -1,0 +1,251 @@
+"""Outputs of every kind, and what of them is explained."""
+
+from dataclasses import dataclass
+
+import captum.attr
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_resnet50, lraspp_mobilenet_v3_large
+
+import parchgrad as pg
+from parchgrad.attribution import METHODS
+from parchgrad.errors import InputError, ModelError, SettingError, TargetError
+from tests.conftest import random_statistics, small_network
+
+INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+TARGETS = torch.tensor([4, 0, 2, 1])
+
+
+@dataclass
+class Answer:
+    scores: Tensor
+    features: Tensor
+
+
+class Returns(nn.Module):
+    """The small network, whose logits come in another kind of output."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.network, self.make = small_network(), make
+
+    def forward(self, x):
+        return self.make(self.network(x), x)
+
+
+KINDS = {
+    "tuple": (lambda logits, x: (x, logits), lambda output: output[1]),
+    "dict": (lambda logits, x: {"aux": x, "out": logits}, lambda output: output["out"]),
+    "dataclass": (Answer, lambda output: output.scores),
+    # Not picked but computed.
+    "maps": (lambda logits, x: logits.reshape(-1, 5, 1, 1).expand(-1, -1, 2, 2), lambda output: output.mean((2, 3))),
+}
+
+
+def statistical():
+    return pg.ClassWise(random_statistics({"network.0": 6, "network.2": 6}), quantile=0.3)
+
+
+@pytest.mark.parametrize("make_selector", [lambda: None, lambda: pg.GradientEnergy(quantile=0.3), statistical])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_callable_picks_the_logits(kind, method, make_selector):
+    make, pick = KINDS[kind]
+    selector = make_selector()
+    plain = Returns(lambda logits, x: logits).eval()
+    for target in (TARGETS, None):
+        expected = pg.Explainer(plain, selector, layers="all", method=method).attribute(INPUTS, target)
+        explainer = pg.Explainer(Returns(make).eval(), selector, layers="all", method=method, logits=pick)
+        torch.testing.assert_close(explainer.attribute(INPUTS, target), expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "dataclass"])
+def test_a_callable_picks_the_logits_of_a_block(kind):
+    make, pick = KINDS[kind]
+    selector, plain = statistical(), Returns(lambda logits, x: logits).eval()
+    with pg.ParchGrad(plain, selector, layers="all"):
+        expected = captum.attr.Saliency(plain).attribute(INPUTS.clone().requires_grad_(), target=TARGETS)
+    model = Returns(make).eval()
+    with pg.ParchGrad(model, selector, layers="all", logits=pick):
+        saliency = captum.attr.Saliency(lambda x: pick(model(x)))
+        found = saliency.attribute(INPUTS.clone().requires_grad_(), target=TARGETS)
+    torch.testing.assert_close(found, expected)
+
+
+def test_logits_that_are_computed_leave_a_block_without_a_class():
+    make, pick = KINDS["maps"]
+    model = Returns(make).eval()
+    x = INPUTS.clone().requires_grad_()
+    with (
+        pg.ParchGrad(model, statistical(), layers="all", logits=lambda output: pick(output) * 1),
+        pytest.raises(TargetError, match="did not start from the model's output"),
+    ):
+        torch.autograd.grad(pick(model(x))[:, 2].sum(), x)
+
+
+@pytest.mark.parametrize(
+    ("pick", "words"),
+    [
+        (lambda output: output["logits"], r"cannot pick anything out of the tuple that the model returns \(TypeError"),
+        (lambda output: output[7], r"IndexError.*give a function of a tuple"),
+        (lambda output: output.logits, "AttributeError"),
+        (lambda output: list(output), "picks a list out of the model's output"),
+    ],
+)
+@pytest.mark.parametrize("selector", [None, pg.GradientEnergy()])
+def test_callables_that_pick_nothing(pick, words, selector):
+    model = Returns(KINDS["tuple"][0]).eval()
+    with pytest.raises(ModelError, match=words):
+        pg.Explainer(model, selector, logits=pick).attribute(INPUTS, 1)
+    with pytest.raises(ModelError, match=words), pg.ParchGrad(model, pg.GradientEnergy(), logits=pick):
+        model(INPUTS.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("make", [lambda **options: pg.Explainer(small_network(), None, **options)])
+def test_logits_must_be_a_function(make):
+    with pytest.raises(SettingError, match="logits is 'out', but it must be a function"):
+        make(logits="out")
+    with pytest.raises(SettingError, match="logits is 'out', but it must be a function"):
+        pg.ParchGrad(small_network(), pg.GradientEnergy(), logits="out")
+
+
+def test_without_a_callable_the_error_says_that_there_is_one():
+    for kind, words in (("dict", "returns a dict"), ("maps", r"returns shape \(4, 5, 2, 2\)")):
+        model = Returns(KINDS[kind][0]).eval()
+        with pytest.raises(ModelError, match=f"{words}.*give logits, a function that picks them out"):
+            pg.Explainer(model, None).attribute(INPUTS, 1)
+
+
+# Targets that are functions
+
+
+@pytest.mark.parametrize("make_selector", [lambda: None, lambda: pg.GradientEnergy(quantile=0.3), statistical])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_callable_target_of_one_class_is_that_class(method, make_selector):
+    model = Returns(lambda logits, x: logits).eval()
+    explainer = pg.Explainer(model, make_selector(), layers="all", method=method, internal_batch_size=3)
+    expected = explainer.attribute(INPUTS, 2)
+    torch.testing.assert_close(explainer.attribute(INPUTS, lambda logits: logits[:, 2]), expected)
+    make, pick = KINDS["dict"]
+    inside = pg.Explainer(Returns(make).eval(), make_selector(), layers="all", method=method, logits=pick)
+    torch.testing.assert_close(inside.attribute(INPUTS, lambda logits: logits[:, 2]), expected)
+
+
+def test_a_callable_target_sees_the_whole_output_where_nothing_is_picked():
+    make, pick = KINDS["dataclass"]
+    model, selector = Returns(make).eval(), pg.GradientEnergy(quantile=0.3)
+    found = pg.Explainer(model, selector, layers="all").attribute(INPUTS, lambda output: output.scores[:, 2])
+    expected = pg.Explainer(model, selector, layers="all", logits=pick).attribute(INPUTS, 2)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ModelError, match="returns a Answer, off which no class can be read; give logits"):
+        pg.Explainer(model, statistical(), layers="all").attribute(INPUTS, lambda output: output.scores[:, 2])
+
+
+def test_a_plain_score_of_several_labels_is_the_sum_of_their_maps():
+    model = small_network()
+    explainer = pg.Explainer(model, None)
+    found = explainer.attribute(INPUTS, lambda logits: logits[:, [1, 3]].sum(dim=1))
+    torch.testing.assert_close(found, explainer.attribute(INPUTS, 1) + explainer.attribute(INPUTS, 3))
+
+
+def test_an_edited_score_of_several_labels_is_the_gradient_in_a_block():
+    model, selector = small_network(), pg.GradientEnergy(quantile=0.3)
+    found = pg.Explainer(model, selector, layers="all").attribute(INPUTS, lambda logits: logits[:, [1, 3]].sum(dim=1))
+    x = INPUTS.clone().requires_grad_()
+    with pg.ParchGrad(model, selector, layers="all"):
+        (expected,) = torch.autograd.grad(model(x)[:, [1, 3]].sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (lambda logits: logits, r"target returns shape \(4, 5\) for 4 rows, but one score for each"),
+        (lambda logits: logits.sum(), r"target returns shape \(\) for 4 rows"),
+        (lambda logits: 3.0, "target returns a float"),
+        (lambda logits: logits[:, 0].detach(), "does not depend on the model's output, or was cut off"),
+        (lambda logits: logits.argmax(dim=1), "does not depend on the model's output, or was cut off"),
+    ],
+)
+def test_callable_targets_that_are_no_scores(target, words):
+    for selector in (None, pg.GradientEnergy()):
+        with pytest.raises(TargetError, match=words):
+            pg.Explainer(small_network(), selector).attribute(INPUTS, target)
+
+
+# Segmentation
+
+
+@pytest.fixture(scope="module", params=[fcn_resnet50, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large])
+def segmenter(request):
+    torch.manual_seed(2)
+    network = request.param(weights=None, weights_backbone=None, num_classes=4).eval()
+    return network, torch.rand(2, 3, 64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
+def test_segmentation_explains_a_class_over_a_region(segmenter, masked):
+    network, images = segmenter
+    with torch.no_grad():
+        scores = network(images)["out"]
+    target = int(scores.argmax(dim=1).flatten().bincount().argmax())
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[10:40, 20:50] = True
+    region = mask.expand(2, -1, -1) if masked else scores.argmax(dim=1) == target
+    assert region.any()
+
+    def score(images):
+        return (network(images)["out"][:, target] * region).sum()
+
+    x = images.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(score(x), x)
+    with pg.ParchGrad(network, pg.GradientEnergy(), layers="backbone.*"):
+        x = images.clone().requires_grad_()
+        (edited,) = torch.autograd.grad(score(x), x)
+    assert edited.abs().max() > 0
+    assert not torch.allclose(edited, plain)
+    chosen = pg.RegionScore(target=target, mask=mask if masked else None)
+    for selector, expected in ((None, plain), (pg.GradientEnergy(), edited)):
+        explainer = pg.Explainer(network, selector, layers="backbone.*", logits=lambda output: output["out"])
+        found = explainer.attribute(images, chosen)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_regions_by_hand():
+    scores = torch.tensor([[[[1.0, 5.0], [2.0, 0.0]], [[3.0, 4.0], [9.0, 1.0]]]])
+    assert pg.RegionScore(target=0)(scores).tolist() == [5.0]
+    assert pg.RegionScore(target=1)(scores).tolist() == [13.0]
+    assert pg.RegionScore(target=1, mask=torch.tensor([[1.0, 0.5], [0.0, 0.0]]))(scores).tolist() == [5.0]
+    # What is outside counts for nothing, whatever it is.
+    scores[0, 1, 1, 1] = torch.inf
+    assert pg.RegionScore(target=1, mask=torch.tensor([[True, True], [False, False]]))(scores).tolist() == [7.0]
+
+
+def test_a_class_that_no_pixel_is_called_by_has_an_empty_map():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)).double().eval()
+    model[1].bias.data = torch.tensor([1e3, 0.0], dtype=torch.float64)
+    found = pg.Explainer(model, None).attribute(INPUTS, pg.RegionScore(target=1))
+    assert torch.equal(found, torch.zeros_like(INPUTS))
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "scores", "words"),
+    [
+        (SettingError, {"target": -1}, None, "target is -1, but it must be the index"),
+        (SettingError, {"target": True}, None, "target is True"),
+        (TargetError, {"target": 2}, torch.ones(1, 2, 3, 3), "target 2 is out of range: the model has 2 classes"),
+        (ModelError, {"target": 0}, torch.ones(1, 2), r"returns shape \(1, 2\), but a region needs scores of shape"),
+        (ModelError, {"target": 0}, {"out": 1}, "returns a dict, but a region needs scores"),
+        (
+            InputError,
+            {"target": 0, "mask": torch.ones(1, 3, 3)},
+            torch.ones(1, 2, 3, 3),
+            r"mask has shape \(1, 3, 3\), but the model's scores have the spatial shape \(3, 3\)",
+        ),
+    ],
+)
+def test_bad_regions(error, options, scores, words):
+    with pytest.raises(error, match=words):
+        pg.RegionScore(**options)(scores)

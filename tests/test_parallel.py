@@ -1,0 +1,115 @@
+"""Explainers in other processes, and models in torch's wrappers for several devices."""
+
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+
+import captum.attr
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import parchgrad as pg
+from parchgrad.errors import ModelError
+from tests.conftest import random_statistics, small_network
+from tests.test_engine import all_selectors, hooks
+
+INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+TARGETS = torch.tensor([4, 0, 2, 1])
+
+
+@pytest.mark.parametrize("selector", [None, *all_selectors()], ids=lambda selector: type(selector).__name__)
+def test_a_pickled_explainer_gives_the_same_maps(selector):
+    explainer = pg.Explainer(small_network(), selector, layers="all", method="smoothgrad", samples=3)
+    expected = explainer.attribute(INPUTS, TARGETS)
+    assert torch.equal(pickle.loads(pickle.dumps(explainer)).attribute(INPUTS, TARGETS), expected)
+
+
+def test_pickled_statistics_are_the_same_and_read_only():
+    samples = [(image, index % 2) for index, image in enumerate(INPUTS)]
+    statistics = pg.collect_statistics(small_network(), samples)
+    copied = pickle.loads(pickle.dumps(statistics))
+    assert copied.metadata == statistics.metadata
+    assert copied.weight_digests == statistics.weight_digests
+    assert torch.equal(copied["2"].class_log_p(), statistics["2"].class_log_p())
+    assert torch.equal(copied.sample.rows["2"], statistics.sample.rows["2"])
+    for view in (copied.layers, copied.metadata, copied.sample.rows):
+        with pytest.raises(TypeError):
+            view["2"] = None
+
+
+@pytest.mark.slow
+def test_an_explainer_works_in_a_worker_process():
+    selector = pg.ClassWise(random_statistics({"0": 6, "2": 6}), quantile=0.3)
+    explainer = pg.Explainer(small_network(), selector, layers="all")
+    expected = explainer.attribute(INPUTS, TARGETS)
+    # A fresh interpreter: what a forked one inherits would prove nothing.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(explainer.attribute, INPUTS, TARGETS).result(timeout=240)
+    assert torch.equal(found, expected)
+
+
+def test_a_copy_made_inside_a_block_starts_outside_of_it():
+    model = small_network()
+    block = pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers="all")
+    x = INPUTS.clone().requires_grad_()
+    with block:
+        (expected,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
+        copied = pickle.loads(pickle.dumps(block))
+    assert copied._sessions == []
+    with copied:
+        (found,) = torch.autograd.grad(copied._model(x)[:, 1].sum(), x)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: pg.ParchGrad(model, pg.GradientEnergy()),
+        lambda model: pg.Explainer(model, None),
+        lambda model: pg.Explainer(model, pg.GradientEnergy()),
+        lambda model: pg.collect_statistics(model, [(INPUTS[0], 1)]),
+    ],
+)
+def test_data_parallel_is_refused_with_the_better_way(use):
+    with pytest.raises(ModelError, match=r"DataParallel copies the model .*; explain model\.module, one process per"):
+        use(nn.DataParallel(small_network()).eval())
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_in_distributed_data_parallel_is_the_model_itself(process_group):
+    model = small_network()
+    # The fixture's network is frozen, which the wrapper does not take.
+    model.requires_grad_()
+    statistics = pg.collect_statistics(model, [(image, index % 2) for index, image in enumerate(INPUTS)])
+    wrapped = DistributedDataParallel(model).eval()
+    for selector in (None, pg.GradientEnergy(quantile=0.3), pg.ClassWise(statistics, quantile=0.3)):
+        expected = pg.Explainer(model, selector, layers="all").attribute(INPUTS, [0, 1, 0, 1])
+        explainer = pg.Explainer(wrapped, selector, layers="all")
+        for _ in range(3):
+            assert torch.equal(explainer.attribute(INPUTS, [0, 1, 0, 1]), expected)
+        assert explainer.layers == (() if selector is None else ("0", "2"))
+    of_wrapped = pg.collect_statistics(wrapped, [(image, index % 2) for index, image in enumerate(INPUTS)])
+    assert list(of_wrapped) == list(statistics)
+    assert torch.equal(of_wrapped["2"].class_mean, statistics["2"].class_mean)
+    assert hooks(wrapped) == 0
+
+
+def test_a_block_around_passes_of_the_wrapper_itself(process_group):
+    model = small_network().requires_grad_()
+    wrapped = DistributedDataParallel(model).eval()
+    selector = pg.GradientEnergy(quantile=0.3)
+    expected = pg.Explainer(model, selector, layers="all").attribute(INPUTS, TARGETS)
+    with pg.ParchGrad(wrapped, selector, layers="all"):
+        for _ in range(3):
+            saliency = captum.attr.Saliency(wrapped)
+            found = saliency.attribute(INPUTS.clone().requires_grad_(), target=TARGETS, abs=False)
+            assert torch.equal(found, expected)
