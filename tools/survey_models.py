@@ -147,7 +147,8 @@ def survey_family(family: Family) -> Row:
         facts["edited"] = len(choose_layers(skeleton, "default"))
         facts["convolutions"] = len(find_convolutions(skeleton))
     except ParchGradError as error:
-        return Row(**facts, outcome="refused", note=str(error))
+        said, _, _ = str(error).partition(";")
+        return Row(**facts, outcome="refused", note=said)
     del skeleton
     torch.manual_seed(0)
     model = enliven(build(family.library, variant))
@@ -166,7 +167,7 @@ def survey_family(family: Family) -> Row:
         if unused is not None and layers == "all":
             notes.append(f"{unused[1]} convolutions serve in training alone, which is said in a warning")
     if inputs.shape[-1] > max(SIZES):
-        notes.append("takes no smaller picture")
+        notes.append(f"needs more than {max(SIZES)} px")
     return Row(**facts, outcome="works", note="; ".join(dict.fromkeys(notes)))
 
 
@@ -213,20 +214,29 @@ def render(rows: Sequence[Row], versions: str) -> str:
     parts = [_INTRODUCTION, f"Made with {versions}.\n", _table(("families of", *OUTCOMES), counts, "lrrr")]
     for library in LIBRARIES:
         working = [
-            (row.family, row.variant, f"{row.parameters / 1e6:.1f}", row.size, row.edited, row.convolutions, row.note)
+            (row.family, row.variant, f"{row.parameters / 1e6:.1f}", row.size, row.convolutions, row.edited, row.note)
             for row in rows
             if (row.library, row.outcome) == (library, "works")
         ]
-        parts += [f"## Families of {library} that work\n", _table(_OF_WORKING, working, "llrrrrl")]
+        parts += [f"## Families of {library} {_ENDINGS['works']}\n", _table(_OF_WORKING, working, "llrrrrl")]
     for outcome in OUTCOMES[1:]:
         others = [(row.library, row.family, row.variant, row.note) for row in rows if row.outcome == outcome]
         if others:
-            parts += [f"## Families that are {outcome}\n" if outcome == "refused" else "## Families that fail\n"]
-            parts += [_table(("library", "family", "smallest network", "what is said"), others, "llll")]
+            headings = ("library", "family", "smallest network", "what is said")
+            parts += [f"## Families {_ENDINGS[outcome]}\n", _table(headings, others, "llll")]
     return "\n".join(parts)
 
 
-_OF_WORKING = ("family", "smallest network", "parameters, millions", "side, px", "edited by default", "of", "note")
+_ENDINGS = {"works": "that work", "refused": "that are refused", "fails": "that fail"}
+_OF_WORKING = (
+    "family",
+    "smallest network",
+    "parameters, millions",
+    "side, px",
+    "convolutions",
+    "edited by default",
+    "note",
+)
 
 
 def _table(headings: Sequence[str], lines: Iterable[Iterable[object]], alignment: str) -> str:
@@ -235,17 +245,24 @@ def _table(headings: Sequence[str], lines: Iterable[Iterable[object]], alignment
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def named_networks(page: str) -> dict[tuple[str, str], tuple[str, str]]:
-    """Outcome and smallest network of each family (library, name) in a page that `render` wrote."""
-    found = {}
+def read_page(page: str) -> tuple[list[Row], str]:
+    """The rows and the versions of a page that `render` wrote."""
+    rows = []
     for title, table in re.findall(r"^## Families (.*)\n\n((?:\|.*\n)+)", page, flags=re.MULTILINE):
-        outcome = next(outcome for outcome in OUTCOMES if outcome.removesuffix("s") in title)
+        outcome = next(outcome for outcome in OUTCOMES if title.endswith(_ENDINGS[outcome]))
         for line in table.splitlines()[2:]:
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            library = next((library for library in LIBRARIES if library in title.split()), None)
-            library, family, variant = (library, *cells[:2]) if library else cells[:3]
-            found[library, family] = outcome, variant
-    return found
+            cells = [cell.strip().replace("&#124;", "|") for cell in line[1:-1].split("|")]
+            if outcome == "works":
+                family, variant, millions, size, convolutions, edited, note = cells
+                numbers = {"size": int(size), "edited": int(edited), "convolutions": int(convolutions)}
+                numbers["parameters"] = round(1e6 * float(millions))
+                _, library, *_ = title.split()
+            else:
+                library, family, variant, note = cells
+                numbers = {}
+            rows.append(Row(library=library, family=family, variant=variant, outcome=outcome, note=note, **numbers))
+    versions = re.search(r"^Made with (.*)\.$", page, flags=re.MULTILINE)
+    return rows, versions[1] if versions else ""
 
 
 _INTRODUCTION = """\
@@ -266,9 +283,9 @@ the smallest network of each with random weights, and explains two pictures of n
 Gains, branches and classifiers that start at a constant get some noise first, since a network whose branches start at
 zero has a gradient of zero before it is trained. The pictures have 64 pixels a side, or as many as the network needs.
 
-A family is *refused*, in the words given, if it has no convolutions whose channels could be partitioned: the plain
-method explains it (`selector=None`). A family that *works* may still be half a transformer. Where few of its layers are
-convolutions the edit reaches no others: the column *of* says how many there are.
+A family is *refused*, in the words given, if it has no convolutions whose channels could be partitioned; the plain
+method explains it (`selector=None`). A family that *works* may still be half a transformer: the edit reaches its
+convolutions alone, and of some there are few.
 
 Where two channels would have to be told apart by rounding alone, as in an attention that weighs two branches by a
 softmax and sends opposite gradients to them, the convolution is left out of the comparison, and the note says so.
