@@ -127,7 +127,7 @@ def test_the_page_has_a_row_for_every_family():
 
 
 def test_a_page_is_read_as_it_was_written():
-    row = survey.Row(library="timm", family="a", variant="a|b", outcome="fails", note="RuntimeError: 2 | 3")
+    row = survey.Row(library="timm", family="a", variant="", outcome="fails", note="RuntimeError: 2 | 3")
     others = [
         survey.Row(library=library, family="b", variant="c", outcome="works", parameters=1_200_000, size=64, edited=2)
         for library in survey.LIBRARIES

@@ -163,7 +163,7 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
     wide, pictures = copy.deepcopy(model).double(), inputs.double()
     layers, tied = without_ties(wide, pictures, targets, layers)
     if tied:
-        notes.append(f"in {tied} convolutions the last channel kept and the first pruned are equal up to rounding")
+        notes.append(f"{tied} ties")
     reference = Reference(wide, layers)
     found = explain(wide, pictures, targets)
     if not (found.flatten(1).abs().amax(dim=1) > 0).all():
@@ -178,7 +178,7 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
     if difference(torch.cat([seeded_gradient(wide, *half) for half in halves]), plain) < 1e-6:
         _agree(rows, found, 1e-6, "a batch against its pictures")
     else:
-        notes.append("torch's own gradient of a single picture is not that in a batch")
+        notes.append("single differs")
     with pg.ParchGrad(wide, selector, layers=layers):
         scaled = seeded_gradient(wide, pictures, targets, factor=2.0**-40)
     _agree(scaled * 2.0**40, found, 1e-6, "with a smaller seed")

@@ -24,7 +24,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from survey_checks import SIZES, FaultError, check_maps, enliven, workable_inputs
+from survey_checks import FaultError, check_maps, enliven, workable_inputs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -165,9 +165,7 @@ def survey_family(family: Family) -> Row:
         said = next((str(each.message) for each in caught if each.category is ModelWarning), "")
         unused = re.match(r"(\d+) of \d+ chosen convolutions were never called", said)
         if unused is not None and layers == "all":
-            notes.append(f"{unused[1]} convolutions serve in training alone, which is said in a warning")
-    if inputs.shape[-1] > max(SIZES):
-        notes.append(f"needs more than {max(SIZES)} px")
+            notes.append(f"{unused[1]} in training alone")
     return Row(**facts, outcome="works", note="; ".join(dict.fromkeys(notes)))
 
 
@@ -220,47 +218,41 @@ def render(rows: Sequence[Row], versions: str) -> str:
         ]
         parts += [f"## Families of {library} {_ENDINGS['works']}\n", _table(_OF_WORKING, working, "llrrrrl")]
     for outcome in OUTCOMES[1:]:
-        others = [(row.library, row.family, row.variant, row.note) for row in rows if row.outcome == outcome]
+        others = [row for row in rows if row.outcome == outcome]
         if others:
-            headings = ("library", "family", "smallest network", "what is said")
-            parts += [f"## Families {_ENDINGS[outcome]}\n", _table(headings, others, "llll")]
+            lines = [f"- {row.library} **{row.family}**, `{row.variant}`: {row.note}\n" for row in others]
+            parts += [f"## Families {_ENDINGS[outcome]}\n", "".join(lines)]
     return "\n".join(parts)
 
 
 _ENDINGS = {"works": "that work", "refused": "that are refused", "fails": "that fail"}
-_OF_WORKING = (
-    "family",
-    "smallest network",
-    "parameters, millions",
-    "side, px",
-    "convolutions",
-    "edited by default",
-    "note",
-)
+_OF_WORKING = ("family", "smallest network", "millions", "px", "convolutions", "edited", "note")
 
 
 def _table(headings: Sequence[str], lines: Iterable[Iterable[object]], alignment: str) -> str:
     rule = ["--:" if side == "r" else "---" for side in alignment]
-    rows = [headings, rule, *([str(cell).replace("|", "&#124;") for cell in line] for line in lines)]
+    rows = [headings, rule, *([str(cell) for cell in line] for line in lines)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def read_page(page: str) -> tuple[list[Row], str]:
     """The rows and the versions of a page that `render` wrote."""
     rows = []
-    for title, table in re.findall(r"^## Families (.*)\n\n((?:\|.*\n)+)", page, flags=re.MULTILINE):
-        outcome = next(outcome for outcome in OUTCOMES if title.endswith(_ENDINGS[outcome]))
-        for line in table.splitlines()[2:]:
-            cells = [cell.strip().replace("&#124;", "|") for cell in line[1:-1].split("|")]
-            if outcome == "works":
-                family, variant, millions, size, convolutions, edited, note = cells
-                numbers = {"size": int(size), "edited": int(edited), "convolutions": int(convolutions)}
-                numbers["parameters"] = round(1e6 * float(millions))
-                _, library, *_ = title.split()
-            else:
-                library, family, variant, note = cells
-                numbers = {}
-            rows.append(Row(library=library, family=family, variant=variant, outcome=outcome, note=note, **numbers))
+    parts = re.split(r"^## Families (.*)\n", page, flags=re.MULTILINE)
+    for title, part in zip(parts[1::2], parts[2::2], strict=True):
+        if title.endswith(_ENDINGS["works"]):
+            for line in re.findall(r"^\| (.*) \|$", part, flags=re.MULTILINE)[2:]:
+                family, variant, millions, *counts, note = line.split(" | ")
+                size, convolutions, edited = map(int, counts)
+                facts = {"parameters": round(1e6 * float(millions)), "size": size, "note": note.strip()}
+                facts |= {"convolutions": convolutions, "edited": edited, "outcome": "works"}
+                rows.append(Row(library=title.split()[1], family=family, variant=variant, **facts))
+        else:
+            outcome = next(outcome for outcome in OUTCOMES if title == _ENDINGS[outcome])
+            for library, family, variant, note in re.findall(
+                r"^- (\S+) \*\*(.*)\*\*, `(.*)`: (.*)$", part, re.MULTILINE
+            ):
+                rows.append(Row(library=library, family=family, variant=variant, outcome=outcome, note=note))
     versions = re.search(r"^Made with (.*)\.$", page, flags=re.MULTILINE)
     return rows, versions[1] if versions else ""
 
@@ -287,11 +279,15 @@ A family is *refused*, in the words given, if it has no convolutions whose chann
 method explains it (`selector=None`). A family that *works* may still be half a transformer: the edit reaches its
 convolutions alone, and of some there are few.
 
-Where two channels would have to be told apart by rounding alone, as in an attention that weighs two branches by a
-softmax and sends opposite gradients to them, the convolution is left out of the comparison, and the note says so.
-Another note says where plain autograd gives a picture on its own another gradient than in a batch, without ParchGrad:
-on the CPU the backward pass of torch's `BatchNorm2d` misreads a transposed gradient of a single row. Explain two
-pictures or more with such networks, the same one twice if need be.
+The tables give millions of parameters, pixels a side, how many convolutions there are and how many are edited by
+default, and notes:
+
+- *n in training alone*: convolutions of auxiliary heads, which have no part in what is explained; a warning says so.
+- *n ties*: convolutions left out of the comparison, since two channels would have to be told apart by rounding alone.
+  An attention that weighs two branches by a softmax sends opposite gradients to them.
+- *single differs*: plain autograd gives a picture on its own another gradient than in a batch, without ParchGrad: on
+  the CPU the backward pass of torch's `BatchNorm2d` misreads a transposed gradient of a single row. Explain two
+  pictures or more with such networks, the same one twice if need be.
 
 What the maps are worth is another question: see [the study](study/README.md).
 """
