@@ -96,9 +96,11 @@ def test_a_network_without_convolutions_of_its_own_is_refused(row):
     with pytest.raises(ModelError) as refused:
         pg.ParchGrad(skeleton, pg.GradientEnergy())
     said, _, remedy = str(refused.value).partition("; ")
-    assert said == row.note
     assert remedy == "use a convolutional network or the plain method (selector=None)."
-    assert "holds no convolution" in row.note or "cut the image into patches" in row.note
+    assert "holds no convolution" in said or "cut the image into patches" in said
+    if survey.installed() == VERSIONS:
+        # Other versions may have other names for the same layer.
+        assert said == row.note
 
 
 def test_the_remedy_for_what_is_refused_works():

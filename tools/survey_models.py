@@ -118,7 +118,7 @@ def build_skeleton(library: str, variant: str) -> nn.Module:
     try:
         with torch.device("meta"), _WithoutFilling():
             return build(library, variant)
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError):
         return build(library, variant)
 
 
