@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study mutants clean
+.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study survey mutants clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -76,6 +76,9 @@ soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one
 
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
+
+survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; ten minutes on one core
+	$(BIN)/python tools/survey_models.py
 
 mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test fail; a quarter of an hour
 	rm -rf mutants

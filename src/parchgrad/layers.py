@@ -140,6 +140,11 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
 def _check_more_than_patches(model: nn.Module, convolutions: Mapping[str, Convolution]) -> None:
     """Raise `ModelError` for a transformer or mixer: its convolutions cut patches, linear layers do all else."""
     cuts = all(module.kernel_size == module.stride and max(module.kernel_size) > 1 for module in convolutions.values())
+    if len(convolutions) == 1:
+        (only,) = convolutions.values()
+        # Patches may overlap. A user who changes a convolution may give one stride for all dimensions.
+        step = only.stride if isinstance(only.stride, int) else min(only.stride)
+        cuts = 2 * step > max(only.kernel_size) > 1
     if cuts and sum(isinstance(module, nn.Linear) for module in model.modules()) > _LINEAR_LAYERS_OF_A_HEAD:
         raise ModelError(
             f"{type(model).__name__} is no convolutional network: its only convolutions "

@@ -34,6 +34,7 @@ def read_image(path: str | Path) -> Image.Image:
         (4, 3)
     """
     with _opened(path) as opened:
+        _check_numbers(opened, repr(str(path)))
         return to_rgb(ImageOps.exif_transpose(opened))
 
 
@@ -70,6 +71,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as opened:
             yield opened
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(f"There is no file {str(path)!r}; check the path.") from error
     except IsADirectoryError as error:
@@ -89,12 +92,17 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode; Pillow itself would clip wide integers and floats, and show what is transparent.
 
+    Raises:
+        InputError: if it is no image.
+        ImageError: if it holds NaN or infinite values.
+
     Example:
         >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
         (255, 255, 255)
     """
     remedy = "open a file with parchgrad.data.images.read_image(path), and turn an array with PIL.Image.fromarray"
     check_kind("The image", image, Image.Image, remedy, error=InputError, wanted="a PIL image")
+    _check_numbers(image, "The image")
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
@@ -106,3 +114,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         coloured = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
     return image.convert("RGB")
+
+
+def _check_numbers(image: Image.Image, name: str) -> None:
+    """Raise `ImageError` for an image whose pixels are not all numbers, which would be painted black or white."""
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ImageError(f"{name} holds NaN or infinite values; give every pixel a number.")
