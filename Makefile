@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study survey mutants clean
+.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study survey mutants fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -84,6 +84,11 @@ mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test
 	rm -rf mutants
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
 	$(BIN)/mutmut results
+
+FUZZ ?= 4000
+fuzz: $(VENV)/.dev  ## try every parser of files with FUZZ spoilt ones, others each time; ten minutes for 4000
+	HYPOTHESIS_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest tests/test_hostile_files.py --durations=0 \
+	  --hypothesis-seed=$$($(BIN)/python -c 'import secrets; print(secrets.randbelow(10**9))')
 
 check: lint test  ## all that a change must pass
 

@@ -42,7 +42,11 @@ OTHERS = {
     ("data.shapes", "IndexError"): "ends a loop over the items",
     ("evaluation.examples", "ValueError"): "becomes an InputError that names the file",
     ("evaluation.runs", "ValueError"): "becomes an InputError that names the line",
+    ("files", "OSError"): "becomes the error of what reads the file",
+    ("reporting", "ValueError"): "becomes an InputError that names the file",
+    ("statistics.accumulate", "ValueError"): "becomes a StatisticsError that names the checkpoint",
     ("statistics.checkpoint", "ValueError"): "becomes a StatisticsError that names the file",
+    ("statistics.collect", "ValueError"): "becomes a StatisticsError that names the checkpoint",
     ("statistics.collect", "type(error)"): "an error of this package that a loading process raised",
     ("statistics.pickles", "_RefusedError"): "becomes a StatisticsError that names the file",
     ("web_guard", "MultiPartException"): "the web server's own, which it answers",
@@ -72,7 +76,7 @@ def source():
 
 def test_every_class_is_an_error_or_a_warning_of_this_package():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(classes) == len(errors.__all__) - 1  # the function `warn`
+    assert len(classes) == len(errors.__all__) - 2  # the functions `warn` and `reason_of`
     for found in classes:
         assert issubclass(found, errors.ParchGradError) or found.__bases__ == (UserWarning,)
         assert found.__doc__.endswith((".", ".\n    "))

@@ -319,11 +319,14 @@ def test_photographs_that_hold_no_numbers_are_refused(capsys, tmp_path, value):
         to_rgb(Image.fromarray(values))
     path = tmp_path / "measured.tif"
     Image.fromarray(values).save(path)
-    with pytest.raises(ImageError, match=r"measured\.tif' holds NaN or infinite values; give every pixel a number\.$"):
+    with pytest.raises(
+        ImageError,
+        match=r"measured\.tif' cannot be used: it holds NaN or infinite values; give every pixel a number\.$",
+    ):
         read_image(path)
     code, printed, errors = run(capsys, "explain", path, "--model", "shapes", "--out", tmp_path / "out")
     assert (code, printed) == (2, "")
-    assert "measured.tif' holds NaN or infinite values" in errors
+    assert "measured.tif' cannot be used: it holds NaN or infinite values" in errors
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import parchgrad as pg
 from parchgrad.errors import ModelError
+from parchgrad.evaluation.grid_pointing import make_mosaics
+from parchgrad.evaluation.runs import evaluate, read_rows
+from parchgrad.evaluation.scores import ScoreSettings
+from parchgrad.evaluation.settings import Setting
 from tests.conftest import random_statistics, small_network
+from tests.evaluation.test_runs import Noise, close, comparable
 from tests.test_engine import all_selectors, hooks
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -92,6 +97,8 @@ def test_a_copy_made_inside_a_block_starts_outside_of_it():
         lambda model: pg.Explainer(model, None),
         lambda model: pg.Explainer(model, pg.GradientEnergy()),
         lambda model: pg.collect_statistics(model, [(INPUTS[0], 1)]),
+        lambda model: evaluate(model, Noise(2), [Setting()], "nowhere"),
+        lambda model: make_mosaics(model, Noise(4), count=1),
     ],
 )
 def test_data_parallel_is_refused_with_the_better_way(use):
@@ -132,6 +139,21 @@ def test_a_model_in_distributed_data_parallel_is_the_model_itself(process_group)
     assert list(of_wrapped) == list(statistics)
     assert torch.equal(of_wrapped["2"].class_mean, statistics["2"].class_mean)
     assert hooks(wrapped) == 0
+
+
+def test_a_wrapped_model_goes_on_with_the_run_of_the_model_itself(process_group, tmp_path):
+    model = small_network().requires_grad_()
+    wrapped = DistributedDataParallel(model).eval()
+    settings = [Setting(), Setting(selector="energy", quantile=0.34, layers="all")]
+    scores = ScoreSettings(families=("perturbation",), ratios=(0.4,))
+    for given, place in ((model, "bare"), (wrapped, "wrapped")):
+        evaluate(given, Noise(3), settings, tmp_path / place, scores=scores)
+    close(comparable(read_rows(tmp_path / "wrapped")), comparable(read_rows(tmp_path / "bare")))
+    before = (tmp_path / "bare" / "rows-0.jsonl").read_bytes()
+    evaluate(wrapped, Noise(3), settings, tmp_path / "bare", scores=scores)
+    assert (tmp_path / "bare" / "rows-0.jsonl").read_bytes() == before
+    mosaics = [make_mosaics(given, Noise(8), count=1, confidence=0.0) for given in (model, wrapped)]
+    assert torch.equal(mosaics[0][0].image, mosaics[1][0].image)
 
 
 def test_a_block_around_passes_of_the_wrapper_itself(process_group):

@@ -1,9 +1,11 @@
 """What an evaluation is asked to do, as a TOML file or flags say it, and the evaluation of all of it."""
 
 import difflib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,11 +19,12 @@ from parchgrad.data.imagenet import BoxedFolder
 from parchgrad.data.perturbed import Blur, Jigsaw
 from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import SHAPE_CATEGORIES, GeneratedShapes
-from parchgrad.errors import ImageError, InputError, SettingError, StatisticsWarning
+from parchgrad.errors import ImageError, InputError, SettingError, StatisticsWarning, reason_of
 from parchgrad.evaluation.grid_pointing import make_mosaics
 from parchgrad.evaluation.runs import TargetChoice, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
+from parchgrad.files import refuse_special
 from parchgrad.models import Classifier, load_model
 from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.statistics import ChannelStatistics
@@ -98,8 +101,14 @@ class DataSettings:
                 raise SettingError(
                     f"The data set {self.name!r} needs the setting {setting!r}; give it in [data], or as --{setting}."
                 )
-        if self.mosaics < 0 or self.jigsaw < 0 or self.blur < 0:
-            raise SettingError("mosaics, jigsaw and blur must not be negative; leave out what is not wanted.")
+        # Put so that NaN fails too.
+        if not (self.mosaics >= 0 and self.jigsaw >= 0 and 0 <= self.blur < math.inf):
+            raise SettingError(
+                "mosaics, jigsaw and blur must not be negative or infinite; leave out what is not wanted."
+            )
+        if not 0 <= self.confidence <= 1:
+            raise SettingError(f"confidence is {self.confidence}, but it must be a probability, in [0, 1].")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +137,7 @@ class EvaluationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_seed(self.seed)
         if not isinstance(self.statistics, DataSettings):
             return
         # Of generated images the seed says which they are, of others the folder.
@@ -137,6 +147,12 @@ class EvaluationSettings:
                 f"[statistics] has the {same} of [data], so that statistics would be of the images that are explained; "
                 f"give it another {same}."
             )
+
+
+def _check_seed(seed: int) -> None:
+    # What generators of random numbers take.
+    if not 0 <= seed < 2**63:
+        raise SettingError(f"seed is {seed}, but it must be a whole number of at least 0, below 2**63.")
 
 
 def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> EvaluationSettings:
@@ -308,7 +324,8 @@ def _open(settings: DataSettings, classifier: Classifier) -> Samples:
     kind = _TORCHVISION[settings.name]
     try:
         held = kind(root, train=False, transform=transform, download=False)
-    except RuntimeError as error:
+    except Exception as error:
+        # What torchvision reads of damaged files raises what it likes.
         raise ImageError(
             f"{root!r} does not hold torchvision's {settings.name}; download it there once with torchvision, "
             "or name the folder that has it."
@@ -323,12 +340,14 @@ def _open(settings: DataSettings, classifier: Classifier) -> Samples:
 
 def _read_toml(path: str | Path) -> dict[str, Any]:
     try:
+        refuse_special(path)
         with Path(path).open("rb") as file:
             read: dict[str, Any] = tomllib.load(file)
     except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error.strerror or error}); check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(path)!r} is no TOML ({error}); mend the line that it names.") from error
+        raise InputError(f"{str(path)!r} cannot be read ({reason_of(error)}); check the path.") from error
+    except (ValueError, RecursionError) as error:
+        # Numbers of thousands of digits are a plain ValueError.
+        raise InputError(f"{str(path)!r} is no TOML ({reason_of(error)}); mend the line that it names.") from error
     return read
 
 
@@ -362,8 +381,17 @@ def _build(kind: type[T], given: Mapping[str, Any], place: str) -> T:
             values[name] = _convert(value, types[name], f"[{name}]")
         except ValueError as error:
             wanted = " or ".join(_words(types[name]))
-            raise SettingError(f"{_called(name)} in {place} is {value!r}, but it must be {wanted}.") from error
+            raise SettingError(f"{_called(name)} in {place} is {_short(value)}, but it must be {wanted}.") from error
     return kind(**values)
+
+
+def _short(value: object) -> str:
+    """A value of a file as it is quoted to its user, who knows the rest."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} without end"
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def _called(name: str) -> str:
@@ -388,9 +416,13 @@ def _convert(value: Any, wanted: Any, place: str) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(item, kinds[0], place) for item in items)
     elif (get_origin(wanted) is Literal and value in kinds) or type(value) is wanted:
+        # TOML promises 64 bits, and what counts items takes no more.
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError
         return value
     elif wanted is float and (type(value) is int or value == "inf"):
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     raise ValueError
 
 

@@ -17,15 +17,27 @@ __all__ = [
     "StatisticsWarning",
     "TargetError",
     "WeightsError",
+    "reason_of",
     "warn",
 ]
 
+# Letters of a reason in an error's sentence, and of the sentence; what a file holds may be of any length.
+_LONGEST_REASON = 200
+_LONGEST = 1000
 # Code of other modules that stands between the user's line and ours.
 _BETWEEN = {"parchgrad", "dataclasses", "contextlib"}
 
 
 class ParchGradError(Exception):
-    """Base of all errors of this package; the message names what was wrong, where, and the remedy."""
+    """Base of all errors of this package; the message names what was wrong, where, and the remedy.
+
+    It is one line of readable length, whatever the file holds that it quotes.
+    """
+
+    def __str__(self) -> str:
+        line = _on_one_line(super().__str__())
+        # The end has the remedy.
+        return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 class SettingError(ParchGradError):
@@ -110,6 +122,24 @@ class OutputError(ParchGradError):
 
     Usually there is an earlier result, or the folder may not be written to.
     """
+
+
+def reason_of(error: BaseException) -> str:
+    r"""What another library's error says, as a part of a sentence: on one line, short, without what steers a terminal.
+
+    Example:
+        >>> reason_of(ValueError("bad\x1b[31m header:\n  byte 7."))
+        'bad [31m header: byte 7'
+    """
+    text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, KeyError):
+        text = f"{text} is missing"
+    line = " ".join(_on_one_line(text).split()).rstrip(".") or type(error).__name__
+    return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from parchgrad.attribution import Explainer, heatmap, signed_heatmap
-from parchgrad.data.images import read_image, stored_frame
+from parchgrad.data.images import opened_image, read_image, stored_frame
 from parchgrad.demo import PHOTOGRAPHS, example_photographs
 from parchgrad.errors import ImageError, InputError, SettingError, StatisticsError, StatisticsWarning, TargetError
 from parchgrad.evaluation.localisation import cell_shares, mosaic
@@ -168,11 +168,9 @@ def check_photograph(path: str | Path, *, megapixels: float) -> None:
         parchgrad.errors.ImageError: 'wide.png' has 4.0 megapixels, but 3 are the most; scale it down first.
     """
     path = Path(path)
-    # Pillow warns of large images, which are refused here by a limit of our own.
-    with _silent(Image.DecompressionBombWarning):
-        with _named_alone(path):
-            width, height, _ = stored_frame(path)
-        with Image.open(path) as opened:
+    with _named_alone(path):
+        width, height, _ = stored_frame(path)
+        with opened_image(path) as opened:
             kind = opened.format
     if kind not in _FORMATS:
         raise ImageError(f"{path.name!r} is a {kind} file; give a JPEG, PNG, WebP or similar picture.")

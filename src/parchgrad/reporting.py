@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from parchgrad._version import __version__
-from parchgrad.errors import InputError
+from parchgrad.errors import InputError, reason_of
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Example, Examples, choose_examples
 from parchgrad.evaluation.report import (
     BASELINE,
@@ -114,7 +114,8 @@ class Report:
             (page, self._page()),
         ):
             with writing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                # Names of files may hold what no encoding knows.
+                temporary.write_text(text, encoding="utf-8", errors="replace")
         return page
 
     def _page(self) -> str:
@@ -172,9 +173,13 @@ def make_report(
 def _count_words(folder: str | Path, images: int) -> str:
     """How many images every setting has, and of how many."""
     try:
-        asked = json.loads((Path(folder) / "run.json").read_text()).get("images", images)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"The run in {str(folder)!r} cannot be read ({error}); evaluate it again.") from error
+        asked = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8")).get("images", images)
+        if type(asked) is not int:
+            raise ValueError("it does not say of how many images it is")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"The run in {str(folder)!r} cannot be read ({reason_of(error)}); evaluate it again."
+        ) from error
     return f"{images} images" if asked == images else f"{images} of {asked} images, since the run is not finished"
 
 
@@ -322,10 +327,10 @@ def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Char
     for field, label in _SWEPT.items():
         lines: dict[str, list[tuple[str | float, float]]] = {}
         for setting, row in described.items():
-            others = [str(row["method"]), str(row["selector"])]
+            others = [_shown(row.get("method")), str(row["selector"])]
             others += [f"{key} {_shown(row.get(key))}" for key in varied if key != field]
             lines.setdefault(", ".join(others), []).append(
-                (_place(row[field]), summary.cells[setting, name].mean.value)
+                (_place(row.get(field)), summary.cells[setting, name].mean.value)
             )
         swept = {line: sorted(points, key=_order) for line, points in lines.items() if len(points) > 1}
         # Twins of selectors with different settings are no sweep of their own.
@@ -443,7 +448,7 @@ def _embed(picture: NDArray[Any]) -> str:
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
-    values = [row[name] for row in rows if not math.isnan(row[name])]
+    values = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
     return sum(values) / len(values) if values else math.nan
 
 

@@ -1,7 +1,17 @@
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+import parchgrad as pg
+from parchgrad.data.folders import PhotographFolder
 from parchgrad.data.images import read_image, stored_frame
 from parchgrad.errors import ImageError
 
@@ -57,12 +67,28 @@ def test_whatever_a_decoder_raises_is_one_sentence(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png")
 
 
-def test_the_camera_was_turned(tmp_path):
+# What CIPA DC-008 says of each orientation, as steps from the stored pixels to those that are seen.
+TURNS = {
+    1: lambda stored: stored,
+    2: np.fliplr,
+    3: lambda stored: np.rot90(stored, 2),
+    4: np.flipud,
+    5: lambda stored: stored.transpose(1, 0, 2),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: np.rot90(stored, 2).transpose(1, 0, 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("form", ["png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_the_camera_was_turned(tmp_path, orientation, form):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(gradient_picture()).save(tmp_path / "a.png", exif=exif)
-    found = np.asarray(read_image(tmp_path / "a.png"))
-    assert np.array_equal(found, np.rot90(gradient_picture(), k=-1))
+    exif[0x0112] = orientation
+    options = {"lossless": True} if form == "webp" else {}
+    Image.fromarray(gradient_picture()).save(tmp_path / f"a.{form}", exif=exif, **options)
+    found = np.asarray(read_image(tmp_path / f"a.{form}"))
+    assert np.array_equal(found, TURNS[orientation](gradient_picture()))
 
 
 def test_files_that_are_no_images(tmp_path, monkeypatch):
@@ -102,3 +128,148 @@ def test_the_stored_frame_tells_how_the_photograph_is_turned(tmp_path, orientati
 def test_the_stored_frame_of_no_image(tmp_path):
     with pytest.raises(ImageError, match="There is no file"):
         stored_frame(tmp_path / "missing.jpg")
+
+
+@pytest.mark.parametrize("form", ["jpg", "tif"])
+def test_inks_become_the_colours_that_pillow_makes_of_them(tmp_path, form):
+    path = tmp_path / f"a.{form}"
+    Image.fromarray(gradient_picture()).convert("CMYK").save(path)
+    with Image.open(path) as opened:
+        assert opened.mode == "CMYK"
+        expected = np.asarray(opened.convert("RGB"))
+    assert np.array_equal(np.asarray(read_image(path)), expected)
+    assert abs(expected.astype(int) - gradient_picture()).max() < 20
+
+
+def palette():
+    colours = Image.new("P", (2, 1))
+    colours.putpalette([255, 0, 0, 0, 0, 255])
+    colours.putdata([0, 1])
+    return colours
+
+
+# How the picture is saved, and what is seen of it.
+ODD = {
+    "a JPEG called PNG": (lambda path: Image.new("RGB", (9, 8), (10, 200, 30)).save(path, "JPEG"), (10, 200, 30)),
+    "one pixel": (lambda path: Image.new("RGB", (1, 1), (1, 2, 3)).save(path, "PNG"), (1, 2, 3)),
+    "a palette with a transparent colour": (lambda path: palette().save(path, "PNG", transparency=0), (255,) * 3),
+    "a palette with a half transparent colour": (
+        lambda path: palette().save(path, "PNG", transparency=bytes([128, 255])),
+        (255, 127, 127),
+    ),
+    "a palette": (lambda path: palette().save(path, "PNG"), (255, 0, 0)),
+    "the first of several frames": (
+        lambda path: Image.new("RGB", (4, 4), (255, 0, 0)).save(
+            path, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), (0, 255, 0))]
+        ),
+        (255, 0, 0),
+    ),
+    "grey of 16 bits": (lambda path: Image.new("I;16", (3, 2), 257 * 99).save(path, "PNG"), (99, 99, 99)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_files_show_what_they_hold(tmp_path, kind):
+    save, colour = ODD[kind]
+    save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png")
+    assert found.mode == "RGB"
+    assert np.abs(np.asarray(found.getpixel((0, 0))) - colour).max() <= 2
+
+
+def claiming(width, height):
+    """A PNG that says a size in its head, and has hardly a pixel."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
+# What is written, and what is said of it.
+WRONG = {
+    "nothing": (b"", "is no image that can be read"),
+    "a text": (b"no picture", "is no image that can be read"),
+    "a bomb": (claiming(60_000, 60_000), "has too many pixels"),
+    "a row": (claiming(20_000, 4), "20000 x 4 pixels is too narrow"),
+    "a column": (claiming(3, 30_000), "3 x 30000 pixels is too narrow"),
+    "a program": (POSTSCRIPT, "an EPS file, which is a program"),
+    "hardly a pixel": (claiming(50, 50), "may be cut off or damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_photograph_is_said_in_one_sentence(tmp_path, kind):
+    content, words = WRONG[kind]
+    path = tmp_path / "a\n\x1b[31m\u202egnp.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=words) as caught:
+        read_image(path)
+    assert str(caught.value).isprintable()
+
+
+def test_many_pixels_are_read_without_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "a.png")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert read_image(tmp_path / "a.png").getpixel((39, 39)) == (1, 2, 3)
+        assert stored_frame(tmp_path / "a.png") == (40, 40, 1)
+    assert warned == []
+    Image.new("RGB", (50, 41)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="has too many pixels"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in its folders")
+def test_what_never_ends_is_not_read(tmp_path):
+    for kind in ("pipe", "loop"):
+        (tmp_path / kind).mkdir()
+    os.mkfifo(tmp_path / "pipe" / "a.jpg")
+    (tmp_path / "loop" / "a.jpg").symlink_to(tmp_path / "loop" / "a.jpg")
+    for path in (tmp_path / "pipe" / "a.jpg", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="it is a pipe or device, not a plain file"):
+            read_image(path)
+    for read in (read_image, stored_frame):
+        with pytest.raises(ImageError, match="oo many levels of symbolic links"):
+            read(tmp_path / "loop" / "a.jpg")
+    for kind in ("pipe", "loop"):
+        photographs = PhotographFolder(tmp_path / kind, lambda image: image)
+        with pytest.raises(ImageError, match="cannot be read"):
+            print(photographs.fingerprint)
+
+
+MEASURED = """
+import resource, sys
+from parchgrad.data.images import read_image
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak()
+for path in sys.argv[1:]:
+    assert read_image(path).size == (20_000, 3_000)
+print((peak() - before) * 1024)
+"""
+
+
+def test_a_wide_photograph_needs_no_gigabytes(tmp_path):
+    paths = [tmp_path / "colours.png", tmp_path / "deep.png"]
+    for path, mode, colour in zip(paths, ("RGB", "I;16"), ((7, 8, 9), 7), strict=True):
+        Image.new(mode, (20_000, 3_000), colour).save(path, compress_level=1)
+    done = subprocess.run([sys.executable, "-c", MEASURED, *paths], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 0.8e9
+
+
+def test_the_middle_of_a_flat_photograph_is_seen():
+    shapes = pg.load_model("shapes")
+    assert shapes.preprocess(Image.new("RGB", (20_000, 3_000))).shape == (3, 64, 64)
+    flat = np.zeros((20, 20_000, 3), np.uint8)
+    flat[:, :9_980, 0], flat[:, 9_980:10_020, 1], flat[:, 10_020:, 2] = 255, 255, 255
+    found = shapes.preprocess.picture(shapes.preprocess(Image.fromarray(flat)))
+    assert found.shape == (64, 64, 3)
+    assert np.allclose(found, [0, 1, 0], atol=0.01)
+    with pytest.raises(ImageError, match="20000 x 4 pixels is too narrow"):
+        shapes.preprocess(Image.new("RGB", (20_000, 4)))

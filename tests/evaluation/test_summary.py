@@ -23,6 +23,16 @@ def test_a_mean_counts_what_it_is_taken_over():
     assert math.isnan(valid_mean([1.0]).standard_error)
 
 
+@pytest.mark.parametrize("exponent", [-1000, -500, 300, 1000])
+def test_differences_of_any_size_have_their_interval(exponent):
+    differences = np.random.default_rng(2).normal(0.2, 1.0, size=30)
+    usual, found = (compare(values, np.zeros(30)) for values in (differences, np.ldexp(differences, exponent)))
+    for name in ("low", "high"):
+        assert getattr(found, name) == math.ldexp(getattr(usual, name), exponent)
+    least = compare([5e-324, 0.0, 0.0], [0.0] * 3)
+    assert 0 <= least.low <= least.high <= 5e-324
+
+
 def test_an_interval_of_many_normal_differences_is_the_normal_one():
     generator = np.random.default_rng(1)
     baseline, gain = generator.normal(size=2000), generator.normal(0.1, 0.5, size=2000)

@@ -139,7 +139,7 @@ def explain(
         stems = distinct_stems(images)
         signed_panels = [out / f"{stem}-signed.png" for stem in stems] if signed else []
         own = [file for stem in stems for file in Explanation.files(out, stem)]
-        check_outputs([*own, *signed_panels], force=force)
+        check_outputs([*own, *signed_panels], force=force, inputs=images)
         classifier, (chosen,) = _prepare(model, [selector], statistics, quantile, status.update)
         explanations = explain_images(
             classifier,
@@ -194,7 +194,7 @@ def sweep(
     All maps of a panel have one scale, in multiples of a map's mean.
     """
     paths = [out / f"{stem}.png" for stem in distinct_stems(images)]
-    check_outputs(paths, force=force)
+    check_outputs(paths, force=force, inputs=images)
     asked = _SweepOptions(
         model=model,
         target=target,
@@ -244,7 +244,7 @@ def animate(
     """
     selectors = list(dict.fromkeys(selector or [SelectorName.energy]))
     paths = [out / f"{stem}.{form.value}" for stem in distinct_stems(images)]
-    check_outputs(paths, force=force)
+    check_outputs(paths, force=force, inputs=images)
     asked = _SweepOptions(
         model=model,
         target=target,

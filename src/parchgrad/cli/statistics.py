@@ -201,7 +201,7 @@ def _find_class(held: "ChannelStatistics", query: str) -> tuple[int, str]:
 
     try:
         categories = [str(category) for category in json.loads(held.metadata["categories"])]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         categories = [f"class {index}" for index in range(held.model_classes)]
     index = find_category(query, categories, held.metadata.get("model", "the model"))
     return held.columns([index])[0], categories[index]

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from parchgrad.checks import check_kind
 from parchgrad.data.images import read_image
-from parchgrad.errors import ImageError
-from parchgrad.files import without_addresses
+from parchgrad.errors import ImageError, reason_of
+from parchgrad.files import refuse_special, without_addresses
 
 __all__ = ["PhotographFolder", "find_files", "match_classes"]
 
@@ -57,11 +57,11 @@ class PhotographFolder(Dataset[Any]):
             transform: turns a photograph into what a network takes.
 
         Raises:
-            ImageError: if there is no such folder, or no photograph in it.
+            ImageError: if there is no such folder, or no photograph in it, or a folder in it may not be read.
         """
         check_kind("root", root, (str, PathLike), "give one folder", error=ImageError, wanted="the path of a folder")
         self.root, self._transform = Path(root), transform
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):
             raise ImageError(f"There is no folder {str(root)!r}; check the path.")
         self.files = find_files(self.root, _SUFFIXES)
         if not self.files:
@@ -88,13 +88,7 @@ class PhotographFolder(Dataset[Any]):
         digest = hashlib.sha256(without_addresses(str(self._transform)).encode())
         count = min(_PROBES, len(self))
         for index in range(count):
-            file = self.files[index * (len(self) - 1) // max(1, count - 1)]
-            try:
-                digest.update(file.read_bytes())
-            except OSError as error:
-                raise ImageError(
-                    f"{str(file)!r} cannot be read ({error.strerror or error}); check its permissions."
-                ) from error
+            digest.update(_content(self.files[index * (len(self) - 1) // max(1, count - 1)]))
         # What a transform does, its name may not tell.
         for index in sorted({0, len(self) // 2, len(self) - 1}):
             seen = self._transform(read_image(self.files[index]))
@@ -102,7 +96,8 @@ class PhotographFolder(Dataset[Any]):
             digest.update(without_addresses(repr(values)).encode())
         for index, file in enumerate(self.files):
             label = None if self.labels is None else self.labels[index]
-            digest.update(f"{file.relative_to(self.root).as_posix()} {file.stat().st_size} {label}\n".encode())
+            name = os.fsencode(file.relative_to(self.root).as_posix())
+            digest.update(name + f" {_size(file)} {label}\n".encode())
         return f"{len(self)} photographs, {digest.hexdigest()}"
 
     def __len__(self) -> int:
@@ -159,10 +154,32 @@ def match_classes(
     )
 
 
+def _content(file: Path) -> bytes:
+    try:
+        refuse_special(file)
+        return file.read_bytes()
+    except OSError as error:
+        raise _cannot_read(file, error) from error
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise _cannot_read(file, error) from error
+
+
+def _cannot_read(place: str | Path, error: OSError) -> ImageError:
+    return ImageError(f"{str(place)!r} cannot be read ({reason_of(error)}); check its permissions.")
+
+
 def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     """Find the files below a folder that end with one of the suffixes (lower case), sorted.
 
     Hidden files and folders are left out; links are followed, but not in circles.
+
+    Raises:
+        ImageError: if a folder may not be read.
 
     Example:
         >>> import tempfile
@@ -174,7 +191,12 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     """
     found: list[Path] = []
     seen = set()
-    for folder, inner, names in os.walk(root, followlinks=True):
+
+    def stop(error: OSError) -> None:
+        # What a folder holds that may not be read would be missing silently.
+        raise _cannot_read(error.filename, error) from error
+
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=stop):
         # A link may lead back up.
         seen.add(os.path.realpath(folder))
         inner[:] = [

@@ -16,7 +16,8 @@ from parchgrad.data.folders import PhotographFolder, find_files, match_classes
 from parchgrad.data.geometry import find_placement, turn_boxes
 from parchgrad.data.images import stored_frame
 from parchgrad.data.samples import Sample
-from parchgrad.errors import ImageError, SettingError
+from parchgrad.errors import ImageError, SettingError, reason_of
+from parchgrad.files import refuse_special
 
 __all__ = ["BoxedFolder"]
 
@@ -175,10 +176,11 @@ def _wrong(path: Path, reason: str) -> ImageError:
 
 def _read_annotation(path: Path) -> bytes:
     try:
+        refuse_special(path)
         with path.open("rb") as file:
             content = file.read(_LARGEST_ANNOTATION + 1)
     except OSError as error:
-        raise ImageError(f"{str(path)!r} cannot be read ({error.strerror or error}); check its permissions.") from error
+        raise ImageError(f"{str(path)!r} cannot be read ({reason_of(error)}); check its permissions.") from error
     if len(content) > _LARGEST_ANNOTATION:
         raise _wrong(path, "is larger than a mebibyte")
     return content
@@ -190,8 +192,7 @@ def _parse(path: Path, synset: str) -> tuple[Tensor, tuple[int, int]]:
         root = ElementTree.fromstring(_read_annotation(path), forbid_dtd=True)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         # Entity bombs and external entities come as a ValueError of defusedxml.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _wrong(path, f"is no plain XML ({reason})") from error
+        raise _wrong(path, f"is no plain XML ({reason_of(error)})") from error
     named = _text(path, root, "filename")
     if named != path.stem:
         raise _wrong(path, f"says that it is of {named!r}, not of {path.stem!r}")

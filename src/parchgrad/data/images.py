@@ -1,5 +1,6 @@
 """Photographs from files."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -9,11 +10,16 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from parchgrad.checks import check_kind
-from parchgrad.errors import ImageError, InputError
+from parchgrad.errors import ImageError, InputError, reason_of
+from parchgrad.files import refuse_special
 
-__all__ = ["read_image", "stored_frame", "to_rgb"]
+__all__ = ["check_proportions", "opened_image", "read_image", "stored_frame", "to_rgb"]
 
 _ORIENTATION = 0x0112
+# Pillow would have Ghostscript run these.
+_PROGRAMS = ("EPS",)
+# A network's preprocessing scales the shorter side up to its own: a row of pixels would take gigabytes.
+_LONGEST = 1000
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -23,7 +29,8 @@ def read_image(path: str | Path) -> Image.Image:
         path: any format that Pillow reads; of an animation the first frame.
 
     Raises:
-        ImageError: if there is no such file, or it is no complete image, or an unreasonably large one.
+        ImageError: if there is no such file, or it is no complete image, or one of more than 178 million pixels, or
+            more than a thousand times as long as wide.
 
     Example:
         >>> import tempfile
@@ -33,9 +40,35 @@ def read_image(path: str | Path) -> Image.Image:
         ...     read_image(path).size
         (4, 3)
     """
-    with _opened(path) as opened:
-        _check_numbers(opened, repr(str(path)))
-        return to_rgb(ImageOps.exif_transpose(opened))
+    with opened_image(path) as opened:
+        check_proportions(opened)
+        _check_numbers(opened, "it")
+        # In place, since a large photograph is held as few times as may be.
+        ImageOps.exif_transpose(opened, in_place=True)
+        return to_rgb(opened)
+
+
+def check_proportions(image: Image.Image) -> None:
+    """Raise `ImageError` if an image has no pixels, or is more than a thousand times as long as wide.
+
+    Example:
+        >>> check_proportions(Image.new("1", (2000, 2)))
+        >>> check_proportions(Image.new("1", (2001, 2)))
+        Traceback (most recent call last):
+        ...
+        parchgrad.errors.ImageError: An image of 2001 x 2 pixels is too narrow to be looked at; cut a wider part out.
+    """
+    _check_image(image)
+    short, long = sorted(image.size)
+    if short == 0 or long > _LONGEST * short:
+        raise ImageError(
+            f"An image of {image.width} x {image.height} pixels is too narrow to be looked at; cut a wider part out."
+        )
+
+
+def _check_image(image: object) -> None:
+    remedy = "open a file with parchgrad.data.images.read_image(path), and turn an array with PIL.Image.fromarray"
+    check_kind("The image", image, Image.Image, remedy, error=InputError, wanted="a PIL image")
 
 
 def stored_frame(path: str | Path) -> tuple[int, int, int]:
@@ -59,20 +92,40 @@ def stored_frame(path: str | Path) -> tuple[int, int, int]:
         ...     stored_frame(path), read_image(path).size
         ((4, 3, 6), (3, 4))
     """
-    with _opened(path) as opened:
+    with opened_image(path) as opened:
+        check_proportions(opened)
         orientation = opened.getexif().get(_ORIENTATION, 1)
         return *opened.size, orientation if orientation in range(1, 9) else 1
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image; whatever goes wrong with it becomes an `ImageError` of one sentence."""
+def opened_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image without decoding it; whatever goes wrong with it in the block becomes an `ImageError`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "wrong.gif")
+        ...     Image.new("L", (4, 3)).save(path, "PNG")
+        ...     with opened_image(path) as image:
+        ...         image.format
+        'PNG'
+    """
     check_kind("path", path, (str, PathLike), "give one file at a time", error=ImageError, wanted="the path of a file")
     try:
-        with Image.open(path) as opened:
-            yield opened
-    except ImageError:
-        raise
+        refuse_special(path)
+        with warnings.catch_warnings():
+            # Of odd metadata and of many pixels, neither of which makes an image unreadable. Those of Pillow alone:
+            # of several threads one may find the filters of another.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with Image.open(path) as opened:
+                if opened.format in _PROGRAMS:
+                    raise ImageError(
+                        f"it is an {opened.format} file, which is a program rather than pixels; give a JPEG or PNG."
+                    )
+                yield opened
+    except ImageError as error:
+        raise ImageError(f"{str(path)!r} cannot be used: {error}") from error
     except FileNotFoundError as error:
         raise ImageError(f"There is no file {str(path)!r}; check the path.") from error
     except IsADirectoryError as error:
@@ -80,13 +133,14 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ImageError(f"{str(path)!r} is no image that can be read; give a JPEG, PNG or similar file.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{str(path)!r} has too many pixels ({error}); scale it down first.") from error
+        raise ImageError(f"{str(path)!r} has too many pixels ({reason_of(error)}); scale it down first.") from error
     except PermissionError as error:
         raise ImageError(f"{str(path)!r} may not be read; check its permissions.") from error
     except Exception as error:
         # Pillow's many decoders raise what they like on damaged files.
-        reason = str(error).strip() or type(error).__name__
-        raise ImageError(f"{str(path)!r} cannot be read ({reason}); the file may be cut off or damaged.") from error
+        raise ImageError(
+            f"{str(path)!r} cannot be read ({reason_of(error)}); the file may be cut off or damaged."
+        ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -100,18 +154,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
         (255, 255, 255)
     """
-    remedy = "open a file with parchgrad.data.images.read_image(path), and turn an array with PIL.Image.fromarray"
-    check_kind("The image", image, Image.Image, remedy, error=InputError, wanted="a PIL image")
+    _check_image(image)
     _check_numbers(image, "The image")
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
+        values = np.array(image, dtype=np.float32)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values = values * (255 / 65535)
+            values *= np.float32(255 / 65535)
         elif image.mode == "F" and values.max(initial=0) <= 1:
-            values = values * 255
-        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+            values *= 255
+        levels = np.rint(values.clip(0, 255, out=values), out=values).astype(np.uint8)
+        return Image.fromarray(levels).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
+        coloured = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
     return image.convert("RGB")
 

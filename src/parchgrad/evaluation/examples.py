@@ -15,11 +15,11 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from parchgrad.data.samples import Samples
-from parchgrad.errors import InputError, SettingError
+from parchgrad.errors import InputError, SettingError, reason_of
 from parchgrad.evaluation.methods import CONTROLS, Method
 from parchgrad.evaluation.scores import HEADLINES, SCORES
 from parchgrad.evaluation.summary import valid_mean
-from parchgrad.files import writing
+from parchgrad.files import refuse_special, writing
 from parchgrad.visual.maps import normalise, shared_top
 
 __all__ = ["EXAMPLES_FILE", "Choice", "Example", "Examples", "MakePicture", "choose_examples", "make_examples"]
@@ -124,6 +124,7 @@ class Examples:
             InputError: if the file is missing, damaged, or of another kind.
         """
         try:
+            refuse_special(path)
             with safe_open(path, framework="np") as opened:
                 header = opened.metadata() or {}
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
@@ -146,8 +147,8 @@ class Examples:
                     raise ValueError(f"a class of {example.image!r} has no name")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise InputError(
-                f"{str(path)!r} cannot be read as the examples of a run ({error}); delete it, and run the evaluation "
-                "again, which makes it anew."
+                f"{str(path)!r} cannot be read as the examples of a run ({reason_of(error)}); delete it, and run the "
+                "evaluation again, which makes it anew."
             ) from error
         return cls(choice=choice, categories=categories, pictures=pictures, maps=maps)
 
@@ -165,6 +166,9 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
 
     Returns:
         The choice, the same for the same rows; None where no setting competes or no image has the score.
+
+    Raises:
+        InputError: if a row does not say which image and classes it is of.
 
     Example:
         >>> common = {"label": 0, "target": 0, "predicted": 0}
@@ -211,6 +215,9 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
 
     def example(index: int) -> Example:
         row = by_setting[leading][index]
+        missing = [name for name in ("image", "label", "target", "predicted") if name not in row]
+        if missing:
+            raise InputError(f"A row of {leading!r} has no {missing[0]!r}; remove it, and run the evaluation again.")
         values = [value(title, index) for title in settings]
         return Example(
             index=index,

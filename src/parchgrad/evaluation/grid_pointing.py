@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError
 from parchgrad.evaluation.localisation import draw_mosaics, mosaic
-from parchgrad.layers import check_evaluation_mode
+from parchgrad.layers import bare_model, check_evaluation_mode
 
 __all__ = ["Mosaics", "make_mosaics"]
 
@@ -107,7 +107,7 @@ def make_mosaics(
 
     Raises:
         InputError: if there are not enough such images.
-        ModelError: if the model is in training mode.
+        ModelError: if the model is in training mode, or wrapped in DataParallel.
 
     Example:
         >>> class Plain(Dataset):
@@ -121,6 +121,7 @@ def make_mosaics(
         >>> len(make_mosaics(model, Plain(), count=1))
         4
     """
+    model = bare_model(model)
     check_evaluation_mode(model)
     size = len(data)
     weight = next(model.parameters())

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from parchgrad._version import __version__
 from parchgrad.checks import check_kind, check_whole_number
 from parchgrad.data.samples import Sample, Samples
-from parchgrad.errors import InputError, OutputError, SettingError, StatisticsError
+from parchgrad.errors import InputError, OutputError, SettingError, StatisticsError, reason_of
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Choice, Examples, MakePicture, choose_examples, make_examples
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import Method
-from parchgrad.evaluation.scores import ScoreSettings, score_maps
+from parchgrad.evaluation.scores import SCORES, ScoreSettings, score_maps
 from parchgrad.evaluation.settings import Grid, Setting, make_method
-from parchgrad.files import writing
-from parchgrad.layers import check_evaluation_mode
+from parchgrad.files import locked, refuse_special, writing
+from parchgrad.layers import bare_model, check_evaluation_mode
 from parchgrad.statistics import ChannelStatistics
 
 __all__ = ["Row", "TargetChoice", "evaluate", "read_rows"]
@@ -39,6 +39,13 @@ Row = dict[str, Any]
 """Scores of one map by name, beside the names of the model, the setting and the image."""
 TargetChoice = Literal["label", "predicted"]
 _FORMAT = 1
+# What a row holds beside the scores, by kind; what has no value is null.
+_TEXTS = ("model", "setting", "image", "group", "method", "selector", "conserve", "masks")
+_WHOLE_NUMBERS = ("index", "label", "target", "predicted")
+_NUMBERS = ("probability", "seconds", "quantile")
+_NEEDED = ("model", "setting", "index", "seconds")
+# Beyond it sums of cubes leave what a float can hold.
+_LARGEST = 1e100
 
 
 def evaluate(
@@ -61,8 +68,9 @@ def evaluate(
     """Score the maps of every setting on every image, and append a row for each to the run's folder.
 
     What the folder holds already is skipped: an interrupted run goes on, and finished settings cost nothing. Several
-    processes share the images; under torchrun without further words. Once every setting has a row of every image, the
-    images where the leading setting helps most and least are kept with their maps; see `choose_examples`.
+    processes share the images; under torchrun without further words. The same process of a run cannot be started twice
+    at a time. Once every setting has a row of every image, the images where the leading setting helps most and least
+    are kept with their maps; see `choose_examples`.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
@@ -86,8 +94,9 @@ def evaluate(
         SettingError: if a setting is out of range, two methods have one title, or the folder holds a run of something
             else.
         InputError: if the images differ in size, or a file of the run is damaged.
-        OutputError: if the folder cannot be written.
-        ModelError: if the model is in training mode.
+        OutputError: if the folder cannot be written or holds files that are of no run, or this process of the run is
+            going on already.
+        ModelError: if the model is in training mode, or wrapped in DataParallel.
         ParchGradError: if a setting does not fit the model; see `Explainer`.
 
     Example:
@@ -108,6 +117,7 @@ def evaluate(
     if target not in get_args(TargetChoice):
         raise SettingError(f"target is {target!r}, but it must be one of {', '.join(get_args(TargetChoice))}.")
     check_whole_number("batch_size", batch_size, 1)
+    model = bare_model(model)
     check_evaluation_mode(model)
     _check_given(data, settings, methods, scores, statistics)
     rank, count = process or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
@@ -124,40 +134,41 @@ def evaluate(
             raise SettingError(f"Two methods are called {title!r}; give one of them another title.")
     made = {entry: entry.make(model) for entry in entries}
     place = Path(folder)
-    _join_run(
-        place,
-        {
-            "format": _FORMAT,
-            "model": name,
-            "weights": _weight_digest(model),
-            "data": data.fingerprint,
-            "images": len(data),
-            "target": target,
-            "scores": asdict(chosen),
-            "seed": seed,
-            "statistics": None if statistics is None else _digest(json.dumps(statistics.metadata, default=str)),
-            # Another release may call something else by the same title.
-            "parchgrad": __version__,
-        },
-    )
-    done = {(row["setting"], row["index"]) for row in read_rows(place)}
-    own = range(rank, len(data), count)
-    pending = {entry: {index for index in own if (entry.title, index) not in done} for entry in entries}
-    total = len(own) * len(entries)
-    finished = total - sum(len(indices) for indices in pending.values())
-    wanted = sorted(set().union(*pending.values())) if pending else []
-    with _Appender(place / f"rows-{rank}.jsonl") as rows:
-        for start in range(0, len(wanted), batch_size):
-            batch = _load(data, wanted[start : start + batch_size], model, target)
-            for entry, method in made.items():
-                places = [place for place, index in enumerate(batch.indices) if index in pending[entry]]
-                if not places:
-                    continue
-                rows.append(_score(model, entry, method, batch.take(places), chosen, name))
-                finished += len(places)
-                if on_progress is not None:
-                    on_progress(finished, total)
-    _keep_examples(place, data, entries, model, statistics=statistics, seed=seed, picture=picture)
+    with locked(place / f"rows-{rank}.jsonl"):
+        _join_run(
+            place,
+            {
+                "format": _FORMAT,
+                "model": name,
+                "weights": _weight_digest(model),
+                "data": data.fingerprint,
+                "images": len(data),
+                "target": target,
+                "scores": asdict(chosen),
+                "seed": seed,
+                "statistics": None if statistics is None else _digest(json.dumps(statistics.metadata, default=str)),
+                # Another release may call something else by the same title.
+                "parchgrad": __version__,
+            },
+        )
+        done = {(row["setting"], row["index"]) for row in read_rows(place)}
+        own = range(rank, len(data), count)
+        pending = {entry: {index for index in own if (entry.title, index) not in done} for entry in entries}
+        total = len(own) * len(entries)
+        finished = total - sum(len(indices) for indices in pending.values())
+        wanted = sorted(set().union(*pending.values())) if pending else []
+        with _Appender(place / f"rows-{rank}.jsonl") as rows:
+            for start in range(0, len(wanted), batch_size):
+                batch = _load(data, wanted[start : start + batch_size], model, target)
+                for entry, method in made.items():
+                    places = [place for place, index in enumerate(batch.indices) if index in pending[entry]]
+                    if not places:
+                        continue
+                    rows.append(_score(model, entry, method, batch.take(places), chosen, name))
+                    finished += len(places)
+                    if on_progress is not None:
+                        on_progress(finished, total)
+        _keep_examples(place, data, entries, model, statistics=statistics, seed=seed, picture=picture)
 
 
 def _check_given(data: object, settings: object, methods: object, scores: object, statistics: object) -> None:
@@ -195,17 +206,48 @@ def read_rows(folder: str | Path) -> list[Row]:
     for file in sorted(place.glob("rows-*.jsonl")):
         for number, line in enumerate(_complete_lines(file), start=1):
             try:
-                row = json.loads(line)
-                key = (row["setting"], row["index"])
-                if not isinstance(row["setting"], str) or type(row["index"]) is not int or "model" not in row:
-                    raise ValueError("it names no model, setting and image")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                row = _checked_row(json.loads(line))
+            except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f"Line {number} of {str(file)!r} is no row of a run; remove it, and run the evaluation again."
+                    f"Line {number} of {str(file)!r} is no row of a run ({reason_of(error)}); remove it, and run the "
+                    "evaluation again."
                 ) from error
-            found.setdefault(key, {field: math.nan if value is None else value for field, value in row.items()})
+            found.setdefault((row["setting"], row["index"]), row)
     order = {title: place for place, title in enumerate(dict.fromkeys(title for title, _ in found))}
     return [found[key] for key in sorted(found, key=lambda key: (order[key[0]], key[1]))]
+
+
+def _checked_row(value: object) -> Row:
+    """What a line holds, with NaN for null; a ValueError if it is no row, or one that no evaluation wrote."""
+    if not isinstance(value, dict) or not value.keys() >= set(_NEEDED):
+        raise ValueError("it names no model, setting, image and time")
+    row = {field: math.nan if found is None else found for field, found in value.items()}
+    for field, found in row.items():
+        if value[field] is None:
+            fits = field not in (*_NEEDED, *_WHOLE_NUMBERS)
+        elif field in _TEXTS:
+            fits = isinstance(found, str)
+        elif field in _WHOLE_NUMBERS:
+            fits = type(found) is int and 0 <= found <= _LARGEST
+        elif field == "gamma":
+            fits = found == "inf" or _is_number(found)
+        elif field == "layers":
+            fits = isinstance(found, str) or _is_number(found)
+            fits = fits or (isinstance(found, list) and all(isinstance(name, str) for name in found))
+        elif field in _NUMBERS or field in SCORES:
+            fits = _is_number(found)
+        else:
+            # What another release adds is left alone, but for scores at ratios that are none.
+            score, _, ratio = field.partition("@")
+            fits = score not in SCORES or (_is_number(found) and 0 <= float(ratio) <= 1)
+        if not fits:
+            raise ValueError(f"{field[:40]!r} has no such value")
+    return row
+
+
+def _is_number(value: object) -> bool:
+    # Put so that NaN fails too; a truth value is an int.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,7 +383,7 @@ def _keep_examples(
     known = {entry.title: entry.make for entry in entries}
     for title in choice.settings:
         # Rows of an earlier evaluation say its settings, but not how a method of the caller's own is made.
-        if title not in known and not math.isnan(described[title]["quantile"]):
+        if title not in known and not math.isnan(described[title].get("quantile", math.nan)):
             known[title] = _entry_of(_setting_of(described[title]), statistics, seed).make
     if known.keys() >= set(choice.settings):
         methods = {title: known[title](model) for title in choice.settings}
@@ -383,9 +425,11 @@ class _Appender:
     def __enter__(self) -> "_Appender":
         try:
             if self._path.exists():
+                refuse_special(self._path)
                 whole = sum(len(line) for line in _complete_lines(self._path))
                 os.truncate(self._path, whole)
-            self._file = self._path.open("ab")
+            # Without a buffer, which would be written once more when it is closed, though the disk be full.
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise self._cannot(error) from error
         return self
@@ -395,15 +439,16 @@ class _Appender:
 
     def append(self, rows: Sequence[Row]) -> None:
         lines = [json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) for row in rows]
+        left = memoryview("".join(f"{line}\n" for line in lines).encode())
         try:
-            self._file.write("".join(f"{line}\n" for line in lines).encode())
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             raise self._cannot(error) from error
 
     def _cannot(self, error: OSError) -> OutputError:
-        return OutputError(f"{str(self._path)!r} cannot be written ({error.strerror or error}); choose another folder.")
+        return OutputError(f"{str(self._path)!r} cannot be written ({reason_of(error)}); choose another folder.")
 
 
 def _plain(value: object) -> object:
@@ -412,21 +457,32 @@ def _plain(value: object) -> object:
 
 
 def _complete_lines(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        yield from (line for line in opened if line.endswith(b"\n"))
+    try:
+        refuse_special(file)
+        with file.open("rb") as opened:
+            yield from (line for line in opened if line.endswith(b"\n"))
+    except OSError as error:
+        raise InputError(f"{str(file)!r} cannot be read ({reason_of(error)}); choose another folder.") from error
 
 
 def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
     """Write what is evaluated, or make sure that the folder's run evaluates the same."""
     path, wanted = folder / "run.json", json.loads(json.dumps(described))
+    # Before it is asked whether there is a description, which every process writes ahead of its rows.
+    others = [file.name for file in (*sorted(folder.glob("rows-*.jsonl")), folder / EXAMPLES_FILE) if file.exists()]
     if not path.exists():
+        if others:
+            raise OutputError(
+                f"{str(folder)!r} holds {others[0]!r}, but no 'run.json' that says of which run; choose another folder."
+            )
         with writing(path) as temporary:
-            temporary.write_text(json.dumps(wanted, indent=2) + "\n")
+            temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error}); choose another folder.") from error
+        refuse_special(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({reason_of(error)}); choose another folder.") from error
     different = [key for key, value in wanted.items() if not isinstance(found, dict) or found.get(key) != value]
     if different:
         raise SettingError(

@@ -130,15 +130,17 @@ def compare(
     if np.ptp(differences) <= rounding:
         # Every draw is the same; what the rounding of the scores leaves has no distribution.
         return Comparison(difference=mean, low=mean, high=mean, images=count)
+    # A power of two changes no digit, and lets the squares of the tiniest differences be more than zero.
+    _, exponent = np.frexp(np.abs(differences).max())
     found = bootstrap(
-        (differences,),
+        (np.ldexp(differences, -exponent),),
         np.mean,
         n_resamples=resamples,
         confidence_level=confidence,
         batch=max(1, 10_000_000 // count),
         random_state=np.random.default_rng(seed),
     )
-    low, high = (float(end) for end in found.confidence_interval)
+    low, high = (float(np.ldexp(end, exponent)) for end in found.confidence_interval)
     return Comparison(difference=mean, low=low, high=high, images=count)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from parchgrad.checks import check_kind, check_whole_number
-from parchgrad.data.images import to_rgb
+from parchgrad.data.images import check_proportions, to_rgb
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
 from parchgrad.heads import Logits, check_inputs
@@ -70,7 +70,12 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Preprocess one photograph of any mode into a tensor (3, H, W), or (1, H, W) by a grey transform."""
+        """Preprocess one photograph of any mode into a tensor (3, H, W), or (1, H, W) by a grey transform.
+
+        Raises:
+            ImageError: if it has no pixels, or is more than a thousand times as long as wide.
+        """
+        check_proportions(image)
         return self.transform(to_rgb(image))
 
     def picture(self, inputs: Tensor) -> NDArray[Any]:
@@ -172,7 +177,8 @@ def find_category(query: str, categories: Sequence[str], model: str) -> int:
         1
     """
     check_kind("The class", query, str, "give its name or its index as a text", error=TargetError, wanted="a text")
-    if query.strip().isdecimal():
+    # A number of thousands of digits is no index, and none that Python would read.
+    if query.strip().isdecimal() and len(query) < 20:
         index = int(query)
         if index < len(categories):
             return index

@@ -153,14 +153,32 @@ class Accumulator:
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], *, seed: int) -> "Accumulator":
-        """Go on from what `tensors` gave."""
+        """Go on from what `tensors` gave.
+
+        Raises:
+            KeyError: if a part is missing.
+            ValueError: if the parts do not fit each other, or hold what no moments are.
+        """
         classes, channels = tensors["class/mean"].shape
+        if not classes or not channels:
+            raise ValueError("it is of no channels or no classes")
         accumulator = cls(channels, classes, seed=seed)
-        accumulator.images = int(tensors["images"])
-        accumulator._keys, accumulator._rows = tensors["keys"], tensors["rows"]
+        images, keys, rows = int(tensors["images"]), tensors["keys"], tensors["rows"]
+        sampled = min(images, _SAMPLE)
+        if keys.dtype != torch.int64 or keys.shape != (sampled,) or rows.shape != (sampled, channels):
+            raise ValueError(f"its sample is not of {images} images")
+        accumulator.images, accumulator._keys, accumulator._rows = images, keys, rows
+        parts = {"rows": rows}
         for moments, prefix in ((accumulator._of_all, "all"), (accumulator._of_classes, "class")):
             for name, value in vars(moments).items():
-                value.copy_(tensors[f"{prefix}/{name}"])
+                parts[f"{prefix}/{name}"] = found = tensors[f"{prefix}/{name}"]
+                # Copying would stretch one number over all channels.
+                if found.shape != value.shape or (name != "mean" and bool((found < 0).any())):
+                    raise ValueError(f"{prefix}/{name} has another shape, or is negative")
+                value.copy_(found)
+        for name, found in parts.items():
+            if not found.is_floating_point() or not torch.isfinite(found).all():
+                raise ValueError(f"{name} holds what is no finite number")
         return accumulator
 
     def shapiro_p(self, on_progress: Progress | None = None) -> Tensor:

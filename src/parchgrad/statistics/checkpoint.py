@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parchgrad.errors import StatisticsError
-from parchgrad.files import writing
+from parchgrad.errors import StatisticsError, reason_of
+from parchgrad.files import refuse_special, remove_abandoned, writing
 
 __all__ = ["check_parts", "differences", "part_of_process", "read_checkpoint", "remove_checkpoints", "write_checkpoint"]
 
@@ -58,12 +58,11 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
     Raises:
         StatisticsError: if the file is no checkpoint, or was made with other settings, which are named.
     """
-    hexadecimal = "[0-9a-f]" * 8
-    for abandoned in path.parent.glob(f".{escape(path.stem)}.{hexadecimal}{escape(path.suffix)}"):
-        abandoned.unlink(missing_ok=True)
+    remove_abandoned(path)
     if not path.exists():
         return None
     try:
+        refuse_special(path)
         with safe_open(path, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
@@ -72,7 +71,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
         earlier = {str(name): str(text) for name, text in dict(json.loads(header["settings"])).items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticsError(
-            f"The checkpoint {str(path)!r} cannot be read ({error}); delete it to start anew."
+            f"The checkpoint {str(path)!r} cannot be read ({reason_of(error)}); delete it to start anew."
         ) from error
     differing = differences(earlier, settings)
     if differing:

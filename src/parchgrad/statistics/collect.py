@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from parchgrad.checks import check_whole_number
-from parchgrad.errors import InputError, LayerError, ModelError, ParchGradError, SettingError, StatisticsError
-from parchgrad.files import without_addresses
+from parchgrad.errors import (
+    InputError,
+    LayerError,
+    ModelError,
+    ParchGradError,
+    SettingError,
+    StatisticsError,
+    reason_of,
+)
+from parchgrad.files import locked, without_addresses
 from parchgrad.layers import (
     Convolution,
     LayerChoice,
@@ -93,7 +101,7 @@ def collect_statistics(
         StatisticsError: if there are no images, labels are missing or out of range, a layer takes no part, the
             checkpoint was made with another model, data or settings, or another process is lost.
         ModelError: if the model holds no convolution, is in training mode, or its output are no logits.
-        OutputError: if the checkpoint cannot be written.
+        OutputError: if the checkpoint cannot be written, or another run is writing it.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
@@ -122,7 +130,9 @@ def collect_statistics(
             check_parts(Path(checkpoint), processes.count)
             path = part_of_process(Path(checkpoint), processes.rank, processes.count)
         batches = _Batches(data, batch_size, workers, labels, processes)
-        found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
+        # Two that go on from one checkpoint would write it by turns.
+        with nullcontext() if path is None else locked(path):
+            found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
         for part in processes.gather({} if found is None else found.tensors()):
             if found is not None and part:
                 found.merge(Accumulator.restored(part, seed=seed))
@@ -152,7 +162,7 @@ def _collect(
     on_progress: Progress | None,
 ) -> Accumulator | None:
     """Gather the batches of this process, from where its checkpoint stands; nothing where it has no batch."""
-    accumulator, done = saver.restored(seed)
+    accumulator, done = saver.restored(batches, seed)
     device = next(model.parameters()).device
     if accumulator is not None and on_progress is not None:
         on_progress("images", accumulator.images, batches.images)
@@ -271,16 +281,19 @@ class _Saver:
     def __init__(self, path: Path | None, settings: Mapping[str, str], every: int) -> None:
         self._path, self._settings, self._every = path, settings, every
 
-    def restored(self, seed: int) -> tuple[Accumulator | None, int]:
+    def restored(self, batches: "_Batches", seed: int) -> tuple[Accumulator | None, int]:
         """What was gathered, and the number of batches that is."""
         tensors = None if self._path is None else read_checkpoint(self._path, self._settings)
         if tensors is None:
             return None, 0
         try:
-            return Accumulator.restored(tensors, seed=seed), int(tensors["batches"])
-        except (KeyError, ValueError, RuntimeError) as error:
+            found, done = Accumulator.restored(tensors, seed=seed), int(tensors["batches"])
+            if found.images != batches.images_of(done):
+                raise ValueError(f"it says that {done} batches hold {found.images} images")
+            return found, done
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise StatisticsError(
-                f"The checkpoint {str(self._path)!r} is damaged ({error}); delete it to start anew."
+                f"The checkpoint {str(self._path)!r} is damaged ({reason_of(error)}); delete it to start anew."
             ) from error
 
     def save_at_times(self, accumulator: Accumulator, batches: int, *, is_last: bool) -> None:
@@ -307,6 +320,12 @@ class _Batches:
             starts = range(0, len(data), batch_size)[processes.rank :: processes.count]
             self._numbers = [range(start, min(start + batch_size, len(data))) for start in starts]
             self.count, self.images = len(self._numbers), sum(len(numbers) for numbers in self._numbers)
+
+    def images_of(self, done: int) -> int | None:
+        """Number of images in the first `done` batches; None where there are not as many."""
+        if self._numbers is None or not 0 <= done <= len(self._numbers):
+            return None
+        return sum(len(numbers) for numbers in self._numbers[:done])
 
     def after(self, done: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Numbers, inputs and given labels of each batch but the first `done`; no labels where they are predicted."""
@@ -363,7 +382,7 @@ def _unwrapped(batches: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from batches
     except ParchGradError as error:
-        lines = str(error).strip().splitlines()
+        lines = str(error.args[0]).strip().splitlines()
         if len(lines) < 2:
             raise
         raise type(error)(lines[-1].split(": ", 1)[-1]) from error

@@ -74,8 +74,8 @@ class LayerStatistics:
         for name, shape in shapes.items():
             value = getattr(self, name)
             _check_shape(name, value, shape, channels, classes)
-            highest = 1.0 if name == "shapiro_p" else torch.inf
-            lowest = -torch.inf if name.endswith("mean") else 0.0
+            highest = {"shapiro_p": 1.0, "class_variance": _LARGEST_SQUARE}.get(name, _LARGEST)
+            lowest = -_LARGEST if name.endswith("mean") else 0.0
             _check_values(name, value[:, has_variance] if name == "class_variance" else value, lowest, highest)
 
     @property
@@ -204,6 +204,9 @@ class RankedLayerStatistics:
         return RankedLayerStatistics(**{entry.name: getattr(self, entry.name) for entry in fields(self)} | changes)
 
 
+# Far beyond what float32 holds; the t-tests take squares of squares, which float64 holds of no more.
+_LARGEST = 1e60
+_LARGEST_SQUARE = 1e120
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 AnyLayerStatistics: TypeAlias = LayerStatistics | RankedLayerStatistics
 

@@ -4,6 +4,7 @@ import io
 import math
 import pickle
 import pickletools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from parchgrad.errors import StatisticsError
+from parchgrad.errors import StatisticsError, reason_of
+from parchgrad.files import refuse_special
 from parchgrad.layers import find_convolutions
 from parchgrad.statistics.layer import RankedLayerStatistics
 from parchgrad.statistics.store import ChannelStatistics
@@ -90,18 +92,21 @@ def read_tensor_list(path: Path) -> list[Tensor]:
         StatisticsError: if the file is missing, damaged, or holds anything but a list of tensors.
     """
     try:
+        refuse_special(path)
         content = path.read_bytes()
         _check_opcodes(content)
         value = _TensorUnpickler(io.BytesIO(content)).load()
     except OSError as error:
-        raise StatisticsError(f"{str(path)!r} cannot be read ({error.strerror}); check the path.") from error
+        raise StatisticsError(f"{str(path)!r} cannot be read ({reason_of(error)}); check the path.") from error
     except _RefusedError as error:
         raise StatisticsError(
-            f"{str(path)!r} holds more than a list of tensors: {error}; it was not executed."
+            f"{str(path)!r} holds more than a list of tensors: {reason_of(error)}; it was not executed."
         ) from error
     except Exception as error:
         # A damaged pickle makes the unpickler and torch raise what they like.
-        raise StatisticsError(f"{str(path)!r} is no pickled list of tensors ({error}); the file is damaged.") from error
+        raise StatisticsError(
+            f"{str(path)!r} is no pickled list of tensors ({reason_of(error)}); the file is damaged."
+        ) from error
     if not isinstance(value, list) or not all(_is_plain(entry) for entry in value):
         raise StatisticsError(f"{str(path)!r} holds no list of tensors; give the pickles of the research code.")
     return value
@@ -150,7 +155,10 @@ class _TensorUnpickler(pickle.Unpickler):
 
 def _load_storage(content: bytes) -> Any:
     """A storage is a file of torch's own within the pickle; torch's version of this function trusts it."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        # It says more of odd files than the error that follows.
+        warnings.filterwarnings("ignore", module=r"torch\.")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _rebuild_tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parchgrad.checks import check_kind
-from parchgrad.errors import OutputError, SettingError, StatisticsError, StatisticsWarning, warn
-from parchgrad.files import writing
+from parchgrad.errors import OutputError, SettingError, StatisticsError, StatisticsWarning, reason_of, warn
+from parchgrad.files import refuse_special, writing
 from parchgrad.layers import Convolution, bare_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
 from parchgrad.statistics.layer import AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
@@ -368,6 +368,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         remedy = "give the path of a file that save wrote"
         check_kind("path", path, (str, PathLike), remedy, error=StatisticsError, wanted="a path")
         try:
+            refuse_special(path)
             with safe_open(path, framework="pt") as opened:
                 header = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
@@ -377,7 +378,8 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             if Path(path).is_dir():
                 raise StatisticsError(f"{str(path)!r} is a folder; give a statistics file in it.") from error
             raise StatisticsError(
-                f"{str(path)!r} cannot be read as channel statistics ({error}); it may be cut off or of another kind."
+                f"{str(path)!r} cannot be read as channel statistics ({reason_of(error)}); it may be cut off or of "
+                "another kind."
             ) from error
         if header.get("format") != _FORMAT:
             raise StatisticsError(f"{str(path)!r} holds no channel statistics; collect some, or give another file.")
@@ -487,5 +489,5 @@ def _layer_from(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], path: s
         raise StatisticsError(f"Layer {layer!r} in {str(path)!r} does not fit: {error}") from error
     except TypeError as error:
         raise StatisticsError(
-            f"Layer {layer!r} in {str(path)!r} is described wrongly ({error}); collect again."
+            f"Layer {layer!r} in {str(path)!r} is described wrongly ({reason_of(error)}); collect again."
         ) from error
