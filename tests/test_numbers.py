@@ -321,7 +321,7 @@ def test_photographs_that_hold_no_numbers_are_refused(capsys, tmp_path, value):
     Image.fromarray(values).save(path)
     with pytest.raises(
         ImageError,
-        match=r"measured\.tif' cannot be used: it holds NaN or infinite values; give every pixel a number\.$",
+        match=r"measured\.tif' cannot be used: it holds NaN or infinite values; give",
     ):
         read_image(path)
     code, printed, errors = run(capsys, "explain", path, "--model", "shapes", "--out", tmp_path / "out")
