@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+# Every process computes on one core, so that they do not wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 # The oldest Python that the package takes, wherever it is; else the usual one.
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study mutants fuzz clean
+.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study survey mutants fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -42,10 +44,10 @@ demo: $(VENV)/.demo  ## explain four photographs, offline, and write outputs/dem
 	$(BIN)/parchgrad demo --force
 
 test: $(VENV)/.dev  ## run every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-lowest: $(LOWEST)/.dev  ## run every test with the lowest versions that pyproject.toml admits, on Python 3.10 if found
-	$(LOWEST)/bin/python -m pytest
+	$(subst $(VENV),$(LOWEST),$(PYTEST))
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -74,6 +76,9 @@ soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one
 
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
+
+survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; ten minutes on one core
+	$(BIN)/python tools/survey_models.py
 
 mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test fail; a quarter of an hour
 	rm -rf mutants

@@ -168,6 +168,31 @@ def test_baselines_that_do_not_fit():
     torch.testing.assert_close(scalar.attribute(INPUTS, 1), zero.attribute(INPUTS, 1))
 
 
+def test_a_baseline_for_each_channel_is_one_for_every_pixel():
+    model, colours = small_network(), torch.tensor([0.1, 0.2, 0.3], dtype=INPUTS.dtype).reshape(1, 3, 1, 1)
+    found = pg.Explainer(model, None, method="IntegratedGradients", baselines=colours, n_steps=4)
+    expected = captum_map(model, "IntegratedGradients", n_steps=4, baselines=colours.expand_as(INPUTS))
+    torch.testing.assert_close(found.attribute(INPUTS, TARGETS), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "DeepLift", "GradientShap", "DeepLiftShap"])
+@pytest.mark.parametrize(
+    ("baselines", "named"),
+    [
+        ("black", "'black'"),
+        (True, "a bool"),
+        ([0], "a list"),
+        (torch.zeros(()), r"a tensor of shape \(\)"),
+        (torch.zeros(3, 8, 8), r"a tensor of shape \(3, 8, 8\)"),
+        (torch.zeros(2, 3, 4, 4), r"a tensor of shape \(2, 3, 4, 4\)"),
+    ],
+)
+def test_baselines_of_another_kind_are_refused(method, baselines, named):
+    explainer = pg.Explainer(out_of_place(small_network()), None, method=method, baselines=baselines)
+    with pytest.raises(SettingError, match=rf"baselines is {named}, but .*\(3, 8, 8\)"):
+        explainer.attribute(INPUTS, TARGETS)
+
+
 # Captum's own notices that a method sets hooks.
 @pytest.mark.filterwarnings("ignore:Setting (backward|forward)")
 @pytest.mark.parametrize("method", ["DeepLift", "DeepLiftShap", "GradientShap", "GuidedBackprop", "GuidedGradCam"])

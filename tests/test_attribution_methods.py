@@ -12,7 +12,15 @@ import torchvision
 
 import parchgrad as pg
 from parchgrad.attribution_methods import get_input_attrib
-from parchgrad.errors import InputError, LayerError, ModelError, SettingError, StatisticsError, TargetError
+from parchgrad.errors import (
+    InputError,
+    LayerError,
+    ModelError,
+    NonFiniteError,
+    SettingError,
+    StatisticsError,
+    TargetError,
+)
 from parchgrad.models.pretrained_models import get_pretrained_model
 from parchgrad.statistics.pickles import import_pickles
 
@@ -449,3 +457,17 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     torch.testing.assert_close(names["attr"], names["heat"] * names["probability"])
     assert names["attr"].shape == (224, 224)
     assert names["attr"].max() > 0
+
+
+@pytest.mark.parametrize("modify_gradient", [False, True])
+def test_what_is_not_finite_is_named_within_the_network(modify_gradient):
+    model = torchvision.models.resnet18(num_classes=CLASSES).eval()
+    wrapper = pg.get_hook_wrapper("resnet18", model, "normal")
+    wrapper.set_hook_modules(wrapper.get_default_hook_convolutions(None))
+    x = torch.randn(3, 64, 64)
+    model.layer2[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"in the weight of layer 'layer2.0.conv1' \(Conv2d\)"):
+        get_input_attrib("grad")(wrapper, x, 1, modify_gradient=modify_gradient)
+    model.layer3[0].bn1.running_var[3] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"The running_var of layer 'layer3.0.bn1'"):
+        get_input_attrib("grad")(wrapper, x, 1, modify_gradient=modify_gradient)

@@ -1,11 +1,13 @@
 """NaN and infinite values are reported with the layer where they began."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 import parchgrad as pg
-from parchgrad.diagnosis import check_weights, find_non_finite
+from parchgrad.diagnosis import check_small_weights, find_non_finite
 from parchgrad.errors import InputError, NonFiniteError
 from tests.conftest import small_network
 
@@ -37,27 +39,81 @@ class Within(nn.Module):
         return self.last(self.function(self.network(x)))
 
 
+class Behind(nn.Module):
+    """Applies a function to the logits last of all, and one before, with the network called by keyword."""
+
+    def __init__(self, function, before=lambda x: x):
+        super().__init__()
+        self.network, self.function, self.before = Named(), function, before
+
+    def forward(self, x):
+        return self.function(self.network(x=self.before(x)))
+
+
+class Named(nn.Sequential):
+    def __init__(self):
+        super().__init__(*small_network())
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Twice(nn.Module):
+    """Takes a root twice: of ones, and then of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = Operation(torch.sqrt)
+
+    def forward(self, x):
+        return self.root(x + 1) + self.root(x)
+
+
 def network_with(function, at=3):
     model = small_network()
     return nn.Sequential(*model[:at], Operation(function), *model[at:]).eval()
 
 
-@both
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("where", ["0.weight", "2.bias", "3.running_var", "3.running_mean", "7.bias"])
-def test_broken_weights_are_named(where, value, selector):
-    model = small_network()
+def breaks(model, where, value):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         tensors[where].view(-1)[-1] = value
+
+
+@both
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["0.bias", "2.bias", "3.weight", "3.running_var", "3.running_mean", "7.bias"])
+def test_broken_biases_scales_and_statistics_are_named_at_once(where, value, selector):
+    # Each may silence a channel without a trace.
+    model = small_network()
+    breaks(model, where, value)
     layer, name = where.split(".")
     with pytest.raises(NonFiniteError, match=f"The {name} of layer '{layer}' holds NaN or infinite"):
         pg.Explainer(model, selector, layers="all")
 
 
-def test_sound_and_lazy_weights_pass():
-    check_weights(small_network())
-    check_weights(nn.Sequential(nn.LazyLinear(2)))
+@both
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["0.weight", "2.weight", "7.weight"])
+def test_broken_weights_are_named_in_the_pass(where, value, selector):
+    model = small_network()
+    breaks(model, where, value)
+    explainer = pg.Explainer(model, selector, layers="all")
+    kind = "Linear" if where[0] == "7" else "Conv2d"
+    with pytest.raises(NonFiniteError, match=rf"which began in the weight of layer '{where[0]}' \({kind}\); load so"):
+        explainer.attribute(INPUTS, 4)
+
+
+def test_what_cannot_be_read_or_is_no_fault_passes():
+    check_small_weights(small_network())
+    check_small_weights(nn.Sequential(nn.LazyLinear(2)))
+    check_small_weights(small_network().to("meta"))
+    model = nn.Module()
+    model.bias = nn.Parameter(torch.tensor([1.0, 0.0]).to(torch.float8_e4m3fn), requires_grad=False)
+    model.weight = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
+    # Positions are ruled out by it, and nobody calls it a weight.
+    model.mask = nn.Parameter(torch.tensor([0, -torch.inf]), requires_grad=False)
+    check_small_weights(model)
 
 
 @both
@@ -66,7 +122,7 @@ def test_weights_broken_later_are_found_in_the_pass(selector):
     explainer = pg.Explainer(model, selector, layers="all")
     with torch.no_grad():
         model[2].weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"which began in the output of layer '2' \(Conv2d\), whose input is fin"):
+    with pytest.raises(NonFiniteError, match=r"which began in the weight of layer '2' \(Conv2d\)"):
         explainer.attribute(INPUTS, 1)
     with pytest.raises(NonFiniteError, match=r"The scores of row 0 of 4 .* layer '2' \(Conv2d\)"):
         explainer.attribute(INPUTS)
@@ -82,8 +138,26 @@ def test_weights_broken_later_are_found_in_the_pass(selector):
         (Within(lambda x: x / 0), r"before layer 'last' \(Linear\), in an operation that is no module"),
         (network_with(lambda x: x + (x * 0).sqrt()), r"in the gradient, on its way back through layer '3' \(Oper"),
         (Within(lambda x: x + (x * 0).sqrt()), r"in the gradient, behind layer 'network.7' \(Linear\)"),
+        (Behind(lambda z: z + torch.inf), r"in an operation of the model \(Behind\) behind the layers in it"),
+        (Behind(lambda z: (z - 1e6).log()), r"in an operation of the model \(Behind\) behind the layers in it"),
+        (Behind(lambda z: z, lambda x: x / 0), r"before layer 'network' \(Named\), in an operation that is no mod"),
+        (network_with(lambda x: x.log() * 0, at=4), r"in the output of layer '4' \(Operation\)"),
+        (
+            network_with(nn.Sequential(Operation(lambda x: x * 0), Twice()), at=4),
+            r"in the gradient, on its way back through layer '4.function.1.root'",
+        ),
     ],
-    ids=["output", "operation", "gradient", "gradient of an operation"],
+    ids=[
+        "output",
+        "operation",
+        "gradient",
+        "gradient of an operation",
+        "last operation",
+        "last logarithm",
+        "by keyword",
+        "minus infinity",
+        "second call",
+    ],
 )
 @pytest.mark.parametrize("method", ["gradient", "smoothgrad"])
 def test_the_place_is_named_forward_and_back(model, place, selector, method):
@@ -120,8 +194,9 @@ def test_classes_ruled_out_by_minus_infinity_are_no_fault():
 
 @pytest.mark.parametrize("conserve", ["independent", "exact", "none"])
 @pytest.mark.parametrize("gamma", [float("inf"), 3.0])
+@pytest.mark.parametrize("kept", ["live", "dead", "constant"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_pruning_does_not_hide_a_broken_gradient(value, gamma, conserve):
+def test_pruning_does_not_hide_a_broken_gradient(value, kept, gamma, conserve):
     # The broken channel is none of the kept ones.
     class Breaks(torch.autograd.Function):
         @staticmethod
@@ -132,6 +207,8 @@ def test_pruning_does_not_hide_a_broken_gradient(value, gamma, conserve):
         def backward(ctx, gradient):
             broken = gradient.clone()
             broken[:, 5] = value
+            if kept != "live":
+                broken[:, 0] = 0.0 if kept == "dead" else 1.0
             return broken
 
     model = network_with(Breaks.apply)
@@ -161,3 +238,109 @@ def test_nothing_is_found_in_a_sound_pass():
     model = small_network()
     assert find_non_finite(model, lambda inputs: model(inputs)[:, 1].sum(), INPUTS) is None
     assert find_non_finite(model, lambda inputs: torch.zeros(()), INPUTS) is None
+
+
+def test_minus_infinity_that_rules_out_is_not_taken_for_the_fault():
+    class Softmax(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.soft, self.bad = nn.Softmax(dim=1), Operation(lambda x: x + (x * 0).sqrt())
+
+        def forward(self, x):
+            ruled_out = torch.zeros(x.shape[1], dtype=x.dtype).index_fill(0, torch.tensor(1), -torch.inf)
+            return self.soft(self.bad(x) + ruled_out)
+
+    model = nn.Sequential(small_network(), Softmax()).eval()
+    with pytest.raises(NonFiniteError, match=r"in the gradient, on its way back through layer '1.bad'"):
+        pg.Explainer(model, None).attribute(INPUTS, 0)
+
+
+def test_the_row_is_the_one_that_broke_not_one_whose_class_is_ruled_out():
+    class Rows(nn.Module):
+        def forward(self, z):
+            # The row is told by what is in it.
+            is_third = (z.flatten(1).sum(1) - sums[2]).abs() < 1e-9
+            values = torch.where(is_third, torch.nan, 0.0).unsqueeze(1) * torch.eye(5, dtype=z.dtype)[4]
+            values = torch.where(values.isnan() & (torch.eye(5)[4] == 0), 0.0, values)
+            return z + values + torch.tensor([-torch.inf, 0, 0, 0, 0], dtype=z.dtype)
+
+    network = small_network()
+    sums = network(INPUTS).flatten(1).sum(1).detach()
+    model = nn.Sequential(network, Rows()).eval()
+    with pytest.raises(NonFiniteError, match=r"The scores of row 2 of 4 .* layer '1'"):
+        pg.Explainer(model, None).attribute(INPUTS, 1)
+
+
+def test_a_function_of_the_user_is_diagnosed_with_the_rows_that_it_knows():
+    masks = torch.rand(4, 5, dtype=torch.float64)
+    model = network_with(lambda x: x / 0)
+    with pytest.raises(NonFiniteError, match=r"layer '3' \(Operation\)"):
+        pg.Explainer(model, None).attribute(INPUTS, lambda logits: (logits * masks).sum(1))
+
+
+def test_a_score_that_breaks_behind_the_output_is_told_from_it():
+    with pytest.raises(NonFiniteError, match="in the score that is made of the output, which is finite; "):
+        pg.Explainer(small_network(), None).attribute(INPUTS, lambda logits: logits[:, 1] / 0)
+
+
+def test_weights_of_a_layer_with_layers_in_it_are_named():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.attention = nn.Conv1d(3, 4, 1), nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.convolution(x.flatten(2)).mT
+            return self.attention(x, x, x, need_weights=False)[0].mean(1)
+
+    model = Attends().double().eval()
+    model.attention.in_proj_weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"the in_proj_weight of layer 'attention' \(MultiheadAttention\)"):
+        pg.Explainer(model, None).attribute(INPUTS, 0)
+
+
+def test_a_diagnosis_sees_no_pass_but_its_own():
+    # Another thread's pass through the same modules is sound, and one within vmap may not be asked about numbers.
+    model = nn.Sequential(
+        Operation(lambda x: x / (x.flatten(1).sum(1) != 0).reshape(-1, 1, 1, 1)),
+        *small_network(),
+        Operation(lambda z: z / (z.abs().amax(1, keepdim=True) < 1e3)),
+    ).eval()
+    sound, black, bright = INPUTS[:2], torch.zeros_like(INPUTS[:1]), INPUTS[:1] * 1e9
+    alone = {}
+    for name, inputs in (("black", black), ("bright", bright)):
+        with pytest.raises(NonFiniteError) as caught:
+            pg.Explainer(model, None).attribute(inputs, 1)
+        alone[name] = str(caught.value)
+    assert alone["black"] != alone["bright"]
+    found, failures, stop = {"black": set(), "bright": set()}, [], threading.Event()
+
+    def diagnose(name, inputs):
+        for _ in range(40):
+            try:
+                pg.Explainer(model, None).attribute(inputs, 1)
+            except NonFiniteError as error:
+                found[name].add(str(error))
+
+    def serve():
+        while not stop.is_set():
+            try:
+                torch.vmap(lambda x: model[1:](x.unsqueeze(0))[0])(sound)
+            except Exception as error:
+                failures.append(repr(error))
+                return
+
+    server = threading.Thread(target=serve)
+    others = [
+        threading.Thread(target=diagnose, args=("black", black)),
+        threading.Thread(target=diagnose, args=("bright", bright)),
+    ]
+    server.start()
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    stop.set()
+    server.join()
+    assert failures == []
+    assert found == {name: {message} for name, message in alone.items()}

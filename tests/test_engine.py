@@ -1,4 +1,5 @@
 import contextlib
+import contextvars
 import copy
 import gc
 import math
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
+from parchgrad import engine
 from parchgrad.engine import plain_gradients, read_classes
 from parchgrad.errors import (
     InputError,
@@ -924,8 +926,26 @@ def test_leaving_in_another_thread_is_an_error_and_leaves_no_hook(network):
     with pg.ParchGrad(network, selector, layers="all"):
         input_gradient(network, x)
     assert len(selector.seen) == 2
+    # Nor is it kept alive.
+    assert engine._SESSIONS.get() == ()
     with pytest.raises(ParchGradError, match="another thread"):
         pg.ParchGrad(network, pg.GradientEnergy()).__exit__(None, None, None)
+
+
+def test_leaving_elsewhere_closes_nobody_elses_entrance(network):
+    """Of a block entered here and there, it is not known which entrance a third place means."""
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    block = pg.ParchGrad(network, pg.GradientEnergy(quantile=0.3), layers="all")
+    there = contextvars.copy_context()
+    there.run(block.__enter__)
+    with block:
+        expected = input_gradient(network, x)
+        with pytest.raises(ParchGradError, match="another thread"):
+            contextvars.Context().run(block.__exit__, None, None, None)
+        assert torch.equal(input_gradient(network, x), expected)
+        assert torch.equal(there.run(input_gradient, network, x), expected)
+    there.run(block.__exit__, None, None, None)
+    assert hooks(network) == 0
 
 
 def test_an_interrupted_entrance_leaves_no_hook(network, monkeypatch):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import captum.attr
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_re
 
 import parchgrad as pg
 from parchgrad.attribution import METHODS
-from parchgrad.errors import InputError, ModelError, SettingError, TargetError
+from parchgrad.errors import InputError, ModelError, NonFiniteError, SettingError, TargetError
 from tests.conftest import random_statistics, small_network
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -233,7 +234,7 @@ def test_a_class_that_no_pixel_is_called_by_has_an_empty_map():
 @pytest.mark.parametrize(
     ("error", "options", "scores", "words"),
     [
-        (SettingError, {"target": -1}, None, "target is -1, but it must be the index"),
+        (SettingError, {"target": -1}, None, "target is -1, but it must be a whole number of at least 0"),
         (SettingError, {"target": True}, None, "target is True"),
         (TargetError, {"target": 2}, torch.ones(1, 2, 3, 3), "target 2 is out of range: the model has 2 classes"),
         (ModelError, {"target": 0}, torch.ones(1, 2), r"returns shape \(1, 2\), but a region needs scores of shape"),
@@ -249,3 +250,117 @@ def test_a_class_that_no_pixel_is_called_by_has_an_empty_map():
 def test_bad_regions(error, options, scores, words):
     with pytest.raises(error, match=words):
         pg.RegionScore(**options)(scores)
+
+
+# Found by trying what users may do
+
+
+class Unused(nn.Module):
+    """Its second convolution takes no part, and its output is of any kind."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.a, self.b, self.make = nn.Conv2d(3, 5, 1).double(), nn.Conv2d(3, 5, 1).double(), make
+
+    def forward(self, x):
+        return self.make(self.a(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (lambda logits: {"out": logits}, lambda output: output["out"][:, 1]),
+        (lambda logits: (logits, 3), lambda output: output[0][:, 1]),
+        (lambda logits: Answer(logits, logits), lambda output: output.scores[:, 1]),
+    ],
+    ids=["dict", "tuple", "dataclass"],
+)
+def test_layers_that_take_no_part_are_told_whatever_the_output(make, target):
+    with pytest.raises(ModelError, match="None of the chosen convolutions was called"):
+        pg.Explainer(Unused(make).eval(), pg.GradientEnergy(), layers=["b"]).attribute(INPUTS, target)
+
+
+@pytest.mark.parametrize("rows", [1, 4], ids=["every row", "one row"])
+def test_scores_that_are_nan_are_told_though_the_region_avoids_them(rows):
+    class Breaks(nn.Module):
+        def forward(self, maps):
+            return torch.where(torch.arange(len(maps)).reshape(-1, 1, 1, 1) % rows == 0, torch.nan, maps)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3).double(), Breaks()).eval()
+    with pytest.raises(NonFiniteError, match=r"The scores of row 0 of 4 .* layer '1' \(Breaks\)"):
+        pg.Explainer(model, pg.GradientEnergy(), layers=["0"]).attribute(INPUTS, pg.RegionScore(target=1))
+
+
+def test_a_region_of_half_precision_is_summed_beyond_its_range():
+    scores = torch.full((1, 2, 512, 512), 4.0, dtype=torch.float16)
+    assert pg.RegionScore(target=0, mask=torch.ones(512, 512))(scores).tolist() == [4.0 * 512 * 512]
+
+
+def test_a_target_of_numpy_is_a_number():
+    assert pg.RegionScore(target=numpy.int64(1))(torch.tensor([[[1.0], [3.0]]])).tolist() == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (numpy.ones((3, 3)), r"The mask is of type ndarray.*give torch.as_tensor\(mask\)"),
+        ([[1.0]], "The mask is of type list"),
+        (torch.full((3, 3), 255, dtype=torch.uint8), "The mask is torch.uint8.*give mask > 0"),
+        (torch.ones(3, 3, dtype=torch.complex64), "The mask is torch.complex64"),
+        (torch.tensor([[torch.nan]]), "The mask holds NaN"),
+    ],
+)
+def test_masks_that_are_none(mask, words):
+    with pytest.raises(InputError, match=words):
+        pg.RegionScore(target=0, mask=mask)
+
+
+def test_the_class_of_a_region_less_its_surroundings_is_the_regions():
+    """Weights that cancel leave no doubt about the class: the map is that with the class given."""
+    scores = nn.Sequential(*small_network()[:5], nn.Conv2d(6, 5, 1).double()).eval()
+    weights = torch.ones(8, 8, dtype=torch.float64)
+    weights[:, 4:] = -1
+    region = pg.RegionScore(target=2, mask=weights)
+    statistics = random_statistics({"0": 6, "2": 6})
+    selector = pg.ClassWise(statistics, quantile=0.3)
+    found = pg.Explainer(scores, selector, layers=["0", "2"]).attribute(INPUTS, region)
+    x = INPUTS.clone().requires_grad_()
+    with pg.ParchGrad(scores, selector, layers=["0", "2"], target=2):
+        (expected,) = torch.autograd.grad(region(scores(x)).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_class_of_a_region_is_no_region():
+    with pytest.raises(TargetError, match="target is the class RegionScore itself; give one of its objects"):
+        pg.Explainer(small_network(), None).attribute(INPUTS, pg.RegionScore)
+
+
+def test_scores_of_weights_alone():
+    model = small_network()
+    with pytest.raises(TargetError, match="What target returns does not depend on the inputs"):
+        pg.Explainer(model, None).attribute(INPUTS, lambda logits: model[7].bias[1].expand(len(logits)))
+    with pytest.raises(ModelError, match="The logits do not depend on the inputs"):
+        pg.Explainer(Constant().eval(), None).attribute(INPUTS, 1)
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return self.weight.expand(len(x), 5)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_errors_that_have_nothing_to_do_with_the_shape_stay(error):
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv2d(1, 4, 1)
+
+        def forward(self, x):
+            raise error("no memory is left")
+
+    with pytest.raises(error, match="no memory is left"):
+        pg.Explainer(Fails().eval(), None).attribute(torch.ones(2, 1, 8), 1)

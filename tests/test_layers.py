@@ -120,7 +120,14 @@ def test_default_elsewhere_is_the_upper_half():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224"]
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "mixer_s32_224",
+        "hiera_tiny_224",
+    ],
 )
 @pytest.mark.parametrize("layers", ["default", "all", 0.5])
 def test_networks_whose_convolutions_only_cut_patches_are_refused(name, layers):
@@ -139,6 +146,17 @@ def test_networks_with_patches_and_other_convolutions_are_not():
         nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
     )
     assert list(choose_layers(patches)) == ["0"]
+    # Convolutions that halve the image one after the other, before a deep head or with linear layers in between.
+    halves = [nn.Conv2d(3, 8, 2, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 2, stride=2), nn.ReLU()]
+    deep = nn.Sequential(*halves, nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
+    assert list(choose_layers(deep, "all")) == ["0", "2"]
+    # Whoever names layers is not asked again.
+    assert list(choose_layers(timm.create_model("deit_tiny_patch16_224"), "patch_embed.*")) == ["patch_embed.proj"]
+    # A convolution that looks at more than its step, and an ordinary head of any depth.
+    dense = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
+    assert list(choose_layers(dense)) == ["0"]
+    dense[0].stride = 1
+    assert list(choose_layers(dense)) == ["0"]
 
 
 def test_bare_models_are_themselves():

@@ -1,5 +1,6 @@
 """Explainers in other processes, and models in torch's wrappers for several devices."""
 
+import copy
 import multiprocessing
 import pickle
 from concurrent.futures import ProcessPoolExecutor
@@ -56,6 +57,26 @@ def test_an_explainer_works_in_a_worker_process():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("take", [copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
+def test_the_hooks_of_an_open_block_do_nothing_in_a_copy(take):
+    model = small_network()
+    other = pg.Explainer(model, pg.GradientEnergy(quantile=0.3), layers="all")
+    expected = other.attribute(INPUTS, TARGETS)
+    x = INPUTS.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
+    # A function without a name, which cannot be pickled, is no matter of the copy.
+    with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers="all", logits=lambda output: output):
+        copied, explainer = take(model), take(other)
+        model(x)
+        (within,) = torch.autograd.grad(copied(x)[:, 1].sum(), x)
+    (after,) = torch.autograd.grad(copied(x)[:, 1].sum(), x)
+    assert torch.equal(within, plain)
+    assert torch.equal(after, plain)
+    assert torch.equal(explainer.attribute(INPUTS, TARGETS), expected)
+    held = [hook for module in copied.modules() for hook in module._forward_hooks.values()]
+    assert {hook.__name__ for hook in held} == {"_do_nothing"}
+
+
 def test_a_copy_made_inside_a_block_starts_outside_of_it():
     model = small_network()
     block = pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers="all")
@@ -83,6 +104,12 @@ def test_a_copy_made_inside_a_block_starts_outside_of_it():
 def test_data_parallel_is_refused_with_the_better_way(use):
     with pytest.raises(ModelError, match=r"DataParallel copies the model .*; explain model\.module, one process per"):
         use(nn.DataParallel(small_network()).eval())
+    # Nor within another module, or where layers are chosen beforehand.
+    inside = nn.Sequential(nn.Identity(), nn.DataParallel(small_network())).eval()
+    with pytest.raises(ModelError, match="DataParallel copies the model"):
+        use(inside)
+    with pytest.raises(ModelError, match="DataParallel copies the model"):
+        pg.choose_layers(inside)
 
 
 @pytest.fixture
@@ -104,6 +131,10 @@ def test_a_model_in_distributed_data_parallel_is_the_model_itself(process_group)
         for _ in range(3):
             assert torch.equal(explainer.attribute(INPUTS, [0, 1, 0, 1]), expected)
         assert explainer.layers == (() if selector is None else ("0", "2"))
+    # Chosen names are those of the model itself.
+    assert list(pg.choose_layers(wrapped, 0.5)) == list(pg.find_convolutions(wrapped))[1:] == ["2"]
+    named = pg.Explainer(wrapped, pg.GradientEnergy(quantile=0.3), layers=list(pg.choose_layers(wrapped, 0.5)))
+    assert named.layers == ("2",)
     of_wrapped = pg.collect_statistics(wrapped, [(image, index % 2) for index, image in enumerate(INPUTS)])
     assert list(of_wrapped) == list(statistics)
     assert torch.equal(of_wrapped["2"].class_mean, statistics["2"].class_mean)

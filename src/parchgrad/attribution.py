@@ -3,8 +3,8 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -12,18 +12,19 @@ import captum.attr
 import torch
 from torch import Tensor, nn
 
-from parchgrad.checks import check_kind, is_number, is_whole_number
-from parchgrad.diagnosis import check_weights, find_non_finite
+from parchgrad.checks import check_kind, check_whole_number, is_number, is_whole_number
+from parchgrad.diagnosis import check_small_weights, find_non_finite
 from parchgrad.engine import (
     ParchGrad,
     Target,
+    check_logits,
     check_target_count,
     integer_targets,
     partitioned_before,
     plain_gradients,
 )
-from parchgrad.errors import InputError, ModelError, NonFiniteError, SettingError
-from parchgrad.heads import Logits, Output, Score, Scores
+from parchgrad.errors import InputError, ModelError, NonFiniteError, SettingError, TargetError
+from parchgrad.heads import Logits, Output, Score, Scores, check_inputs
 from parchgrad.layers import LayerChoice, bare_model, check_evaluation_mode
 from parchgrad.partition import Conserve, at_least_float32
 from parchgrad.selection import Selector
@@ -104,19 +105,16 @@ class Explainer:
         Raises:
             SettingError: if a setting is out of range, or the method or an option of it does not exist.
             LayerError: if the layers are not in the model.
-            NonFiniteError: if weights are NaN or infinite; it names their layer.
+            NonFiniteError: if a bias, scale or running statistic is NaN or infinite; it names its layer.
             ModelError: if the model is wrapped in DataParallel, holds no convolution, or none but those that cut
                 patches for a transformer, or nothing that the method acts on.
             StatisticsError: if the selector's statistics do not fit the layers.
         """
         model = bare_model(model)
-        if internal_batch_size is not None and not (is_whole_number(internal_batch_size) and internal_batch_size > 0):
-            raise SettingError(
-                f"internal_batch_size is {internal_batch_size!r}, but it must be a whole number from 1 on."
-            )
-        if logits is not None and not callable(logits):
-            raise SettingError(f"logits is {logits!r}, but it must be a function that picks them out of the output.")
-        check_weights(model)
+        if internal_batch_size is not None:
+            check_whole_number("internal_batch_size", internal_batch_size, 1)
+        check_logits(logits)
+        check_small_weights(model)
         self._model = model
         self._pick_logits = logits
         self._internal_batch_size = internal_batch_size
@@ -167,27 +165,27 @@ class Explainer:
         check_inputs(inputs)
         with torch.inference_mode(False), torch.enable_grad():
             batch = inputs.detach().clone()
-            head: Logits | Output
+            scores: Logits | Scores
             if callable(target):
-                targets, head = None, Output(self._model, self._pick_logits)
-                scores: nn.Module = Scores(head, target)
+                targets, scores = None, Scores(Output(self._model, self._pick_logits), target)
             else:
                 targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
-                scores = head = Logits(self._model, int(targets.max()), self._pick_logits)
+                scores = Logits(self._model, int(targets.max()), self._pick_logits)
                 if self._partition is not None:
                     self._partition.selector.check_targets(sorted(set(targets.tolist())))
             size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
             parts = []
-            with self._gradients(head):
+            with self._gradients(scores.head):
                 for start in range(0, inputs.shape[0], size):
                     rows = slice(start, start + size)
                     part = batch[rows].requires_grad_()
                     of_part = None if targets is None else targets[rows]
-                    parts.append(self._method(scores, part, of_part, rows, self._internal_batch_size))
+                    with _told_if_independent(of_function=targets is None):
+                        parts.append(self._method(scores, part, of_part, rows, self._internal_batch_size))
             found = torch.cat(parts).detach()
             finite = found.flatten(1).isfinite().all(dim=1)
-            if not (head.was_finite and bool(finite.all())):
-                raise self._non_finite(scores, head, batch, targets, finite)
+            if not (scores.head.was_finite and bool(finite.all())):
+                raise self._non_finite(scores, batch, targets, size, finite)
         return found
 
     def _gradients(self, head: nn.Module) -> AbstractContextManager[None]:
@@ -197,25 +195,28 @@ class Explainer:
         return partitioned_before(head, self._partition)
 
     def _non_finite(
-        self, scores: nn.Module, head: nn.Module, batch: Tensor, targets: Tensor | None, finite: Tensor
+        self, scores: Logits | Scores, batch: Tensor, targets: Tensor | None, size: int, finite: Tensor
     ) -> NonFiniteError:
         """Look where values stop being finite, on the first row whose map does."""
-        batch = batch.detach().clone()
+        # Not inputs that hooks of the failed pass are still bound to.
+        parts = torch.split(batch.detach().clone(), size)
         row = int(finite.byte().argmin())
         what = f"The map of row {row} of {len(batch)} holds"
         if bool(finite.all()):
             # Its score says so, or that of another row does.
             with torch.no_grad():
-                of_rows = [scores(part) for part in torch.split(batch, 1)]
-            row = next((index for index, score in enumerate(of_rows) if not score.isfinite().all()), 0)
+                row = int(torch.cat([scores.broken_rows(part) for part in parts]).byte().argmax())
             what = f"The scores of row {row} of {len(batch)} hold"
-        inputs = batch[row : row + 1]
+        inputs = parts[row // size]
+        if targets is not None:
+            inputs = inputs[row % size : row % size + 1]
 
         def explained(part: Tensor) -> Tensor:
             found: Tensor = scores(part)
+            # A function of the user may know of the rows that it was called with before.
             return found.sum() if targets is None else found[:, targets[row]].sum()
 
-        with self._gradients(head):
+        with self._gradients(scores.head):
             place, remedy = find_non_finite(self._model, explained, inputs) or (
                 f"in the passes of {self._method.name} around the image, not in that of the image itself",
                 "look at the method's options, such as its baselines",
@@ -232,12 +233,12 @@ class Explainer:
         """
         check_evaluation_mode(self._model)
         check_inputs(inputs)
-        logits = Logits(self._model, -1, self._pick_logits)
+        logits = Logits(self._model, None, self._pick_logits)
         size = self._internal_batch_size or inputs.shape[0]
         with torch.no_grad():
             predicted = torch.cat([logits(part).argmax(dim=1) for part in torch.split(inputs, size)])
         if not logits.was_finite:
-            raise self._non_finite(logits, logits, inputs, predicted, torch.ones(len(inputs), dtype=torch.bool))
+            raise self._non_finite(logits, inputs, predicted, size, torch.ones(len(inputs), dtype=torch.bool))
         return predicted
 
 
@@ -293,16 +294,21 @@ def _check_map(attribution: Tensor) -> None:
         raise InputError(f"The attribution has shape {tuple(attribution.shape)}, but a heat map needs (B, C, *S).")
 
 
-def check_inputs(inputs: Tensor) -> None:
-    """Raise `InputError` unless the inputs are a batch (B, C, *S) of finite floating-point numbers."""
-    if not isinstance(inputs, Tensor):
-        raise InputError(f"The inputs are a {type(inputs).__name__}, but a tensor (B, C, *S) is needed.")
-    if inputs.dim() < 3 or inputs.shape[0] == 0:
-        raise InputError(f"The inputs have shape {tuple(inputs.shape)}, but a non-empty batch (B, C, *S) is needed.")
-    if not inputs.is_floating_point():
-        raise InputError(f"The inputs are {inputs.dtype}, but gradients need floating point; preprocess them first.")
-    if not torch.isfinite(inputs).all():
-        raise InputError("The inputs hold NaN or infinite values; look for a division by zero in the preprocessing.")
+@contextmanager
+def _told_if_independent(*, of_function: bool) -> Iterator[None]:
+    """Say in words where scores were made without the inputs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "not have been used in the graph" not in str(error):
+            raise
+        if of_function:
+            raise TargetError(
+                "What target returns does not depend on the inputs; return a score that is computed from the output."
+            ) from error
+        raise ModelError(
+            "The logits do not depend on the inputs; look for what cuts them off, such as detach() or a constant."
+        ) from error
 
 
 def _targets_per_row(target: Target, inputs: Tensor) -> Tensor:
@@ -361,9 +367,7 @@ class _CaptumMethod:
             if parameter.default is inspect.Parameter.empty and option not in {*_RESERVED, *self.options}:
                 raise SettingError(f"method {self.name!r} needs the option {option!r}; give it by name.")
         for option in ("n_steps", "n_samples"):
-            value = self.options.get(option, 1)
-            if not is_whole_number(value) or value < 1:
-                raise SettingError(f"{option} is {value!r}, but it must be a whole number from 1 on.")
+            check_whole_number(option, self.options.get(option, 1), 1)
 
     def _parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
         found = _captum_classes()[self.class_name]
@@ -401,9 +405,10 @@ class _CaptumMethod:
         of_call = {option: value for option, value in self.options.items() if option not in constructor}
         if "internal_batch_size" in call:
             of_call["internal_batch_size"] = rows_per_pass
-        baselines = of_call.get("baselines")
-        if isinstance(baselines, Tensor) and self.class_name not in _SAMPLES_BASELINES and baselines.dim() > 0:
-            of_call["baselines"] = _rows_of_baselines(baselines, inputs, rows)
+        if self.class_name in _SAMPLES_BASELINES:
+            _check_baseline_samples(self.class_name, of_call.get("baselines"), inputs)
+        elif "baselines" in of_call:
+            of_call["baselines"] = _rows_of_baselines(of_call["baselines"], inputs, rows)
         attribution = _captum_classes()[self.class_name](scores, **of_constructor)
         try:
             result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
@@ -417,14 +422,44 @@ class _CaptumMethod:
         return result
 
 
-def _rows_of_baselines(baselines: Tensor, inputs: Tensor, rows: slice) -> Tensor:
+def _rows_of_baselines(baselines: object, inputs: Tensor, rows: slice) -> Tensor | float | None:
     """The baselines of some rows of the batch, where there is one per row."""
-    if baselines.dim() < inputs.dim() or baselines.shape[0] == 1:
+    if baselines is None or is_number(baselines):
         return baselines
-    chosen = baselines[rows]
-    if chosen.shape[0] != inputs.shape[0]:
+    shape = tuple(inputs.shape[1:])
+    if not isinstance(baselines, Tensor) or not _is_broadcast(baselines, inputs):
+        raise SettingError(
+            f"baselines is {_described(baselines)}, but it must be a number or a tensor that has one row, or one for "
+            f"each of the inputs, which are {shape}."
+        )
+    chosen = baselines if baselines.shape[0] == 1 else baselines[rows]
+    if chosen.shape[0] not in (1, inputs.shape[0]):
         raise SettingError(f"There are {baselines.shape[0]} baselines, but more rows; give one, or one per row.")
-    return chosen
+    return chosen.expand(-1, *shape)
+
+
+def _check_baseline_samples(name: str, baselines: object, inputs: Tensor) -> None:
+    if callable(baselines):
+        return
+    # Captum's own rule.
+    least = 2 if name == "DeepLiftShap" else 1
+    shape = tuple(inputs.shape[1:])
+    if not isinstance(baselines, Tensor) or tuple(baselines.shape[1:]) != shape or len(baselines) < least:
+        raise SettingError(
+            f"baselines is {_described(baselines)}, but {name} takes samples of a distribution; give a tensor of "
+            f"{least} rows or more, each {shape}."
+        )
+
+
+def _is_broadcast(baselines: Tensor, inputs: Tensor) -> bool:
+    sizes = zip(baselines.shape[1:], inputs.shape[1:], strict=False)
+    return baselines.dim() == inputs.dim() and all(size in (1, wanted) for size, wanted in sizes)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value) if isinstance(value, str | float | None) else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,8 +476,7 @@ class _SmoothGrad:
     name: ClassVar[str] = "smoothgrad"
 
     def __post_init__(self) -> None:
-        if not is_whole_number(self.samples) or self.samples < 1:
-            raise SettingError(f"samples is {self.samples!r}, but it must be a whole number from 1 on.")
+        check_whole_number("samples", self.samples, 1)
         if not is_number(self.sigma) or not 0 <= self.sigma < math.inf:
             raise SettingError(f"sigma is {self.sigma!r}, but it must be a share of the input's range, 0 or more.")
         if not is_whole_number(self.seed) or abs(self.seed) >= 2**63:

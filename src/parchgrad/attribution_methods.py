@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad.attribution import Explainer, heatmap
+from parchgrad.diagnosis import check_small_weights, find_non_finite
 from parchgrad.engine import Target, integer_targets, plain_gradients
-from parchgrad.errors import InputError, SettingError, TargetError
+from parchgrad.errors import InputError, NonFiniteError, SettingError, TargetError
 from parchgrad.heads import Logits
 from parchgrad.hook_wrapper import HookWrapper
 from parchgrad.layers import check_evaluation_mode
@@ -113,6 +114,7 @@ class InputAttribution:
             StatisticsError: if the wrapper's statistics were not read, or do not fit.
             LayerError: if no convolutions were set.
             ModelError: if the network is in training mode.
+            NonFiniteError: if weights, scores or the map are NaN or infinite; it names the layer where that began.
         """
         if not isinstance(wrapper, HookWrapper):
             raise SettingError(
@@ -123,7 +125,9 @@ class InputAttribution:
             found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
             raise InputError(f"x is of {found}, but one image (C, H, W) is explained; for batches use Explainer.")
         explained = _one_class(y, "y")
-        explainer = Explainer(_ProbabilitySeeds(wrapper.model).eval(), None, method=self.method)
+        check_small_weights(wrapper.model)
+        seeds = _ProbabilitySeeds(wrapper.model).eval()
+        explainer = Explainer(seeds, None, method=self.method)
         block: AbstractContextManager[object] = plain_gradients(wrapper.model)
         if modify_gradient and wrapper.method != "normal":
             block = wrapper.edited_gradients(
@@ -135,8 +139,20 @@ class InputAttribution:
                 conserve=_conserve(variance_conservation, exact_variance),
             )
         with block:
-            attribution = explainer.attribute(x.unsqueeze(0), target=explained)
+            try:
+                attribution = explainer.attribute(x.unsqueeze(0), target=explained)
+            except NonFiniteError as error:
+                raise _within(error, wrapper.model, seeds, x, explained) from error
         return heatmap(attribution)[0].cpu()
+
+
+def _within(error: NonFiniteError, model: nn.Module, seeds: nn.Module, x: Tensor, explained: int) -> NonFiniteError:
+    """Name the layer of a network that the explainer does not look into."""
+    found = find_non_finite(model, lambda part: seeds(part)[:, explained].sum(), x.unsqueeze(0))
+    if found is None:
+        return error
+    place, remedy = found
+    return NonFiniteError(f"The map of x holds NaN or infinite values, which began {place}; {remedy}.")
 
 
 def _conserve(variance_conservation: bool, exact_variance: bool) -> Conserve:
@@ -158,7 +174,7 @@ class _ProbabilitySeeds(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         # In a tuple, where nn.Module does not look: Explainer's own plain gradients would end the edit around it.
-        self._hidden = (Logits(model, -1),)
+        self._hidden = (Logits(model, None),)
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self._hidden[0](inputs)

@@ -219,14 +219,11 @@ def _prune(gradient: Tensor, kept: _Kept, conserve: Conserve) -> Tensor:
     if kept.occupied is not None:
         occupied = kept.occupied.repeat(rows // kept.occupied.shape[0], 1)
         taken = taken.masked_fill_(~occupied.reshape(*occupied.shape, *trailing), 0.0)
-    if conserve == "none":
-        # What is pruned must not hide that the gradient is broken.
-        sound = gradient.isfinite().flatten(1).all(dim=1)
-        sound = sound if kept.order is None else sound[kept.order]
-        return taken.masked_fill_(~sound.reshape(rows, 1, *trailing), math.nan).to(gradient.dtype)
     total = gradient.sum(dim=1, dtype=taken.dtype)
     total = total if kept.order is None else total[kept.order]
     scale = pruning_scale(taken.sum(dim=1), total, rounding_error(taken, channels), conserve=conserve)
+    # What is pruned must not hide that the gradient is broken.
+    scale = scale.masked_fill(~total.isfinite().flatten(1).all(dim=1), math.nan)
     return taken.mul_(scale.reshape(rows, 1, *trailing)).to(gradient.dtype)
 
 

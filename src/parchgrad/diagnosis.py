@@ -1,8 +1,9 @@
 """Where a pass stops being finite: a second, watched pass names the layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,33 +11,56 @@ from torch.utils.hooks import RemovableHandle
 
 from parchgrad.errors import NonFiniteError
 
-__all__ = ["check_weights", "find_non_finite"]
+__all__ = ["broken", "check_small_weights", "find_non_finite", "tensors_in"]
 
 
-def check_weights(model: nn.Module) -> None:
-    """Raise `NonFiniteError` naming the first parameter or running statistic that holds NaN or infinite values.
+def broken(values: Tensor) -> Tensor:
+    """Which values are NaN or plus infinity; minus infinity is how classes and positions are ruled out.
 
-    They need not reach the scores: an infinite variance silences its channel, and the map looks sound.
+    Example:
+        >>> broken(torch.tensor([1.0, torch.nan, torch.inf, -torch.inf]))
+        tensor([False,  True,  True, False])
+    """
+    return values.isnan() | values.isposinf()
+
+
+def check_small_weights(model: nn.Module) -> None:
+    """Raise `NonFiniteError` naming a bias, scale or running statistic that holds NaN or infinite values.
+
+    These may silence a channel without a trace: of an infinite variance the map looks sound. What is wrong with larger
+    weights shows in the pass, which `find_non_finite` looks at, so that they are not all read here.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
         >>> model.running_var[1] = torch.inf
-        >>> check_weights(model)
+        >>> check_small_weights(model)
         Traceback (most recent call last):
             ...
         parchgrad.errors.NonFiniteError: The running_var of the model holds NaN or infinite values; load sound weights.
     """
-    buffers = model.named_buffers()
-    running = [(name, values) for name, values in buffers if name.endswith(("running_mean", "running_var"))]
-    for name, values in [*model.named_parameters(), *running]:
-        if not nn.parameter.is_lazy(values) and not _is_finite(values):
-            layer, _, what = name.rpartition(".")
-            place = f"layer {layer!r}" if layer else "the model"
-            raise NonFiniteError(f"The {what} of {place} holds NaN or infinite values; load sound weights.")
+    named = {
+        name: values
+        for name, values in [*model.named_parameters(), *model.named_buffers()]
+        if name.endswith(("weight", "bias", "running_mean", "running_var"))
+        and _is_readable(values)
+        and values.dim() < 2
+    }
+    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for values in named.values():
+        together.setdefault((values.device, values.dtype), []).append(values.detach().reshape(-1))
+    # All at once: on a device every answer has to be waited for.
+    if all(_is_finite(torch.cat(group)) for group in together.values()):
+        return
+    name = next(name for name, values in named.items() if not _is_finite(values))
+    layer, _, what = name.rpartition(".")
+    place = f"layer {layer!r}" if layer else "the model"
+    raise NonFiniteError(f"The {what} of {place} holds NaN or infinite values; load sound weights.")
 
 
 def find_non_finite(model: nn.Module, score: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[str, str] | None:
     """Run the model forward and back once more, and find where values first are NaN or infinite.
+
+    Passes of other threads or tasks through the same model meanwhile are not looked at.
 
     Args:
         model: the model that `score` calls; looked at module by module, and left as it was.
@@ -55,27 +79,52 @@ def find_non_finite(model: nn.Module, score: Callable[[Tensor], Tensor], inputs:
     with torch.inference_mode(False), torch.enable_grad():
         inputs = inputs.detach().clone().requires_grad_()
         watch = _Watch(model)
+        token = _WATCHING.set(watch)
         try:
             found = score(inputs)
+            watch.look_at_score(found)
             if watch.forward is None and found.requires_grad:
                 torch.autograd.grad(found, inputs, allow_unused=True)
         finally:
+            _WATCHING.reset(token)
             watch.close()
     return watch.verdict()
 
 
+def tensors_in(values: Any) -> list[Tensor]:
+    """The floating-point tensors in nested tuples, lists and dicts, such as what a module takes or returns.
+
+    Example:
+        >>> tensors_in({"out": torch.zeros(1), "classes": [torch.tensor(1)]})
+        [tensor([0.])]
+    """
+    found, _ = torch.utils._pytree.tree_flatten(values)
+    return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+class _Call(NamedTuple):
+    """One call of a module; one that serves twice is called twice."""
+
+    number: int
+    module: nn.Module
+
+
 class _Watch:
-    """Hooks on every module without children, and on the tensors that go in and come out."""
+    """Hooks on every module, and on the tensors that go in and come out of those without children."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {module: name for name, module in model.named_modules() if not list(module.children())}
+        self._names = {module: name for name, module in model.named_modules()}
         self.forward: tuple[str, str] | None = None
-        # Of gradients that are not finite: the layer, and on which side of it, in the order of the backward pass.
-        self._broken: dict[tuple[nn.Module, str], None] = {}
+        # Where minus infinity first was: a fault if NaN comes of it.
+        self._ruled_out: tuple[str, str] | None = None
+        # Of gradients that are not finite: the call, and on which side of it, in the order of the backward pass.
+        self._broken: dict[tuple[_Call, str], None] = {}
+        self._open: list[_Call] = []
+        self._calls = 0
         self._handles: list[RemovableHandle] = []
         for module in self._names:
-            self._handles.append(module.register_forward_pre_hook(self._enter))
-            self._handles.append(module.register_forward_hook(self._leave))
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
 
     def close(self) -> None:
         for handle in self._handles:
@@ -84,50 +133,104 @@ class _Watch:
     def verdict(self) -> tuple[str, str] | None:
         if self.forward is not None or not self._broken:
             return self.forward
-        inside = next((m for m, side in self._broken if side == "input" and (m, "output") not in self._broken), None)
+        sides = self._broken
+        inside = next((call for call, side in sides if side == "input" and (call, "output") not in sides), None)
         help_ = "explain in a wider type, such as float64, or by another method"
         if inside is not None:
-            return f"in the gradient, on its way back through layer {self._say(inside)}", help_
-        behind = next(iter(self._broken))[0]
-        return f"in the gradient, behind layer {self._say(behind)} in an operation that is no module", help_
+            return self._broken_weight(inside.module) or (
+                f"in the gradient, on its way back through {self._say(inside.module)}",
+                help_,
+            )
+        behind = next(iter(sides))[0]
+        return f"in the gradient, behind {self._say(behind.module)} in an operation that is no module", help_
 
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        for values in _tensors(inputs):
-            if self.forward is None and not _is_finite(values):
-                self.forward = (
-                    f"before layer {self._say(module)}, in an operation that is no module",
-                    "look there for a division by zero, a logarithm, or values beyond the type's range",
-                )
-            self._listen(values, module, "input")
+    def look_at_score(self, score: Tensor) -> None:
+        self._look(
+            [score], "in the score that is made of the output, which is finite", "look at the function that makes it"
+        )
 
-    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        for values in _tensors(output):
-            if self.forward is None and not _is_finite(values):
-                self.forward = (
-                    f"in the output of layer {self._say(module)}, whose input is finite",
-                    "run it in a wider type than now, such as float32, or look at its weights and the range of its "
-                    "input",
-                )
-            self._listen(values, module, "output")
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if _WATCHING.get() is not self:
+            return
+        self._calls += 1
+        call = _Call(self._calls, module)
+        self._open.append(call)
+        values = tensors_in((inputs, named))
+        self._look(
+            values,
+            f"before {self._say(module)}, in an operation that is no module",
+            "look there for a division by zero, a logarithm, or values beyond the type's range",
+        )
+        self._listen(values, call, "input")
 
-    def _listen(self, values: Tensor, module: nn.Module, side: str) -> None:
-        if values.requires_grad:
-            # torch leaves the method untyped; what the hook holds must not hold the tensor.
-            values.register_hook(partial(self._note, module, side))  # type: ignore[no-untyped-call]
+    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+        if _WATCHING.get() is not self:
+            return
+        call = self._open.pop()
+        while call.module is not module:
+            # Of one that ended in an exception, which the model caught.
+            call = self._open.pop()
+        values = tensors_in(output)
+        if _has_children(module):
+            place = f"in an operation of {self._say(module)} behind the layers in it"
+            remedy = "look there for a division by zero, a logarithm, or values beyond the type's range"
+        else:
+            place = f"in the output of {self._say(module)}, whose input is finite"
+            remedy = "run it in a wider type, such as float32, or look at its weights and the range of its input"
+        self._look(values, *(self._broken_weight(module) or (place, remedy)))
+        self._listen(values, call, "output")
 
-    def _note(self, module: nn.Module, side: str, gradient: Tensor) -> None:
+    def _broken_weight(self, module: nn.Module) -> tuple[str, str] | None:
+        for name, own in module.named_parameters(recurse=False):
+            if _is_readable(own) and not _is_finite(own):
+                return f"in the {name} of {self._say(module)}", "load sound weights"
+        return None
+
+    def _look(self, values: list[Tensor], place: str, remedy: str) -> None:
+        """Take note of the first place where values are broken, or minus infinity comes in from which they break."""
+        if self.forward is not None:
+            return
+        if any(bool(broken(each).any()) for each in values):
+            self.forward = self._ruled_out or (place, remedy)
+            return
+        ruled_out = any(bool(each.isneginf().any()) for each in values)
+        self._ruled_out = (self._ruled_out or (place, remedy)) if ruled_out else None
+
+    def _listen(self, values: list[Tensor], call: _Call, side: str) -> None:
+        if _has_children(call.module):
+            return
+        for each in values:
+            if each.requires_grad:
+                # torch leaves the method untyped; what the hook holds must not hold the tensor.
+                each.register_hook(partial(self._note, call, side))  # type: ignore[no-untyped-call]
+
+    def _note(self, call: _Call, side: str, gradient: Tensor) -> None:
         if not _is_finite(gradient):
-            self._broken[module, side] = None
+            self._broken[call, side] = None
 
     def _say(self, module: nn.Module) -> str:
-        return f"{self._names[module]!r} ({type(module).__name__})"
+        name = self._names[module]
+        return f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+
+# Hooks sit on modules that other threads may call meanwhile.
+_WATCHING: ContextVar[_Watch | None] = ContextVar("parchgrad_watching", default=None)
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def _is_finite(values: Tensor) -> bool:
     return bool(values.isfinite().all())
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    """The floating-point tensors in what a module takes or returns."""
-    found, _ = torch.utils._pytree.tree_flatten(values)
-    return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _is_readable(values: Tensor) -> bool:
+    """Whether numbers are there to be read: not yet made, on no device, sparse, and of 8 bits they are not."""
+    return (
+        not nn.parameter.is_lazy(values)
+        and not values.is_meta
+        and values.layout == torch.strided
+        and values.is_floating_point()
+        and values.dtype.itemsize > 1
+    )

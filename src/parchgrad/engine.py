@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
+from parchgrad.diagnosis import tensors_in
 from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError, warn
 from parchgrad.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, check_position_weights, partition_gradient
@@ -25,6 +26,7 @@ from parchgrad.selection import LayerSignal, Selector
 __all__ = [
     "ParchGrad",
     "Target",
+    "check_logits",
     "check_target_count",
     "check_target_range",
     "integer_targets",
@@ -112,8 +114,7 @@ class ParchGrad:
         if not isinstance(selector, Selector):
             raise SettingError(f"selector is {selector!r}, but it must be a Selector such as GradientEnergy().")
         check_edit_settings(gamma, conserve)
-        if logits is not None and not callable(logits):
-            raise SettingError(f"logits is {logits!r}, but it must be a function that picks them out of the output.")
+        check_logits(logits)
         self._model = model
         self._pick_logits = logits
         self._selector = selector
@@ -173,8 +174,8 @@ class ParchGrad:
         """
         session = next((session for session in reversed(_SESSIONS.get()) if session.owner is self), None)
         if session is None:
-            # Its own context cannot be reached from here, but its hooks can.
-            if self._sessions:
+            # Its own context cannot be reached from here, but its hooks can, where it is known which are meant.
+            if len(self._sessions) == 1:
                 self._sessions.pop().close()
             raise ParchGradError(
                 "This ParchGrad block is left in another thread or task than it was entered in; do both in one."
@@ -278,13 +279,13 @@ class _Session:
     def open(self) -> None:
         try:
             if self.owner is not None:
-                self._handles.append(self._head.register_forward_pre_hook(self._begin))
+                self._handles.append(self._head.register_forward_pre_hook(_Hook(self._begin)))
                 for name, convolution in self.owner._convolutions.items():
-                    hook = functools.partial(self._attach, self.owner, name)
+                    hook = _Hook(self._attach, self.owner, name)
                     self._handles.append(convolution.register_forward_hook(hook, prepend=True))
                 # Called after an exception too, so that a failed pass leaves no state behind.
-                self._handles.append(self._head.register_forward_hook(self._end, always_call=True))
-            _SESSIONS.set((*_SESSIONS.get(), self))
+                self._handles.append(self._head.register_forward_hook(_Hook(self._end), always_call=True))
+            _SESSIONS.set((*_open_sessions(), self))
         except BaseException:
             self.close()
             raise
@@ -293,7 +294,7 @@ class _Session:
         self._is_open = False
         for handle in self._handles:
             handle.remove()
-        _SESSIONS.set(tuple(session for session in _SESSIONS.get() if session is not self))
+        _SESSIONS.set(_open_sessions())
         _FORWARDS.set(tuple(forward for forward in _FORWARDS.get() if forward.session is not self))
 
     def _decides_over(self, convolution: nn.Module) -> bool:
@@ -375,6 +376,24 @@ class _Session:
             forward.watch(output)
 
 
+class _Hook(functools.partial[Any]):
+    """A hook that stays behind when its module is copied or pickled inside the block."""
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _do_nothing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing_to_do, ()
+
+
+def _do_nothing(*arguments: object) -> None:
+    """Stand where a hook was."""
+
+
+def _nothing_to_do() -> Callable[..., None]:
+    return _do_nothing
+
+
 class _Forward:
     """One forward pass: the class of each of its rows, known once its backward pass reaches the logits."""
 
@@ -395,7 +414,7 @@ class _Forward:
         owner = self.owner
         if owner._pick_logits is not None:
             output = pick_logits(output, owner._pick_logits)
-        if isinstance(output, Tensor) and output.requires_grad and not self.reached:
+        if not self.reached and _may_go_back(output):
             raise ModelError(
                 "None of the chosen convolutions was called in this forward pass, so nothing would be edited; choose "
                 "layers that take part, and explain the model itself rather than a compiled or functional copy."
@@ -531,6 +550,17 @@ _SESSIONS: ContextVar[tuple[_Session, ...]] = ContextVar("parchgrad_sessions", d
 _FORWARDS: ContextVar[tuple[_Forward, ...]] = ContextVar("parchgrad_forwards", default=())
 
 
+def _open_sessions() -> tuple[_Session, ...]:
+    """Those of this thread or task; one that another thread closed is still in the context that entered it."""
+    return tuple(session for session in _SESSIONS.get() if session._is_open)
+
+
+def _may_go_back(output: object) -> bool:
+    """Whether a backward pass may start from an output, of an unknown kind perhaps."""
+    tensors = tensors_in(output)
+    return any(values.requires_grad for values in tensors) if tensors else torch.is_grad_enabled()
+
+
 def _version(values: Tensor) -> int | None:
     """Counts the changes in place; inference tensors have no such count."""
     return None if values.is_inference() else values._version
@@ -540,6 +570,12 @@ def _current_backward_pass() -> int:
     """Number of the backward pass under way; torch's own hooks over several tensors tell passes apart by it."""
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def check_logits(pick: object) -> None:
+    """Raise `SettingError` unless what is to pick the logits is a function, or None."""
+    if pick is not None and not callable(pick):
+        raise SettingError(f"logits is {pick!r}, but it must be a function that picks them out of the output.")
 
 
 def pick_logits(output: Any, pick: Callable[[Any], Tensor]) -> Tensor:
@@ -571,10 +607,11 @@ def pick_logits(output: Any, pick: Callable[[Any], Tensor]) -> Tensor:
 def read_classes(gradient: Tensor) -> Tensor:
     """Read which class each row explains off the gradient at the logits.
 
-    It is the largest positive entry of the row; where no entry is positive, the one of largest magnitude.
+    It is the largest positive entry of the row; where no entry is positive, the one of largest magnitude. Of a map of
+    entries for each class what is positive is summed, and the magnitudes.
 
     Args:
-        gradient: gradient at the logits, shape (B, K); further dimensions are summed, (B,) counts as one class.
+        gradient: gradient at the logits, shape (B, K, *S); (B,) counts as one class.
 
     Returns:
         Class indices, shape (B,).
@@ -585,9 +622,10 @@ def read_classes(gradient: Tensor) -> Tensor:
     """
     if gradient.dim() == 1:
         gradient = gradient.unsqueeze(1)
-    seeds = gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
-    largest, classes = seeds.max(dim=1)
-    return torch.where(largest > 0, classes, seeds.abs().argmax(dim=1))
+    maps = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
+    # Not the sum: weights of either sign, such as a region less its surroundings, would cancel in it.
+    largest, classes = maps.clamp_min(0).sum(dim=2).max(dim=1)
+    return torch.where(largest > 0, classes, maps.abs().sum(dim=2).argmax(dim=1))
 
 
 def integer_targets(target: Target) -> Tensor:

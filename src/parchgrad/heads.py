@@ -1,5 +1,6 @@
 """What of a model's output is explained: logits out of any kind of output, and one score for each row."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -7,11 +8,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from parchgrad.checks import check_kind, check_whole_number
+from parchgrad.diagnosis import broken
 from parchgrad.engine import check_target_range, pick_logits
-from parchgrad.errors import InputError, ModelError, SettingError, TargetError
+from parchgrad.errors import InputError, ModelError, TargetError
 from parchgrad.layers import Convolution
+from parchgrad.partition import at_least_float32
 
-__all__ = ["Logits", "Output", "RegionScore", "Score", "Scores"]
+__all__ = ["Logits", "Output", "RegionScore", "Score", "Scores", "check_inputs"]
 
 Score: TypeAlias = Callable[[Any], Tensor]
 """What to explain of a model's output, or of the logits picked out of it: one number for each of its rows, (B,)."""
@@ -33,7 +37,7 @@ class RegionScore:
         SettingError: if `target` is no index.
         TargetError: if the network has no such class.
         ModelError: if its output are no scores (B, K, *S).
-        InputError: if the mask does not fit them.
+        InputError: if the mask is neither boolean nor finite numbers, or does not fit the scores.
 
     Source: Vinogradova et al. (2020), "Towards Interpretable Semantic Segmentation via Gradient-Weighted Class
     Activation Mapping", equation 2.
@@ -48,8 +52,16 @@ class RegionScore:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, int) or isinstance(self.target, bool) or self.target < 0:
-            raise SettingError(f"target is {self.target!r}, but it must be the index of a class, from 0 on.")
+        check_whole_number("target", self.target, 0)
+        if self.mask is None:
+            return
+        check_kind("The mask", self.mask, Tensor, "give torch.as_tensor(mask)", error=InputError)
+        if self.mask.dtype != torch.bool and not self.mask.is_floating_point():
+            raise InputError(
+                f"The mask is {self.mask.dtype}, but a region is boolean or weights in floating point; give mask > 0."
+            )
+        if not bool(self.mask.isfinite().all()):
+            raise InputError("The mask holds NaN or infinite values; give weights that are numbers, or a boolean mask.")
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Sum the class over the region, (B, K, *S) to (B,)."""
@@ -58,7 +70,7 @@ class RegionScore:
                 f"The model returns {_kind(scores)}, but a region needs scores of shape (B, K, *S); give logits, a "
                 "function that picks them out of the output."
             )
-        check_target_range(self.target, scores.shape[1])
+        check_target_range(int(self.target), scores.shape[1])
         if self.mask is None:
             region = scores.argmax(dim=1) == self.target
         elif self.mask.shape == scores.shape[2:]:
@@ -68,7 +80,8 @@ class RegionScore:
                 f"The mask has shape {tuple(self.mask.shape)}, but the model's scores have the spatial shape "
                 f"{tuple(scores.shape[2:])}; resize the mask, and give one for all images."
             )
-        of_class = scores[:, self.target]
+        # The sum over a region leaves the range of half precision.
+        of_class = at_least_float32(scores[:, self.target])
         # Not multiplied: what is outside the region may be infinite.
         weights = region.to(of_class.dtype).expand_as(of_class)
         return torch.where(weights != 0, of_class * weights, 0).flatten(1).sum(dim=1)
@@ -94,6 +107,8 @@ class Output(nn.Module):
         """What is picked out of the model's output."""
         try:
             output = self.model(inputs)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, AssertionError) as error:
             mismatch = _mismatch(self.model, inputs, str(error))
             if mismatch is None:
@@ -102,9 +117,9 @@ class Output(nn.Module):
         return output if self._pick is None else pick_logits(output, self._pick)
 
     def note(self, scores: Tensor) -> None:
-        """Take note of scores that are NaN or infinite; minus infinity is how classes are ruled out."""
-        broken = (scores.isnan() | scores.isposinf()).any().detach()
-        self._broken = broken if self._broken is None else self._broken | broken
+        """Take note of scores that are NaN or infinite, other than those of classes that are ruled out."""
+        found = broken(scores.detach()).any()
+        self._broken = found if self._broken is None else self._broken | found
 
     @property
     def was_finite(self) -> bool:
@@ -115,10 +130,21 @@ class Output(nn.Module):
 class Logits(Output):
     """The logits of a classifier, (B, K)."""
 
-    def __init__(self, model: nn.Module, highest_target: int, pick: Callable[[Any], Tensor] | None = None) -> None:
-        """Wrap a model, see `Output`; `highest_target` is the highest class that is explained, -1 where none is."""
+    def __init__(
+        self, model: nn.Module, highest_target: int | None, pick: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        """Wrap a model, see `Output`; `highest_target` is the highest class that is explained, None where none is."""
         super().__init__(model, pick)
         self._highest_target = highest_target
+
+    @property
+    def head(self) -> Output:
+        """What calls the model."""
+        return self
+
+    def broken_rows(self, inputs: Tensor) -> Tensor:
+        """Which rows have a logit that is NaN or infinite, shape (B,)."""
+        return broken(self(inputs)).any(dim=1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits (B, K)."""
@@ -128,7 +154,8 @@ class Logits(Output):
                 f"The model returns {_kind(logits)}, but logits of shape (B, K) are needed; give logits, a function "
                 "that picks them out of the output, or a target that makes a score of it."
             )
-        check_target_range(self._highest_target, logits.shape[1])
+        if self._highest_target is not None:
+            check_target_range(self._highest_target, logits.shape[1])
         self.note(logits)
         return logits
 
@@ -136,16 +163,34 @@ class Logits(Output):
 class Scores(nn.Module):
     """One number for each row, made of a model's output by a function of the user."""
 
-    def __init__(self, output: Output, score: Score) -> None:
-        """Wrap a model's output, and the function."""
+    def __init__(self, head: Output, score: Score) -> None:
+        """Wrap what calls the model, and the function.
+
+        Raises:
+            TargetError: if the function is a class, which makes an object rather than a score.
+        """
         super().__init__()
-        self.output = output
-        self.training = output.training
+        if isinstance(score, type):
+            raise TargetError(f"target is the class {score.__name__} itself; give one of its objects.")
+        self.head = head
+        self.training = head.training
         self._score = score
+
+    def broken_rows(self, inputs: Tensor) -> Tensor:
+        """Which rows have a score, or scores of which it is made, that are NaN or infinite, shape (B,)."""
+        output = self.head(inputs)
+        found = broken(self._score(output))
+        if isinstance(output, Tensor) and output.shape[:1] == inputs.shape[:1]:
+            found = found | broken(output).flatten(1).any(dim=1)
+        return found
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Scores (B,)."""
-        scores = self._score(self.output(inputs))
+        output = self.head(inputs)
+        if isinstance(output, Tensor) and output.is_floating_point():
+            # A region of the class that a network calls there need not hold what is NaN.
+            self.head.note(output)
+        scores = self._score(output)
         rows = inputs.shape[0]
         if not isinstance(scores, Tensor) or scores.shape != (rows,):
             raise TargetError(
@@ -157,8 +202,20 @@ class Scores(nn.Module):
                 "What target returns does not depend on the model's output, or was cut off from it; return a score "
                 "that is computed from the output, without detach() or argmax()."
             )
-        self.output.note(scores)
+        self.head.note(scores)
         return scores
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Raise `InputError` unless the inputs are a batch (B, C, *S) of finite floating-point numbers."""
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"The inputs are a {type(inputs).__name__}, but a tensor (B, C, *S) is needed.")
+    if inputs.dim() < 3 or inputs.shape[0] == 0:
+        raise InputError(f"The inputs have shape {tuple(inputs.shape)}, but a non-empty batch (B, C, *S) is needed.")
+    if not inputs.is_floating_point():
+        raise InputError(f"The inputs are {inputs.dtype}, but gradients need floating point; preprocess them first.")
+    if not torch.isfinite(inputs).all():
+        raise InputError("The inputs hold NaN or infinite values; look for a division by zero in the preprocessing.")
 
 
 def _kind(value: object) -> str:
@@ -170,7 +227,7 @@ def _mismatch(model: nn.Module, inputs: Tensor, message: str) -> str | None:
     first = next((module for module in model.modules() if isinstance(module, Convolution)), None)
     if first is None:
         return None
-    if inputs.dim() != len(first.kernel_size) + 2:
+    if inputs.dim() != len(first.kernel_size) + 2 and re.search(r"\dD\b|batched|dim", message):
         return (
             f"The inputs have shape {tuple(inputs.shape)}, but the model's first convolution takes a batch with "
             f"{len(first.kernel_size) + 2} dimensions; add the batch dimension with inputs.unsqueeze(0)."

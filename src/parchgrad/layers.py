@@ -47,7 +47,7 @@ def bare_model(model: nn.Module) -> nn.Module:
         True
     """
     check_model(model)
-    if isinstance(model, nn.DataParallel):
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ModelError(
             "DataParallel copies the model in every pass, out of reach of hooks; explain model.module, one process "
             "per device, as DistributedDataParallel has it."
@@ -77,7 +77,7 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
         >>> list(find_convolutions(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))))
         ['0', '2']
     """
-    check_model(model)
+    model = bare_model(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
     if not convolutions:
         raise ModelError(
@@ -110,8 +110,11 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
         >>> list(choose_layers(model, 0.5)), list(choose_layers(model, ["0", "[23]"]))
         (['2', '3'], ['0', '2', '3'])
     """
+    model = bare_model(model)
     convolutions = find_convolutions(model)
-    _check_more_than_patches(model, convolutions)
+    if layers in ("default", "all") or is_number(layers):
+        # Who names layers knows what they do.
+        _check_more_than_patches(model, convolutions)
     if isinstance(layers, bool) or layers is None:
         raise _not_a_choice(layers)
     if is_number(layers):
@@ -140,12 +143,22 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
 def _check_more_than_patches(model: nn.Module, convolutions: Mapping[str, Convolution]) -> None:
     """Raise `ModelError` for a transformer or mixer: its convolutions cut patches, linear layers do all else."""
     cuts = all(module.kernel_size == module.stride and max(module.kernel_size) > 1 for module in convolutions.values())
+    if len(convolutions) > 1:
+        # Convolutions that halve the image one after the other are a network, unless tokens are normalised in between.
+        cuts = cuts and any(
+            re.search("layer_?norm|rms_?norm", type(m).__name__, re.IGNORECASE) for m in model.modules()
+        )
+    else:
+        (only,) = convolutions.values()
+        # Patches may overlap. A user who changes a convolution may give one stride for all dimensions.
+        step = only.stride if isinstance(only.stride, int) else min(only.stride)
+        cuts = 2 * step > max(only.kernel_size) > 1
     if cuts and sum(isinstance(module, nn.Linear) for module in model.modules()) > _LINEAR_LAYERS_OF_A_HEAD:
         raise ModelError(
             f"{type(model).__name__} is no convolutional network: its only convolutions "
             f"({', '.join(list(convolutions)[:3])}{', ...' if len(convolutions) > 3 else ''}) cut the image into "
-            "patches, and the channels behind them are not what decides; use a convolutional network or the plain "
-            "method (selector=None)."
+            "patches, and the channels behind them are not what decides; use a convolutional network, the plain "
+            "method (selector=None), or name the layers."
         )
 
 

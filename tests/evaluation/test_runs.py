@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -306,6 +307,23 @@ def test_the_grid_brings_the_controls_and_a_random_twin_of_every_edit():
         assert twin in settings
     assert Setting(method="smoothgrad") in settings
     json.dumps([setting.title for setting in settings])
+
+
+@pytest.mark.parametrize("made", [np.array, torch.tensor, list, lambda values: list(np.float32(values))])
+def test_a_grid_takes_arrays_and_lists_as_well(made):
+    tenths = (0.125, 0.25, 0.5)
+    grid = Grid(quantiles=made(tenths), gammas=made([2.0]), layers=["all", ["a", "b"]])
+    wanted = Grid(quantiles=tenths, gammas=(2.0,), layers=("all", ("a", "b")))
+    assert grid == wanted
+    assert hash(grid) == hash(wanted)
+    assert {type(quantile) for quantile in grid.quantiles} == {float}
+    assert grid.settings() == wanted.settings()
+
+
+@pytest.mark.parametrize("single", [np.array(0.1), np.float64(0.1), np.ones((2, 2)), b"ab", {0.1}])
+def test_a_grid_refuses_what_is_no_sequence_of_values(single):
+    with pytest.raises(SettingError, match="must be a tuple of values"):
+        Grid(quantiles=single)
 
 
 def test_settings_make_the_methods_they_name(network):

@@ -42,6 +42,7 @@ def read_image(path: str | Path) -> Image.Image:
     """
     with opened_image(path) as opened:
         check_proportions(opened)
+        _check_numbers(opened, "it")
         # In place, since a large photograph is held as few times as may be.
         ImageOps.exif_transpose(opened, in_place=True)
         return to_rgb(opened)
@@ -145,13 +146,18 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode; Pillow itself would clip wide integers and floats, and show what is transparent.
 
+    Raises:
+        InputError: if it is no image.
+        ImageError: if it holds NaN or infinite values.
+
     Example:
         >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
         (255, 255, 255)
     """
     _check_image(image)
+    _check_numbers(image, "The image")
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values = np.array(image, dtype=np.float32)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
             values *= np.float32(255 / 65535)
         elif image.mode == "F" and values.max(initial=0) <= 1:
@@ -162,3 +168,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         coloured = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
     return image.convert("RGB")
+
+
+def _check_numbers(image: Image.Image, name: str) -> None:
+    """Raise `ImageError` for an image whose pixels are not all numbers, which would be painted black or white."""
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ImageError(f"{name} holds NaN or infinite values; give every pixel a number.")

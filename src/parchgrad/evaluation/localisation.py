@@ -75,7 +75,7 @@ def mass_inside(heat: Tensor, region: Tensor) -> Tensor:
         tensor([0.7500,    nan], dtype=torch.float64)
     """
     _check_regions(heat, region)
-    wide = heat.double()
+    wide = _in_parts_of_the_peak(heat)
     share = (wide * region).sum(dim=(1, 2)) / wide.sum(dim=(1, 2))
     return share.masked_fill(~_can_be_met(heat, region), math.nan)
 
@@ -249,6 +249,12 @@ def _check_regions(heat: Tensor, region: Tensor) -> None:
         raise InputError("The maps hold negative values; take their magnitude with heatmap() first.")
 
 
+def _in_parts_of_the_peak(heat: Tensor) -> Tensor:
+    """Maps (B, H, W) in float64 over their largest value: sums of huge values would overflow."""
+    wide = heat.double()
+    return wide / wide.amax(dim=(1, 2), keepdim=True)
+
+
 def _can_be_met(heat: Tensor, region: Tensor) -> Tensor:
     """Whether the map points anywhere and the region holds a pixel, shape (B,)."""
     return heat.isfinite().all(dim=(1, 2)) & (heat > 0).any(dim=(1, 2)) & region.any(dim=(1, 2))
@@ -294,7 +300,8 @@ def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
         columns: number of columns of cells.
 
     Returns:
-        Shares (B, rows * columns), row by row, each row summing to 1; NaN for a map that is zero everywhere.
+        Shares (B, rows * columns), row by row, each row summing to 1; NaN for a map that is zero everywhere
+        or not finite.
 
     Raises:
         InputError: if the grid does not divide the map, or the map is negative somewhere.
@@ -311,5 +318,11 @@ def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
     if (heat < 0).any():
         raise InputError("The maps hold negative values; take their magnitude with heatmap() first.")
     batch, height, width = heat.shape
-    cells = heat.double().reshape(batch, rows, height // rows, columns, width // columns).sum(dim=(2, 4)).flatten(1)
-    return (cells / cells.sum(dim=1, keepdim=True)).to(heat.dtype)
+    cells = (
+        _in_parts_of_the_peak(heat)
+        .reshape(batch, rows, height // rows, columns, width // columns)
+        .sum(dim=(2, 4))
+        .flatten(1)
+    )
+    shares = cells / cells.sum(dim=1, keepdim=True)
+    return shares.masked_fill(~heat.isfinite().all(dim=(1, 2)).unsqueeze(1), math.nan).to(heat.dtype)

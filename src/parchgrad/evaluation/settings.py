@@ -4,8 +4,9 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
+import numpy as np
 from torch import nn
 
 from parchgrad.attribution import Explainer
@@ -119,6 +120,8 @@ class Setting:
 class Grid:
     """All combinations of settings, and the controls that always come with them.
 
+    Any sequence or array of one axis is taken, and kept as a tuple.
+
     Attributes:
         methods: see `Setting.method`.
         selectors: see `Setting.selector`.
@@ -142,11 +145,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise SettingError(
-                    f"{item.name} is {value!r}, but it must be a tuple of values; for a single one write ({value!r},)."
-                )
+            object.__setattr__(self, item.name, _values(item.name, getattr(self, item.name)))
 
     def settings(self) -> tuple[Setting, ...]:
         """The controls, the plain gradient first, then all combinations, each once.
@@ -177,6 +176,18 @@ class Grid:
                 found.append(replace(edit, selector="random"))
                 found += [replace(edit, masks=masks) for masks in self.masks if masks == "own" or method == "gradient"]
         return tuple(dict.fromkeys(found))
+
+
+def _values(name: str, given: Any) -> tuple[Any, ...]:
+    """A sequence or an array of one axis as a tuple of Python's own values, which has a hash and can be written."""
+    if getattr(given, "ndim", None) == 1:
+        return tuple(given.tolist())
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise SettingError(
+            f"{name} is {given!r}, but it must be a tuple of values; for a single one write ({given!r},)."
+        )
+    own = (value.item() if isinstance(value, np.generic) else value for value in given)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in own)
 
 
 def make_method(

@@ -23,12 +23,11 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 from torchvision import transforms
 
-from parchgrad.attribution import check_inputs
 from parchgrad.checks import check_kind, check_whole_number
 from parchgrad.data.images import check_proportions, to_rgb
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
-from parchgrad.heads import Logits
+from parchgrad.heads import Logits, check_inputs
 from parchgrad.shapes_network import ShapesNetwork
 
 __all__ = [
@@ -141,7 +140,7 @@ class Classifier:
         check_whole_number("count", count, 1)
         check_inputs(inputs)
         with torch.no_grad():
-            logits = Logits(self.model, -1)(inputs)
+            logits = Logits(self.model, None)(inputs)
             if logits.shape[1] != len(self.categories):
                 raise ModelError(
                     f"{self.name} has {logits.shape[1]} classes, but {len(self.categories)} names are given for them; "

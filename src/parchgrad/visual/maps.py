@@ -344,7 +344,10 @@ def strip(
     if columns < 1:
         raise SettingError(f"columns is {columns}, but a line holds at least one picture; give 1 or more.")
     top = shared_top(maps.values())
-    cells = [(label, _array(photograph)), *((name, blend(photograph, heat, top=top)) for name, heat in maps.items())]
+    cells = [
+        (label, _photograph(photograph)),
+        *((name, blend(photograph, heat, top=top)) for name, heat in maps.items()),
+    ]
     figure, axes = _lay_out(cells, columns)
     _colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
     return figure
@@ -395,6 +398,16 @@ def _array(values: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(values.detach().double().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
 
 
+def _photograph(values: ArrayLike) -> NDArray[np.float64]:
+    """A picture that can be shown as it is."""
+    picture = _array(values)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        raise InputError(f"The photograph has shape {picture.shape}, but (H, W, 3) is needed; move its channels last.")
+    if not ((picture >= 0) & (picture <= 1)).all():
+        raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
+    return picture
+
+
 def _check_percentile(percentile: float) -> None:
     if not 0 < percentile <= 100:
         raise SettingError(f"percentile is {percentile}, but it must lie in (0, 100].")
@@ -417,14 +430,12 @@ def _mix(photograph: ArrayLike, tinted: Picture, opacity: float) -> Picture:
     """Lay a tinted map over the photograph, which turns grey as the map becomes opaque."""
     if not 0 <= opacity <= 1:
         raise SettingError(f"opacity is {opacity}, but it must lie in [0, 1].")
-    picture = _array(photograph)
+    picture = _photograph(photograph)
     if picture.shape != (*tinted.shape[:2], 3):
         raise InputError(
             f"A photograph of shape {picture.shape} and a map of shape {tinted.shape[:2]} do not match; bring them to "
             "one size."
         )
-    if picture.min() < 0 or picture.max() > 1:
-        raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
     grey = (picture @ _LUMINANCE)[..., None]
     weight = opacity * tinted[..., 3:]
     mixed: Picture = (1 - weight) * (opacity * grey + (1 - opacity) * picture) + weight * tinted[..., :3]
@@ -451,7 +462,7 @@ def _cells(
         cell
         for row, photograph in enumerate(photographs)
         for cell in (
-            (labels[row] if labels else "photograph", _array(photograph)),
+            (labels[row] if labels else "photograph", _photograph(photograph)),
             *((name, draw(photograph, column[row])) for name, column in maps.items()),
         )
     ]

@@ -1,0 +1,212 @@
+"""What must be true of the maps of any network, and a second, slower way to them."""
+
+import copy
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+import parchgrad as pg
+from parchgrad.layers import LayerChoice, choose_layers
+
+SIZES = (64, 96, 128)
+QUANTILE = 0.1
+
+
+class FaultError(Exception):
+    """What must be true of a map is not."""
+
+
+def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Add noise to every parameter that starts as a constant.
+
+    Many networks start with branches, gains or classifiers at zero, so that their gradient is zero until they are
+    trained: a map of zeros would say nothing about the edit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and parameter.min() == parameter.max():
+                spread = 0.1 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
+                parameter += spread * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def workable_inputs(model: nn.Module) -> Tensor:
+    """Two pictures of noise, of the first size that the network takes; else of the size it is made for."""
+    demanded = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]
+    sizes = [*SIZES, demanded]
+    for size in sizes:
+        inputs = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+        try:
+            with torch.no_grad():
+                model(inputs)
+        except (RuntimeError, AssertionError, ValueError, IndexError):
+            # Too small for the network, or not its fixed size.
+            if size == sizes[-1]:
+                raise
+        else:
+            return inputs
+    raise AssertionError("sizes is never empty")
+
+
+class Reference:
+    """The partitioned gradient in another way: a hook on each convolution's output, and the design's equations.
+
+    Attributes:
+        tied: convolutions whose last kept channel and first pruned one differed by no more than rounding.
+    """
+
+    def __init__(self, model: nn.Module, layers: LayerChoice) -> None:
+        """Take a network in float64 and the convolutions that are edited."""
+        self._model = model
+        self._convolutions = choose_layers(model, layers)
+        self.tied: set[str] = set()
+
+    def map(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Explain inputs (B, 3, H, W), in float64, for targets (B,)."""
+        handles = [
+            module.register_forward_hook(functools.partial(self._attach, name))
+            for name, module in self._convolutions.items()
+        ]
+        try:
+            return seeded_gradient(self._model, inputs, targets)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attach(self, name: str, module: nn.Module, arguments: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(functools.partial(self._edit, name))
+
+    def _edit(self, name: str, gradient: Tensor) -> Tensor:
+        flat = gradient.flatten(2)
+        energy = (flat / flat.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-300)).square().sum(dim=2)
+        kept_count = max(1, int(QUANTILE * energy.shape[1]))
+        last = energy.topk(kept_count, dim=1).values[:, -1:]
+        mask = energy >= last
+        near = (energy - last).abs() <= 1e-9 * last
+        if (near.sum(dim=1) > 1).logical_and(last.squeeze(1) > 0).any():
+            self.tied.add(name)
+        kept, rest = ((flat * chosen.unsqueeze(2)).sum(dim=1) for chosen in (mask, ~mask))
+        # A kept sum that is the same everywhere varies by its rounding alone.
+        rounding = 1e-14 * flat.abs().sum(dim=1).amax(dim=1)
+        if flat.shape[2] == 1:
+            m, n = kept.abs()[:, 0], rest.abs()[:, 0]
+            beta, usable = ((m + n) / m).sqrt(), m > rounding
+        else:
+            # Deviations rather than variances, whose squares of small numbers would vanish.
+            m, n = kept.std(dim=1), rest.std(dim=1)
+            beta, usable = torch.hypot(m, n) / m, m > rounding
+        one_sided = mask.all(dim=1) | ~mask.any(dim=1)
+        scale = torch.where(usable, beta, 1.0).unsqueeze(1) * mask
+        scale = torch.where(one_sided.unsqueeze(1), 1.0, scale)
+        return gradient * scale.reshape(*scale.shape, *[1] * (gradient.dim() - 2))
+
+
+def seeded_gradient(model: nn.Module, inputs: Tensor, targets: Tensor, factor: float = 1.0) -> Tensor:
+    """Gradient of the chosen logits, times a factor, straight from autograd."""
+    leaf = inputs.clone().requires_grad_()
+    logits = model(leaf)
+    seed = torch.zeros_like(logits).scatter_(1, targets.unsqueeze(1), factor)
+    return torch.autograd.grad(logits, leaf, seed)[0]
+
+
+def hook_count(model: nn.Module) -> int:
+    """Number of hooks of any kind on any module."""
+    kinds = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def is_unchanged(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether parameters and buffers are still those of a state dict, bit by bit."""
+    return all(torch.equal(values, weights[name]) for name, values in model.state_dict().items())
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest value of each row's expected map."""
+    peaks = expected.abs().flatten(1).amax(dim=1)
+    return float(((found - expected).abs().flatten(1).amax(dim=1) / peaks).max())
+
+
+def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[str]:
+    """Hold the maps of a network against what must be true of them.
+
+    Args:
+        model: float32, in evaluation mode; left as it is.
+        inputs: two different pictures, shape (2, 3, H, W).
+        layers: which convolutions are edited.
+
+    Returns:
+        What is to be known.
+
+    Raises:
+        FaultError: with what is not true.
+    """
+    targets = torch.tensor([1, 3])
+    selector = pg.GradientEnergy(quantile=QUANTILE)
+    hooks, weights = hook_count(model), copy.deepcopy(model.state_dict())
+    notes = []
+
+    def explain(network: nn.Module, x: Tensor, y: Tensor, chosen: pg.Selector = selector) -> Tensor:
+        return pg.Explainer(network, chosen, layers=layers).attribute(x, y)
+
+    single_precision = explain(model, inputs, targets)
+    if not torch.isfinite(single_precision).all():
+        raise FaultError("the map is not finite")
+    plain = seeded_gradient(model, inputs, targets)
+    if not (plain.flatten(1).abs().amax(dim=1) > 0).all():
+        raise FaultError("the plain gradient is zero")
+    _agree(explain(model, inputs, targets, pg.GradientEnergy(quantile=1.0)), plain, 1e-4, "with all channels kept")
+    # In double precision, so that rounding decides about no channel.
+    wide, pictures = copy.deepcopy(model).double(), inputs.double()
+    layers, tied = without_ties(wide, pictures, targets, layers)
+    if tied:
+        notes.append(f"{tied} ties")
+    reference = Reference(wide, layers)
+    found = explain(wide, pictures, targets)
+    if not (found.flatten(1).abs().amax(dim=1) > 0).all():
+        raise FaultError("the map is zero")
+    _agree(found, reference.map(pictures, targets), 1e-6, "against the reference")
+    plain = seeded_gradient(wide, pictures, targets)
+    if not difference(found, plain) > 1e-3:
+        raise FaultError("the map is the plain one")
+    halves = [(pictures[row : row + 1], targets[row : row + 1]) for row in (0, 1)]
+    rows = torch.cat([explain(wide, *half) for half in halves])
+    _agree(rows, torch.cat([reference.map(*half) for half in halves]), 1e-6, "picture by picture")
+    if difference(torch.cat([seeded_gradient(wide, *half) for half in halves]), plain) < 1e-6:
+        _agree(rows, found, 1e-6, "a batch against its pictures")
+    else:
+        notes.append("single differs")
+    with pg.ParchGrad(wide, selector, layers=layers):
+        scaled = seeded_gradient(wide, pictures, targets, factor=2.0**-40)
+    _agree(scaled * 2.0**40, found, 1e-6, "with a smaller seed")
+    if hook_count(model) != hooks or hook_count(wide) != hooks:
+        raise FaultError("hooks are left on the model")
+    if not is_unchanged(model, weights):
+        raise FaultError("the weights are not as they were")
+    return notes
+
+
+def _agree(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    off = difference(found, expected)
+    # Put so that NaN fails too.
+    if not off < tolerance:
+        raise FaultError(f"{what}, the maps are {off:.1e} off")
+
+
+def without_ties(model: nn.Module, inputs: Tensor, targets: Tensor, layers: LayerChoice) -> tuple[LayerChoice, int]:
+    """Leave out the convolutions where rounding decides which of two channels is kept, and count them.
+
+    An attention that weighs two branches by a softmax sends opposite gradients to them, whose energies are equal.
+    """
+    chosen, tied = list(choose_layers(model, layers)), 0
+    while True:
+        reference = Reference(model, chosen)
+        reference.map(inputs, targets)
+        for row in range(len(inputs)):
+            reference.map(inputs[row : row + 1], targets[row : row + 1])
+        if not reference.tied:
+            return (chosen if tied else layers), tied
+        chosen, tied = [name for name in chosen if name not in reference.tied], tied + len(reference.tied)

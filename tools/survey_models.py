@@ -1,0 +1,317 @@
+"""Try ParchGrad on every family of classifiers in torchvision and timm, and write docs/models.md.
+
+    python tools/survey_models.py [--only NAME ...] [--out PATH]
+
+A family is a module of a library that registers classifiers. Of each the smallest network is built, offline and with
+random weights, and its maps are held against what must be true of them; see `check_maps`. Ten minutes on one core.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from survey_checks import FaultError, check_maps, enliven, workable_inputs
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from parchgrad.errors import ModelWarning, ParchGradError
+from parchgrad.layers import choose_layers, find_convolutions
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+LIBRARIES = ("torchvision", "timm")
+OUTCOMES = ("works", "refused", "fails")
+LAYERS = ("default", "all")
+SECONDS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A module of a library that registers classifiers."""
+
+    library: str
+    name: str
+    variants: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of a family; a line of the page.
+
+    Attributes:
+        library: torchvision or timm.
+        family: name of the module.
+        variant: the smallest network of the family.
+        outcome: one of `OUTCOMES`.
+        parameters: how many the network has.
+        size: side of the pictures in pixels; 0 where none was needed.
+        edited: convolutions edited by default.
+        convolutions: all of them.
+        note: why, or what is to be known.
+    """
+
+    library: str
+    family: str
+    variant: str = ""
+    outcome: str = "fails"
+    parameters: int = 0
+    size: int = 0
+    edited: int = 0
+    convolutions: int = 0
+    note: str = ""
+
+
+def find_families() -> list[Family]:
+    """Find the families in the registries themselves, so that none is forgotten."""
+    by_module = defaultdict(list)
+    for name in torchvision.models.list_models(torchvision.models):
+        by_module[torchvision.models.get_model_builder(name).__module__.rsplit(".", 1)[1]].append(name)
+    # Networks by the name of test_ are timm's own toys.
+    in_timm = {
+        module: [name for name in timm.list_models(module=module) if not name.startswith("test_")]
+        for module in timm.list_modules()
+    }
+    return [
+        Family(library=library, name=module, variants=tuple(names))
+        for library, modules in zip(LIBRARIES, (by_module, in_timm), strict=True)
+        for module, names in sorted(modules.items())
+        if names
+    ]
+
+
+def build(library: str, variant: str) -> nn.Module:
+    """Build a classifier with random weights, in evaluation mode; nothing is downloaded."""
+    if library == "timm":
+        model = timm.create_model(variant, pretrained=False)
+    else:
+        model = torchvision.models.get_model(variant, weights=None)
+    return model.eval()
+
+
+class _WithoutFilling(TorchFunctionMode):
+    """Leaves out what fills tensors in place: on the meta device there is nothing to fill, and it takes most time."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def build_skeleton(library: str, variant: str) -> nn.Module:
+    """Build a classifier whose parameters hold nothing, if its constructor does not compute with tensors."""
+    try:
+        with torch.device("meta"), _WithoutFilling():
+            return build(library, variant)
+    except (NotImplementedError, RuntimeError):
+        return build(library, variant)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of values in all parameters of a network."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def smallest(family: Family) -> tuple[str, nn.Module]:
+    """The variant with the fewest parameters, as a skeleton."""
+    found = {variant: count_parameters(build_skeleton(family.library, variant)) for variant in family.variants}
+    variant = min(found, key=lambda name: (found[name], name))
+    return variant, build_skeleton(family.library, variant)
+
+
+def survey_family(family: Family) -> Row:
+    """Build the smallest network of a family and try it."""
+    variant, skeleton = smallest(family)
+    facts: dict[str, Any] = {
+        "library": family.library,
+        "family": family.name,
+        "variant": variant,
+        "parameters": count_parameters(skeleton),
+    }
+    try:
+        facts["edited"] = len(choose_layers(skeleton, "default"))
+        facts["convolutions"] = len(find_convolutions(skeleton))
+    except ParchGradError as error:
+        said, _, _ = str(error).partition(";")
+        return Row(**facts, outcome="refused", note=said)
+    del skeleton
+    torch.manual_seed(0)
+    model = enliven(build(family.library, variant))
+    inputs = workable_inputs(model)
+    facts["size"] = inputs.shape[-1]
+    notes = []
+    for layers in LAYERS:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                notes += check_maps(model, inputs, layers)
+        except FaultError as fault:
+            return Row(**facts, outcome="fails", note=f"{layers} convolutions: {fault}")
+        said = next((str(each.message) for each in caught if each.category is ModelWarning), "")
+        unused = re.match(r"(\d+) of \d+ chosen convolutions were never called", said)
+        if unused is not None and layers == "all":
+            notes.append(f"{unused[1]} in training alone")
+    return Row(**facts, outcome="works", note="; ".join(dict.fromkeys(notes)))
+
+
+def survey_apart(family: Family, seconds: float = SECONDS) -> Row:
+    """Try a family in a process of its own, which is ended when its time is up."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_report, args=(there, family))
+    process.start()
+    there.close()
+    try:
+        if here.poll(seconds):
+            return here.recv()
+        note = f"not done within {seconds:g} s"
+    except EOFError:
+        note = "the process ended without an answer"
+    finally:
+        process.kill()
+        process.join()
+    return Row(library=family.library, family=family.name, note=note)
+
+
+def _report(connection: Connection, family: Family) -> None:
+    warnings.simplefilter("ignore")
+    try:
+        row = survey_family(family)
+    except Exception as error:
+        traceback.print_exc()
+        note = f"{type(error).__name__}: {error}".splitlines()[0]
+        row = Row(library=family.library, family=family.name, note=note)
+    connection.send(row)
+
+
+def installed() -> str:
+    """The versions of the libraries, as the page names them."""
+    return ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, torchvision, timm))
+
+
+def render(rows: Sequence[Row], versions: str) -> str:
+    """The page: how many families work, then a table for each outcome."""
+    counts = [
+        [library, *(sum((row.library, row.outcome) == (library, outcome) for row in rows) for outcome in OUTCOMES)]
+        for library in LIBRARIES
+    ]
+    parts = [_INTRODUCTION, f"Made with {versions}.\n", _table(("families of", *OUTCOMES), counts, "lrrr")]
+    for library in LIBRARIES:
+        working = [
+            (row.family, row.variant, f"{row.parameters / 1e6:.1f}", row.size, row.convolutions, row.edited, row.note)
+            for row in rows
+            if (row.library, row.outcome) == (library, "works")
+        ]
+        parts += [f"## Families of {library} {_ENDINGS['works']}\n", _table(_OF_WORKING, working, "llrrrrl")]
+    for outcome in OUTCOMES[1:]:
+        others = [row for row in rows if row.outcome == outcome]
+        if others:
+            lines = [f"- {row.library} **{row.family}**, `{row.variant}`: {row.note}\n" for row in others]
+            parts += [f"## Families {_ENDINGS[outcome]}\n", "".join(lines)]
+    return "\n".join(parts)
+
+
+_ENDINGS = {"works": "that work", "refused": "that are refused", "fails": "that fail"}
+_OF_WORKING = ("family", "smallest network", "millions", "px", "convolutions", "edited", "note")
+
+
+def _table(headings: Sequence[str], lines: Iterable[Iterable[object]], alignment: str) -> str:
+    rule = ["--:" if side == "r" else "---" for side in alignment]
+    rows = [headings, rule, *([str(cell) for cell in line] for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def read_page(page: str) -> tuple[list[Row], str]:
+    """The rows and the versions of a page that `render` wrote."""
+    rows = []
+    parts = re.split(r"^## Families (.*)\n", page, flags=re.MULTILINE)
+    for title, part in zip(parts[1::2], parts[2::2], strict=True):
+        if title.endswith(_ENDINGS["works"]):
+            for line in re.findall(r"^\| (.*) \|$", part, flags=re.MULTILINE)[2:]:
+                family, variant, millions, *counts, note = line.split(" | ")
+                size, convolutions, edited = map(int, counts)
+                facts = {"parameters": round(1e6 * float(millions)), "size": size, "note": note.strip()}
+                facts |= {"convolutions": convolutions, "edited": edited, "outcome": "works"}
+                rows.append(Row(library=title.split()[1], family=family, variant=variant, **facts))
+        else:
+            outcome = next(outcome for outcome in OUTCOMES if title == _ENDINGS[outcome])
+            for library, family, variant, note in re.findall(
+                r"^- (\S+) \*\*(.*)\*\*, `(.*)`: (.*)$", part, re.MULTILINE
+            ):
+                rows.append(Row(library=library, family=family, variant=variant, outcome=outcome, note=note))
+    versions = re.search(r"^Made with (.*)\.$", page, flags=re.MULTILINE)
+    return rows, versions[1] if versions else ""
+
+
+_INTRODUCTION = """\
+# Networks that were tried
+
+`make survey` writes this page anew. It finds every module that registers classifiers in torchvision and timm, builds
+the smallest network of each with random weights, and explains two pictures of noise by the gradient with
+`GradientEnergy(quantile=0.1)`: once with the default convolutions, once with all. A family *works* if
+
+- the maps are finite, not zero, and not the plain ones;
+- they equal, in double precision, those of a second and slower way: a hook on every convolution's output that applies
+  [the method's equations](method.md) again;
+- with all channels kept they are the plain gradient;
+- a batch gives the maps of its single pictures;
+- a seed of 2 to the power of -40 in place of 1 scales the map by as much;
+- the weights are as they were, and no hook is left on the network.
+
+Gains, branches and classifiers that start at a constant get some noise first, since a network whose branches start at
+zero has a gradient of zero before it is trained. The pictures have 64 pixels a side, or as many as the network needs.
+
+A family is *refused*, in the words given, if it has no convolutions whose channels could be partitioned; the plain
+method explains it (`selector=None`). A family that *works* may still be half a transformer: the edit reaches its
+convolutions alone, and of some there are few.
+
+The tables give millions of parameters, pixels a side, how many convolutions there are and how many are edited by
+default, and notes:
+
+- *n in training alone*: convolutions of auxiliary heads, which have no part in what is explained; a warning says so.
+- *n ties*: convolutions left out of the comparison, since two channels would have to be told apart by rounding alone.
+  An attention that weighs two branches by a softmax sends opposite gradients to them.
+- *single differs*: plain autograd gives a picture on its own another gradient than in a batch, without ParchGrad: on
+  the CPU the backward pass of torch's `BatchNorm2d` misreads a transposed gradient of a single row. Explain two
+  pictures or more with such networks, the same one twice if need be.
+
+What the maps are worth is another question: see [the study](study/README.md).
+"""
+
+
+def main() -> int:
+    """Try the families and write the page; the exit code is the number of those that fail."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these families alone, printed rather than written")
+    parser.add_argument("--out", type=Path, default=PAGE)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    rows = []
+    for family in find_families():
+        if arguments.only and family.name not in arguments.only:
+            continue
+        start = time.monotonic()
+        rows.append(survey_apart(family))
+        print(f"{time.monotonic() - start:5.1f} s  {rows[-1]}", flush=True)
+    if not arguments.only:
+        arguments.out.write_text(render(rows, installed()), encoding="utf-8")
+    return sum(row.outcome == "fails" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
