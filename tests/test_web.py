@@ -103,8 +103,16 @@ class User:
     def take_example(self, name):
         self._client.predict(name, api_name="/take_example")
 
-    def show(self, network="shapes", selector="energy", layers="all", quantile=0.25, **settings):
-        """What stands in the place of the pictures, and the script."""
+    def show(self, **settings):
+        """What stands in the place of the pictures, once the network is there."""
+        end = time.monotonic() + 60
+        while "is being loaded;" in (found := self.ask(**settings)):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        return found
+
+    def ask(self, network="shapes", selector="energy", layers="all", quantile=0.25, **settings):
+        """What stands there at once."""
         chosen = {"method": "gradient", "prune": True, "gamma": 1, "signed": False, "opacity": 1} | settings
         found = self._client.predict(
             network=network,
