@@ -12,7 +12,6 @@ import pytest
 import safetensors.torch
 import timm
 
-from parchgrad.errors import SettingError, WeightsError
 from tests.test_models import Hub
 
 pytestmark = pytest.mark.slow
@@ -30,8 +29,9 @@ def test_twenty_users_with_good_and_bad_requests_get_right_maps_or_one_sentence(
     tally = crowds.observe(crowds.Crowd(users=20, seconds=SECONDS, network="shapes", layers="all"))
     crowds.report(tally)
     assert not tally.wrong
-    assert tally.counts["right map"] >= 10
+    # Each user asked at least once, and everything that can be asked was.
     assert sum(tally.counts.values()) >= 20
+    assert set(tally.counts) == set(crowds.RIGHT)
     assert tally.alive
     # Whoever waits is told behind how many.
     assert tally.places > 0
@@ -55,7 +55,7 @@ class SlowHub(Hub):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    for name in ("test_byobnet", "test_efficientnet", "test_convnext"):
+    for name in ("test_byobnet", "test_efficientnet"):
         SlowHub.weights[name] = safetensors.torch.save(timm.create_model(name).state_dict())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowHub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -73,44 +73,44 @@ def test_every_malformed_body_and_every_path_outside_is_refused(url):
         answer = httpx.post(join, content=body, headers={"content-type": "application/json"}, timeout=30)
         assert 400 <= answer.status_code < 500, body[:40]
     for path in crowds.OUTSIDE:
-        assert httpx.get(f"{url}/gradio_api/{path}").status_code in (403, 404)
+        assert httpx.get(f"{url}/gradio_api/{path}", timeout=30).status_code in (403, 404)
 
 
 def test_a_network_that_takes_long_to_arrive_holds_up_nobody_else(url):
-    waiting, other = User(url), User(url)
+    crowd, other = [User(url) for _ in range(5)], User(url)
+    slow = {"network": "test_byobnet", "layers": "0.5"}
     try:
-        waiting.take_example("coffee")
+        for user in crowd:
+            user.take_example("coffee")
         other.take_example("cat")
-        said = waiting.show(network="test_byobnet", layers="0.5")
-        assert "test_byobnet is being loaded; it is shown as soon as it is here." in said
-        assert len(pictures(other.show())) == 2
-        # One that cannot be had is told at once, and another time as well.
+        # Nobody waits on the server: all are answered, again and again, though the network does not come.
+        for _ in range(3):
+            for user in crowd:
+                assert "test_byobnet is being loaded; it is shown as soon as it is here." in user.ask(**slow)
+            assert len(pictures(other.ask())) == 2
+        # One that cannot be had is told, and another time as well.
         for _ in range(2):
             assert "The weights of test_resnet cannot be loaded (404" in other.show(network="test_resnet")
+        assert not SlowHub.gate.is_set()
         SlowHub.gate.set()
-        end = time.monotonic() + 60
-        while "is being loaded" in said:
-            assert time.monotonic() < end
-            said = waiting.show(network="test_byobnet", layers="0.5")
-        assert len(pictures(said)) == 2
+        for user in crowd:
+            assert len(pictures(user.show(**slow))) == 2
     finally:
         SlowHub.gate.clear()
-        waiting.close()
-        other.close()
+        for user in (*crowd, other):
+            user.close()
 
 
 def test_who_comes_to_a_full_queue_is_told(url):
     shows = next(item for item in httpx.get(f"{url}/config").json()["dependencies"] if item["api_name"] == "show")
     of_user = [None] * (len(shows["inputs"]) - 11)
-    # Each takes no work, but its turn.
-    settings = [None, "", "energy", "gradient", "nothing", 0.1, True, 1, False, 1]
     user, refused = User(url), None
     with httpx.Client(timeout=30) as client:
         for number in range(400):
-            # The first wait a moment for a network that does not come.
-            network = "test_convnext" if number < 4 else "shapes"
+            # Each is some work, which nobody has asked for before.
+            settings = [None, "", "energy", "smoothgrad", "all", 0.1 + number / 1000, True, 1, False, 1]
             message = {"fn_index": shows["id"], "session_hash": f"user {number}"}
-            message["data"] = [*of_user, network, *settings]
+            message["data"] = [*of_user, "shapes", *settings]
             answer = client.post(f"{url}/gradio_api/queue/join", json=message)
             if answer.status_code != 200:
                 refused = answer
@@ -128,44 +128,6 @@ def test_who_comes_to_a_full_queue_is_told(url):
             user.take_example("cat")
             page = user.show()
     user.close()
-
-
-def test_networks_are_loaded_beside_each_other_two_at_a_time_and_failures_forgotten(monkeypatch):
-    from parchgrad import web
-
-    class Slow:
-        def __init__(self):
-            self.gates = {name: threading.Event() for name in "abc"}
-            self.held = set()
-
-        def holds(self, name):
-            return name in self.held
-
-        def classifier(self, name):
-            if name == "broken":
-                raise WeightsError("damaged")
-            assert self.gates[name].wait(10)
-            self.held.add(name)
-
-    monkeypatch.setattr(web, "_LOADING_PATIENCE", 0.05)
-    explorer = Slow()
-    loading = web._Loading(explorer)
-    for name in "aba":
-        with pytest.raises(web._StillLoadingError, match=f"{name} is being loaded"):
-            loading.wait_for(name)
-    with pytest.raises(SettingError, match="a and b are being loaded already; choose c again later"):
-        loading.wait_for("c")
-    explorer.gates["a"].set()
-    monkeypatch.setattr(web, "_LOADING_PATIENCE", 10.0)
-    loading.wait_for("a")
-    for _ in range(2):
-        with pytest.raises(WeightsError, match="damaged"):
-            loading.wait_for("broken")
-    for name in "bc":
-        explorer.gates[name].set()
-        loading.wait_for(name)
-        loading.wait_for(name)
-    assert loading._coming == {}
 
 
 @needs_browser

@@ -54,6 +54,7 @@ ORDER = [
     {"hook_wrapper"},
     {"attribution_methods"},
     {"exploration", "web_guard"},
+    {"loading"},
     {"web"},
     {"cli.shared"},
     {"cli.evaluation", "cli.explorer", "cli.photographs", "cli.statistics"},

@@ -14,10 +14,9 @@ import os
 import re
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from parchgrad.exploration import (
     tinted,
 )
 from parchgrad.files import writing
+from parchgrad.loading import Loading, StillLoadingError
 from parchgrad.models import OFFLINE_MODEL, SHAPES_MODEL
 from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.visual import save_figure
@@ -71,11 +71,8 @@ _SELECTORS = {
     "instance": "Instance-wise (statistics)",
 }
 _FALLBACK = "energy"
-# Seconds for which a network that is not there yet is waited for, and after which it is asked for again.
-_LOADING_PATIENCE = 3.0
-_ASKED_AGAIN = 2.0
-_LOADED_AT_ONCE = 2
-_REMEMBERED = 16
+# Seconds after which a network that is not there yet is asked for again.
+_ASKED_AGAIN = 1.0
 # Of a name or of patterns.
 _LONGEST_TEXT = 1000
 _LAYERS = {
@@ -216,7 +213,7 @@ class _Page:
         statistics = {} if settings.statistics is None else {settings.network: settings.statistics}
         self._settings = settings
         self._explorer = Explorer(statistics=statistics)
-        self._loading = _Loading(self._explorer)
+        self._loading = Loading(self._explorer)
         # Every thread in which a network runs keeps threads and memory for itself; Gradio would use dozens.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
         self._photograph, self._mosaic = gr.State(Photograph(EXAMPLES[0])), gr.State(())
@@ -447,7 +444,7 @@ class _Page:
         try:
             _check_texts(network=network, selector=selector, method=method, layers=layers)
             self._check_network(network)
-            self._loading.wait_for(network)
+            self._loading.require(network)
             known = self._explorer.selectors(network)
             if network != shown.network:
                 offered = {self.selector: gr.update(choices=self._selectors(network))}
@@ -477,9 +474,9 @@ class _Page:
             said = f"{time.perf_counter() - began:.2f} s. {found[self.status]}{note}"
             settled = {self.status: _status(said), self._shown: replace(now, note=note), self.again: _ticking(False)}
             return found | offered | settled
-        except _NothingYetError as missing:
+        except (_NothingYetError, StillLoadingError) as missing:
             told = _message(str(missing))
-            is_coming = isinstance(missing, _StillLoadingError)
+            is_coming = isinstance(missing, StillLoadingError)
         except ParchGradError as error:
             told = _message(str(error), refused=True)
         shown = replace(shown, view=None, photographs=())
@@ -567,58 +564,6 @@ class _Page:
 
 class _NothingYetError(ParchGradError):
     """Nothing is wrong, but something is missing."""
-
-
-class _StillLoadingError(_NothingYetError):
-    """What is missing comes by itself."""
-
-
-class _Loading:
-    """Networks on their way. They are loaded beside the queue, so that a download holds up only who waits for it."""
-
-    def __init__(self, explorer: Explorer) -> None:
-        self._explorer = explorer
-        self._coming: dict[str, Future[object]] = {}
-
-    def wait_for(self, network: str) -> None:
-        """Load a network, unless it is held, and wait a moment for it; to be called from one thread.
-
-        Raises:
-            _StillLoadingError: if it takes longer.
-            SettingError: if others are on their way.
-            ParchGradError: if it cannot be loaded.
-        """
-        if self._explorer.holds(network):
-            self._coming.pop(network, None)
-            return
-        if network not in self._coming:
-            waiting = [name for name, coming in self._coming.items() if not coming.done()]
-            if len(waiting) >= _LOADED_AT_ONCE:
-                raise SettingError(f"{' and '.join(waiting)} are being loaded already; choose {network} again later.")
-            while len(self._coming) > _REMEMBERED:
-                # Of which nobody has asked what became of it.
-                self._coming.pop(next(name for name, coming in self._coming.items() if coming.done()))
-            self._coming[network] = self._start(network)
-        coming = self._coming[network]
-        wait([coming], timeout=_LOADING_PATIENCE)
-        if not coming.done():
-            raise _StillLoadingError(f"{network} is being loaded; it is shown as soon as it is here.")
-        del self._coming[network]
-        coming.result()
-
-    def _start(self, network: str) -> "Future[object]":
-        coming: Future[object] = Future()
-
-        def load() -> None:
-            try:
-                coming.set_result(self._explorer.classifier(network))
-            except BaseException as error:
-                # To whoever asks for it.
-                coming.set_exception(error)
-
-        # A daemon: the end of the server does not wait for a download.
-        threading.Thread(target=load, name=f"loading {network}", daemon=True).start()
-        return coming
 
 
 def _ticking(active: bool) -> dict[str, Any]:
