@@ -96,8 +96,11 @@ def test_a_network_without_convolutions_of_its_own_is_refused(row):
     with pytest.raises(ModelError) as refused:
         pg.ParchGrad(skeleton, pg.GradientEnergy())
     said, _, remedy = str(refused.value).partition("; ")
-    assert remedy == "use a convolutional network or the plain method (selector=None)."
-    assert "holds no convolution" in said or "cut the image into patches" in said
+    if "cut the image into patches" in said:
+        assert remedy == "use a convolutional network, the plain method (selector=None), or name the layers."
+    else:
+        assert "holds no convolution" in said
+        assert remedy == "use a convolutional network or the plain method (selector=None)."
     if survey.installed() == VERSIONS:
         # Other versions may have other names for the same layer.
         assert said == row.note
@@ -110,6 +113,7 @@ def test_the_remedy_for_what_is_refused_works():
         pg.Explainer(model, pg.GradientEnergy())
     found = pg.Explainer(model, None).attribute(inputs, targets)
     assert checks.difference(found, checks.seeded_gradient(model, inputs, targets)) < 1e-6
+    assert pg.Explainer(model, pg.GradientEnergy(), layers=["patch_embed.proj"]).attribute(inputs, targets).any()
 
 
 def test_the_page_is_what_was_generated_and_nothing_fails():

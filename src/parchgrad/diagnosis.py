@@ -1,6 +1,6 @@
 """Where a pass stops being finite: a second, watched pass names the layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -149,13 +149,14 @@ class _Watch:
             [score], "in the score that is made of the output, which is finite", "look at the function that makes it"
         )
 
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    # Another thread may come by between torch's setting a hook and its noting that keywords go with it.
+    def _enter(self, module: nn.Module, *given: Any) -> None:
         if _WATCHING.get() is not self:
             return
         self._calls += 1
         call = _Call(self._calls, module)
         self._open.append(call)
-        values = tensors_in((inputs, named))
+        values = tensors_in(given)
         self._look(
             values,
             f"before {self._say(module)}, in an operation that is no module",
@@ -163,14 +164,14 @@ class _Watch:
         )
         self._listen(values, call, "input")
 
-    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+    def _leave(self, module: nn.Module, *given: Any) -> None:
         if _WATCHING.get() is not self:
             return
         call = self._open.pop()
         while call.module is not module:
             # Of one that ended in an exception, which the model caught.
             call = self._open.pop()
-        values = tensors_in(output)
+        values = tensors_in(given[-1])
         if _has_children(module):
             place = f"in an operation of {self._say(module)} behind the layers in it"
             remedy = "look there for a division by zero, a logarithm, or values beyond the type's range"
