@@ -161,11 +161,29 @@ def test_baselines_that_do_not_fit():
     explainer = pg.Explainer(
         small_network(), None, method="IntegratedGradients", baselines=torch.zeros_like(INPUTS[:3])
     )
-    with pytest.raises(SettingError, match="There are 3 baselines, but more rows"):
+    with pytest.raises(SettingError, match="There are 3 baselines for 4 rows"):
         explainer.attribute(INPUTS, TARGETS)
     scalar = pg.Explainer(small_network(), None, method="IntegratedGradients", baselines=torch.zeros_like(INPUTS[:1]))
     zero = pg.Explainer(small_network(), None, method="IntegratedGradients")
     torch.testing.assert_close(scalar.attribute(INPUTS, 1), zero.attribute(INPUTS, 1))
+
+
+@pytest.mark.parametrize("rows", [0, 7])
+@pytest.mark.parametrize("size", [2, None])
+def test_there_is_a_baseline_for_each_row_or_one(rows, size):
+    options = {"method": "integrated_gradients", "internal_batch_size": size}
+    explainer = pg.Explainer(small_network(), None, baselines=torch.zeros(rows, 3, 8, 8), **options)
+    with pytest.raises(SettingError, match=f"There are {rows} baselines for {len(INPUTS)} rows"):
+        explainer.attribute(INPUTS, TARGETS)
+
+
+def test_baselines_follow_the_type_of_the_inputs():
+    model, baselines = small_network(dtype=torch.float32), torch.rand(1, 3, 8, 8)
+    found, expected = (
+        pg.Explainer(model, None, method="integrated_gradients", baselines=given).attribute(INPUTS.float(), TARGETS)
+        for given in (baselines.double(), baselines)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_baseline_for_each_channel_is_one_for_every_pixel():
@@ -182,9 +200,10 @@ def test_a_baseline_for_each_channel_is_one_for_every_pixel():
         ("black", "'black'"),
         (True, "a bool"),
         ([0], "a list"),
-        (torch.zeros(()), r"a tensor of shape \(\)"),
-        (torch.zeros(3, 8, 8), r"a tensor of shape \(3, 8, 8\)"),
-        (torch.zeros(2, 3, 4, 4), r"a tensor of shape \(2, 3, 4, 4\)"),
+        (torch.zeros(()), r"a tensor of torch.float32 and shape \(\)"),
+        (torch.zeros(3, 8, 8), r"a tensor of torch.float32 and shape \(3, 8, 8\)"),
+        (torch.zeros(5, 3, 8, 8, dtype=torch.bool), r"a tensor of torch.bool and shape \(5, 3, 8, 8\)"),
+        (torch.zeros(2, 3, 4, 4), r"a tensor of torch.float32 and shape \(2, 3, 4, 4\)"),
     ],
 )
 def test_baselines_of_another_kind_are_refused(method, baselines, named):

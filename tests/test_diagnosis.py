@@ -1,5 +1,6 @@
 """NaN and infinite values are reported with the layer where they began."""
 
+import itertools
 import threading
 
 import pytest
@@ -81,8 +82,13 @@ def breaks(model, where, value):
 
 
 @both
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("where", ["0.bias", "2.bias", "3.weight", "3.running_var", "3.running_mean", "7.bias"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *itertools.product(("0.bias", "2.bias", "3.bias", "7.bias"), (torch.nan, torch.inf)),
+        *itertools.product(("3.weight", "3.running_var", "3.running_mean"), (torch.nan, torch.inf, -torch.inf)),
+    ],
+)
 def test_broken_biases_scales_and_statistics_are_named_at_once(where, value, selector):
     # Each may silence a channel without a trace.
     model = small_network()
@@ -102,6 +108,13 @@ def test_broken_weights_are_named_in_the_pass(where, value, selector):
     kind = "Linear" if where[0] == "7" else "Conv2d"
     with pytest.raises(NonFiniteError, match=rf"which began in the weight of layer '{where[0]}' \({kind}\); load so"):
         explainer.attribute(INPUTS, 4)
+
+
+def test_a_class_ruled_out_by_its_bias_is_no_fault():
+    model, sound = small_network(), small_network()
+    model[7].bias.data[2] = -torch.inf
+    expected = pg.Explainer(sound, pg.GradientEnergy(), layers="all").attribute(INPUTS, 3)
+    torch.testing.assert_close(pg.Explainer(model, pg.GradientEnergy(), layers="all").attribute(INPUTS, 3), expected)
 
 
 def test_what_cannot_be_read_or_is_no_fault_passes():
@@ -296,6 +309,41 @@ def test_weights_of_a_layer_with_layers_in_it_are_named():
     model = Attends().double().eval()
     model.attention.in_proj_weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"the in_proj_weight of layer 'attention' \(MultiheadAttention\)"):
+        pg.Explainer(model, None).attribute(INPUTS, 0)
+
+
+def test_a_weight_is_named_though_minus_infinity_came_in_beside_it():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+
+        def forward(self, x):
+            x = x.flatten(2).mT
+            later = torch.full((64, 64), -torch.inf, dtype=x.dtype).triu(1)
+            return self.attention(x, x, x, attn_mask=later, need_weights=False)[0].mean(1)
+
+    model = Masked().double().eval()
+    assert pg.Explainer(model, None).attribute(INPUTS, 0).isfinite().all()
+    model.attention.in_proj_weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"the in_proj_weight of layer 'attention'"):
+        pg.Explainer(model, None).attribute(INPUTS, 0)
+
+
+def test_of_a_weight_that_is_computed_its_origin_is_named():
+    model = small_network()
+    nn.utils.parametrizations.weight_norm(model[2]).eval()
+    model[2].parametrizations.weight.original1.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"in the original1 of layer '2.parametrizations.weight'"):
+        pg.Explainer(model, None).attribute(INPUTS, 1)
+
+
+# torch announces that it will do without scripts.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_what_is_scripted_takes_no_hooks_and_is_left_out():
+    model = nn.Sequential(small_network(), torch.jit.script(nn.Linear(5, 5).double().eval())).eval()
+    model[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"in an operation of the model \(Sequential\) behind the layers in it"):
         pg.Explainer(model, None).attribute(INPUTS, 0)
 
 

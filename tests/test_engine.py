@@ -920,6 +920,9 @@ def test_leaving_in_another_thread_is_an_error_and_leaves_no_hook(network):
     thread.join()
     assert "another thread" in str(errors[0])
     assert hooks(network) == 0
+    # Whoever is still in it is told.
+    with pytest.raises(ParchGradError, match="gradients since then are plain"):
+        contextvars.copy_context().run(block.__exit__, None, None, None)
     # The abandoned block does not stand in the way of others.
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     selector = PinnedChannels()

@@ -291,6 +291,12 @@ def test_scores_that_are_nan_are_told_though_the_region_avoids_them(rows):
         pg.Explainer(model, pg.GradientEnergy(), layers=["0"]).attribute(INPUTS, pg.RegionScore(target=1))
 
 
+def test_what_is_outside_of_a_mask_has_no_say():
+    scores = torch.tensor([[[1.0, torch.inf], [2.0, torch.nan]]])
+    assert pg.RegionScore(target=0, mask=torch.tensor([True, False]))(scores).tolist() == [1.0]
+    assert pg.RegionScore(target=0)(scores).isnan().all()
+
+
 def test_a_region_of_half_precision_is_summed_beyond_its_range():
     scores = torch.full((1, 2, 512, 512), 4.0, dtype=torch.float16)
     assert pg.RegionScore(target=0, mask=torch.ones(512, 512))(scores).tolist() == [4.0 * 512 * 512]
@@ -308,6 +314,7 @@ def test_a_target_of_numpy_is_a_number():
         (torch.full((3, 3), 255, dtype=torch.uint8), "The mask is torch.uint8.*give mask > 0"),
         (torch.ones(3, 3, dtype=torch.complex64), "The mask is torch.complex64"),
         (torch.tensor([[torch.nan]]), "The mask holds NaN"),
+        (torch.eye(3).to_sparse(), r"sparse tensor, but a region needs a dense one; give mask.to_dense\(\)"),
     ],
 )
 def test_masks_that_are_none(mask, words):

@@ -155,6 +155,8 @@ def test_networks_with_patches_and_other_convolutions_are_not():
     # A convolution that looks at more than its step, and an ordinary head of any depth.
     dense = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
     assert list(choose_layers(dense)) == ["0"]
+    dense[0] = nn.Conv2d(3, 8, 3, stride=2)
+    assert list(choose_layers(dense)) == ["0"]
     dense[0].stride = 1
     assert list(choose_layers(dense)) == ["0"]
 

@@ -3,10 +3,10 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import captum.attr
 import torch
@@ -163,6 +163,7 @@ class Explainer:
         """
         check_evaluation_mode(self._model)
         check_inputs(inputs)
+        self._method.check_batch(inputs)
         with torch.inference_mode(False), torch.enable_grad():
             batch = inputs.detach().clone()
             scores: Logits | Scores
@@ -384,6 +385,14 @@ class _CaptumMethod:
                 "it would be a plain method under another name, so use 'gradient' or 'input_x_gradient'."
             )
 
+    def check_batch(self, inputs: Tensor) -> None:
+        """Raise `SettingError` if the options do not fit the inputs."""
+        baselines = self.options.get("baselines")
+        if self.class_name in _SAMPLES_BASELINES:
+            _check_baseline_samples(self.class_name, baselines, inputs)
+        elif baselines is not None and not is_number(baselines):
+            _check_baselines(baselines, inputs)
+
     def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:
         """How many images keep a pass within its rows; integrated gradients splits its steps itself."""
         if rows_per_pass is None:
@@ -405,10 +414,13 @@ class _CaptumMethod:
         of_call = {option: value for option, value in self.options.items() if option not in constructor}
         if "internal_batch_size" in call:
             of_call["internal_batch_size"] = rows_per_pass
-        if self.class_name in _SAMPLES_BASELINES:
-            _check_baseline_samples(self.class_name, of_call.get("baselines"), inputs)
-        elif "baselines" in of_call:
-            of_call["baselines"] = _rows_of_baselines(of_call["baselines"], inputs, rows)
+        baselines = of_call.get("baselines")
+        if isinstance(baselines, Tensor):
+            baselines = baselines.to(inputs)
+            if self.class_name not in _SAMPLES_BASELINES:
+                of_rows = baselines if baselines.shape[0] == 1 else baselines[rows]
+                baselines = of_rows.expand(-1, *inputs.shape[1:])
+            of_call["baselines"] = baselines
         attribution = _captum_classes()[self.class_name](scores, **of_constructor)
         try:
             result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
@@ -422,20 +434,17 @@ class _CaptumMethod:
         return result
 
 
-def _rows_of_baselines(baselines: object, inputs: Tensor, rows: slice) -> Tensor | float | None:
-    """The baselines of some rows of the batch, where there is one per row."""
-    if baselines is None or is_number(baselines):
-        return baselines
+def _check_baselines(baselines: object, inputs: Tensor) -> None:
     shape = tuple(inputs.shape[1:])
-    if not isinstance(baselines, Tensor) or not _is_broadcast(baselines, inputs):
+    if not _is_real(baselines) or baselines.dim() != inputs.dim() or not _is_broadcast(baselines.shape[1:], shape):
         raise SettingError(
             f"baselines is {_described(baselines)}, but it must be a number or a tensor that has one row, or one for "
             f"each of the inputs, which are {shape}."
         )
-    chosen = baselines if baselines.shape[0] == 1 else baselines[rows]
-    if chosen.shape[0] not in (1, inputs.shape[0]):
-        raise SettingError(f"There are {baselines.shape[0]} baselines, but more rows; give one, or one per row.")
-    return chosen.expand(-1, *shape)
+    if baselines.shape[0] not in (1, inputs.shape[0]):
+        raise SettingError(
+            f"There are {baselines.shape[0]} baselines for {inputs.shape[0]} rows; give one, or one per row."
+        )
 
 
 def _check_baseline_samples(name: str, baselines: object, inputs: Tensor) -> None:
@@ -444,21 +453,24 @@ def _check_baseline_samples(name: str, baselines: object, inputs: Tensor) -> Non
     # Captum's own rule.
     least = 2 if name == "DeepLiftShap" else 1
     shape = tuple(inputs.shape[1:])
-    if not isinstance(baselines, Tensor) or tuple(baselines.shape[1:]) != shape or len(baselines) < least:
+    if not _is_real(baselines) or tuple(baselines.shape[1:]) != shape or len(baselines) < least:
         raise SettingError(
             f"baselines is {_described(baselines)}, but {name} takes samples of a distribution; give a tensor of "
             f"{least} rows or more, each {shape}."
         )
 
 
-def _is_broadcast(baselines: Tensor, inputs: Tensor) -> bool:
-    sizes = zip(baselines.shape[1:], inputs.shape[1:], strict=False)
-    return baselines.dim() == inputs.dim() and all(size in (1, wanted) for size, wanted in sizes)
+def _is_real(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _is_broadcast(sizes: Sequence[int], wanted: Sequence[int]) -> bool:
+    return all(size in (1, full) for size, full in zip(sizes, wanted, strict=True))
 
 
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     return repr(value) if isinstance(value, str | float | None) else f"a {type(value).__name__}"
 
 
@@ -488,6 +500,9 @@ class _SmoothGrad:
 
     def check(self, model: nn.Module) -> None:
         """Every model will do."""
+
+    def check_batch(self, inputs: Tensor) -> None:
+        """So will every batch."""
 
     def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:
         return rows_per_pass or images

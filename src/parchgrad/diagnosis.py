@@ -27,8 +27,9 @@ def broken(values: Tensor) -> Tensor:
 def check_small_weights(model: nn.Module) -> None:
     """Raise `NonFiniteError` naming a bias, scale or running statistic that holds NaN or infinite values.
 
-    These may silence a channel without a trace: of an infinite variance the map looks sound. What is wrong with larger
-    weights shows in the pass, which `find_non_finite` looks at, so that they are not all read here.
+    These may silence a channel without a trace: of an infinite variance the map looks sound. A bias of minus infinity
+    is meant to. What is wrong with larger weights shows in the pass, which `find_non_finite` looks at, so that they are
+    not all read here.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -45,13 +46,14 @@ def check_small_weights(model: nn.Module) -> None:
         and _is_readable(values)
         and values.dim() < 2
     }
-    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for values in named.values():
-        together.setdefault((values.device, values.dtype), []).append(values.detach().reshape(-1))
+    together: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+    for name, values in named.items():
+        key = (values.device, values.dtype, name.endswith("bias"))
+        together.setdefault(key, []).append(values.detach().reshape(-1))
     # All at once: on a device every answer has to be waited for.
-    if all(_is_finite(torch.cat(group)) for group in together.values()):
+    if not any(_is_wrong(torch.cat(group), is_bias) for (_, _, is_bias), group in together.items()):
         return
-    name = next(name for name, values in named.items() if not _is_finite(values))
+    name = next(name for name, values in named.items() if _is_wrong(values, name.endswith("bias")))
     layer, _, what = name.rpartition(".")
     place = f"layer {layer!r}" if layer else "the model"
     raise NonFiniteError(f"The {what} of {place} holds NaN or infinite values; load sound weights.")
@@ -113,7 +115,9 @@ class _Watch:
     """Hooks on every module, and on the tensors that go in and come out of those without children."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {module: name for name, module in model.named_modules()}
+        # What is scripted takes no hooks.
+        modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._names = {module: name for name, module in modules}
         self.forward: tuple[str, str] | None = None
         # Where minus infinity first was: a fault if NaN comes of it.
         self._ruled_out: tuple[str, str] | None = None
@@ -157,10 +161,13 @@ class _Watch:
         call = _Call(self._calls, module)
         self._open.append(call)
         values = tensors_in(given)
+        weights = (self._broken_weight(around.module) for around in reversed(self._open))
         self._look(
             values,
             f"before {self._say(module)}, in an operation that is no module",
             "look there for a division by zero, a logarithm, or values beyond the type's range",
+            # Of a weight that is computed, the tensors it is computed from.
+            next(filter(None, weights), None) if any(bool(broken(each).any()) for each in values) else None,
         )
         self._listen(values, call, "input")
 
@@ -178,7 +185,7 @@ class _Watch:
         else:
             place = f"in the output of {self._say(module)}, whose input is finite"
             remedy = "run it in a wider type, such as float32, or look at its weights and the range of its input"
-        self._look(values, *(self._broken_weight(module) or (place, remedy)))
+        self._look(values, place, remedy, self._broken_weight(module))
         self._listen(values, call, "output")
 
     def _broken_weight(self, module: nn.Module) -> tuple[str, str] | None:
@@ -187,12 +194,12 @@ class _Watch:
                 return f"in the {name} of {self._say(module)}", "load sound weights"
         return None
 
-    def _look(self, values: list[Tensor], place: str, remedy: str) -> None:
+    def _look(self, values: list[Tensor], place: str, remedy: str, weight: tuple[str, str] | None = None) -> None:
         """Take note of the first place where values are broken, or minus infinity comes in from which they break."""
         if self.forward is not None:
             return
         if any(bool(broken(each).any()) for each in values):
-            self.forward = self._ruled_out or (place, remedy)
+            self.forward = weight or self._ruled_out or (place, remedy)
             return
         ruled_out = any(bool(each.isneginf().any()) for each in values)
         self._ruled_out = (self._ruled_out or (place, remedy)) if ruled_out else None
@@ -216,6 +223,10 @@ class _Watch:
 
 # Hooks sit on modules that other threads may call meanwhile.
 _WATCHING: ContextVar[_Watch | None] = ContextVar("parchgrad_watching", default=None)
+
+
+def _is_wrong(values: Tensor, is_bias: bool) -> bool:
+    return bool(broken(values).any()) if is_bias else not _is_finite(values)
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -180,9 +180,15 @@ class ParchGrad:
             raise ParchGradError(
                 "This ParchGrad block is left in another thread or task than it was entered in; do both in one."
             )
+        was_open = session.is_open
         session.close()
         if session in self._sessions:
             self._sessions.remove(session)
+        if kind is None and not was_open:
+            raise ParchGradError(
+                "This ParchGrad block was left from another thread or task before, and gradients since then are plain; "
+                "leave a block where it was entered, and only there."
+            )
         if kind is None and not session.was_called:
             warn(
                 f"Nothing was edited, since {type(self._model).__name__} was not called in this block; call the model "
@@ -264,7 +270,7 @@ class _Session:
         self._head = head
         self.covered = {id(module) for module in model.modules() if isinstance(module, Convolution)}
         self._handles: list[RemovableHandle] = []
-        self._is_open = True
+        self.is_open = True
         self.was_called = False
         self._reached: set[str] = set()
         self._was_passed = False
@@ -291,7 +297,7 @@ class _Session:
             raise
 
     def close(self) -> None:
-        self._is_open = False
+        self.is_open = False
         for handle in self._handles:
             handle.remove()
         _SESSIONS.set(_open_sessions())
@@ -301,7 +307,7 @@ class _Session:
         """Whether this is the innermost block, in this thread or task, around this convolution."""
         key = id(convolution)
         for session in reversed(_SESSIONS.get()):
-            if session._is_open and key in session.covered:
+            if session.is_open and key in session.covered:
                 return session is self
         return False
 
@@ -552,7 +558,7 @@ _FORWARDS: ContextVar[tuple[_Forward, ...]] = ContextVar("parchgrad_forwards", d
 
 def _open_sessions() -> tuple[_Session, ...]:
     """Those of this thread or task; one that another thread closed is still in the context that entered it."""
-    return tuple(session for session in _SESSIONS.get() if session._is_open)
+    return tuple(session for session in _SESSIONS.get() if session.is_open)
 
 
 def _may_go_back(output: object) -> bool:

@@ -56,6 +56,8 @@ class RegionScore:
         if self.mask is None:
             return
         check_kind("The mask", self.mask, Tensor, "give torch.as_tensor(mask)", error=InputError)
+        if self.mask.layout != torch.strided:
+            raise InputError("The mask is a sparse tensor, but a region needs a dense one; give mask.to_dense().")
         if self.mask.dtype != torch.bool and not self.mask.is_floating_point():
             raise InputError(
                 f"The mask is {self.mask.dtype}, but a region is boolean or weights in floating point; give mask > 0."
@@ -84,7 +86,11 @@ class RegionScore:
         of_class = at_least_float32(scores[:, self.target])
         # Not multiplied: what is outside the region may be infinite.
         weights = region.to(of_class.dtype).expand_as(of_class)
-        return torch.where(weights != 0, of_class * weights, 0).flatten(1).sum(dim=1)
+        sums = torch.where(weights != 0, of_class * weights, 0).flatten(1).sum(dim=1)
+        if self.mask is not None:
+            return sums
+        # Where the network calls the class is not known where its scores are no numbers.
+        return sums.masked_fill(broken(scores.detach()).flatten(1).any(dim=1), torch.nan)
 
 
 class Output(nn.Module):
@@ -177,20 +183,12 @@ class Scores(nn.Module):
         self._score = score
 
     def broken_rows(self, inputs: Tensor) -> Tensor:
-        """Which rows have a score, or scores of which it is made, that are NaN or infinite, shape (B,)."""
-        output = self.head(inputs)
-        found = broken(self._score(output))
-        if isinstance(output, Tensor) and output.shape[:1] == inputs.shape[:1]:
-            found = found | broken(output).flatten(1).any(dim=1)
-        return found
+        """Which rows have a score that is NaN or infinite, shape (B,)."""
+        return broken(self._score(self.head(inputs)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Scores (B,)."""
-        output = self.head(inputs)
-        if isinstance(output, Tensor) and output.is_floating_point():
-            # A region of the class that a network calls there need not hold what is NaN.
-            self.head.note(output)
-        scores = self._score(output)
+        scores = self._score(self.head(inputs))
         rows = inputs.shape[0]
         if not isinstance(scores, Tensor) or scores.shape != (rows,):
             raise TargetError(

@@ -151,8 +151,8 @@ def _check_more_than_patches(model: nn.Module, convolutions: Mapping[str, Convol
     else:
         (only,) = convolutions.values()
         # Patches may overlap. A user who changes a convolution may give one stride for all dimensions.
-        step = only.stride if isinstance(only.stride, int) else min(only.stride)
-        cuts = 2 * step > max(only.kernel_size) > 1
+        step, side = only.stride if isinstance(only.stride, int) else min(only.stride), max(only.kernel_size)
+        cuts = side > 1 and (step == side or (step >= _STEP_OF_PATCHES and 2 * step > side))
     if cuts and sum(isinstance(module, nn.Linear) for module in model.modules()) > _LINEAR_LAYERS_OF_A_HEAD:
         raise ModelError(
             f"{type(model).__name__} is no convolutional network: its only convolutions "
@@ -164,6 +164,8 @@ def _check_more_than_patches(model: nn.Module, convolutions: Mapping[str, Convol
 
 # As VGG and AlexNet have: a network of patches with no more behind them is left to the user.
 _LINEAR_LAYERS_OF_A_HEAD = 3
+# A convolution that overlaps and steps on by less is that of a network.
+_STEP_OF_PATCHES = 4
 
 
 def parse_layers(text: str) -> str | float | list[str]:
