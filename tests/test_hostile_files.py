@@ -189,7 +189,7 @@ def test_pickles(folder, data):
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             last = tensor.storage_offset() + sum((length - 1) * step for length, step in steps)
             # None shows memory that lies behind its storage.
-            assert tensor.numel() == 0 or last * tensor.itemsize < tensor.untyped_storage().nbytes()
+            assert tensor.numel() == 0 or last * tensor.element_size() < tensor.untyped_storage().nbytes()
 
 
 # Runs
