@@ -76,7 +76,7 @@ def source():
 
 def test_every_class_is_an_error_or_a_warning_of_this_package():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(classes) == len(errors.__all__) - 2  # the functions `warn` and `reason_of`
+    assert len(classes) == len(errors.__all__) - 3  # the functions
     for found in classes:
         assert issubclass(found, errors.ParchGradError) or found.__bases__ == (UserWarning,)
         assert found.__doc__.endswith((".", ".\n    "))

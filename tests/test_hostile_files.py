@@ -4,6 +4,7 @@ The suite tries some examples of each, `make fuzz` thousands: as many as HYPOTHE
 """
 
 import io
+import json
 import math
 import os
 import pickle
@@ -37,6 +38,7 @@ from parchgrad.statistics.pickles import read_tensor_list
 from tests import hostile
 from tests.conftest import random_statistics, small_network
 from tests.evaluation.test_runs import Noise
+from tests.test_cli import run
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "200"))
 
@@ -130,6 +132,28 @@ def cached(make, folder):
     return _MADE[make]
 
 
+STEERING = "red\x1b[31m\x9b2J\u202e [bold]"
+
+
+def test_names_in_statistics_do_not_steer_the_terminal(capsys, tmp_path):
+    held = random_statistics({"head": 4}, classes=2)
+    path = tmp_path / "a.safetensors"
+    ChannelStatistics(held.layers, {"categories": json.dumps([STEERING, "b"]), STEERING: STEERING}).save(path)
+    for options in ((), ("--target", "0")):
+        code, printed, _ = run(capsys, "stats", "show", path, *options)
+        assert code == 0
+        assert "red [31m 2J  [bold]" in printed
+        assert printed.replace("\n", "").isprintable()
+
+
+def test_statistics_of_a_billion_classes(tmp_path):
+    held = random_statistics({"head": 4}, classes=2)
+    path = tmp_path / "a.safetensors"
+    ChannelStatistics(held.layers, class_indices=(0, 1), model_classes=10**9).save(path)
+    with pytest.raises(StatisticsError, match=r"The field 'classes' in the header of .* is damaged"):
+        ChannelStatistics.load(path)
+
+
 # Checkpoints
 
 FEW = TensorDataset(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(4)).double(), torch.arange(8) % 5)
@@ -213,6 +237,21 @@ def test_rows(folder, data):
         rows = read_rows(place)
         assert all(isinstance(row["setting"], str) for row in rows)
         make_report([place], confidence=0.9)
+
+
+# Matplotlib's fonts lack some of the letters.
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_in_rows_do_not_steer_the_terminal(capsys, tmp_path):
+    place, _, lines = run_folder(tmp_path)
+    rows = [{**json.loads(line), "model": STEERING} for line in lines]
+    for row in rows:
+        # The others are compared with this one.
+        row["setting"] = row["setting"] if row["setting"] == "gradient" else STEERING
+    (place / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, printed, errors = run(capsys, "report", place, "--out", tmp_path / "out")
+    assert (code, errors) == (0, "")
+    assert printed.count("red [31m") == 2
+    assert printed.replace("\n", "").isprintable()
 
 
 @partial(fuzzed, share=0.02)

@@ -28,6 +28,8 @@ __all__ = ["ChannelStatistics", "RowSample", "weight_digest"]
 _FORMAT = "parchgrad channel statistics"
 _VERSION = "1"
 _SUFFIX = ".safetensors"
+# More than any classifier has: what lists them would fill the memory.
+_MOST_CLASSES = 1_000_000
 # No layer has this name, since module names hold no colon.
 _KEYS = ":keys"
 _VIEWS = ("layers", "metadata", "weight_digests")
@@ -396,7 +398,11 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             raise StatisticsError(f"A layer stands twice in the header of {str(path)!r}; collect the statistics again.")
         digests = {str(entry["name"]): str(entry["weight_sha256"]) for entry in described if entry.get("weight_sha256")}
         indices, outputs = classes.get("indices"), classes.get("of")
-        if not (indices is None or _is_list_of(indices, int)) or not isinstance(outputs, int):
+        if (
+            not (indices is None or _is_list_of(indices, int))
+            or not isinstance(outputs, int)
+            or outputs > _MOST_CLASSES
+        ):
             raise StatisticsError(
                 f"The field 'classes' in the header of {str(path)!r} is damaged; collect the statistics again."
             )
