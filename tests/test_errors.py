@@ -49,6 +49,7 @@ OTHERS = {
     ("statistics.collect", "ValueError"): "becomes a StatisticsError that names the checkpoint",
     ("statistics.collect", "type(error)"): "an error of this package that a loading process raised",
     ("statistics.pickles", "_RefusedError"): "becomes a StatisticsError that names the file",
+    ("tensor_files", "ValueError"): "becomes the error of what reads the file",
     ("web_guard", "MultiPartException"): "the web server's own, which it answers",
 }
 # What has no remedy or no full stop of its own, and why.

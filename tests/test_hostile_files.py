@@ -19,6 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 from torchvision.transforms import ToTensor
 
@@ -154,6 +156,29 @@ def test_statistics_of_a_billion_classes(tmp_path):
         ChannelStatistics.load(path)
 
 
+def safetensors(header, body=b""):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+# Of the last torch knows no such length, and of the others no such type.
+SHAPES = [("F32", [2**63, 0]), ("F32", [2**64 - 1, 0]), ("F32", [0] * 70), ("F8_E8M0", [0]), ("F4", [0]), ("C64", [0])]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), SHAPES)
+def test_shapes_that_no_tensor_has(tmp_path, dtype, shape):
+    path = tmp_path / "a"
+    path.write_bytes(safetensors({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}))
+    for read, error in (
+        (ChannelStatistics.load, StatisticsError),
+        (Examples.load, InputError),
+        (collect, StatisticsError),
+    ):
+        with pytest.raises(error) as caught:
+            read(path)
+        assert str(caught.value).startswith((f"{str(path)!r}", f"The checkpoint {str(path)!r}"))
+
+
 # Checkpoints
 
 FEW = TensorDataset(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(4)).double(), torch.arange(8) % 5)
@@ -193,6 +218,19 @@ def test_checkpoints(folder, data):
     with survived(StatisticsError):
         held = collect(path)
         assert (held.classes, held["0"].channels) == (5, 6)
+
+
+@pytest.mark.parametrize("name", ["images", "batches"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30])
+def test_a_checkpoint_of_endless_images(folder, name, value):
+    cached(checkpoints, folder)
+    path = folder / "endless.checkpoint"
+    path.write_bytes(cached(checkpoints, folder)[0])
+    with safe_open(path, "pt") as opened:
+        header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file({**tensors, name: torch.tensor(value)}, path, header)
+    with pytest.raises(StatisticsError, match=r"The checkpoint .* is damaged .*; delete it to start anew"):
+        collect(path)
 
 
 # Pickles of the research code
@@ -301,6 +339,16 @@ def test_examples(folder, data):
 
 
 # Settings
+
+
+# The parser takes minutes for a key of so many parts.
+@pytest.mark.parametrize("text", ["a" + ".a" * 40_000 + " = 1", "[a" + ".a" * 1001 + "]", "# \n" * 40_000])
+def test_settings_that_are_no_settings(tmp_path, text):
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"is no file of settings: these have 100,000 bytes at most, and 1,000 dots"):
+        read_settings(path)
+
 
 SETTINGS = """
 model = ["shapes", "resnet18"]
