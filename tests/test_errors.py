@@ -49,6 +49,7 @@ OTHERS = {
     ("statistics.collect", "ValueError"): "becomes a StatisticsError that names the checkpoint",
     ("statistics.collect", "type(error)"): "an error of this package that a loading process raised",
     ("statistics.pickles", "_RefusedError"): "becomes a StatisticsError that names the file",
+    ("tensor_files", "ValueError"): "becomes the error of what reads the file",
     ("web_guard", "MultiPartException"): "the web server's own, which it answers",
 }
 # What has no remedy or no full stop of its own, and why.
@@ -76,7 +77,7 @@ def source():
 
 def test_every_class_is_an_error_or_a_warning_of_this_package():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(classes) == len(errors.__all__) - 2  # the functions `warn` and `reason_of`
+    assert len(classes) == len(errors.__all__) - 3  # the functions
     for found in classes:
         assert issubclass(found, errors.ParchGradError) or found.__bases__ == (UserWarning,)
         assert found.__doc__.endswith((".", ".\n    "))

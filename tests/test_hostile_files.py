@@ -4,6 +4,7 @@ The suite tries some examples of each, `make fuzz` thousands: as many as HYPOTHE
 """
 
 import io
+import json
 import math
 import os
 import pickle
@@ -18,6 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 from torchvision.transforms import ToTensor
 
@@ -37,6 +40,7 @@ from parchgrad.statistics.pickles import read_tensor_list
 from tests import hostile
 from tests.conftest import random_statistics, small_network
 from tests.evaluation.test_runs import Noise
+from tests.test_cli import run
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "200"))
 
@@ -130,6 +134,51 @@ def cached(make, folder):
     return _MADE[make]
 
 
+STEERING = "red\x1b[31m\x9b2J\u202e [bold]"
+
+
+def test_names_in_statistics_do_not_steer_the_terminal(capsys, tmp_path):
+    held = random_statistics({"head": 4}, classes=2)
+    path = tmp_path / "a.safetensors"
+    ChannelStatistics(held.layers, {"categories": json.dumps([STEERING, "b"]), STEERING: STEERING}).save(path)
+    for options in ((), ("--target", "0")):
+        code, printed, _ = run(capsys, "stats", "show", path, *options)
+        assert code == 0
+        assert "red [31m 2J  [bold]" in printed
+        assert printed.replace("\n", "").isprintable()
+
+
+def test_statistics_of_a_billion_classes(tmp_path):
+    held = random_statistics({"head": 4}, classes=2)
+    path = tmp_path / "a.safetensors"
+    ChannelStatistics(held.layers, class_indices=(0, 1), model_classes=10**9).save(path)
+    with pytest.raises(StatisticsError, match=r"The field 'classes' in the header of .* is damaged"):
+        ChannelStatistics.load(path)
+
+
+def safetensors(header, body=b""):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+# Of the last torch knows no such length, and of the others no such type.
+SHAPES = [("F32", [2**63, 0]), ("F32", [2**64 - 1, 0]), ("F32", [0] * 70), ("F8_E8M0", [0]), ("F4", [0]), ("C64", [0])]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), SHAPES)
+def test_shapes_that_no_tensor_has(tmp_path, dtype, shape):
+    path = tmp_path / "a"
+    path.write_bytes(safetensors({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}))
+    for read, error in (
+        (ChannelStatistics.load, StatisticsError),
+        (Examples.load, InputError),
+        (collect, StatisticsError),
+    ):
+        with pytest.raises(error) as caught:
+            read(path)
+        assert str(caught.value).startswith((f"{str(path)!r}", f"The checkpoint {str(path)!r}"))
+
+
 # Checkpoints
 
 FEW = TensorDataset(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(4)).double(), torch.arange(8) % 5)
@@ -171,6 +220,19 @@ def test_checkpoints(folder, data):
         assert (held.classes, held["0"].channels) == (5, 6)
 
 
+@pytest.mark.parametrize("name", ["images", "batches"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30])
+def test_a_checkpoint_of_endless_images(folder, name, value):
+    cached(checkpoints, folder)
+    path = folder / "endless.checkpoint"
+    path.write_bytes(cached(checkpoints, folder)[0])
+    with safe_open(path, "pt") as opened:
+        header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file({**tensors, name: torch.tensor(value)}, path, header)
+    with pytest.raises(StatisticsError, match=r"The checkpoint .* is damaged .*; delete it to start anew"):
+        collect(path)
+
+
 # Pickles of the research code
 
 
@@ -185,7 +247,11 @@ def test_pickles(folder, data):
     path = folder / "a.pkl"
     path.write_bytes(content)
     with survived(StatisticsError):
-        assert all(tensor.isnan().sum() >= 0 for tensor in read_tensor_list(path))
+        for tensor in read_tensor_list(path):
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            last = tensor.storage_offset() + sum((length - 1) * step for length, step in steps)
+            # None shows memory that lies behind its storage.
+            assert tensor.numel() == 0 or last * tensor.element_size() < tensor.untyped_storage().nbytes()
 
 
 # Runs
@@ -209,6 +275,21 @@ def test_rows(folder, data):
         rows = read_rows(place)
         assert all(isinstance(row["setting"], str) for row in rows)
         make_report([place], confidence=0.9)
+
+
+# Matplotlib's fonts lack some of the letters.
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_in_rows_do_not_steer_the_terminal(capsys, tmp_path):
+    place, _, lines = run_folder(tmp_path)
+    rows = [{**json.loads(line), "model": STEERING} for line in lines]
+    for row in rows:
+        # The others are compared with this one.
+        row["setting"] = row["setting"] if row["setting"] == "gradient" else STEERING
+    (place / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, printed, errors = run(capsys, "report", place, "--out", tmp_path / "out")
+    assert (code, errors) == (0, "")
+    assert printed.count("red [31m") == 2
+    assert printed.replace("\n", "").isprintable()
 
 
 @partial(fuzzed, share=0.02)
@@ -258,6 +339,16 @@ def test_examples(folder, data):
 
 
 # Settings
+
+
+# The parser takes minutes for a key of so many parts.
+@pytest.mark.parametrize("text", ["a" + ".a" * 40_000 + " = 1", "[a" + ".a" * 1001 + "]", "# \n" * 40_000])
+def test_settings_that_are_no_settings(tmp_path, text):
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"is no file of settings: these have 100,000 bytes at most, and 1,000 dots"):
+        read_settings(path)
+
 
 SETTINGS = """
 model = ["shapes", "resnet18"]

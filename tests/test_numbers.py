@@ -268,16 +268,16 @@ def test_what_is_no_number_is_never_painted(kind, value):
         # What heatmap() is given it gives on, so that the picture says so.
         draw(pg.heatmap(torch.from_numpy(with_one(HEAT, value))[None, None])[0], PHOTOGRAPH)
     if kind.startswith(("blend", "paint", "overlay", "panel", "signed_panel", "strip")):
-        with pytest.raises(InputError, match=r"The photograph ranges from .*; scale it to \[0, 1\]"):
+        with pytest.raises(InputError, match="The photograph holds NaN or infinite values"):
             draw(HEAT, with_one(PHOTOGRAPH, value))
 
 
 @pytest.mark.parametrize("value", BROKEN)
 def test_photographs_without_maps_are_checked_too(value):
     for draw in (visual.panel, visual.signed_panel):
-        with pytest.raises(InputError, match="The photograph ranges from"):
+        with pytest.raises(InputError, match="The photograph holds NaN or infinite values"):
             draw([with_one(PHOTOGRAPH, value)], {})
-    with pytest.raises(InputError, match="The photograph ranges from"):
+    with pytest.raises(InputError, match="The photograph holds NaN or infinite values"):
         visual.strip(with_one(PHOTOGRAPH, value), {})
     with pytest.raises(InputError, match=r"The photograph has shape \(3, 8, 8\)"):
         visual.strip(np.ones((3, 8, 8)), {})

@@ -11,6 +11,7 @@ from parchgrad import errors
 # From the bottom up; modules on one line may import each other.
 ORDER = [
     {"_version", "errors", "files", "checks"},
+    {"tensor_files"},
     {"partition", "layers", "statistics.moments", "statistics.tests", "statistics.compact"},
     {"statistics.checkpoint", "statistics.processes", "statistics.layer"},
     {"statistics", "statistics.store"},

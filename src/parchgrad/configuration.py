@@ -57,6 +57,8 @@ _FLAGS = {
     "families": "--scores",
     "target": "--target",
 }
+# Settings of an evaluation take a hundredth of that.
+_MOST_BYTES, _MOST_DOTS = 100_000, 1000
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "'none'"}
 # Python has two of them, for types of its own and for those of typing.
 _UNIONS = (Union, UnionType)
@@ -342,7 +344,14 @@ def _read_toml(path: str | Path) -> dict[str, Any]:
     try:
         refuse_special(path)
         with Path(path).open("rb") as file:
-            read: dict[str, Any] = tomllib.load(file)
+            content = file.read(_MOST_BYTES + 1)
+        # The parser takes time with the square of a key's parts.
+        if len(content) > _MOST_BYTES or any(line.count(b".") > _MOST_DOTS for line in content.splitlines()):
+            raise InputError(
+                f"{str(path)!r} is no file of settings: these have {_MOST_BYTES:,} bytes at most, and {_MOST_DOTS:,} "
+                "dots in a line; give another file."
+            )
+        read: dict[str, Any] = tomllib.loads(content.decode())
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({reason_of(error)}); check the path.") from error
     except (ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ __all__ = [
     "StatisticsWarning",
     "TargetError",
     "WeightsError",
+    "on_one_line",
     "reason_of",
     "warn",
 ]
@@ -35,7 +36,7 @@ class ParchGradError(Exception):
     """
 
     def __str__(self) -> str:
-        line = _on_one_line(super().__str__())
+        line = on_one_line(super().__str__())
         # The end has the remedy.
         return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
@@ -134,11 +135,17 @@ def reason_of(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error)
     if isinstance(error, KeyError):
         text = f"{text} is missing"
-    line = " ".join(_on_one_line(text).split()).rstrip(".") or type(error).__name__
+    line = " ".join(on_one_line(text).split()).rstrip(".") or type(error).__name__
     return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
+    r"""Put spaces in place of line breaks, and of what would steer a terminal.
+
+    Example:
+        >>> on_one_line("red \x1b[31m")
+        'red  [31m'
+    """
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from parchgrad.data.folders import PhotographFolder, match_classes
+from parchgrad.data.folders import PhotographFolder, find_files, match_classes
 from parchgrad.errors import ImageError
 
 
@@ -47,6 +47,31 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     os.symlink(tmp_path / "root", tmp_path / "root" / "cat" / "back")
     assert PhotographFolder(tmp_path / "root", to_colour).folders == ("cat", "dog")
     assert len(PhotographFolder(tmp_path / "root", to_colour)) == 2
+
+
+# Folders are listed in any order, by when they were made among others.
+@pytest.mark.parametrize("backwards", [False, True])
+def test_links_lead_to_the_same_files_in_whatever_order_folders_are_listed(tmp_path, monkeypatch, backwards):
+    make(tmp_path / "root", "a/1.png", "b/2.png", "c/3.png")
+    make(tmp_path / "elsewhere", "4.png", "5/6.png")
+    for link, place in (
+        ("b/link", "root/a"),
+        ("a/link", "root/b"),
+        ("c/out", "elsewhere"),
+        ("a/out", "elsewhere"),
+        ("b/in", "elsewhere/5"),
+    ):
+        os.symlink(tmp_path / place, tmp_path / "root" / link)
+    walk = os.walk
+
+    def listed(*arguments, **options):
+        for folder, inner, names in walk(*arguments, **options):
+            inner.sort(reverse=backwards)
+            yield folder, inner, names
+
+    monkeypatch.setattr(os, "walk", listed)
+    found = [file.relative_to(tmp_path / "root").as_posix() for file in find_files(tmp_path / "root", (".png",))]
+    assert found == ["a/1.png", "a/out/4.png", "a/out/5/6.png", "b/2.png", "c/3.png"]
 
 
 def test_the_fingerprint_follows_the_content(tmp_path):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import parchgrad as pg
 from parchgrad.data.folders import PhotographFolder
-from parchgrad.data.images import read_image, stored_frame
+from parchgrad.data.images import read_image, stored_frame, to_rgb
 from parchgrad.errors import ImageError
 
 
@@ -50,6 +50,35 @@ def test_sixteen_bits_are_scaled(tmp_path):
 def test_wide_numbers_keep_their_meaning(tmp_path, values, expected):
     Image.fromarray(values[None]).save(tmp_path / "a.tif")
     assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif"))[0, :, 1], expected)
+
+
+# The brightness of a pixel must not depend on one other pixel that is a little brighter.
+@pytest.mark.parametrize("brightest", [0, 1, 1.2, 100, 255, 255.4, 300])
+def test_an_overshoot_does_not_darken_floating_point_numbers(brightest):
+    values = np.array([[0, 0.5, 1, 128, 255, brightest]], dtype=np.float32)
+    assert np.asarray(to_rgb(Image.fromarray(values)))[0, :5, 0].tolist() == [0, 0, 1, 128, 255]
+    small = np.array([[-0.1, 0, 0.5, 1, min(brightest, 1.2)]], dtype=np.float32)
+    assert np.asarray(to_rgb(Image.fromarray(small)))[0, :4, 0].tolist() == [0, 0, 128, 255]
+
+
+@pytest.mark.parametrize("most", [255, 1023, 4095, 65535])
+def test_a_portable_grey_map_says_what_white_is(tmp_path, most):
+    for brightest in (200, 255, min(300, most), most):
+        values = np.array([0, 100, brightest], dtype=np.uint8 if most == 255 else ">u2")
+        (tmp_path / "a.pgm").write_bytes(b"P5 3 1 %d\n" % most + values.tobytes())
+        found = np.asarray(read_image(tmp_path / "a.pgm"))[0, :, 0]
+        assert np.array_equal(found, np.rint(values.astype(float) * 255 / most))
+
+
+def test_integers_of_all_32_bits_are_scaled():
+    values = np.linspace(0, 2**31 - 1, 256).astype(np.int32)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(values[None])))[0, :, 2], np.arange(256))
+
+
+@pytest.mark.parametrize(("mode", "whole"), [("La", "LA"), ("RGBa", "RGBA")])
+def test_premultiplied_colours_lie_on_white(mode, whole):
+    half = Image.new("RGBA", (1, 1), (200, 200, 200, 51)).convert(whole)
+    assert np.allclose(to_rgb(half.convert(mode)).getpixel((0, 0)), 244, atol=1)
 
 
 def test_transparency_lies_on_white(tmp_path):
@@ -114,15 +143,20 @@ def test_files_that_are_no_images(tmp_path, monkeypatch):
         read_image(large)
 
 
-@pytest.mark.parametrize("orientation", [None, 0, 1, 5, 8, 9])
-def test_the_stored_frame_tells_how_the_photograph_is_turned(tmp_path, orientation):
+FORMATS = ["jpg", "png", "tif", "webp", "mpo", *(["avif"] if features.check("avif") else [])]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("orientation", [None, 0, 1, 5, 6, 8, 9])
+def test_the_stored_frame_tells_how_the_photograph_is_turned(tmp_path, orientation, form):
     exif = Image.Exif()
     if orientation is not None:
         exif[0x0112] = orientation
-    Image.fromarray(gradient_picture()).save(tmp_path / "a.png", exif=exif)
-    width, height, turn = stored_frame(tmp_path / "a.png")
-    assert (width, height, turn) == (20, 12, orientation if orientation in (5, 8) else 1)
-    assert read_image(tmp_path / "a.png").size == ((height, width) if turn >= 5 else (width, height))
+    path, options = tmp_path / f"a.{form}", {"save_all": True} if form == "mpo" else {}
+    Image.fromarray(gradient_picture()).save(path, exif=exif, **options)
+    width, height, turn = stored_frame(path)
+    assert (width, height, turn) == (20, 12, orientation if orientation in (5, 6, 8) else 1)
+    assert read_image(path).size == ((height, width) if turn >= 5 else (width, height))
 
 
 def test_the_stored_frame_of_no_image(tmp_path):

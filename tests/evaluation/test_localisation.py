@@ -45,6 +45,19 @@ def test_shares_are_batched_scale_free_and_honest_about_empty_maps():
     assert cell_shares(heat, rows=2, columns=3).isnan().all(1).tolist() == [False, True, False]
 
 
+def test_whole_numbers_have_shares():
+    shares = cell_shares(torch.tensor([[[3, 0], [0, 1]]]), rows=2, columns=2)
+    assert (shares.dtype, shares.tolist()) == (torch.float64, [[0.75, 0, 0, 0.25]])
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4), (2, 4, 0), (0, 0, 0)])
+def test_maps_without_pixels_are_refused(shape):
+    heat = torch.zeros(shape)
+    for score in (mass_inside, pointing_game, lambda heat, region: cell_shares(heat, rows=2, columns=2)):
+        with pytest.raises(InputError, match=r"Maps of shape .* have no pixels; give maps that have some"):
+            score(heat, heat > 0)
+
+
 def test_maps_that_do_not_fit():
     with pytest.raises(InputError, match="do not divide into 2 x 2"):
         cell_shares(torch.zeros(1, 5, 4), rows=2, columns=2)

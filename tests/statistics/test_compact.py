@@ -108,3 +108,13 @@ def test_alpha_on_compact_statistics_with_a_class_without_images():
         for each in (few, few.compact(test="student"))
     ]
     assert torch.equal(*masks)
+
+
+def test_a_few_bits_do_not_fill_the_memory(tmp_path):
+    path = tmp_path / "compact.safetensors"
+    random_statistics({"a": 40}, classes=6).compact().save(path)
+    nothing = torch.zeros(40 * 10**6 // 8, dtype=torch.uint8)
+    zeros = {"a/classes": torch.tensor(10**6), "a/held": nothing, "a/level": nothing[:0]}
+    save_file({**load_file(path), **zeros}, path, header(path))
+    with pytest.raises(StatisticsError, match=r"40 channels and 1000000 classes, but values of 0 entries alone"):
+        pg.ChannelStatistics.load(path)

@@ -73,10 +73,10 @@ class WithState:
         self.value = 1
 
 
-def in_a_storage(tmp_path):
-    """A list of tensors whose storage, a file of its own within the pickle, holds the call."""
+def in_a_storage(tmp_path, value, *, archive=False):
+    """A list of tensors whose storage, a file of its own within the pickle, holds a value."""
     inner = tmp_path / "inner.pt"
-    torch.save(Calls(exec, f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()"), inner)
+    torch.save(value, inner, _use_new_zipfile_serialization=archive)
     return [Calls(torch.storage._load_from_bytes, inner.read_bytes())]
 
 
@@ -104,9 +104,27 @@ def test_a_malicious_pickle_is_not_executed(tmp_path, protocol):
 
 
 def test_nor_is_one_hidden_in_a_storage(tmp_path):
+    call = Calls(exec, f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
     with pytest.raises(StatisticsError, match="is no pickled list of tensors"):
-        read_tensor_list(write(tmp_path, pickle.dumps(in_a_storage(tmp_path))))
+        read_tensor_list(write(tmp_path, pickle.dumps(in_a_storage(tmp_path, call))))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_storage_is_as_large_as_it_looks(tmp_path):
+    archive = in_a_storage(tmp_path, torch.zeros(1_000), archive=True)
+    with pytest.raises(StatisticsError, match="more than a list of tensors: an archive in place of a storage"):
+        read_tensor_list(write(tmp_path, pickle.dumps(archive)))
+
+
+# The hash of a deep tuple recurses in C, and would end the interpreter.
+def test_what_is_nested_deeply_is_not_hashed(tmp_path):
+    for depth, words in ((80_000, "takes no arguments|takes 0 positional arguments"), (150_000, "100,000 steps")):
+        deep = b"ccollections\nOrderedDict\n])" + b"\x85" * depth + b"N\x86a\x85R"
+        with pytest.raises(StatisticsError, match=words):
+            read_tensor_list(write(tmp_path, opcodes(deep)))
+    deep = Calls(torch.storage._load_from_bytes, opcodes(b"})" + b"\x85" * 80_000 + b"Ns"))
+    with pytest.raises(StatisticsError, match="a storage whose magic number takes more than 1,000 steps"):
+        read_tensor_list(write(tmp_path, pickle.dumps([deep])))
 
 
 @pytest.mark.parametrize(

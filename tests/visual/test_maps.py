@@ -210,3 +210,19 @@ def test_rows_of_wide_photographs_stand_as_close_as_those_of_square_ones():
         first, second = (figure.axes[row * 2].get_window_extent() for row in range(2))
         heights[width] = (first.y0 - second.y1) / figure.dpi
     assert heights[8] == pytest.approx(heights[4], abs=0.2)
+
+
+def test_photographs_may_be_rounded_and_must_be_numbers():
+    picture = np.random.default_rng(0).random((4, 5, 3))
+    picture[0, 0], picture[3, 4] = 1, 0
+    rounded = picture.copy()
+    rounded[0, 0], rounded[3, 4] = 1 + 1e-7, -1e-7
+    heat = np.random.default_rng(1).random((4, 5))
+    assert np.array_equal(blend(rounded, heat), blend(picture, heat))
+    for value in (np.nan, np.inf):
+        rounded[0, 0] = value
+        with pytest.raises(InputError, match="The photograph holds NaN or infinite values; give every pixel a number"):
+            blend(rounded, heat)
+    rounded[0, 0] = 1.01
+    with pytest.raises(InputError, match=r"The photograph ranges from -1e-07 to 1\.01; scale it to \[0, 1\]"):
+        blend(rounded, heat)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from parchgrad.cli.shared import ProgressBars, console, error_console, make_table, parse_layers, place_of
+from parchgrad.cli.shared import ProgressBars, console, error_console, make_table, parse_layers, place_of, printable
 
 # Panels of the help on evaluate.
 _ASKED = "What is evaluated"
@@ -174,7 +174,7 @@ def report(
     for summary, count in zip(found.summaries, found.counts, strict=True):
         # The page has room for all, the terminal for a few.
         shown = summary.scores if score else [name for name in HEADLINES if name in summary.scores][:3]
-        table = make_table("setting", *(title_of(name) for name in shown), "time")
+        table = make_table("setting", *(printable(title_of(name)) for name in shown), "time")
         for column in table.columns[1:]:
             # Titles of settings are folded before numbers are.
             column.min_width, column.max_width, column.justify = 7, 12, "right"
@@ -182,8 +182,8 @@ def report(
             cells = [summary.cells[setting, name] for name in shown]
             texts = ["none" if math.isnan(cell.mean.value) else f"{cell.mean.value:.3f}" for cell in cells]
             marked = ["{0}{2}{1}".format(*marks[cell.verdict], text) for cell, text in zip(cells, texts, strict=True)]
-            table.add_row(escape(setting), *marked, f"{relative_time(summary, setting):.2f}")
-        console.print(f"{escape(summary.model)}, {count}", style="bold", highlight=False)
+            table.add_row(printable(setting), *marked, f"{relative_time(summary, setting):.2f}")
+        console.print(f"{printable(summary.model)}, {count}", style="bold", highlight=False)
         console.print(table)
         console.print()
     console.print(

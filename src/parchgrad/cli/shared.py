@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from parchgrad.errors import SettingError
+from parchgrad.errors import SettingError, on_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def place_of(device: str) -> "torch.device":
 
 def printable(text: str) -> str:
     """A text of a file without what would steer a terminal."""
-    return escape("".join(character if character.isprintable() else " " for character in text))
+    return escape(on_one_line(text))
 
 
 def parse_layers(text: str) -> str | float | list[str]:

@@ -149,7 +149,7 @@ def show(
     for name, text in {**held.metadata, "classes": f"{held.classes} of {held.model_classes}"}.items():
         if name not in ("categories", "collections"):
             console.print(f"[bold]{printable(name)}[/]: {printable(text)}", highlight=False, soft_wrap=True)
-    console.print(f"\n{escape(title)}", style="bold", highlight=False, soft_wrap=True)
+    console.print(f"\n{printable(title)}", style="bold", highlight=False, soft_wrap=True)
     console.print(table)
 
 

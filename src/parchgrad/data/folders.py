@@ -176,7 +176,8 @@ def _cannot_read(place: str | Path, error: OSError) -> ImageError:
 def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     """Find the files below a folder that end with one of the suffixes (lower case), sorted.
 
-    Hidden files and folders are left out; links are followed, but not in circles.
+    Hidden files and folders are left out. Links are followed, but every folder is looked into once: where it stands,
+    or else by the first of the links to it.
 
     Raises:
         ImageError: if a folder may not be read.
@@ -190,19 +191,23 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
         ['a.XML', 'b.xml']
     """
     found: list[Path] = []
-    seen = set()
+    seen = set[str]()
 
     def stop(error: OSError) -> None:
         # What a folder holds that may not be read would be missing silently.
         raise _cannot_read(error.filename, error) from error
 
-    for folder, inner, names in os.walk(root, followlinks=True, onerror=stop):
-        # A link may lead back up.
-        seen.add(os.path.realpath(folder))
-        inner[:] = [
-            name for name in inner if name[0] != "." and os.path.realpath(os.path.join(folder, name)) not in seen
-        ]
-        found += [Path(folder, name) for name in names if name[0] != "." and name.lower().endswith(suffixes)]
+    waiting = [str(root)]
+    while waiting:
+        links = []
+        for folder, inner, names in os.walk(waiting.pop(0), onerror=stop):
+            place = os.path.realpath(folder)
+            inner[:] = [] if place in seen else [name for name in inner if name[0] != "."]
+            if place not in seen:
+                found += [Path(folder, name) for name in names if name[0] != "." and name.lower().endswith(suffixes)]
+            seen.add(place)
+            links += [path for path in (os.path.join(folder, name) for name in inner) if os.path.islink(path)]
+        waiting += sorted(links)
     return tuple(sorted(found))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from parchgrad.checks import check_kind
 from parchgrad.errors import ImageError, InputError, reason_of
@@ -20,6 +21,10 @@ _ORIENTATION = 0x0112
 _PROGRAMS = ("EPS",)
 # A network's preprocessing scales the shorter side up to its own: a row of pixels would take gigabytes.
 _LONGEST = 1000
+# Premultiplied modes, which Pillow converts to these alone.
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+# Bicubic and Lanczos scaling overshoot an edge by up to a fifth.
+_OVERSHOOT = 1.25
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -95,7 +100,10 @@ def stored_frame(path: str | Path) -> tuple[int, int, int]:
     with opened_image(path) as opened:
         check_proportions(opened)
         orientation = opened.getexif().get(_ORIENTATION, 1)
-        return *opened.size, orientation if orientation in range(1, 9) else 1
+        # Of a turned TIFF Pillow gives the size that it will have.
+        tags = opened.tag_v2 if isinstance(opened, TiffImageFile) else {}
+        stored = (tags[IMAGEWIDTH], tags[IMAGELENGTH]) if tags else opened.size
+        return *stored, orientation if orientation in range(1, 9) else 1
 
 
 @contextmanager
@@ -146,6 +154,11 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode; Pillow itself would clip wide integers and floats, and show what is transparent.
 
+    White is what the mode or the file says: 65535 of 16 bits, of a PNG and of a PGM. Other integers of 32 bits end at
+    255, at 65535 or at 2 ** 31 - 1, floating-point numbers at 1, at 255 or at 65535: the first that the brightest pixel
+    does not exceed, or of floating-point numbers by no more than a quarter, which scaling may overshoot by. What lies
+    outside is clipped.
+
     Raises:
         InputError: if it is no image.
         ImageError: if it holds NaN or infinite values.
@@ -158,16 +171,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     _check_numbers(image, "The image")
     if image.mode.startswith("I") or image.mode == "F":
         values = np.array(image, dtype=np.float32)
-        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values *= np.float32(255 / 65535)
-        elif image.mode == "F" and values.max(initial=0) <= 1:
-            values *= 255
+        values *= np.float32(255 / _white(image, float(values.max(initial=0))))
         levels = np.rint(values.clip(0, 255, out=values), out=values).astype(np.uint8)
         return Image.fromarray(levels).convert("RGB")
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         coloured = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
     return image.convert("RGB")
+
+
+def _white(image: Image.Image, brightest: float) -> float:
+    """The number that stands for white in an image of wide numbers."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 65535.0
+    whites, tolerance = ((1.0, 255.0, 65535.0), _OVERSHOOT) if image.mode == "F" else ((255.0, 65535.0, 2.0**31), 1.0)
+    return next((white for white in whites if brightest <= tolerance * white), whites[-1])
 
 
 def _check_numbers(image: Image.Image, name: str) -> None:

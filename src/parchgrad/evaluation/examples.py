@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
@@ -19,7 +18,8 @@ from parchgrad.errors import InputError, SettingError, reason_of
 from parchgrad.evaluation.methods import CONTROLS, Method
 from parchgrad.evaluation.scores import HEADLINES, SCORES
 from parchgrad.evaluation.summary import valid_mean
-from parchgrad.files import refuse_special, writing
+from parchgrad.files import writing
+from parchgrad.tensor_files import read_tensors
 from parchgrad.visual.maps import normalise, shared_top
 
 __all__ = ["EXAMPLES_FILE", "Choice", "Example", "Examples", "MakePicture", "choose_examples", "make_examples"]
@@ -124,10 +124,8 @@ class Examples:
             InputError: if the file is missing, damaged, or of another kind.
         """
         try:
-            refuse_special(path)
-            with safe_open(path, framework="np") as opened:
-                header = opened.metadata() or {}
-                arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+            header, tensors = read_tensors(path)
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             if header.get("format") != _FORMAT:
                 raise ValueError("it is a file of another kind or release")
             choice = _read_choice(json.loads(header["choice"]))
@@ -145,7 +143,7 @@ class Examples:
                     raise ValueError(f"the maps of {example.image!r} do not fit its picture")
                 if not {example.label, example.target, example.predicted} <= categories.keys():
                     raise ValueError(f"a class of {example.image!r} has no name")
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise InputError(
                 f"{str(path)!r} cannot be read as the examples of a run ({reason_of(error)}); delete it, and run the "
                 "evaluation again, which makes it anew."

@@ -67,7 +67,7 @@ def mass_inside(heat: Tensor, region: Tensor) -> Tensor:
         Shares in [0, 1], shape (B,), float64; NaN for a map that is zero everywhere or not finite, or an empty region.
 
     Raises:
-        InputError: if maps and regions do not match, or a map is negative somewhere.
+        InputError: if maps and regions do not match or have no pixels, or a map is negative somewhere.
 
     Example:
         >>> heat = torch.tensor([[[3.0, 1.0]], [[0.0, 0.0]]])
@@ -93,7 +93,7 @@ def weighted_mass_inside(heat: Tensor, region: Tensor) -> Tensor:
         `mass_inside` times the full area over the region's, shape (B,), float64; NaN where `mass_inside` is.
 
     Raises:
-        InputError: if maps and regions do not match, or a map is negative somewhere.
+        InputError: if maps and regions do not match or have no pixels, or a map is negative somewhere.
 
     Example:
         >>> weighted_mass_inside(torch.tensor([[[3.0, 1.0]]]), torch.tensor([[[True, False]]]))
@@ -134,7 +134,7 @@ def pointing_game(heat: Tensor, region: Tensor, *, tolerance: float = 15.0) -> T
         Hits in [0, 1], shape (B,), float64; NaN for a map that is zero everywhere or not finite, or an empty region.
 
     Raises:
-        InputError: if maps and regions do not match, or a map is negative somewhere.
+        InputError: if maps and regions do not match or have no pixels, or a map is negative somewhere.
         SettingError: if the tolerance is negative.
 
     Example:
@@ -245,6 +245,12 @@ def _check_regions(heat: Tensor, region: Tensor) -> None:
             f"Maps of shape {tuple(heat.shape)} need boolean regions of that shape (B, H, W); "
             f"got {region.dtype} of shape {tuple(region.shape)}."
         )
+    _check_heat(heat)
+
+
+def _check_heat(heat: Tensor) -> None:
+    if heat.shape[1:].numel() == 0:
+        raise InputError(f"Maps of shape {tuple(heat.shape)} have no pixels; give maps that have some.")
     if (heat < 0).any():
         raise InputError("The maps hold negative values; take their magnitude with heatmap() first.")
 
@@ -300,11 +306,11 @@ def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
         columns: number of columns of cells.
 
     Returns:
-        Shares (B, rows * columns), row by row, each row summing to 1; NaN for a map that is zero everywhere
-        or not finite.
+        Shares (B, rows * columns), row by row, each row summing to 1, in the maps' type, or float64 of whole numbers;
+        NaN for a map that is zero everywhere or not finite.
 
     Raises:
-        InputError: if the grid does not divide the map, or the map is negative somewhere.
+        InputError: if the grid does not divide the map, or the map has no pixels or is negative somewhere.
 
     Example:
         >>> cell_shares(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), rows=2, columns=2)
@@ -315,8 +321,7 @@ def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
             f"Maps of shape {tuple(heat.shape)} do not divide into {rows} x {columns} cells (B, H, W); give maps "
             "whose height and width do."
         )
-    if (heat < 0).any():
-        raise InputError("The maps hold negative values; take their magnitude with heatmap() first.")
+    _check_heat(heat)
     batch, height, width = heat.shape
     cells = (
         _in_parts_of_the_peak(heat)
@@ -325,4 +330,6 @@ def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
         .flatten(1)
     )
     shares = cells / cells.sum(dim=1, keepdim=True)
-    return shares.masked_fill(~heat.isfinite().all(dim=(1, 2)).unsqueeze(1), math.nan).to(heat.dtype)
+    shares = shares.masked_fill(~heat.isfinite().all(dim=(1, 2)).unsqueeze(1), math.nan)
+    # Whole numbers know no shares.
+    return shares.to(heat.dtype) if heat.is_floating_point() else shares

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from parchgrad.errors import StatisticsError, reason_of
-from parchgrad.files import refuse_special, remove_abandoned, writing
+from parchgrad.files import remove_abandoned, writing
+from parchgrad.tensor_files import read_tensors
 
 __all__ = ["check_parts", "differences", "part_of_process", "read_checkpoint", "remove_checkpoints", "write_checkpoint"]
 
@@ -62,14 +62,11 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor
     if not path.exists():
         return None
     try:
-        refuse_special(path)
-        with safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        header, tensors = read_tensors(path)
         if header.get("format") != _FORMAT:
             raise ValueError("it is a file of another kind or release")
         earlier = {str(name): str(text) for name, text in dict(json.loads(header["settings"])).items()}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticsError(
             f"The checkpoint {str(path)!r} cannot be read ({reason_of(error)}); delete it to start anew."
         ) from error

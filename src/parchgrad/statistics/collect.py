@@ -291,7 +291,7 @@ class _Saver:
             if found.images != batches.images_of(done):
                 raise ValueError(f"it says that {done} batches hold {found.images} images")
             return found, done
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise StatisticsError(
                 f"The checkpoint {str(self._path)!r} is damaged ({reason_of(error)}); delete it to start anew."
             ) from error

@@ -15,6 +15,8 @@ COMPACT_PARTS = ("classes", "held", "level", "levels")
 """Names of the tensors that `compact_log_p` gives."""
 
 _LEVELS = 256
+# Entries that a layer may have whatever is held of them, and as many more for each value.
+_FREE, _PER_VALUE = 2**24, 100
 
 
 def check_share(share: float) -> None:
@@ -91,6 +93,12 @@ def expand_log_p(compact: Mapping[str, Tensor], channels: int) -> Tensor:
     size = channels * int(classes)
     if int(classes) < 1 or tuple(held.shape) != (-(-size // 8),):
         raise StatisticsError("log p has bits for another number of channels; collect the statistics again.")
+    if size > _FREE + _PER_VALUE * level.numel():
+        # Nearly nothing but bits of zero: a small file would fill the memory.
+        raise StatisticsError(
+            f"log p has {channels} channels and {int(classes)} classes, but values of {level.numel()} entries alone; "
+            "collect the statistics again."
+        )
     mask = np.unpackbits(held.numpy(), count=size).astype(bool)
     if tuple(level.shape) != (mask.sum(),):
         raise StatisticsError("log p has another number of values than bits; collect the statistics again.")

@@ -30,6 +30,8 @@ _OPCODE_NAMES = """
     TUPLE TUPLE1 TUPLE2 TUPLE3 PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET MEMOIZE GLOBAL STACK_GLOBAL REDUCE
 """
 _OPCODES = frozenset(_OPCODE_NAMES.split())
+# A tensor takes 40, and the storage of one 100; what is nested deeper than the stack of C would end the process.
+_MOST_OPCODES, _MOST_OF_STORAGE = 100_000, 1000
 
 
 def import_pickles(folder: str | Path, model: nn.Module, *, name: str) -> ChannelStatistics:
@@ -132,8 +134,10 @@ def _check_opcodes(content: bytes) -> None:
     The names of a STACK_GLOBAL are on the stack; the unpickler refuses those that it does not admit.
     """
     end = 0
-    for opcode, argument, position in pickletools.genops(content):
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(content)):
         end = position or 0
+        if count == _MOST_OPCODES:
+            raise _RefusedError(f"more than {count:,} steps")
         if opcode.name not in _OPCODES:
             raise _RefusedError(f"the opcode {opcode.name}")
         if opcode.name == "GLOBAL" and tuple(str(argument).split(" ", 1)) not in _ADMITTED:
@@ -155,6 +159,14 @@ class _TensorUnpickler(pickle.Unpickler):
 
 def _load_storage(content: bytes) -> Any:
     """A storage is a file of torch's own within the pickle; torch's version of this function trusts it."""
+    # All releases of torch write five pickles and the numbers here; an archive could be of any size inside.
+    if content[:1] != b"\x80":
+        raise _RefusedError("an archive in place of a storage")
+    stream = io.BytesIO(content)
+    for name in ("magic number", "version", "system", "storage", "keys"):
+        for count, _ in enumerate(pickletools.genops(stream)):
+            if count == _MOST_OF_STORAGE:
+                raise _RefusedError(f"a storage whose {name} takes more than {count:,} steps")
     with warnings.catch_warnings():
         # It says more of odd files than the error that follows.
         warnings.filterwarnings("ignore", module=r"torch\.")
@@ -177,8 +189,13 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tu
     return rebuild(storage, offset, size, stride, False, OrderedDict())
 
 
+def _no_hooks() -> OrderedDict[str, Any]:
+    """The hooks of a tensor's backward pass; a dict of more would hash what it is given."""
+    return OrderedDict()
+
+
 _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch.storage", "_load_from_bytes"): _load_storage,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _no_hooks,
 }

@@ -11,23 +11,25 @@ from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parchgrad.checks import check_kind
 from parchgrad.errors import OutputError, SettingError, StatisticsError, StatisticsWarning, reason_of, warn
-from parchgrad.files import refuse_special, writing
+from parchgrad.files import writing
 from parchgrad.layers import Convolution, bare_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
 from parchgrad.statistics.layer import AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
 from parchgrad.statistics.tests import TTest
+from parchgrad.tensor_files import read_tensors
 
 __all__ = ["ChannelStatistics", "RowSample", "weight_digest"]
 
 _FORMAT = "parchgrad channel statistics"
 _VERSION = "1"
 _SUFFIX = ".safetensors"
+# More than any classifier has: what lists them would fill the memory.
+_MOST_CLASSES = 1_000_000
 # No layer has this name, since module names hold no colon.
 _KEYS = ":keys"
 _VIEWS = ("layers", "metadata", "weight_digests")
@@ -368,13 +370,10 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         remedy = "give the path of a file that save wrote"
         check_kind("path", path, (str, PathLike), remedy, error=StatisticsError, wanted="a path")
         try:
-            refuse_special(path)
-            with safe_open(path, framework="pt") as opened:
-                header = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+            header, tensors = read_tensors(path)
         except FileNotFoundError as error:
             raise StatisticsError(f"There is no statistics file {str(path)!r}; check the path.") from error
-        except (SafetensorError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             if Path(path).is_dir():
                 raise StatisticsError(f"{str(path)!r} is a folder; give a statistics file in it.") from error
             raise StatisticsError(
@@ -396,7 +395,11 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             raise StatisticsError(f"A layer stands twice in the header of {str(path)!r}; collect the statistics again.")
         digests = {str(entry["name"]): str(entry["weight_sha256"]) for entry in described if entry.get("weight_sha256")}
         indices, outputs = classes.get("indices"), classes.get("of")
-        if not (indices is None or _is_list_of(indices, int)) or not isinstance(outputs, int):
+        if (
+            not (indices is None or _is_list_of(indices, int))
+            or not isinstance(outputs, int)
+            or outputs > _MOST_CLASSES
+        ):
             raise StatisticsError(
                 f"The field 'classes' in the header of {str(path)!r} is damaged; collect the statistics again."
             )

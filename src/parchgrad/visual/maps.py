@@ -46,6 +46,8 @@ _PERCENTILE = 99.5
 _OWN_SCALE = f"|attribution|, relative to the map's {_PERCENTILE:g}th percentile"
 _SHARED_SCALE = "|attribution|, in multiples of each map's mean"
 _SIGNED_SCALE = "attribution, in multiples of each map's mean magnitude: for the class (red), against it (blue)"
+# Of colours as far as float16 keeps them.
+_ROUNDING = 1e-3
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 
 
@@ -403,9 +405,11 @@ def _photograph(values: ArrayLike) -> NDArray[np.float64]:
     picture = _array(values)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
         raise InputError(f"The photograph has shape {picture.shape}, but (H, W, 3) is needed; move its channels last.")
-    if not ((picture >= 0) & (picture <= 1)).all():
+    if not np.isfinite(picture).all():
+        raise InputError("The photograph holds NaN or infinite values; give every pixel a number.")
+    if picture.min() < -_ROUNDING or picture.max() > 1 + _ROUNDING:
         raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
-    return picture
+    return picture.clip(0, 1)
 
 
 def _check_percentile(percentile: float) -> None:
