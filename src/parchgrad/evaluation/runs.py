@@ -33,7 +33,7 @@ from parchgrad.files import locked, refuse_special, writing
 from parchgrad.layers import bare_model, check_evaluation_mode
 from parchgrad.statistics import ChannelStatistics
 
-__all__ = ["Row", "TargetChoice", "evaluate", "read_rows"]
+__all__ = ["Row", "TargetChoice", "check_run_folder", "evaluate", "read_rows"]
 
 Row = dict[str, Any]
 """Scores of one map by name, beside the names of the model, the setting and the image."""
@@ -134,6 +134,7 @@ def evaluate(
             raise SettingError(f"Two methods are called {title!r}; give one of them another title.")
     made = {entry: entry.make(model) for entry in entries}
     place = Path(folder)
+    check_run_folder(place)
     with locked(place / f"rows-{rank}.jsonl"):
         _join_run(
             place,
@@ -465,16 +466,25 @@ def _complete_lines(file: Path) -> Iterator[bytes]:
         raise InputError(f"{str(file)!r} cannot be read ({reason_of(error)}); choose another folder.") from error
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raise `OutputError` if a folder holds files named as those of a run, and not the description of one.
+
+    Example:
+        >>> check_run_folder(Path("a folder to be made"))
+    """
+    # Before it is asked whether there is a description, which every process writes ahead of its rows.
+    others = [file.name for file in (*sorted(folder.glob("rows-*.jsonl")), folder / EXAMPLES_FILE) if file.exists()]
+    if others and not (folder / "run.json").exists():
+        raise OutputError(
+            f"{str(folder)!r} holds {others[0]!r}, but no 'run.json' that says of which run; choose another folder."
+        )
+
+
 def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
     """Write what is evaluated, or make sure that the folder's run evaluates the same."""
     path, wanted = folder / "run.json", json.loads(json.dumps(described))
-    # Before it is asked whether there is a description, which every process writes ahead of its rows.
-    others = [file.name for file in (*sorted(folder.glob("rows-*.jsonl")), folder / EXAMPLES_FILE) if file.exists()]
+    check_run_folder(folder)
     if not path.exists():
-        if others:
-            raise OutputError(
-                f"{str(folder)!r} holds {others[0]!r}, but no 'run.json' that says of which run; choose another folder."
-            )
         with writing(path) as temporary:
             temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return
