@@ -108,6 +108,34 @@ def test_a_full_disk_leaves_earlier_files_as_they_were(tmp_path, save, size):
     assert b"earlier" not in contents(tmp_path).values()
 
 
+def test_a_report_that_finds_room_for_some_files_changes_none(tmp_path, writers):
+    write, names = writers["report"]
+    for name in names:
+        (tmp_path / name).write_text("earlier")
+    with largest_file(20_000), pytest.raises(OutputError, match=r"report.html' .*cannot be written \(File too large\)"):
+        write(tmp_path)
+    assert contents(tmp_path) == dict.fromkeys(names, b"earlier")
+
+
+def test_an_explanation_whose_last_file_finds_no_room_changes_none(tmp_path, writers, monkeypatch):
+    write, names = writers["explanation"]
+    for name in names:
+        (tmp_path / name).write_text("earlier")
+    synchronise, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        # The figure is synchronised twice, since it is written by way of a draft of its own.
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synchronise(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OutputError, match=r"a.json' cannot be written \(No space left on device\); make room"):
+        write(tmp_path)
+    assert contents(tmp_path) == dict.fromkeys(names, b"earlier")
+
+
 @contextmanager
 def mounted(folder, options):
     """A file system of its own, which a few lines below would not do without."""

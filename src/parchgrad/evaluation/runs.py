@@ -44,6 +44,8 @@ _TEXTS = ("model", "setting", "image", "group", "method", "selector", "conserve"
 _WHOLE_NUMBERS = ("index", "label", "target", "predicted")
 _NUMBERS = ("probability", "seconds", "quantile")
 _NEEDED = ("model", "setting", "index", "seconds")
+# How every row starts, as `_score` and `json.dumps` make it.
+_ROW_START = b'{"model": '
 # Beyond it sums of cubes leave what a float can hold.
 _LARGEST = 1e100
 
@@ -425,18 +427,29 @@ class _Appender:
 
     def __enter__(self) -> "_Appender":
         try:
+            if self._path.is_symlink():
+                raise self._cannot("it is a link")
             if self._path.exists():
                 refuse_special(self._path)
-                whole = sum(len(line) for line in _complete_lines(self._path))
-                os.truncate(self._path, whole)
+                self._cut()
             # Without a buffer, which would be written once more when it is closed, though the disk be full.
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self._cannot(reason_of(error)) from error
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def _cut(self) -> None:
+        whole = sum(len(line) for line in _complete_lines(self._path))
+        with self._path.open("rb") as file:
+            file.seek(whole)
+            unfinished = file.read(len(_ROW_START))
+        # What an evaluation did not write is not cut.
+        if not _ROW_START.startswith(unfinished):
+            raise self._cannot("its last line is no row of a run")
+        os.truncate(self._path, whole)
 
     def append(self, rows: Sequence[Row]) -> None:
         lines = [json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) for row in rows]
@@ -446,10 +459,10 @@ class _Appender:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self._cannot(reason_of(error)) from error
 
-    def _cannot(self, error: OSError) -> OutputError:
-        return OutputError(f"{str(self._path)!r} cannot be written ({reason_of(error)}); choose another folder.")
+    def _cannot(self, reason: str) -> OutputError:
+        return OutputError(f"{str(self._path)!r} cannot be written ({reason}); choose another folder.")
 
 
 def _plain(value: object) -> object:
