@@ -11,12 +11,13 @@ from torchvision import transforms
 import parchgrad as pg
 from parchgrad.configuration import DataSettings, EvaluationSettings, evaluate_all, open_data, read_settings
 from parchgrad.data.samples import DrawnSamples
-from parchgrad.errors import ImageError, InputError, SettingError
+from parchgrad.errors import ImageError, InputError, OutputError, SettingError
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples
 from parchgrad.evaluation.runs import read_rows
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
 from parchgrad.evaluation.sparsity import gini
+from parchgrad.files import locked
 from parchgrad.models import Preprocessing
 from tests.conftest import small_network
 
@@ -296,6 +297,41 @@ families = ["sparsity"]
         read_settings(written(tmp_path, text.replace(str(others), str(photographs))))
     with pytest.raises(SettingError, match="has statistics of other images"):
         evaluate_all(read_settings(written(tmp_path, text.replace("count = 10", "count = 9"))), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("classifier")
+def test_statistics_are_not_collected_for_a_folder_that_would_be_refused(tmp_path, photographs, monkeypatch):
+    others = shutil.copytree(photographs, tmp_path / "others")
+    asked = EvaluationSettings(
+        models=("small",),
+        data=DataSettings(name="folder", root=str(photographs), count=3),
+        statistics=DataSettings(name="folder", root=str(others), count=10),
+        grid=Grid(selectors=("class",)),
+    )
+    run = tmp_path / "out" / "small"
+    run.mkdir(parents=True)
+
+    def collect(*_, **__):
+        raise AssertionError("nothing is collected")
+
+    monkeypatch.setattr("parchgrad.configuration.collect_statistics", collect)
+    with (
+        locked(run / "statistics.safetensors"),
+        pytest.raises(OutputError, match=r"statistics.safetensors' is being written by another run"),
+    ):
+        evaluate_all(asked, tmp_path / "out")
+    (run / "rows-0.jsonl").touch()
+    with pytest.raises(OutputError, match=r"holds 'rows-0.jsonl', but no 'run\.json'"):
+        evaluate_all(asked, tmp_path / "out")
+    (run / "rows-0.jsonl").unlink()
+
+    def slowly(*_, **__):
+        (run / "statistics.safetensors").write_text("meanwhile")
+
+    monkeypatch.setattr("parchgrad.configuration.collect_statistics", slowly)
+    with pytest.raises(OutputError, match=r"statistics.safetensors' exists already"):
+        evaluate_all(asked, tmp_path / "out")
+    assert (run / "statistics.safetensors").read_text() == "meanwhile"
 
 
 def test_statistics_of_generated_shapes_are_of_other_ones():

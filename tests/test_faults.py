@@ -108,6 +108,34 @@ def test_a_full_disk_leaves_earlier_files_as_they_were(tmp_path, save, size):
     assert b"earlier" not in contents(tmp_path).values()
 
 
+def test_a_report_that_finds_room_for_some_files_changes_none(tmp_path, writers):
+    write, names = writers["report"]
+    for name in names:
+        (tmp_path / name).write_text("earlier")
+    with largest_file(20_000), pytest.raises(OutputError, match=r"report.html' .*cannot be written \(File too large\)"):
+        write(tmp_path)
+    assert contents(tmp_path) == dict.fromkeys(names, b"earlier")
+
+
+def test_an_explanation_whose_last_file_finds_no_room_changes_none(tmp_path, writers, monkeypatch):
+    write, names = writers["explanation"]
+    for name in names:
+        (tmp_path / name).write_text("earlier")
+    synchronise, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        # The figure is synchronised twice, since it is written by way of a draft of its own.
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synchronise(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OutputError, match=r"a.json' cannot be written \(No space left on device\); make room"):
+        write(tmp_path)
+    assert contents(tmp_path) == dict.fromkeys(names, b"earlier")
+
+
 @contextmanager
 def mounted(folder, options):
     """A file system of its own, which a few lines below would not do without."""
@@ -159,7 +187,12 @@ def test_rows_that_found_no_room_are_had_again(tmp_path):
     assert not kept.endswith(b"\n")
     close(run(tmp_path / "full"), whole)
     assert rows.read_bytes().startswith(kept[: kept.rindex(b"\n")])
-    assert sorted(path.name for path in rows.parent.iterdir()) == ["examples.safetensors", "rows-0.jsonl", "run.json"]
+    assert sorted(path.name for path in rows.parent.iterdir()) == [
+        ".rows-0.jsonl.lock",
+        "examples.safetensors",
+        "rows-0.jsonl",
+        "run.json",
+    ]
 
 
 SURROUNDINGS = {
@@ -223,14 +256,14 @@ def test_killed_while_writing_a_file_is_the_earlier_or_the_later_one(tmp_path):
         check_outputs([tmp_path / "half.txt"], force=False)
 
     # What was left may still be somebody's, until nobody has touched it for an hour.
-    (left,) = tmp_path.glob(".half.????????.txt")
+    (left,) = (path for path in tmp_path.glob(".parchgrad-*") if (path / "new.txt").exists())
     long_ago = (time.time() - 3700,) * 2
     # A large file may take long; its folder does not know of it.
     os.utime(left, long_ago)
     with writing(tmp_path / "half.txt") as temporary:
         temporary.write_text("later")
     assert (left / "new.txt").read_text() == "half"
-    others = [tmp_path / name for name in (".half.notes.txt", ".half.0123abcd.png", ".other.0123abcd.txt")]
+    others = [tmp_path / name for name in (".half.0123abcd.txt", ".parchgrad-notes", f"{left.name[:-1]}g")]
     for other in others:
         other.mkdir()
     for path in (left / "new.txt", left, *others):
@@ -356,7 +389,6 @@ def test_a_run_that_goes_on_is_not_started_again(tmp_path):
     rows = run(tmp_path / "run", data=Noise(40))
     assert len((tmp_path / "run" / "rows-0.jsonl").read_text().splitlines()) == len(rows) == 120
     close(rows, comparable(read_rows(tmp_path / "run")))
-    assert not (tmp_path / "run" / ".rows-0.jsonl.lock").exists()
 
 
 def test_a_collection_that_goes_on_is_not_started_again(tmp_path):
@@ -367,16 +399,38 @@ def test_a_collection_that_goes_on_is_not_started_again(tmp_path):
     ):
         collect(path)
     assert_same(collect(path), collect())
-    assert [file.name for file in tmp_path.iterdir()] == ["run.checkpoint"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".run.checkpoint.lock", "run.checkpoint"]
 
 
-def test_file_systems_without_locks_do_without(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_file_systems_without_locks_do_without(tmp_path, monkeypatch, number):
     def unknown(*_):
-        raise NotImplementedError
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("filelock.FileLock.acquire", unknown)
+    # Warnings are errors here, and a lock by the mere existence of a file would keep the second out.
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with locked(tmp_path / "a"), locked(tmp_path / "a"):
+        pass
+    assert [path.read_bytes() for path in tmp_path.iterdir()] in ([], [b""])
+
+
+def test_a_lock_stays_where_it_is(tmp_path):
     with locked(tmp_path / "a"):
-        assert list(tmp_path.iterdir()) == []
+        # Who had opened it before it was removed would hold a lock of no name, and another one of the next.
+        held = (tmp_path / ".a.lock").stat().st_ino
+    with locked(tmp_path / "a"):
+        assert (tmp_path / ".a.lock").stat().st_ino == held
+        with pytest.raises(OutputError, match=r"it holds '.*\.a\.lock'"), locked(tmp_path / "a"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == [".a.lock"]
+
+
+def test_a_link_is_no_lock(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".a.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match=r"\.a\.lock' is a link"), locked(tmp_path / "a"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -392,6 +446,13 @@ def test_names_that_cannot_be_files(tmp_path, force):
     check_outputs([tmp_path / "new" / "a.txt"], force=force)
     long = tmp_path / ("x" * 300)
     with pytest.raises(OutputError, match="File name too long"), writing(long):
+        pass
+    for path in (long, tmp_path / "new" / long.name, tmp_path / "a\0b"):
+        with pytest.raises(OutputError, match=r"cannot be a file \(.*\); choose another name"):
+            check_outputs([path], force=force)
+    with pytest.raises(OutputError, match="cannot be a file"):
+        check_outputs([], force=force, inputs=[tmp_path / "a\0b"])
+    with pytest.raises(OutputError, match="cannot be a file"), writing(tmp_path / "a\0b"):
         pass
     with pytest.raises(OutputError, match="cannot be written, since it is no plain file"), writing(Path("/dev/null")):
         pass

@@ -1,5 +1,6 @@
 """Every command that writes: what is there stays as it is, unless it is told otherwise."""
 
+import importlib
 import pickle
 
 import numpy as np
@@ -35,6 +36,8 @@ FILES = {
     "report": ["report.html", "report.md", "report.csv"],
     **{f"stats {name}": ["a.safetensors"] for name in ("collect", "merge", "import-pickles")},
 }
+# A lock stays, lest two have it.
+LOCKS = {"stats collect": [".a.safetensors.checkpoint.lock"]}
 # It adds to its own runs, and to nothing else; see below.
 ADDING = {"evaluate"}
 READING = {"models", "explore", "stats show"}
@@ -123,10 +126,59 @@ def test_what_is_there_stays_unless_forced(desk, tmp_path, monkeypatch, capsys, 
     code, said = ended(capsys, *typed, "--force")
     assert code == 0, said
     written = contents(tmp_path)
-    assert sorted(written) == sorted([*names, "notes.txt"]), "and these are all that it writes"
+    assert sorted(written) == sorted([*names, *LOCKS.get(command, ()), "notes.txt"]), "and these are all that it writes"
     assert written.pop("notes.txt") == b"mine"
     assert b"earlier" not in written.values()
     assert contents(desk) == before
+
+
+# The last that each command does before it writes.
+BEFORE_WRITING = {
+    "explain": ["parchgrad.explanation.explain_images", "parchgrad.visual.save_figure"],
+    "sweep": ["parchgrad.visual.save_figure"],
+    "animate": ["parchgrad.visual.animation.save_animation"],
+    "demo": ["parchgrad.demo.demonstrate"],
+    "report": ["parchgrad.reporting.make_report"],
+    "stats collect": ["parchgrad.collection.collect_from_folder"],
+    "stats merge": ["parchgrad.statistics.accumulate.merge_statistics"],
+    "stats import-pickles": ["parchgrad.statistics.pickles.import_pickles"],
+}
+
+
+@pytest.mark.usefixtures("quick_demonstration")
+@pytest.mark.parametrize(
+    ("command", "function"), [(command, function) for command, names in BEFORE_WRITING.items() for function in names]
+)
+def test_what_appears_while_a_command_goes_on_stays(desk, tmp_path, monkeypatch, capsys, command, function):
+    monkeypatch.chdir(desk)
+    place = tmp_path / "out"
+    name = "red-signed.png" if "explain" in command and "save_figure" in function else FILES[command][0]
+    place.mkdir()
+    module, _, attribute = function.rpartition(".")
+    act = getattr(importlib.import_module(module), attribute)
+
+    def meanwhile(*given, **options):
+        (place / name).write_text("meanwhile")
+        return act(*given, **options)
+
+    monkeypatch.setattr(function, meanwhile)
+    typed = [*command.split(), *WRITING[command].split(), place / name if command.startswith("stats") else place]
+    code, said = ended(capsys, *typed)
+    assert code == 2
+    assert f"Error: {str(place / name)!r} exists already; " in said
+    assert (place / name).read_text() == "meanwhile"
+
+
+def test_merging_does_not_overwrite_what_it_reads(desk, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes((desk / f"{name}.safetensors").read_bytes())
+    before = contents(tmp_path)
+    typed = "stats merge one.safetensors two.safetensors --force -o"
+    code, said = ended(capsys, *typed.split(), tmp_path / "one.safetensors")
+    assert code == 2
+    assert "is what the results are made from" in said
+    assert contents(tmp_path) == before
 
 
 EVALUATING = "evaluate --model shapes --data shapes --count 2 --scores sparsity --method gradient --selector none --out"
@@ -154,6 +206,31 @@ def test_a_folder_that_holds_no_run_is_left_alone(tmp_path, name):
     with pytest.raises(OutputError, match=rf"holds '{name}', but no 'run\.json' .*; choose another folder"):
         run(tmp_path, data=Noise(2), settings=[Setting()])
     assert contents(tmp_path) == {name: b"mine, without an end of the line"}
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_rows_that_no_evaluation_wrote_are_not_cut(tmp_path, linked):
+    run(tmp_path / "run", data=Noise(2), settings=[Setting()])
+    rows, mine = tmp_path / "run" / "rows-0.jsonl", tmp_path / "mine.json"
+    mine.write_text('{"my": "only copy"}')
+    rows.unlink()
+    if linked:
+        rows.symlink_to(mine)
+    else:
+        rows.write_bytes(mine.read_bytes())
+    with pytest.raises(OutputError, match="it is a link" if linked else "its last line is no row of a run"):
+        run(tmp_path / "run", data=Noise(2), settings=[Setting()])
+    assert mine.read_text() == rows.read_text() == '{"my": "only copy"}'
+
+
+@pytest.mark.parametrize("begun", ["", "{", '{"model": "cut o'])
+def test_a_row_that_was_begun_is_had_again(tmp_path, begun):
+    run(tmp_path, data=Noise(2), settings=[Setting()])
+    rows = tmp_path / "rows-0.jsonl"
+    rows.write_text(rows.read_text() + begun)
+    before = rows.read_text().splitlines()[:2]
+    run(tmp_path, data=Noise(2), settings=[Setting()])
+    assert rows.read_text().splitlines() == before
 
 
 @pytest.mark.parametrize("command", ["explain", "sweep"])

@@ -5,7 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,10 +21,10 @@ from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import SHAPE_CATEGORIES, GeneratedShapes
 from parchgrad.errors import ImageError, InputError, SettingError, StatisticsWarning, reason_of
 from parchgrad.evaluation.grid_pointing import make_mosaics
-from parchgrad.evaluation.runs import TargetChoice, evaluate
+from parchgrad.evaluation.runs import TargetChoice, check_run_folder, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
-from parchgrad.files import refuse_special
+from parchgrad.files import check_outputs, locked, refuse_special, writing
 from parchgrad.models import Classifier, load_model
 from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.statistics import ChannelStatistics
@@ -281,24 +281,41 @@ def _statistics_for(
         found = ChannelStatistics.load(settings.statistics)
     else:
         images, path = open_data(settings.statistics, classifier), run / "statistics.safetensors"
-        if path.exists():
-            found = ChannelStatistics.load(path)
-            if found.metadata.get("data") != images.fingerprint:
-                raise SettingError(
-                    f"The run in {str(run)!r} has statistics of other images than [statistics] names; choose another "
-                    "folder, or the images that it was started with."
-                )
-        else:
-            found = collect_statistics(
-                classifier.model,
-                Pairs(images),
-                batch_size=settings.batch_size,
-                metadata={"model": classifier.name, "data": images.fingerprint},
-                on_progress=on_progress,
-            )
-            if is_first_process():
-                found.save(path)
+        # Collecting takes long, and the evaluation would refuse such a folder after it.
+        check_run_folder(run)
+        check_outputs([path], force=True)
+        with locked(path) if is_first_process() else nullcontext():
+            found = _collected(classifier, settings, images, path, on_progress)
     found.check_model(classifier.model)
+    return found
+
+
+def _collected(
+    classifier: Classifier,
+    settings: EvaluationSettings,
+    images: Samples,
+    path: Path,
+    on_progress: Callable[[str, int, int | None], None] | None,
+) -> ChannelStatistics:
+    """The statistics of these images, read if they were collected before."""
+    if path.exists():
+        found = ChannelStatistics.load(path)
+        if found.metadata.get("data") != images.fingerprint:
+            raise SettingError(
+                f"The run in {str(path.parent)!r} has statistics of other images than [statistics] names; choose "
+                "another folder, or the images that it was started with."
+            )
+        return found
+    found = collect_statistics(
+        classifier.model,
+        Pairs(images),
+        batch_size=settings.batch_size,
+        metadata={"model": classifier.name, "data": images.fingerprint},
+        on_progress=on_progress,
+    )
+    if is_first_process():
+        with writing(path, force=False) as temporary:
+            found.save(temporary)
     return found
 
 

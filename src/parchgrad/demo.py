@@ -17,7 +17,7 @@ from parchgrad._version import __version__
 from parchgrad.attribution import Explainer, heatmap
 from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.explanation import Explanation, explain_images
-from parchgrad.files import check_outputs, writing
+from parchgrad.files import check_outputs, writing_together
 from parchgrad.models import OFFLINE_MODEL, Classifier, load_model
 from parchgrad.selection import ClassWise, Evidence, GradientEnergy, Selector
 from parchgrad.statistics import ChannelStatistics
@@ -67,12 +67,12 @@ class Demonstration:
         Raises:
             OutputError: if a file exists and `force` is off, or cannot be written.
         """
-        page, overview = self.files(directory)
-        check_outputs((page, overview), force=force)
-        save_figure(self._overview(), overview, dots_per_inch=90)
-        with writing(page) as temporary:
-            temporary.write_text(self._page(), encoding="utf-8")
-        return page
+        paths = self.files(directory)
+        check_outputs(paths, force=force)
+        with writing_together(paths, force=force) as (page, overview):
+            save_figure(self._overview(), overview, dots_per_inch=90)
+            page.write_text(self._page(), encoding="utf-8")
+        return paths[0]
 
     @property
     def categories(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from parchgrad.attribution import Explainer, heatmap, signed_heatmap
 from parchgrad.checks import check_kind, check_whole_number, is_number
 from parchgrad.engine import integer_targets
 from parchgrad.errors import InputError, SettingError
-from parchgrad.files import check_outputs, writing
+from parchgrad.files import check_outputs, writing_together
 from parchgrad.layers import LayerChoice
 from parchgrad.models import Classifier, Prediction, check_classifier
 from parchgrad.partition import Conserve
@@ -100,11 +100,10 @@ class Explanation:
         Raises:
             OutputError: if a file exists and `force` is off, or cannot be written.
         """
-        picture, array, manifest = paths = self.files(directory, stem)
+        paths = self.files(directory, stem)
         check_outputs(paths, force=force)
         text = json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n"
-        # All three take their names together, after the last is written.
-        with writing(picture) as drawn, writing(array) as saved, writing(manifest) as written:
+        with writing_together(paths, force=force) as (drawn, saved, written):
             save_figure(self.figure(), drawn)
             np.save(saved, self.attribution.cpu().numpy(), allow_pickle=False)
             written.write_text(text, encoding="utf-8")

@@ -31,7 +31,7 @@ from parchgrad.evaluation.report import (
 from parchgrad.evaluation.runs import Row, read_rows
 from parchgrad.evaluation.scores import HEADLINES, SCORES, at_ratio
 from parchgrad.evaluation.summary import FEWEST
-from parchgrad.files import check_outputs, writing
+from parchgrad.files import check_outputs, writing_together
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS
 from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
 from parchgrad.visual.maps import paint
@@ -97,8 +97,8 @@ class Report:
         Raises:
             OutputError: if a file exists and `force` is off, or cannot be written.
         """
-        page, markdown, table = self.files(folder)
-        check_outputs((page, markdown, table), force=force)
+        paths = self.files(folder)
+        check_outputs(paths, force=force)
         parts = [
             _LEGEND.format(baseline=BASELINE, fewest=FEWEST),
             *(
@@ -108,15 +108,12 @@ class Report:
         ]
         tables = [csv_table(found).splitlines() for found in self.summaries]
         lines = [*tables[0][:1], *(line for found in tables for line in found[1:])]
-        for path, text in (
-            (markdown, "\n".join(parts)),
-            (table, "\n".join(lines) + "\n"),
-            (page, self._page()),
-        ):
-            with writing(path) as temporary:
+        texts = self._page(), "\n".join(parts), "\n".join(lines) + "\n"
+        with writing_together(paths, force=force) as drafts:
+            for draft, text in zip(drafts, texts, strict=True):
                 # Names of files may hold what no encoding knows.
-                temporary.write_text(text, encoding="utf-8", errors="replace")
-        return page
+                draft.write_text(text, encoding="utf-8", errors="replace")
+        return paths[0]
 
     def _page(self) -> str:
         # Imported when a page is made: no other part needs it.

@@ -419,6 +419,8 @@ def test_two_processes_keep_them_once_both_are_done(tmp_path):
     found = Examples.load(tmp_path / "shared" / EXAMPLES_FILE)
     assert indices(found.choice.examples) == indices(expected.choice.examples)
     assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == [
+        ".rows-0.jsonl.lock",
+        ".rows-1.jsonl.lock",
         EXAMPLES_FILE,
         "rows-0.jsonl",
         "rows-1.jsonl",

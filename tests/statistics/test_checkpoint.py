@@ -16,6 +16,7 @@ from parchgrad.errors import SettingError, StatisticsError
 from parchgrad.statistics import checkpoint
 from tests.conftest import small_network
 from tests.statistics.test_accumulate import assert_same
+from tests.test_files import left_behind
 
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 DATA = TensorDataset(IMAGES, torch.arange(60) % 5)
@@ -78,7 +79,7 @@ def test_a_finished_checkpoint_gives_the_result_at_once(tmp_path):
     whole = collect(tmp_path / "a")
     assert_same(collect(tmp_path / "a", on_progress=lambda stage, *_: None), whole, rtol=0)
     checkpoint.remove_checkpoints(tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".a.lock"]
 
 
 def other_weights():
@@ -149,10 +150,12 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / ".run.deadbeef.checkpoint").write_bytes(b"half")
-    (tmp_path / "other.checkpoint").write_bytes(b"")
+    left_behind(tmp_path / "run.checkpoint")
+    others = {".run.20240101.checkpoint", "other.checkpoint"}
+    for name in others:
+        (tmp_path / name).touch()
     collect(tmp_path / "run.checkpoint")
-    assert {entry.name for entry in tmp_path.iterdir()} == {"run.checkpoint", "other.checkpoint"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run.checkpoint", ".run.checkpoint.lock", *others}
 
 
 SCRIPT = """
@@ -180,7 +183,7 @@ found.save(sys.argv[2])
 def test_killed_again_and_again_it_ends_with_the_same_statistics(tmp_path):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run.checkpoint"), str(tmp_path / "out.safetensors")]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     starts = []
     for delay in (0.02, 0.05, 0.11, None):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, cwd=root)
@@ -267,7 +270,7 @@ def test_a_run_whose_name_begins_alike_is_another(tmp_path):
         file.touch()
     collect(tmp_path / "run.checkpoint")
     checkpoint.remove_checkpoints(tmp_path / "run.checkpoint")
-    assert sorted(tmp_path.iterdir()) == sorted(others)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / ".run.checkpoint.lock", *others])
 
 
 def test_another_number_of_processes_is_refused(tmp_path):

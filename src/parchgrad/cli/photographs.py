@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from parchgrad.cli.shared import console, error_console, make_table, parse_layers, say_share
 from parchgrad.errors import SettingError
-from parchgrad.files import check_outputs, distinct_stems
+from parchgrad.files import check_outputs, distinct_stems, writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -155,7 +155,8 @@ def explain(
         for found, stem in zip(explanations, stems, strict=True):
             found.save(out, stem, force=force)
         for found, path in zip(explanations, signed_panels, strict=False):
-            save_figure(found.signed_figure(), path)
+            with writing(path, force=force) as temporary:
+                save_figure(found.signed_figure(), temporary)
 
     table = make_table("photograph", "explained class", "also predicted")
     for path, found in zip(images, explanations, strict=True):
@@ -210,7 +211,8 @@ def sweep(
         from parchgrad.visual import save_figure
 
         for path, (found,) in zip(paths, _make_sweeps(images, [selector], asked, status.update), strict=True):
-            save_figure(found.figure(columns=columns), path)
+            with writing(path, force=force) as temporary:
+                save_figure(found.figure(columns=columns), temporary)
             _say_sweeps(path, {"kept": found})
 
 
@@ -262,7 +264,8 @@ def animate(
         check_format(paths[0])
         for path, row in zip(paths, _make_sweeps(images, selectors, asked, status.update), strict=True):
             panels = {_TITLES[name]: found for name, found in zip(selectors, row, strict=True)}
-            save_animation(panels, path, most_bytes=1000 * most_kilobytes)
+            with writing(path, force=force) as temporary:
+                save_animation(panels, temporary, most_bytes=1000 * most_kilobytes)
             _say_sweeps(path, panels)
 
 

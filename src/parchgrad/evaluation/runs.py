@@ -33,7 +33,7 @@ from parchgrad.files import locked, refuse_special, writing
 from parchgrad.layers import bare_model, check_evaluation_mode
 from parchgrad.statistics import ChannelStatistics
 
-__all__ = ["Row", "TargetChoice", "evaluate", "read_rows"]
+__all__ = ["Row", "TargetChoice", "check_run_folder", "evaluate", "read_rows"]
 
 Row = dict[str, Any]
 """Scores of one map by name, beside the names of the model, the setting and the image."""
@@ -44,6 +44,8 @@ _TEXTS = ("model", "setting", "image", "group", "method", "selector", "conserve"
 _WHOLE_NUMBERS = ("index", "label", "target", "predicted")
 _NUMBERS = ("probability", "seconds", "quantile")
 _NEEDED = ("model", "setting", "index", "seconds")
+# How every row starts, as `_score` and `json.dumps` make it.
+_ROW_START = b'{"model": '
 # Beyond it sums of cubes leave what a float can hold.
 _LARGEST = 1e100
 
@@ -134,6 +136,7 @@ def evaluate(
             raise SettingError(f"Two methods are called {title!r}; give one of them another title.")
     made = {entry: entry.make(model) for entry in entries}
     place = Path(folder)
+    check_run_folder(place)
     with locked(place / f"rows-{rank}.jsonl"):
         _join_run(
             place,
@@ -424,18 +427,29 @@ class _Appender:
 
     def __enter__(self) -> "_Appender":
         try:
+            if self._path.is_symlink():
+                raise self._cannot("it is a link")
             if self._path.exists():
                 refuse_special(self._path)
-                whole = sum(len(line) for line in _complete_lines(self._path))
-                os.truncate(self._path, whole)
+                self._cut()
             # Without a buffer, which would be written once more when it is closed, though the disk be full.
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self._cannot(reason_of(error)) from error
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def _cut(self) -> None:
+        whole = sum(len(line) for line in _complete_lines(self._path))
+        with self._path.open("rb") as file:
+            file.seek(whole)
+            unfinished = file.read(len(_ROW_START))
+        # What an evaluation did not write is not cut.
+        if not _ROW_START.startswith(unfinished):
+            raise self._cannot("its last line is no row of a run")
+        os.truncate(self._path, whole)
 
     def append(self, rows: Sequence[Row]) -> None:
         lines = [json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) for row in rows]
@@ -445,10 +459,10 @@ class _Appender:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self._cannot(reason_of(error)) from error
 
-    def _cannot(self, error: OSError) -> OutputError:
-        return OutputError(f"{str(self._path)!r} cannot be written ({reason_of(error)}); choose another folder.")
+    def _cannot(self, reason: str) -> OutputError:
+        return OutputError(f"{str(self._path)!r} cannot be written ({reason}); choose another folder.")
 
 
 def _plain(value: object) -> object:
@@ -465,16 +479,25 @@ def _complete_lines(file: Path) -> Iterator[bytes]:
         raise InputError(f"{str(file)!r} cannot be read ({reason_of(error)}); choose another folder.") from error
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raise `OutputError` if a folder holds files named as those of a run, and not the description of one.
+
+    Example:
+        >>> check_run_folder(Path("a folder to be made"))
+    """
+    # Before it is asked whether there is a description, which every process writes ahead of its rows.
+    others = [file.name for file in (*sorted(folder.glob("rows-*.jsonl")), folder / EXAMPLES_FILE) if file.exists()]
+    if others and not (folder / "run.json").exists():
+        raise OutputError(
+            f"{str(folder)!r} holds {others[0]!r}, but no 'run.json' that says of which run; choose another folder."
+        )
+
+
 def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
     """Write what is evaluated, or make sure that the folder's run evaluates the same."""
     path, wanted = folder / "run.json", json.loads(json.dumps(described))
-    # Before it is asked whether there is a description, which every process writes ahead of its rows.
-    others = [file.name for file in (*sorted(folder.glob("rows-*.jsonl")), folder / EXAMPLES_FILE) if file.exists()]
+    check_run_folder(folder)
     if not path.exists():
-        if others:
-            raise OutputError(
-                f"{str(folder)!r} holds {others[0]!r}, but no 'run.json' that says of which run; choose another folder."
-            )
         with writing(path) as temporary:
             temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return
