@@ -306,8 +306,9 @@ def remove_abandoned(path: Path, *, seconds: float = 0.0) -> None:
     for left in path.parent.glob(f"{_draft_prefix(path)}{'[0-9a-f]' * 16}"):
         # Another process may have been quicker, and what may not be removed is in nobody's way.
         with suppress(OSError):
-            inner = list(left.rglob("*"))
-            if _is_folder(left) and all(map(_is_of_a_draft, inner)):
+            # A link of that name leads to what is somebody else's.
+            inner = list(left.rglob("*")) if _is_folder(left) else [left]
+            if all(map(_is_of_a_draft, inner)):
                 written = max(file.lstat().st_mtime for file in (left, *inner))
                 if time.time() - written >= seconds:
                     shutil.rmtree(left)
