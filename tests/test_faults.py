@@ -356,8 +356,10 @@ def test_killed_at_any_moment_no_file_is_half_and_the_next_run_goes_on(tmp_path)
     close(rows, run(tmp_path / "unbroken", data=Noise(30)))
 
     seen = []
+    # On a machine with much to do every collection may have been killed before its first checkpoint.
+    was_kept = (tmp_path / "a.checkpoint").exists()
     resumed = collect(tmp_path / "a.checkpoint", checkpoint_every=1, on_progress=lambda *told: seen.append(told))
-    assert seen[0][1] > 7, "it goes on from the checkpoint"
+    assert (seen[0][1] > 7) == was_kept, "it goes on from the checkpoint"
     assert_same(resumed, collect())
 
 
