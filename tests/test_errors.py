@@ -43,6 +43,7 @@ OTHERS = {
     ("evaluation.examples", "ValueError"): "becomes an InputError that names the file",
     ("evaluation.runs", "ValueError"): "becomes an InputError that names the line",
     ("files", "OSError"): "becomes the error of what reads the file",
+    ("heads", "mismatch"): "an InputError, if one fits",
     ("reporting", "ValueError"): "becomes an InputError that names the file",
     ("statistics.accumulate", "ValueError"): "becomes a StatisticsError that names the checkpoint",
     ("statistics.checkpoint", "ValueError"): "becomes a StatisticsError that names the file",

@@ -359,6 +359,15 @@ class Constant(nn.Module):
         return self.weight.expand(len(x), 5)
 
 
+@pytest.mark.parametrize("target", [None, 3])
+def test_an_image_without_its_batch_is_told(target):
+    # Convolutions take it, and the head then meets other sizes.
+    head = [nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10)]
+    explainer = pg.Explainer(nn.Sequential(*head).eval(), None)
+    with pytest.raises(InputError, match=r"shape \(3, 32, 32\).*add the batch dimension with inputs.unsqueeze\(0\)"):
+        explainer.attribute(torch.rand(3, 32, 32), target)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_errors_that_have_nothing_to_do_with_the_shape_stay(error):
     class Fails(nn.Module):

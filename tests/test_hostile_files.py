@@ -227,7 +227,7 @@ def test_a_checkpoint_of_endless_images(folder, name, value):
     path = folder / "endless.checkpoint"
     path.write_bytes(cached(checkpoints, folder)[0])
     with safe_open(path, "pt") as opened:
-        header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
     save_file({**tensors, name: torch.tensor(value)}, path, header)
     with pytest.raises(StatisticsError, match=r"The checkpoint .* is damaged .*; delete it to start anew"):
         collect(path)

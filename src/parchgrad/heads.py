@@ -119,7 +119,7 @@ class Output(nn.Module):
             mismatch = _mismatch(self.model, inputs, str(error))
             if mismatch is None:
                 raise
-            raise InputError(mismatch) from error
+            raise mismatch from error
         return output if self._pick is None else pick_logits(output, self._pick)
 
     def note(self, scores: Tensor) -> None:
@@ -220,28 +220,28 @@ def _kind(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _mismatch(model: nn.Module, inputs: Tensor, message: str) -> str | None:
+def _mismatch(model: nn.Module, inputs: Tensor, message: str) -> InputError | None:
     """Why a model may have refused these inputs, as far as its first convolution tells; None if it does not."""
     first = next((module for module in model.modules() if isinstance(module, Convolution)), None)
     if first is None:
         return None
-    if inputs.dim() != len(first.kernel_size) + 2 and re.search(r"\dD\b|batched|dim", message):
-        return (
+    if inputs.dim() != len(first.kernel_size) + 2 and re.search(r"\dD\b|batched|dim|mat1|shape|size", message):
+        return InputError(
             f"The inputs have shape {tuple(inputs.shape)}, but the model's first convolution takes a batch with "
             f"{len(first.kernel_size) + 2} dimensions; add the batch dimension with inputs.unsqueeze(0)."
         )
     if "channels" in message and inputs.shape[1] != first.in_channels:
         if inputs.shape[-1] == first.in_channels:
-            return (
+            return InputError(
                 f"The inputs have shape {tuple(inputs.shape)} with the channels last; move them to the second place, "
                 "as in inputs.movedim(-1, 1)."
             )
-        return (
+        return InputError(
             f"The inputs have {inputs.shape[1]} channels, but the model's first convolution takes "
             f"{first.in_channels}; convert them first."
         )
     if inputs.dtype != first.weight.dtype and ("type" in message or "dtype" in message):
-        return (
+        return InputError(
             f"The inputs are {inputs.dtype}, but the model's weights are {first.weight.dtype}; "
             "convert one of them with .to()."
         )
