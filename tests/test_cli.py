@@ -60,13 +60,16 @@ def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_p
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / "coffee.png"
     Image.fromarray(data.camera()).save(other)
-    code, _, _ = run(capsys, "explain", coffee, other, "--out", tmp_path / "out")
+    code, said, _ = run(capsys, "explain", coffee, other, "--out", tmp_path / "out")
     assert code == 0
-    categories = {
-        name: json.loads((tmp_path / "out" / f"{name}.json").read_text())["target"]["category"]
-        for name in ("coffee", "coffee-2")
+    found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("coffee", "coffee-2")}
+    assert {name: held["target"]["category"] for name, held in found.items()} == {
+        "coffee": "espresso",
+        "coffee-2": "tripod",
     }
-    assert categories == {"coffee": "espresso", "coffee-2": "tripod"}
+    # Which is which stands in the table and on record.
+    assert found["coffee-2"]["photograph"] == f"{other} (coffee-2)"
+    assert "(coffee-2)" in said
 
 
 @pytest.mark.parametrize(

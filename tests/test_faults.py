@@ -147,6 +147,14 @@ def mounted(folder, options):
         subprocess.run(["umount", folder], check=True)
 
 
+def test_an_array_without_room_is_told_by_the_systems_error(tmp_path):
+    with mounted(tmp_path, "size=40k"):
+        full = pytest.raises(OutputError, match=r"a.npy' cannot be written \(No space left on device\); make room")
+        with full, files.writing(tmp_path / "a.npy") as temporary:
+            files.save_array(np.zeros(20_000), temporary)
+        assert contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize("save", WRITERS, indirect=True)
 def test_no_room_is_said(tmp_path, save):
     write, names = save

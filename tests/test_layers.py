@@ -1,5 +1,6 @@
 import pytest
 import timm
+import torch
 import torchvision
 from torch import nn
 
@@ -70,6 +71,15 @@ def test_bad_choices_name_the_remedy(layers, words):
 def test_model_without_convolutions():
     with pytest.raises(ModelError, match="holds no convolution"):
         choose_layers(nn.Linear(2, 2))
+
+
+# torch announces that it will do without scripts.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_model_of_torchscript_is_refused_as_such():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 1, 1)).eval())
+    with pytest.raises(ModelError, match=r"is compiled to TorchScript.*; give the model that it was made from"):
+        choose_layers(scripted)
 
 
 @pytest.mark.parametrize("library", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")])

@@ -102,13 +102,13 @@ def test_a_copy_made_inside_a_block_starts_outside_of_it():
     ],
 )
 def test_data_parallel_is_refused_with_the_better_way(use):
-    with pytest.raises(ModelError, match=r"DataParallel copies the model .*; explain model\.module, one process per"):
+    with pytest.raises(ModelError, match=r"DataParallel \(model\) copies .*; put model\.module in its place, in one"):
         use(nn.DataParallel(small_network()).eval())
     # Nor within another module, or where layers are chosen beforehand.
     inside = nn.Sequential(nn.Identity(), nn.DataParallel(small_network())).eval()
-    with pytest.raises(ModelError, match="DataParallel copies the model"):
+    with pytest.raises(ModelError, match=r"DataParallel \(model\.1\) copies .*; put model\.1\.module in its place"):
         use(inside)
-    with pytest.raises(ModelError, match="DataParallel copies the model"):
+    with pytest.raises(ModelError, match=r"DataParallel \(model\.1\)"):
         pg.choose_layers(inside)
 
 

@@ -20,7 +20,7 @@ from parchgrad.attribution import Explainer, heatmap, signed_heatmap
 from parchgrad.checks import check_kind, check_whole_number, is_number
 from parchgrad.engine import integer_targets
 from parchgrad.errors import InputError, SettingError
-from parchgrad.files import check_outputs, writing_together
+from parchgrad.files import check_outputs, save_array, writing_together
 from parchgrad.layers import LayerChoice
 from parchgrad.models import Classifier, Prediction, check_classifier
 from parchgrad.partition import Conserve
@@ -105,7 +105,7 @@ class Explanation:
         text = json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n"
         with writing_together(paths, force=force) as (drawn, saved, written):
             save_figure(self.figure(), drawn)
-            np.save(saved, self.attribution.cpu().numpy(), allow_pickle=False)
+            save_array(self.attribution.cpu().numpy(), saved)
             written.write_text(text, encoding="utf-8")
         return paths
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -11,7 +12,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from parchgrad.errors import OutputError, reason_of
@@ -22,6 +26,7 @@ __all__ = [
     "locked",
     "refuse_special",
     "remove_abandoned",
+    "save_array",
     "without_addresses",
     "writing",
     "writing_together",
@@ -138,6 +143,24 @@ def distinct_stems(paths: Iterable[Path]) -> list[str]:
             stem, number = f"{path.stem}-{number}", number + 1
         stems[stem.casefold()] = stem
     return list(stems.values())
+
+
+def save_array(values: NDArray[Any], path: Path) -> None:
+    """Write an array as .npy, where a full disk is told by the system's error: `numpy.save` tells it by two numbers.
+
+    Raises:
+        OSError: if it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_array(np.arange(3), Path(folder, "a.npy"))
+        ...     np.load(Path(folder, "a.npy"))
+        array([0, 1, 2])
+    """
+    held = io.BytesIO()
+    np.save(held, values, allow_pickle=False)
+    path.write_bytes(held.getbuffer())
 
 
 def without_addresses(text: str) -> str:

@@ -31,7 +31,7 @@ class RegionScore:
     Attributes:
         target: index of the class.
         mask: the region, boolean or weights, shape (*S) of the scores, one for all images; None is, image by image,
-            where the network itself calls the class: the region is empty and the map zero where it does not.
+            where the network itself calls the class. Where a region is empty the map is zero.
 
     Raises:
         SettingError: if `target` is no index.

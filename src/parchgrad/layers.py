@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,11 +48,13 @@ def bare_model(model: nn.Module) -> nn.Module:
         True
     """
     check_model(model)
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise ModelError(
-            "DataParallel copies the model in every pass, out of reach of hooks; explain model.module, one process "
-            "per device, as DistributedDataParallel has it."
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            place = f"model.{name}" if name else "model"
+            raise ModelError(
+                f"DataParallel ({place}) copies what it holds in every pass, out of reach of hooks; put {place}.module "
+                "in its place, in one process per device, as DistributedDataParallel has it."
+            )
     inside: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     return inside
 
@@ -79,6 +82,11 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
     """
     model = bare_model(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
+    if not convolutions and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} is compiled to TorchScript, whose convolutions are out of reach; give the model "
+            "that it was made from."
+        )
     if not convolutions:
         raise ModelError(
             f"{type(model).__name__} holds no convolution (Conv1d, Conv2d or Conv3d), but ParchGrad partitions the "

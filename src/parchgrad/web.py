@@ -41,7 +41,7 @@ from parchgrad.exploration import (
     check_photograph,
     tinted,
 )
-from parchgrad.files import writing
+from parchgrad.files import save_array, writing
 from parchgrad.loading import Loading, StillLoadingError
 from parchgrad.models import OFFLINE_MODEL, SHAPES_MODEL
 from parchgrad.selection import STATISTICAL_SELECTORS
@@ -619,7 +619,7 @@ def _save_png(explorer: Explorer, found: Exploration | Game, path: Path) -> None
 
 def _save_npy(explorer: Explorer, found: Exploration | Game, path: Path) -> None:
     with writing(path) as temporary:
-        np.save(temporary, found.attribution.numpy(), allow_pickle=False)
+        save_array(found.attribution.numpy(), temporary)
 
 
 def _save_gif(explorer: Explorer, found: Exploration | Game, path: Path) -> None:

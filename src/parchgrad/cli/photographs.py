@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 from rich.markup import escape
 
-from parchgrad.cli.shared import console, error_console, make_table, parse_layers, say_share
+from parchgrad.cli.shared import console, error_console, make_table, parse_layers, printable, say_share
 from parchgrad.errors import SettingError
 from parchgrad.files import check_outputs, distinct_stems, writing
 
@@ -150,7 +150,10 @@ def explain(
             gamma=gamma,
             conserve=conserve.value,
             method=method,
-            names=[path.name for path in images],
+            # Of photographs of one name the results are numbered, which is on record too.
+            names=[
+                path.name if stem == path.stem else f"{path} ({stem})" for path, stem in zip(images, stems, strict=True)
+            ],
         )
         for found, stem in zip(explanations, stems, strict=True):
             found.save(out, stem, force=force)
@@ -159,10 +162,10 @@ def explain(
                 save_figure(found.signed_figure(), temporary)
 
     table = make_table("photograph", "explained class", "also predicted")
-    for path, found in zip(images, explanations, strict=True):
+    for found in explanations:
         others = [prediction for prediction in found.predictions if prediction.index != found.target.index][:3]
         table.add_row(
-            escape(path.name), say_share(found.target), ", ".join(say_share(prediction) for prediction in others)
+            printable(found.name), say_share(found.target), ", ".join(say_share(prediction) for prediction in others)
         )
     console.print(table)
     edited, every = explanations[0].settings["layers"], len(find_convolutions(classifier.model))

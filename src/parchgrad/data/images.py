@@ -147,7 +147,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
     except Exception as error:
         # Pillow's many decoders raise what they like on damaged files.
         raise ImageError(
-            f"{str(path)!r} cannot be read ({reason_of(error)}); the file may be cut off or damaged."
+            f"{str(path)!r} cannot be read ({reason_of(error)}); give a whole JPEG, PNG or similar file."
         ) from error
 
 
