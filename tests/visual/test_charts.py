@@ -3,10 +3,21 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from parchgrad.errors import InputError
-from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
+from parchgrad.visual import panel
+from parchgrad.visual.charts import (
+    DARK,
+    LIGHT,
+    Curve,
+    Interval,
+    curve_chart,
+    histogram_chart,
+    interval_chart,
+    scatter_chart,
+)
 
 
 def drawn(figure):
@@ -79,3 +90,27 @@ def test_charts_of_nothing_are_refused():
     ):
         with pytest.raises(InputError, match="give one at least"):
             draw()
+
+
+# Half a formula between dollars, and what steers a terminal.
+ODD = "between $x_{$ and \x1b[31m"
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda name: curve_chart([Curve(label=name, x=[name, 1.0], y=[0, 1])], x_label="share", y_label="drop"),
+        lambda name: histogram_chart({name: [1.0, 2.0], "rest": [0.0]}, x_label="GAP", y_label="share", title=name),
+        lambda name: interval_chart(
+            [Interval(label=name, middle=0.2, low=0.1, high=0.3, verdict="better")], x_label="difference"
+        ),
+        lambda name: scatter_chart({name: (1.0, 2.0)}, x_label="cost", y_label="quality"),
+        lambda name: panel([np.zeros((8, 8, 3))], {name: [np.ones((8, 8))]}, labels=[name]),
+    ],
+)
+def test_names_are_drawn_as_they_are_written(draw):
+    figure = draw(ODD)
+    # Letters that no font has would be warned of.
+    assert drawn(figure).any()
+    # Matplotlib takes an escaped dollar for one.
+    assert any(r"between \$x_{\$ and  [31m" in text.get_text() for text in figure.findobj(Text))

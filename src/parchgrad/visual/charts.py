@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from parchgrad.errors import InputError
+from parchgrad.errors import InputError, on_one_line
 
 __all__ = [
     "DARK",
@@ -17,6 +17,7 @@ __all__ = [
     "Curve",
     "Interval",
     "Theme",
+    "as_written",
     "curve_chart",
     "histogram_chart",
     "interval_chart",
@@ -109,6 +110,16 @@ class Interval:
     verdict: str
 
 
+def as_written(text: str) -> str:
+    r"""A text as Matplotlib draws it letter by letter: a name may hold dollars, between which it would see a formula.
+
+    Example:
+        >>> as_written("from $1 to $5")
+        'from \\$1 to \\$5'
+    """
+    return "\n".join(map(on_one_line, text.split("\n"))).replace("$", r"\$")
+
+
 def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, theme: Theme = LIGHT) -> Figure:
     """Draw curves over one axis, with a legend below them.
 
@@ -130,7 +141,9 @@ def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, theme: T
         mark = "os^Dv"[curve.colour // len(theme.lines) % 5]
         style = "--" if curve.dashed else "-"
         names = any(isinstance(place, str) for place in curve.x)
-        places = [f"{place:g}" if names and isinstance(place, float) else place for place in curve.x]
+        places = [
+            as_written(place if isinstance(place, str) else f"{place:g}") if names else place for place in curve.x
+        ]
         axes.plot(places, curve.y, style, color=colour, marker=mark, markersize=3.5, linewidth=1.6, label=curve.label)
     _legend(figure, theme)
     return figure
@@ -164,7 +177,7 @@ def histogram_chart(
         raise InputError("A histogram without groups was asked for; give one at least.")
     figure = _figure(3.0, arrays)
     axes = _axes(figure, theme, x_label, y_label)
-    axes.set_title(title, color=theme.ink, fontsize=10)
+    axes.set_title(as_written(title), color=theme.ink, fontsize=10)
     edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins=_BINS)
     for number, (label, values) in enumerate(arrays.items()):
         colour = theme.lines[number % len(theme.lines)]
@@ -197,7 +210,7 @@ def interval_chart(intervals: Sequence[Interval], *, x_label: str, theme: Theme 
         colour = colours[found.verdict]
         axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
         axes.plot([found.middle], [place], "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(intervals)), [found.label for found in intervals])
+    axes.set_yticks(range(len(intervals)), [as_written(found.label) for found in intervals])
     axes.set_ylim(len(intervals) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     return figure
@@ -250,7 +263,9 @@ def _figure(height: float, labels: Iterable[str]) -> Figure:
 def _legend(figure: Figure, theme: Theme) -> None:
     # What several rows show stands there once.
     shown = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        as_written(label): handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     labels = list(shown)
     if labels:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.files import writing
+from parchgrad.visual.charts import as_written
 
 __all__ = [
     "COLOUR_MAP",
@@ -496,7 +497,7 @@ def _layout() -> ConstrainedLayoutEngine:
 
 def _show(axes: Any, picture: NDArray[Any], title: str) -> None:
     axes.imshow(np.clip(picture, 0, 1), interpolation="nearest")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(as_written(title), fontsize=11)
     axes.set_axis_off()
 
 
