@@ -123,7 +123,7 @@ def test_messages_are_read_off_the_source_with_places_and_halves(source):
         "quantile is «quantile».",
         "It must lie in (0, 1]: the share of channels that is kept.",
     )
-    assert "Exactly one of quantile and alpha must be given, but neither is / both are." in said
+    assert "Exactly one of quantile and alpha must be given, but neither is / both are; give one." in said
     assert {m.module for m in source.messages if m.kind == "ModelWarning"} == {"engine"}
     assert {m.module for m in source.messages if m.kind == "StatisticsWarning"} == {"statistics.store"}
 

@@ -340,7 +340,7 @@ def test_instance_wise_orders_scores_whose_p_value_underflows():
 
 
 QUANTILE = "quantile is {}, but it must lie in (0, 1]: the share of channels that is kept."
-ONE_OF_TWO = "Exactly one of quantile and alpha must be given, but {}."
+ONE_OF_TWO = "Exactly one of quantile and alpha must be given, but {}; give one."
 ALPHA = "alpha is {}, but it must lie in (0, 1): the largest p-value that is kept."
 NORMALITY = "normality_threshold is {}, but it must lie in (0, 1], or be None for no gate."
 POSITIONS = "positions is {}, but it must lie in (0, 1]: the share of the places."

@@ -143,7 +143,7 @@ def _check_threshold(quantile: float | None, alpha: float | None) -> None:
     """Exactly one of the two ways to cut the ranking must be given."""
     if (quantile is None) == (alpha is None):
         given = "neither is" if quantile is None else "both are"
-        raise SettingError(f"Exactly one of quantile and alpha must be given, but {given}.")
+        raise SettingError(f"Exactly one of quantile and alpha must be given, but {given}; give one.")
     if quantile is not None:
         _check_quantile(quantile)
     if alpha is not None and not (is_number(alpha) and 0 < alpha < 1):

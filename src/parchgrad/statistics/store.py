@@ -114,7 +114,9 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         for name in _VIEWS:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         if not self.layers:
-            raise StatisticsError("Channel statistics need at least one layer; none was given.")
+            raise StatisticsError(
+                "Channel statistics need at least one layer, but none is given; collect them, or load a file."
+            )
         for name, layer in self.layers.items():
             if layer.classes != self.classes:
                 raise StatisticsError(
@@ -150,11 +152,17 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
 
     def _check_sample(self, sample: RowSample) -> None:
         if sample.keys.dtype != torch.int64 or sample.keys.dim() != 1:
-            raise StatisticsError("The keys of the sampled images must be whole numbers, int64 of shape (N,).")
+            raise StatisticsError(
+                f"The keys of the sampled images are {sample.keys.dtype} of shape {tuple(sample.keys.shape)}, but whole "
+                "numbers, int64 of shape (N,), are needed; collect the statistics again."
+            )
         for name, layer in self.layers.items():
             shape = (len(sample.keys), layer.channels)
             if name not in sample.rows or tuple(sample.rows[name].shape) != shape:
-                raise StatisticsError(f"The sampled images of layer {name!r} must be rows of shape {shape}.")
+                raise StatisticsError(
+                    f"The sampled images of layer {name!r} must be rows of shape {shape}, one for each key; collect the "
+                    "statistics again."
+                )
             if sample.rows[name].dtype not in (torch.float32, torch.float64):
                 raise StatisticsError(
                     f"The sampled images of layer {name!r} are {sample.rows[name].dtype}, not float32; convert them."
