@@ -2,6 +2,7 @@
 
 import importlib
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -169,13 +170,19 @@ def test_what_appears_while_a_command_goes_on_stays(desk, tmp_path, monkeypatch,
     assert (place / name).read_text() == "meanwhile"
 
 
-def test_merging_does_not_overwrite_what_it_reads(desk, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "read"),
+    {
+        "stats merge": "one.safetensors",
+        "stats collect": "photographs/red.png",
+        "stats import-pickles": "pickles/gap_std.pkl",
+    }.items(),
+)
+def test_statistics_do_not_overwrite_what_they_are_made_from(desk, tmp_path, monkeypatch, capsys, command, read):
+    shutil.copytree(desk, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.safetensors").write_bytes((desk / f"{name}.safetensors").read_bytes())
     before = contents(tmp_path)
-    typed = "stats merge one.safetensors two.safetensors --force -o"
-    code, said = ended(capsys, *typed.split(), tmp_path / "one.safetensors")
+    code, said = ended(capsys, *command.split(), "--force", *WRITING[command].split(), read)
     assert code == 2
     assert "is what the results are made from" in said
     assert contents(tmp_path) == before

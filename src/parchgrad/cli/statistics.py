@@ -76,12 +76,13 @@ def collect(
         import torch
 
         from parchgrad.collection import collect_from_folder
+        from parchgrad.data.folders import PHOTOGRAPH_SUFFIXES, find_files
         from parchgrad.files import check_outputs
         from parchgrad.models import load_model
         from parchgrad.statistics.checkpoint import remove_checkpoints
         from parchgrad.statistics.processes import is_first_process
 
-        check_outputs([out], force=force)
+        check_outputs([out], force=force, inputs=find_files(data, PHOTOGRAPH_SUFFIXES) if out.exists() else ())
         classifier = load_model(model)
         place = move_model(classifier, device)
     precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
@@ -187,8 +188,9 @@ def import_pickles(
         from parchgrad.files import check_outputs
         from parchgrad.models import load_model
         from parchgrad.statistics.pickles import import_pickles as read_pickles
+        from parchgrad.statistics.pickles import pickle_files
 
-        check_outputs([out], force=force)
+        check_outputs([out], force=force, inputs=pickle_files(folder))
         # Names and channels are those of the architecture, whatever its weights.
         found = read_pickles(folder, load_model(model, pretrained=False).model, name=model)
     _save(found, out, force=force)

@@ -19,9 +19,23 @@ from parchgrad.data.images import read_image
 from parchgrad.errors import ImageError, reason_of
 from parchgrad.files import refuse_special, without_addresses
 
-__all__ = ["PhotographFolder", "find_files", "match_classes"]
+__all__ = ["PHOTOGRAPH_SUFFIXES", "PhotographFolder", "find_files", "match_classes"]
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+PHOTOGRAPH_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".avif",
+    ".jp2",
+)
+"""Endings of the files that count as photographs."""
 
 # Files whose content tells the folder from another.
 _PROBES = 64
@@ -63,7 +77,7 @@ class PhotographFolder(Dataset[Any]):
         self.root, self._transform = Path(root), transform
         if not os.path.isdir(self.root):
             raise ImageError(f"There is no folder {str(root)!r}; check the path.")
-        self.files = find_files(self.root, _SUFFIXES)
+        self.files = find_files(self.root, PHOTOGRAPH_SUFFIXES)
         if not self.files:
             raise ImageError(f"The folder {str(root)!r} holds no photographs; give one with JPEG or PNG files.")
         parts = [file.relative_to(self.root).parts for file in self.files]

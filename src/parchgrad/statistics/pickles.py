@@ -19,7 +19,7 @@ from parchgrad.layers import find_convolutions
 from parchgrad.statistics.layer import RankedLayerStatistics
 from parchgrad.statistics.store import ChannelStatistics
 
-__all__ = ["import_pickles", "read_tensor_list"]
+__all__ = ["import_pickles", "pickle_files", "read_tensor_list"]
 
 _FILES = ("cls_p_values", "shapiro_p_values", "gap_mean", "gap_std")
 
@@ -50,10 +50,8 @@ def import_pickles(folder: str | Path, model: nn.Module, *, name: str) -> Channe
         StatisticsError: if a file is missing, holds anything but a list of tensors, or does not fit the model.
         ModelError: if the model holds no convolution.
     """
-    root = Path(folder)
-    if not (root / f"{_FILES[0]}.pkl").exists() and (root / "pickles").is_dir():
-        root = root / "pickles"
-    lists = {file: read_tensor_list(root / f"{file}.pkl") for file in _FILES}
+    files = pickle_files(folder)
+    lists = {file.stem: read_tensor_list(file) for file in files}
     convolutions = find_convolutions(model)
     for file, tensors in lists.items():
         if len(tensors) != len(convolutions):
@@ -84,7 +82,20 @@ def import_pickles(folder: str | Path, model: nn.Module, *, name: str) -> Channe
             layers[layer] = RankedLayerStatistics(mean=mean, std=std, shapiro_p=shapiro_p, log_p=log_p, test="welch")
         except StatisticsError as error:
             raise StatisticsError(f"Layer {layer!r} in the pickles does not fit: {error}") from error
-    return ChannelStatistics(layers, {"model": name, "data": f"pickles in {root.resolve().parent.name}"})
+    return ChannelStatistics(layers, {"model": name, "data": f"pickles in {files[0].parent.resolve().parent.name}"})
+
+
+def pickle_files(folder: str | Path) -> list[Path]:
+    """The four files of a folder, or of a folder `pickles` in it, whether they are there or not.
+
+    Example:
+        >>> [file.name for file in pickle_files("resnet50")]
+        ['cls_p_values.pkl', 'shapiro_p_values.pkl', 'gap_mean.pkl', 'gap_std.pkl']
+    """
+    root = Path(folder)
+    if not (root / f"{_FILES[0]}.pkl").exists() and (root / "pickles").is_dir():
+        root = root / "pickles"
+    return [root / f"{file}.pkl" for file in _FILES]
 
 
 def read_tensor_list(path: Path) -> list[Tensor]:

@@ -153,15 +153,15 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
     def _check_sample(self, sample: RowSample) -> None:
         if sample.keys.dtype != torch.int64 or sample.keys.dim() != 1:
             raise StatisticsError(
-                f"The keys of the sampled images are {sample.keys.dtype} of shape {tuple(sample.keys.shape)}, but whole "
-                "numbers, int64 of shape (N,), are needed; collect the statistics again."
+                f"The keys of the sampled images are {sample.keys.dtype} of shape {tuple(sample.keys.shape)}, but "
+                "whole numbers, int64 of shape (N,), are needed; collect the statistics again."
             )
         for name, layer in self.layers.items():
             shape = (len(sample.keys), layer.channels)
             if name not in sample.rows or tuple(sample.rows[name].shape) != shape:
                 raise StatisticsError(
-                    f"The sampled images of layer {name!r} must be rows of shape {shape}, one for each key; collect the "
-                    "statistics again."
+                    f"The sampled images of layer {name!r} must be rows of shape {shape}, one for each key; collect "
+                    "the statistics again."
                 )
             if sample.rows[name].dtype not in (torch.float32, torch.float64):
                 raise StatisticsError(
