@@ -117,6 +117,14 @@ def test_a_class_ruled_out_by_its_bias_is_no_fault():
     torch.testing.assert_close(pg.Explainer(model, pg.GradientEnergy(), layers="all").attribute(INPUTS, 3), expected)
 
 
+def test_a_class_ruled_out_by_its_bias_is_not_blamed_for_another_fault():
+    model = small_network()
+    model[7].bias.data[2] = -torch.inf
+    model[7].weight.data.fill_(1e308)
+    with pytest.raises(NonFiniteError, match=r"in the output of layer '7' \(Linear\), whose input is finite"):
+        pg.Explainer(model, None).attribute(INPUTS.abs() * 1e9, 4)
+
+
 def test_what_cannot_be_read_or_is_no_fault_passes():
     check_small_weights(small_network())
     check_small_weights(nn.Sequential(nn.LazyLinear(2)))
@@ -239,6 +247,18 @@ def test_what_only_the_methods_own_passes_meet_is_said():
         explainer.attribute(INPUTS[:1] / INPUTS[0].abs().max(), 1)
 
 
+def test_the_pass_of_no_single_row_is_said():
+    # NaN, by way of a constant, at images of one brightness between the zero baseline and the second row alone.
+    def hole(x):
+        mean = x.mean((1, 2, 3), keepdim=True)
+        return x + torch.where((mean > 2) & (mean < 3), torch.nan, 0.0)
+
+    rows = torch.cat((torch.ones_like(INPUTS[:1]), torch.full_like(INPUTS[:1], 10.0)))
+    explainer = pg.Explainer(network_with(hole, at=0), None, method="integrated_gradients")
+    with pytest.raises(NonFiniteError, match=r"^The scores of integrated_gradients hold .* around the image, not in"):
+        explainer.attribute(rows, 1)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_inputs_are_refused_before_any_pass(value):
     inputs = INPUTS.clone()
@@ -336,6 +356,8 @@ def test_of_a_weight_that_is_computed_its_origin_is_named():
     model[2].parametrizations.weight.original1.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"in the original1 of layer '2.parametrizations.weight'"):
         pg.Explainer(model, None).attribute(INPUTS, 1)
+    # They are handed to a module, which is watched; of that nothing stays.
+    assert not any(weight._backward_hooks for weight in model.parameters())
 
 
 # torch announces that it will do without scripts.

@@ -222,6 +222,8 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
         explorer.explore(Photograph("gone.png", tmp_path / "gone.png"), View(network="shapes"))
 
 
+# Pillow's own notice of many pixels.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_files_are_looked_at_before_they_are_decoded(tmp_path):
     wide = tmp_path / "wide.png"
     Image.new("1", (12_000, 10_000)).save(wide)

@@ -350,6 +350,18 @@ def test_scores_of_weights_alone():
         pg.Explainer(Constant().eval(), None).attribute(INPUTS, 1)
 
 
+@pytest.mark.parametrize("selector", [None, pg.GradientEnergy()])
+def test_logits_without_a_graph(selector):
+    class Cut(nn.Sequential):
+        def forward(self, inputs):
+            with torch.no_grad():
+                return super().forward(inputs)
+
+    model = Cut(*small_network()).eval().requires_grad_(False)
+    with pytest.raises(ModelError, match="The logits do not depend on the inputs"):
+        pg.Explainer(model, selector, layers="all").attribute(INPUTS, 1)
+
+
 class Constant(nn.Module):
     def __init__(self):
         super().__init__()

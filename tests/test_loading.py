@@ -75,6 +75,23 @@ def test_whoever_asks_never_waits(library):
     asked.require("slow")
 
 
+def test_a_thread_that_cannot_start_takes_no_place(library, monkeypatch):
+    asked = Loading(Explorer())
+    with monkeypatch.context() as patched:
+
+        def fail(thread):
+            raise RuntimeError("can't start new thread")
+
+        patched.setattr(threading.Thread, "start", fail)
+        for name in "abc":
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                asked.require(name)
+    with pytest.raises(StillLoadingError, match="a is being loaded"):
+        asked.require("a")
+    arrived()
+    asked.require("a")
+
+
 def test_two_are_loaded_at_once_and_a_failure_is_told_once(library):
     library.gates = {name: threading.Event() for name in "abc"}
     asked = Loading(Explorer())

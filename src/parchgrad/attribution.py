@@ -206,8 +206,10 @@ class Explainer:
         if bool(finite.all()):
             # Its score says so, or that of another row does.
             with torch.no_grad():
-                row = int(torch.cat([scores.broken_rows(part) for part in parts]).byte().argmax())
-            what = f"The scores of row {row} of {len(batch)} hold"
+                rows = torch.cat([scores.broken_rows(part) for part in parts])
+            row = int(rows.byte().argmax())
+            whose = f"row {row} of {len(batch)}" if bool(rows.any()) else self._method.name
+            what = f"The scores of {whose} hold"
         inputs = parts[row // size]
         if targets is not None:
             inputs = inputs[row % size : row % size + 1]
@@ -301,14 +303,16 @@ def _told_if_independent(*, of_function: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "not have been used in the graph" not in str(error):
+        # With weights that ask for no gradient, there is no graph at all.
+        if not any(said in str(error) for said in ("not have been used in the graph", "does not require grad")):
             raise
         if of_function:
             raise TargetError(
                 "What target returns does not depend on the inputs; return a score that is computed from the output."
             ) from error
         raise ModelError(
-            "The logits do not depend on the inputs; look for what cuts them off, such as detach() or a constant."
+            "The logits do not depend on the inputs; look for what cuts them off, such as detach(), torch.no_grad() or "
+            "a constant."
         ) from error
 
 

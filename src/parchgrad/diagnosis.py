@@ -190,7 +190,7 @@ class _Watch:
 
     def _broken_weight(self, module: nn.Module) -> tuple[str, str] | None:
         for name, own in module.named_parameters(recurse=False):
-            if _is_readable(own) and not _is_finite(own):
+            if _is_readable(own) and _is_wrong(own, name.endswith("bias")):
                 return f"in the {name} of {self._say(module)}", "load sound weights"
         return None
 
@@ -210,7 +210,9 @@ class _Watch:
         for each in values:
             if each.requires_grad:
                 # torch leaves the method untyped; what the hook holds must not hold the tensor.
-                each.register_hook(partial(self._note, call, side))  # type: ignore[no-untyped-call]
+                handle = each.register_hook(partial(self._note, call, side))  # type: ignore[no-untyped-call]
+                # A weight that is handed to a module outlives the pass.
+                self._handles.append(handle)
 
     def _note(self, call: _Call, side: str, gradient: Tensor) -> None:
         if not _is_finite(gradient):

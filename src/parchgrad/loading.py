@@ -72,7 +72,7 @@ class Loading:
             raise SettingError(f"{' and '.join(waiting)} are being loaded already; choose {network} again later.")
         for name in failed[:-_REMEMBERED]:
             del self._coming[name]
-        coming = self._coming[network] = Future()
+        coming: Future[None] = Future()
 
         def load() -> None:
             try:
@@ -87,6 +87,8 @@ class Loading:
 
         # A daemon: the end of the server does not wait for a download.
         threading.Thread(target=load, name=f"loading {network}", daemon=True).start()
+        # Nobody would end the wait for a thread that could not start.
+        self._coming[network] = coming
 
 
 def _is_here(coming: "Future[None]") -> bool:

@@ -365,3 +365,21 @@ def test_settings_make_the_methods_they_name(network):
             Setting(masks="shuffled", **options)
     with pytest.raises(SettingError, match="has no selector"):
         Setting(method="grad_cam", selector="energy")
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        ({"group": 3}, [Setting()], "'group' has no such value"),
+        ({"label": torch.tensor(1)}, [Setting()], "Object of type Tensor is not JSON serializable"),
+        ({}, [Setting(selector="energy", gamma=1e101)], "'gamma' has no such value"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, change, settings, words):
+    class Odd(Noise):
+        def __getitem__(self, index):
+            return replace(super().__getitem__(index), **change)
+
+    with pytest.raises(InputError, match=rf"image 'noise 0' cannot be kept \({words}\); give samples"):
+        run(tmp_path, data=Odd(), settings=settings)
+    assert read_rows(tmp_path) == []

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every error of this package ends it with one sentence and exit code 2."""
     with _replacing_letters(), warnings.catch_warnings():
         warnings.showwarning = _show_warning(warnings.showwarning)
+        # Pillow's notices of odd metadata and of many pixels, neither of which makes a photograph unreadable.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         # Captum's notice that a method sets hooks, which are gone by the time it is read.
         warnings.filterwarnings("ignore", message="Setting (backward|forward)")
         try:

@@ -82,7 +82,7 @@ def collect(
         from parchgrad.statistics.checkpoint import remove_checkpoints
         from parchgrad.statistics.processes import is_first_process
 
-        check_outputs([out], force=force, inputs=find_files(data, PHOTOGRAPH_SUFFIXES) if out.exists() else ())
+        check_outputs([out], force=force, inputs=find_files(data, PHOTOGRAPH_SUFFIXES) if force else ())
         classifier = load_model(model)
         place = move_model(classifier, device)
     precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)

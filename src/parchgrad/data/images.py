@@ -1,6 +1,5 @@
 """Photographs from files."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -122,16 +121,13 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
     check_kind("path", path, (str, PathLike), "give one file at a time", error=ImageError, wanted="the path of a file")
     try:
         refuse_special(path)
-        with warnings.catch_warnings():
-            # Of odd metadata and of many pixels, neither of which makes an image unreadable. Those of Pillow alone:
-            # of several threads one may find the filters of another.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            with Image.open(path) as opened:
-                if opened.format in _PROGRAMS:
-                    raise ImageError(
-                        f"it is an {opened.format} file, which is a program rather than pixels; give a JPEG or PNG."
-                    )
-                yield opened
+        # Given a path, Pillow maps the pixels of some TIFFs into memory, by the size that they have once turned.
+        with Path(path).open("rb") as file, Image.open(file) as opened:
+            if opened.format in _PROGRAMS:
+                raise ImageError(
+                    f"it is an {opened.format} file, which is a program rather than pixels; give a JPEG or PNG."
+                )
+            yield opened
     except ImageError as error:
         raise ImageError(f"{str(path)!r} cannot be used: {error}") from error
     except FileNotFoundError as error:

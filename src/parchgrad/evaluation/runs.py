@@ -452,8 +452,7 @@ class _Appender:
         os.truncate(self._path, whole)
 
     def append(self, rows: Sequence[Row]) -> None:
-        lines = [json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) for row in rows]
-        left = memoryview("".join(f"{line}\n" for line in lines).encode())
+        left = memoryview("".join(f"{_line_of(row)}\n" for row in rows).encode())
         try:
             while left:
                 left = left[self._file.write(left) :]
@@ -463,6 +462,19 @@ class _Appender:
 
     def _cannot(self, reason: str) -> OutputError:
         return OutputError(f"{str(self._path)!r} cannot be written ({reason}); choose another folder.")
+
+
+def _line_of(row: Row) -> str:
+    """A row as a line of its file, made sure that it can be read again."""
+    try:
+        line = json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False)
+        _checked_row(json.loads(line))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"The row of {row['setting']!r} and the image {row['image']!r} cannot be kept ({reason_of(error)}); give "
+            "samples and settings values of the kinds that they ask for."
+        ) from error
+    return line
 
 
 def _plain(value: object) -> object:
