@@ -208,7 +208,7 @@ def test_a_baseline_for_each_channel_is_one_for_every_pixel():
 )
 def test_baselines_of_another_kind_are_refused(method, baselines, named):
     explainer = pg.Explainer(out_of_place(small_network()), None, method=method, baselines=baselines)
-    with pytest.raises(SettingError, match=rf"baselines is {named}, but .*\(3, 8, 8\)"):
+    with pytest.raises(SettingError, match=rf"baselines is {named}, but .*3, 8, 8\)"):
         explainer.attribute(INPUTS, TARGETS)
 
 
@@ -282,6 +282,7 @@ def test_heatmap_is_the_mean_magnitude_over_colours():
         (torch.zeros(3, 8, 8, dtype=torch.float64), r"inputs\.unsqueeze\(0\)"),
         (torch.zeros(1, 3, 8, 8), "are torch.float32, but the model's weights are torch.float64"),
         ([[1.0]], "are a list"),
+        (torch.zeros(1, 3, 8, 8).to_sparse(), r"are torch.sparse_coo, but a dense .*; take inputs\.to_dense\(\)"),
         (torch.zeros(1, 8, 8, 3, dtype=torch.float64), r"channels last; .*inputs\.movedim\(-1, 1\)"),
         (torch.zeros(0, 3, 8, 8, dtype=torch.float64), "a non-empty batch"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.float64), "have 1 channels, but the model's first convolution takes 3"),
@@ -297,6 +298,7 @@ def test_bad_inputs(inputs, words):
     [
         (5, "target 5 is out of range: the model has 5 classes, 0 to 4"),
         (-1, "class indices start at 0"),
+        (torch.tensor(1j), "torch.complex64 of shape"),
         ([0, 1], "names 2 classes, but the batch has 4 rows"),
         (torch.zeros(4), "must be an integer"),
         ("cat", "must be a class index"),

@@ -197,6 +197,13 @@ def test_errors_name_the_file_and_not_its_draft(tmp_path):
     assert ".parchgrad-" not in str(error.value)
 
 
+def test_two_results_are_told_though_a_link_leads_to_one_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(OutputError, match="Two results would be written to"):
+        check_outputs([tmp_path / "real" / "a.png", tmp_path / "link" / "a.png"], force=True)
+
+
 def test_an_input_is_known_by_any_of_its_names(tmp_path):
     # Where a file system tells no capitals, two names are of one file, as these are.
     (tmp_path / "A.png").touch()

@@ -439,11 +439,11 @@ class _CaptumMethod:
 
 
 def _check_baselines(baselines: object, inputs: Tensor) -> None:
-    shape = tuple(inputs.shape[1:])
-    if not _is_real(baselines) or baselines.dim() != inputs.dim() or not _is_broadcast(baselines.shape[1:], shape):
+    sizes = inputs.shape[1:]
+    if not _is_real(baselines) or baselines.dim() != inputs.dim() or not _is_broadcast(baselines.shape[1:], sizes):
         raise SettingError(
-            f"baselines is {_described(baselines)}, but it must be a number or a tensor that has one row, or one for "
-            f"each of the inputs, which are {shape}."
+            f"baselines is {_described(baselines)}, but it must be a number, or a tensor of shape (1 or "
+            f"{', '.join(map(str, inputs.shape))}); bring it into that shape."
         )
     if baselines.shape[0] not in (1, inputs.shape[0]):
         raise SettingError(

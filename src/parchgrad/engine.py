@@ -644,7 +644,8 @@ def integer_targets(target: Target) -> Tensor:
         targets = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TargetError(f"target is {target!r}, but it must be a class index or one per row.") from error
-    if targets.is_floating_point() or targets.dtype == torch.bool or targets.dim() > 1 or targets.numel() == 0:
+    inexact = targets.is_floating_point() or targets.is_complex()
+    if inexact or targets.dtype == torch.bool or targets.dim() > 1 or targets.numel() == 0:
         raise TargetError(
             f"target is {targets.dtype} of shape {tuple(targets.shape)}, but it must be an integer class index "
             "or one per row, shape (B,)."

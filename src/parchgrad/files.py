@@ -64,12 +64,13 @@ def check_outputs(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path] 
         _check_name(path)
     # Links lead there by another name, and some file systems tell no capitals.
     read: set[object] = {os.path.realpath(path) for path in inputs} | {*map(_identity, inputs)} - {None}
-    seen = set[Path]()
+    seen = set[str]()
     for path in paths:
-        if path in seen:
+        real = os.path.realpath(path)
+        if real in seen:
             raise OutputError(f"Two results would be written to {str(path)!r}; rename an input, or take one at a time.")
-        seen.add(path)
-        if not read.isdisjoint((os.path.realpath(path), _identity(path))):
+        seen.add(real)
+        if not read.isdisjoint((real, _identity(path))):
             raise OutputError(
                 f"{str(path)!r} would be overwritten, and is what the results are made from; choose another folder."
             )

@@ -212,6 +212,8 @@ def check_inputs(inputs: Tensor) -> None:
         raise InputError(f"The inputs have shape {tuple(inputs.shape)}, but a non-empty batch (B, C, *S) is needed.")
     if not inputs.is_floating_point():
         raise InputError(f"The inputs are {inputs.dtype}, but gradients need floating point; preprocess them first.")
+    if inputs.layout != torch.strided:
+        raise InputError(f"The inputs are {inputs.layout}, but a dense tensor is needed; take inputs.to_dense().")
     if not torch.isfinite(inputs).all():
         raise InputError("The inputs hold NaN or infinite values; look for a division by zero in the preprocessing.")
 
