@@ -362,6 +362,7 @@ def test_of_a_weight_that_is_computed_its_origin_is_named():
 
 # torch announces that it will do without scripts.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_what_is_scripted_takes_no_hooks_and_is_left_out():
     model = nn.Sequential(small_network(), torch.jit.script(nn.Linear(5, 5).double().eval())).eval()
     model[1].weight.data[0, 0] = torch.nan
