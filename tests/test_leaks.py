@@ -42,6 +42,10 @@ def resident() -> int:
 
 def alive() -> dict[str, int]:
     """How many objects, tensors and tensors with a graph Python knows of."""
+    # Old releases of Matplotlib remember the last 4,096 texts that were measured, for figures that are gone.
+    measure = getattr(sys.modules.get("matplotlib.text"), "_get_text_metrics_with_cache_impl", None)
+    if measure is not None:
+        measure.cache_clear()
     gc.collect()
     found = gc.get_objects()
     # By type: isinstance would wake objects that stand for modules which were never imported.
@@ -201,8 +205,6 @@ def explorations() -> dict[str, object]:
 
     explorer = Explorer(megabytes=2)
     photographs = [Photograph(name) for name in EXAMPLES]
-    # Always the same words: old releases of Matplotlib remember the last 4,096 that they measured.
-    drawn = View(network="shapes")
 
     def act(turn: int) -> None:
         selector = ("energy", "activation", "evidence", "random")[turn % 4]
@@ -211,11 +213,10 @@ def explorations() -> dict[str, object]:
         found = explorer.explore(photographs[turn % 4], view)
         tinted(found.maps(), signed=view.signed)
         if turn % 16 == 0:
-            explorer.play(photographs, view)
-        if turn % 15 == 0:
-            shown = explorer.play(photographs, drawn) if turn % 2 else explorer.explore(photographs[0], drawn)
+            found = explorer.play(photographs, view)
+        if turn % 30 == 0:
             with tempfile.TemporaryDirectory() as folder:
-                save_figure(shown.figure(), Path(folder, "figure.png"))
+                save_figure(found.figure(), Path(folder, "figure.png"))
         try:
             explorer.explore(photographs[0], View(network="shapes", layers="nothing"))
         except ParchGradError:
