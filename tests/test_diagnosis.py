@@ -348,6 +348,24 @@ def test_a_weight_is_named_though_minus_infinity_came_in_beside_it():
     model.attention.in_proj_weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"the in_proj_weight of layer 'attention'"):
         pg.Explainer(model, None).attribute(INPUTS, 0)
+    # Too large weights, and not the mask: either may be what made NaN.
+    model.attention.in_proj_weight.data[:] = 1e200
+    behind = (
+        r"behind the layers in it, perhaps by minus infinity that came up before layer 'attention' .*; look at both"
+    )
+    with pytest.raises(
+        NonFiniteError, match=rf"began in an operation of layer 'attention' \(MultiheadAttention\) {behind}"
+    ):
+        pg.Explainer(model, None).attribute(INPUTS, 0)
+
+
+def test_minus_infinity_of_which_nan_comes_is_named_with_it():
+    model = network_with(lambda x: (x * 0).abs().log(), at=2)
+    came_up = (
+        r"perhaps by minus infinity that came up in the output of layer '2' \(Operation\), whose input is finite; look"
+    )
+    with pytest.raises(NonFiniteError, match=rf"began in the output of layer '3' \(Conv2d\), {came_up}"):
+        pg.Explainer(model, None).attribute(INPUTS, 0)
 
 
 def test_of_a_weight_that_is_computed_its_origin_is_named():

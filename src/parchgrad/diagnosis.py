@@ -119,8 +119,8 @@ class _Watch:
         modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._names = {module: name for name, module in modules}
         self.forward: tuple[str, str] | None = None
-        # Where minus infinity first was: a fault if NaN comes of it.
-        self._ruled_out: tuple[str, str] | None = None
+        # Where minus infinity first was, that goes in.
+        self._ruled_out: str | None = None
         # Of gradients that are not finite: the call, and on which side of it, in the order of the backward pass.
         self._broken: dict[tuple[_Call, str], None] = {}
         self._open: list[_Call] = []
@@ -183,7 +183,7 @@ class _Watch:
             place = f"in an operation of {self._say(module)} behind the layers in it"
             remedy = "look there for a division by zero, a logarithm, or values beyond the type's range"
         else:
-            place = f"in the output of {self._say(module)}, whose input is finite"
+            place = f"in the output of {self._say(module)}{_OF_FINITE}"
             remedy = "run it in a wider type, such as float32, or look at its weights and the range of its input"
         self._look(values, place, remedy, self._broken_weight(module))
         self._listen(values, call, "output")
@@ -199,10 +199,14 @@ class _Watch:
         if self.forward is not None:
             return
         if any(bool(broken(each).any()) for each in values):
-            self.forward = weight or self._ruled_out or (place, remedy)
+            if self._ruled_out is not None:
+                # It may be a mask, and the fault another; or a logarithm of zero, and the fault itself.
+                place = f"{place.removesuffix(_OF_FINITE)}, perhaps by minus infinity that came up {self._ruled_out}"
+                remedy = "look at both for a division by zero, a logarithm, or values beyond the type's range"
+            self.forward = weight or (place, remedy)
             return
         ruled_out = any(bool(each.isneginf().any()) for each in values)
-        self._ruled_out = (self._ruled_out or (place, remedy)) if ruled_out else None
+        self._ruled_out = (self._ruled_out or place) if ruled_out else None
 
     def _listen(self, values: list[Tensor], call: _Call, side: str) -> None:
         if _has_children(call.module):
@@ -223,6 +227,7 @@ class _Watch:
         return f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
 
 
+_OF_FINITE = ", whose input is finite"
 # Hooks sit on modules that other threads may call meanwhile.
 _WATCHING: ContextVar[_Watch | None] = ContextVar("parchgrad_watching", default=None)
 
