@@ -6,6 +6,7 @@ import math
 import threading
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import captum.attr
 import pytest
@@ -237,7 +238,7 @@ def test_read_classes_takes_the_largest_positive_seed_else_the_largest_magnitude
     assert read_classes(seeds).tolist() == [1, 1, 0, 2]
     assert read_classes(torch.tensor([-1.0, 2.0])).tolist() == [0, 0]
     maps = torch.zeros(1, 3, 2, 2)
-    maps[0, 1] = torch.tensor([[1.0, -9.0], [4.0, 5.0]])
+    maps[0, 1] = torch.tensor([[1.0, -10.0], [4.0, 5.0]])
     maps[0, 2] = 0.1
     assert read_classes(maps).tolist() == [1]
 
@@ -614,6 +615,19 @@ class Functional(nn.Module):
         return self.head(functional.conv2d(x, self.conv.weight).mean((2, 3)))
 
 
+def test_nothing_edited_is_an_error_where_the_output_hides_its_tensors_too():
+    class Hidden(Functional):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    model, x = Hidden().eval(), torch.randn(1, 3, 8, 8)
+    with pg.ParchGrad(model, pg.GradientEnergy(), layers="all"):
+        with torch.no_grad():
+            assert model(x).logits.shape == (1, 3)
+        with pytest.raises(ModelError, match="None of the chosen convolutions was called"):
+            model(x)
+
+
 def test_nothing_edited_is_an_error_not_a_plain_map():
     model = Functional().eval()
     x = torch.randn(1, 3, 8, 8, requires_grad=True)
@@ -863,7 +877,7 @@ def test_wrong_arguments(network):
         pg.ParchGrad(network, pg.GradientEnergy)
     with pytest.raises(SettingError, match="gamma is -1"):
         pg.ParchGrad(network, pg.GradientEnergy(), gamma=-1)
-    with pytest.raises(ModelError, match=r"explain model\.module"):
+    with pytest.raises(ModelError, match=r"put model\.module"):
         pg.ParchGrad(nn.DataParallel(network), pg.GradientEnergy())
     with pytest.raises(ModelError, match="holds no convolution"):
         pg.ParchGrad(nn.Linear(2, 2), pg.GradientEnergy())

@@ -230,7 +230,8 @@ def _mismatch(model: nn.Module, inputs: Tensor, message: str) -> InputError | No
     if inputs.dim() != len(first.kernel_size) + 2 and re.search(r"\dD\b|batched|dim|mat1|shape|size", message):
         return InputError(
             f"The inputs have shape {tuple(inputs.shape)}, but the model's first convolution takes a batch with "
-            f"{len(first.kernel_size) + 2} dimensions; add the batch dimension with inputs.unsqueeze(0)."
+            f"{len(first.kernel_size) + 2} dimensions; add the batch dimension with inputs.unsqueeze(0) where it is "
+            "missing, else bring the inputs to the size that the model takes."
         )
     if "channels" in message and inputs.shape[1] != first.in_channels:
         if inputs.shape[-1] == first.in_channels:
