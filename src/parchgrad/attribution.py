@@ -199,8 +199,7 @@ class Explainer:
         self, scores: Logits | Scores, batch: Tensor, targets: Tensor | None, size: int, finite: Tensor
     ) -> NonFiniteError:
         """Look where values stop being finite, on the first row whose map does."""
-        # Not inputs that hooks of the failed pass are still bound to.
-        parts = torch.split(batch.detach().clone(), size)
+        parts = torch.split(batch, size)
         row = int(finite.byte().argmin())
         what = f"The map of row {row} of {len(batch)} holds"
         if bool(finite.all()):

@@ -1,6 +1,6 @@
 """Where a pass stops being finite: a second, watched pass names the layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -161,13 +161,12 @@ class _Watch:
         call = _Call(self._calls, module)
         self._open.append(call)
         values = tensors_in(given)
-        weights = (self._broken_weight(around.module) for around in reversed(self._open))
         self._look(
             values,
             f"before {self._say(module)}, in an operation that is no module",
             "look there for a division by zero, a logarithm, or values beyond the type's range",
             # Of a weight that is computed, the tensors it is computed from.
-            next(filter(None, weights), None) if any(bool(broken(each).any()) for each in values) else None,
+            (around.module for around in reversed(self._open)),
         )
         self._listen(values, call, "input")
 
@@ -185,7 +184,7 @@ class _Watch:
         else:
             place = f"in the output of {self._say(module)}{_OF_FINITE}"
             remedy = "run it in a wider type, such as float32, or look at its weights and the range of its input"
-        self._look(values, place, remedy, self._broken_weight(module))
+        self._look(values, place, remedy, [module])
         self._listen(values, call, "output")
 
     def _broken_weight(self, module: nn.Module) -> tuple[str, str] | None:
@@ -194,8 +193,8 @@ class _Watch:
                 return f"in the {name} of {self._say(module)}", "load sound weights"
         return None
 
-    def _look(self, values: list[Tensor], place: str, remedy: str, weight: tuple[str, str] | None = None) -> None:
-        """Take note of the first place where values are broken, or minus infinity comes in from which they break."""
+    def _look(self, values: list[Tensor], place: str, remedy: str, modules: Iterable[nn.Module] = ()) -> None:
+        """Take note of the first place where values are broken: a weight of these modules, or else this place."""
         if self.forward is not None:
             return
         if any(bool(broken(each).any()) for each in values):
@@ -203,7 +202,7 @@ class _Watch:
                 # It may be a mask, and the fault another; or a logarithm of zero, and the fault itself.
                 place = f"{place.removesuffix(_OF_FINITE)}, perhaps by minus infinity that came up {self._ruled_out}"
                 remedy = "look at both for a division by zero, a logarithm, or values beyond the type's range"
-            self.forward = weight or (place, remedy)
+            self.forward = next(filter(None, map(self._broken_weight, modules)), (place, remedy))
             return
         ruled_out = any(bool(each.isneginf().any()) for each in values)
         self._ruled_out = (self._ruled_out or place) if ruled_out else None
