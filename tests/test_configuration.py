@@ -19,7 +19,7 @@ from parchgrad.evaluation.settings import Grid
 from parchgrad.evaluation.sparsity import gini
 from parchgrad.files import locked
 from parchgrad.models import Preprocessing
-from tests.conftest import small_network
+from tests.conftest import random_statistics, small_network
 
 WHOLE = """
 model = ["resnet18", "efficientnet_lite0"]
@@ -91,6 +91,7 @@ def test_a_file_says_all_settings(tmp_path):
         ("count = 50", "count = true", "'count' .* is True, but it must be a whole number"),
         ("mosaics = 4", "mosaics = 4.0", r"is 4\.0, but it must be a whole number\."),
         ("mosaics = 4", "confidence = [0.9]", r"is \[0\.9\], but it must be a number\."),
+        ("mosaics = 4", f"confidence = {10**400}", r"is 1000\d+\.\.\., but it must be a number\."),
         ('root = "photos"', "root = 7", "'root' .* is 7, but it must be a text or 'none'"),
         (
             "[0.1, 0.3]",
@@ -327,6 +328,7 @@ def test_statistics_are_not_collected_for_a_folder_that_would_be_refused(tmp_pat
 
     def slowly(*_, **__):
         (run / "statistics.safetensors").write_text("meanwhile")
+        return random_statistics({"0": 6})
 
     monkeypatch.setattr("parchgrad.configuration.collect_statistics", slowly)
     with pytest.raises(OutputError, match=r"statistics.safetensors' exists already"):

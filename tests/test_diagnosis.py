@@ -60,14 +60,15 @@ class Named(nn.Sequential):
 
 
 class Twice(nn.Module):
-    """Takes a root twice: of ones, and then of zeros."""
+    """Takes the root of a root, of zeros."""
 
     def __init__(self):
         super().__init__()
         self.root = Operation(torch.sqrt)
 
     def forward(self, x):
-        return self.root(x + 1) + self.root(x)
+        # A copy, since a layer behind it may write into it.
+        return self.root(self.root(x)).clone()
 
 
 def network_with(function, at=3):
@@ -123,6 +124,11 @@ def test_a_class_ruled_out_by_its_bias_is_not_blamed_for_another_fault():
     model[7].weight.data.fill_(1e308)
     with pytest.raises(NonFiniteError, match=r"in the output of layer '7' \(Linear\), whose input is finite"):
         pg.Explainer(model, None).attribute(INPUTS.abs() * 1e9, 4)
+    # Nor is a mask that is a parameter.
+    behind = Behind(lambda z: z / 0).eval()
+    behind.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]))
+    with pytest.raises(NonFiniteError, match=r"in an operation of the model \(Behind\) behind the layers in it; look"):
+        pg.Explainer(behind, None).attribute(INPUTS, 4)
 
 
 def test_what_cannot_be_read_or_is_no_fault_passes():
@@ -355,6 +361,15 @@ def test_a_weight_is_named_though_minus_infinity_came_in_beside_it():
     )
     with pytest.raises(
         NonFiniteError, match=rf"began in an operation of layer 'attention' \(MultiheadAttention\) {behind}"
+    ):
+        pg.Explainer(model, None).attribute(INPUTS, 0)
+
+
+def test_minus_infinity_that_was_left_behind_is_not_named():
+    rules_out = Operation(lambda z: torch.where(torch.arange(5) == 2, -torch.inf, z))
+    model = nn.Sequential(small_network(), rules_out, nn.Softmax(1), Operation(lambda z: z / 0)).eval()
+    with pytest.raises(
+        NonFiniteError, match=r"began in the output of layer '3' \(Operation\), whose input is finite; run"
     ):
         pg.Explainer(model, None).attribute(INPUTS, 0)
 

@@ -125,8 +125,7 @@ def test_an_explanation_whose_last_file_finds_no_room_changes_none(tmp_path, wri
 
     def full(descriptor):
         calls.append(descriptor)
-        # The figure is synchronised twice, since it is written by way of a draft of its own.
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         synchronise(descriptor)
 

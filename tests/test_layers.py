@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import timm
 import torch
@@ -59,6 +60,7 @@ def test_patterns_and_modules_keep_module_order():
         (True, "'default', 'all', a ratio"),
         (None, "'default', 'all', a ratio"),
         ([nn.Conv2d(1, 1, 1)], "no convolution of this model"),
+        (np.array(["conv1", "layer4.*"]), "layers is array.* but it must be"),
         ([nn.ReLU()], "no convolution of this model"),
     ],
     ids=str,

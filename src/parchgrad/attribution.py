@@ -441,7 +441,7 @@ def _check_baselines(baselines: object, inputs: Tensor) -> None:
     sizes = inputs.shape[1:]
     if not _is_real(baselines) or baselines.dim() != inputs.dim() or not _is_broadcast(baselines.shape[1:], sizes):
         raise SettingError(
-            f"baselines is {_described(baselines)}, but it must be a number, or a tensor of shape (1 or "
+            f"baselines is {_described(baselines)}, but it must be a number, or floating-point numbers of shape (1 or "
             f"{', '.join(map(str, inputs.shape))}); bring it into that shape."
         )
     if baselines.shape[0] not in (1, inputs.shape[0]):

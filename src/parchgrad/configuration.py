@@ -24,7 +24,7 @@ from parchgrad.evaluation.grid_pointing import make_mosaics
 from parchgrad.evaluation.runs import TargetChoice, check_run_folder, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
-from parchgrad.files import check_outputs, locked, refuse_special, writing
+from parchgrad.files import check_outputs, locked, refuse_special
 from parchgrad.models import Classifier, load_model
 from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.statistics import ChannelStatistics
@@ -314,8 +314,7 @@ def _collected(
         on_progress=on_progress,
     )
     if is_first_process():
-        with writing(path, force=False) as temporary:
-            found.save(temporary)
+        found.save(path, force=False)
     return found
 
 

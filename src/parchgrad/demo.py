@@ -21,7 +21,7 @@ from parchgrad.files import check_outputs, writing_together
 from parchgrad.models import OFFLINE_MODEL, Classifier, load_model
 from parchgrad.selection import ClassWise, Evidence, GradientEnergy, Selector
 from parchgrad.statistics import ChannelStatistics
-from parchgrad.visual import blend, panel, save_figure, shared_top
+from parchgrad.visual import blend, draw_figure, panel, shared_top
 from parchgrad.visual.maps import COLOUR_MAP
 
 __all__ = ["PHOTOGRAPHS", "Demonstration", "demonstrate", "example_photographs"]
@@ -70,7 +70,7 @@ class Demonstration:
         paths = self.files(directory)
         check_outputs(paths, force=force)
         with writing_together(paths, force=force) as (page, overview):
-            save_figure(self._overview(), overview, dots_per_inch=90)
+            draw_figure(self._overview(), overview, dots_per_inch=90)
             page.write_text(self._page(), encoding="utf-8")
         return paths[0]
 

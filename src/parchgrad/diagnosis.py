@@ -189,7 +189,8 @@ class _Watch:
 
     def _broken_weight(self, module: nn.Module) -> tuple[str, str] | None:
         for name, own in module.named_parameters(recurse=False):
-            if _is_readable(own) and _is_wrong(own, name.endswith("bias")):
+            # Masks of minus infinity may be parameters, as biases of it.
+            if _is_readable(own) and _is_wrong(own, not name.endswith("weight")):
                 return f"in the {name} of {self._say(module)}", "load sound weights"
         return None
 
@@ -231,8 +232,8 @@ _OF_FINITE = ", whose input is finite"
 _WATCHING: ContextVar[_Watch | None] = ContextVar("parchgrad_watching", default=None)
 
 
-def _is_wrong(values: Tensor, is_bias: bool) -> bool:
-    return bool(broken(values).any()) if is_bias else not _is_finite(values)
+def _is_wrong(values: Tensor, may_rule_out: bool) -> bool:
+    return bool(broken(values).any()) if may_rule_out else not _is_finite(values)
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from parchgrad.models import Classifier, Prediction, check_classifier
 from parchgrad.partition import Conserve
 from parchgrad.selection import Selector
 from parchgrad.statistics import ChannelStatistics
-from parchgrad.visual import panel, save_figure, signed_panel
+from parchgrad.visual import draw_figure, panel, signed_panel
 
 __all__ = ["Explanation", "explain_images"]
 
@@ -104,7 +104,7 @@ class Explanation:
         check_outputs(paths, force=force)
         text = json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n"
         with writing_together(paths, force=force) as (drawn, saved, written):
-            save_figure(self.figure(), drawn)
+            draw_figure(self.figure(), drawn)
             save_array(self.attribution.cpu().numpy(), saved)
             written.write_text(text, encoding="utf-8")
         return paths

@@ -228,15 +228,8 @@ def writing_together(paths: Sequence[Path], *, force: bool = True) -> Iterator[t
     targets = [Path(os.path.realpath(path)) if os.path.islink(path) else path for path in paths]
     with ExitStack() as held:
         drafts = [held.enter_context(_draft(target)) for target in targets]
-        try:
-            with _naming(*paths):
-                yield tuple(draft for draft, _ in drafts)
-        except OutputError as error:
-            # What wrote a draft by way of `writing` has named the draft.
-            text = str(error)
-            for path, (draft, _) in zip(paths, drafts, strict=True):
-                text = text.replace(repr(str(draft)), repr(str(path)))
-            raise OutputError(text) from error.__cause__
+        with _naming(*paths):
+            yield tuple(draft for draft, _ in drafts)
         for path, (draft, mode) in zip(paths, drafts, strict=True):
             with _naming(path):
                 _settle(draft, mode)
@@ -331,7 +324,7 @@ def remove_abandoned(path: Path, *, seconds: float = 0.0) -> None:
         # Another process may have been quicker, and what may not be removed is in nobody's way.
         with suppress(OSError):
             # A link of that name leads to what is somebody else's.
-            inner = list(left.rglob("*")) if _is_folder(left) else [left]
+            inner = list(left.iterdir()) if _is_folder(left) else [left]
             if all(map(_is_of_a_draft, inner)):
                 written = max(file.lstat().st_mtime for file in (left, *inner))
                 if time.time() - written >= seconds:
@@ -344,8 +337,6 @@ def _is_folder(path: Path) -> bool:
 
 def _is_of_a_draft(path: Path) -> bool:
     """Whether something in a folder for drafts was written by this package, or by safetensors on its behalf."""
-    if _is_folder(path):
-        return re.fullmatch(r"\.parchgrad-[0-9a-f]{16}-[0-9a-f]{16}", path.name) is not None
     return stat.S_ISREG(path.lstat().st_mode) and re.match(r"new(\.|$)|\.tmp", path.name) is not None
 
 

@@ -120,19 +120,15 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
     """
     model = bare_model(model)
     convolutions = find_convolutions(model)
-    if layers in ("default", "all") or is_number(layers):
+    if (isinstance(layers, str) and layers in ("default", "all")) or is_number(layers):
         # Who names layers knows what they do.
         _check_more_than_patches(model, convolutions)
     if isinstance(layers, bool) or layers is None:
         raise _not_a_choice(layers)
     if is_number(layers):
         chosen = _last(convolutions, float(layers))
-    elif layers == "default":
-        chosen = _default_names(model, convolutions)
-    elif layers == "all":
-        chosen = list(convolutions)
     elif isinstance(layers, str):
-        chosen = _matching(convolutions, [layers])
+        chosen = _of_name(model, convolutions, layers)
     elif isinstance(layers, Sequence):
         patterns = [choice for choice in layers if isinstance(choice, str)]
         modules = [choice for choice in layers if isinstance(choice, nn.Module)]
@@ -203,6 +199,13 @@ def _last(names: Iterable[str], ratio: float) -> list[str]:
         raise LayerError(f"layers is the ratio {ratio:g}, but a ratio must lie in (0, 1]; 1.0 means every convolution.")
     names = list(names)
     return names[len(names) - max(1, int(ratio * len(names))) :]
+
+
+def _of_name(model: nn.Module, convolutions: dict[str, Convolution], name: str) -> list[str]:
+    """The convolutions of a set, or those that match a pattern."""
+    if name == "default":
+        return _default_names(model, convolutions)
+    return list(convolutions) if name == "all" else _matching(convolutions, [name])
 
 
 def _matching(convolutions: Iterable[str], patterns: Sequence[str]) -> list[str]:

@@ -50,6 +50,16 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 # Folders are listed in any order, by when they were made among others.
+def test_two_classes_of_one_folder_are_said(tmp_path):
+    make(tmp_path, "elsewhere/a.png")
+    (tmp_path / "root").mkdir()
+    for name in ("cat", "dog"):
+        os.symlink(tmp_path / "elsewhere", tmp_path / "root" / name)
+    photographs = PhotographFolder(tmp_path / "root", to_colour)
+    with pytest.raises(ImageError, match=r"class folders 'cat' and 'dog' in .* are one folder; remove the link"):
+        photographs.with_classes({"cat": 0})
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_links_lead_to_the_same_files_in_whatever_order_folders_are_listed(tmp_path, monkeypatch, backwards):
     make(tmp_path / "root", "a/1.png", "b/2.png", "c/3.png")

@@ -270,7 +270,30 @@ def test_what_would_end_badly_is_said_first(tmp_path):
         run(tmp_path, data=Beyond())
 
 
-@pytest.mark.parametrize("row", ['{"setting": [], "index": 0}', '{"setting": "a", "index": "0"}', "[" * 100_000, "3"])
+def a_row(**fields):
+    return json.dumps({"model": "m", "setting": "s", "image": "i", "index": 0, "seconds": 1.0, "label": 0, **fields})
+
+
+def test_a_row_is_read(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "rows-0.jsonl").write_text(f"{a_row()}\n")
+    assert [row["label"] for row in read_rows(tmp_path)] == [0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"setting": [], "index": 0}',
+        '{"setting": "a", "index": "0"}',
+        "[" * 100_000,
+        "3",
+        a_row(index=-1),
+        a_row(label=-1),
+        a_row(label=0.5),
+        a_row(label=True),
+        a_row(index=10**101),
+    ],
+)
 def test_rows_that_are_none_are_said(tmp_path, row):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "rows-0.jsonl").write_text(f"{row}\n")

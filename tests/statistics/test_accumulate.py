@@ -47,6 +47,32 @@ def assert_same(first, second, rtol=1e-12):
             )
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("class/mean", lambda part: part[:, :0], "no channels or no classes"),
+        ("class/mean", lambda part: part[:0], "no channels or no classes"),
+        ("keys", lambda part: part[1:], "sample is not of 20 images"),
+        ("keys", lambda part: part.double(), "sample is not of 20 images"),
+        ("rows", lambda part: part[1:], "sample is not of 20 images"),
+        ("rows", lambda part: part[:, 1:], "sample is not of 20 images"),
+        ("images", lambda part: part + 1, "sample is not of 21 images"),
+        ("class/weight", lambda part: -part, "class/weight has another shape, or is negative"),
+        ("all/mean", lambda part: part[:, :1], "all/mean has another shape"),
+        ("all/mean", lambda part: part * torch.nan, "all/mean holds what is no finite number"),
+        ("class/mean", lambda part: part * torch.inf, "class/mean holds what is no finite number"),
+        ("rows", lambda part: part * torch.nan, "rows holds what is no finite number"),
+        ("all/mean", lambda part: part.long(), "all/mean holds what is no finite number"),
+    ],
+)
+def test_a_damaged_state_is_not_gone_on_from(name, change, words):
+    values, labels, _ = samples(20)
+    held = gathered(values, labels).tensors()
+    assert Accumulator.restored(held, seed=0).images == 20
+    with pytest.raises(ValueError, match=words):
+        Accumulator.restored({**held, name: change(held[name])}, seed=0)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=5), st.booleans())
 def test_parts_merged_equal_the_whole(sizes, soft):

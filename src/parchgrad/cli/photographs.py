@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from parchgrad.cli.shared import console, error_console, make_table, parse_layers, printable, say_share
 from parchgrad.errors import SettingError
-from parchgrad.files import check_outputs, distinct_stems, writing
+from parchgrad.files import check_outputs, distinct_stems
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -158,8 +158,7 @@ def explain(
         for found, stem in zip(explanations, stems, strict=True):
             found.save(out, stem, force=force)
         for found, path in zip(explanations, signed_panels, strict=False):
-            with writing(path, force=force) as temporary:
-                save_figure(found.signed_figure(), temporary)
+            save_figure(found.signed_figure(), path, force=force)
 
     table = make_table("photograph", "explained class", "also predicted")
     for found in explanations:
@@ -214,8 +213,7 @@ def sweep(
         from parchgrad.visual import save_figure
 
         for path, (found,) in zip(paths, _make_sweeps(images, [selector], asked, status.update), strict=True):
-            with writing(path, force=force) as temporary:
-                save_figure(found.figure(columns=columns), temporary)
+            save_figure(found.figure(columns=columns), path, force=force)
             _say_sweeps(path, {"kept": found})
 
 
@@ -267,8 +265,7 @@ def animate(
         check_format(paths[0])
         for path, row in zip(paths, _make_sweeps(images, selectors, asked, status.update), strict=True):
             panels = {_TITLES[name]: found for name, found in zip(selectors, row, strict=True)}
-            with writing(path, force=force) as temporary:
-                save_animation(panels, temporary, most_bytes=1000 * most_kilobytes)
+            save_animation(panels, path, most_bytes=1000 * most_kilobytes, force=force)
             _say_sweeps(path, panels)
 
 

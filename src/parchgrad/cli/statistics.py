@@ -106,7 +106,7 @@ def collect(
         error_console.print(f"Stopped. {left}", highlight=False)
         raise typer.Exit(130) from None
     if is_first_process():
-        _save(found, out, force=force)
+        found.save(out, force=force)
         remove_checkpoints(checkpoint)
         _say_saved(found, out)
 
@@ -170,7 +170,7 @@ def merge(
         parts = [ChannelStatistics.load(file) for file in files]
     with ProgressBars() as progress:
         found = merge_statistics(parts, on_progress=progress.update)
-    _save(found, out, force=force)
+    found.save(out, force=force)
     _say_saved(found, out)
 
 
@@ -193,7 +193,7 @@ def import_pickles(
         check_outputs([out], force=force, inputs=pickle_files(folder))
         # Names and channels are those of the architecture, whatever its weights.
         found = read_pickles(folder, load_model(model, pretrained=False).model, name=model)
-    _save(found, out, force=force)
+    found.save(out, force=force)
     _say_saved(found, out)
 
 
@@ -212,14 +212,6 @@ def _find_class(held: "ChannelStatistics", query: str) -> tuple[int, str]:
 def _decades(log_p: float) -> str:
     """Log10 of a p-value; what no number can tell, since a class and its rest do not vary, as -inf."""
     return f"{log_p / math.log(10):.1f}" if log_p > -1e9 else "-inf"
-
-
-def _save(found: "ChannelStatistics", out: Path, *, force: bool) -> None:
-    from parchgrad.files import writing
-
-    # What came to be there while they were made is overwritten on demand alone.
-    with writing(out, force=force) as temporary:
-        found.save(temporary)
 
 
 def _say_saved(found: "ChannelStatistics", out: Path) -> None:

@@ -85,7 +85,19 @@ class PhotographFolder(Dataset[Any]):
         self.labels: tuple[int, ...] | None = None
 
     def with_classes(self, class_of: Mapping[str, int]) -> "PhotographFolder":
-        """The same photographs, labelled by the class of the folder that they are in."""
+        """The same photographs, labelled by the class of the folder that they are in.
+
+        Raises:
+            ImageError: if two class folders are one, by way of a link: it is looked into once.
+        """
+        places: dict[str, str] = {}
+        # The second of them is none of `folders`, since its files were found in the first.
+        for name in sorted(entry.name for entry in os.scandir(self.root) if entry.name[0] != "." and entry.is_dir()):
+            other = places.setdefault(os.path.realpath(self.root / name), name)
+            if other != name:
+                raise ImageError(
+                    f"The class folders {other!r} and {name!r} in {str(self.root)!r} are one folder; remove the link."
+                )
         labelled = copy.copy(self)
         labelled.labels = tuple(class_of[file.relative_to(self.root).parts[0]] for file in self.files)
         return labelled

@@ -333,11 +333,15 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
                     "collect statistics on this model."
                 )
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, over an earlier one of that name; it appears only when it is whole.
+    def save(self, path: str | Path, *, force: bool = True) -> None:
+        """Write one safetensors file; it appears only when it is whole.
+
+        Args:
+            path: the file.
+            force: whether an earlier file of that name is replaced.
 
         Raises:
-            OutputError: if the file cannot be written.
+            OutputError: if the file exists and `force` is off, or cannot be written.
         """
         check_kind("path", path, (str, PathLike), "name the file to write", error=OutputError, wanted="a path")
         tensors: dict[str, Tensor] = {}
@@ -354,7 +358,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             "classes": {"indices": self.class_indices, "of": self.model_classes},
         }
         texts = {"format": _FORMAT, "format_version": _VERSION} | {k: json.dumps(v) for k, v in header.items()}
-        with writing(Path(path)) as temporary:
+        with writing(Path(path), force=force) as temporary:
             save_file(tensors, temporary, texts)
 
     def _description(self, name: str) -> dict[str, object]:

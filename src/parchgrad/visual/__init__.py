@@ -3,6 +3,7 @@
 from parchgrad.visual.maps import (
     blend,
     blend_signed,
+    draw_figure,
     normalise,
     overlay,
     paint,
@@ -19,6 +20,7 @@ from parchgrad.visual.maps import (
 __all__ = [
     "blend",
     "blend_signed",
+    "draw_figure",
     "normalise",
     "overlay",
     "paint",

@@ -127,22 +127,28 @@ def check_format(path: str | Path) -> None:
 
 
 def save_animation(
-    sweeps: Mapping[str, Sweep], path: str | Path, *, most_bytes: int = MOST_BYTES, fading_frames: int = 2
+    sweeps: Mapping[str, Sweep],
+    path: str | Path,
+    *,
+    most_bytes: int = MOST_BYTES,
+    fading_frames: int = 2,
+    force: bool = True,
 ) -> Animation:
-    """Write sweeps as a moving picture, over an earlier one of that name: as large as fits into a number of bytes.
+    """Write sweeps as a moving picture: as large as fits into a number of bytes.
 
     Args:
         sweeps: see `animate`.
         path: ends in .gif, .webp or .mp4; the last needs ffmpeg.
         most_bytes: what the file may weigh, positive.
         fading_frames: see `animate`.
+        force: whether an earlier file of that name is replaced.
 
     Returns:
         What was written.
 
     Raises:
-        OutputError: if the suffix names none of the formats, ffmpeg is needed and missing, the file cannot be written,
-            or even the smallest panels weigh too much.
+        OutputError: if the suffix names none of the formats, ffmpeg is needed and missing, the file exists and `force`
+            is off or cannot be written, or even the smallest panels weigh too much.
         InputError: if the sweeps do not belong together.
         SettingError: if a setting is out of range.
 
@@ -175,7 +181,7 @@ def save_animation(
                 "sweep over fewer values, or allow more bytes."
             )
         size = _next_size(size, most_bytes / len(content))
-    with writing(path) as temporary:
+    with writing(path, force=force) as temporary:
         temporary.write_bytes(content)
     return moving
 

@@ -23,6 +23,7 @@ __all__ = [
     "SIGNED_COLOUR_MAP",
     "blend",
     "blend_signed",
+    "draw_figure",
     "normalise",
     "overlay",
     "paint",
@@ -382,18 +383,33 @@ def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Seq
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path, *, dots_per_inch: int = 120) -> None:
-    """Write a figure, over an earlier one of that name; the format follows the suffix.
+def draw_figure(figure: Figure, path: Path, *, dots_per_inch: int = 120) -> None:
+    """Write a figure as it comes, into a file that is nobody's yet; the format follows the suffix.
 
     Raises:
-        OutputError: if the suffix names no format, or the file cannot be written.
+        OSError: if the file cannot be written.
+    """
+    figure.savefig(path, dpi=dots_per_inch, bbox_inches="tight", pad_inches=0.12)
+
+
+def save_figure(figure: Figure, path: str | Path, *, dots_per_inch: int = 120, force: bool = True) -> None:
+    """Write a figure; the format follows the suffix.
+
+    Args:
+        figure: what is drawn.
+        path: the file.
+        dots_per_inch: fineness of a picture of pixels.
+        force: whether an earlier file of that name is replaced.
+
+    Raises:
+        OutputError: if the suffix names no format, the file exists and `force` is off, or it cannot be written.
     """
     path = Path(path)
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise OutputError(f"{str(path)!r} names no picture format; end it in one of: .{', .'.join(sorted(formats))}.")
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=dots_per_inch, bbox_inches="tight", pad_inches=0.12)
+    with writing(path, force=force) as temporary:
+        draw_figure(figure, temporary, dots_per_inch=dots_per_inch)
 
 
 def _array(values: ArrayLike) -> NDArray[np.float64]:
