@@ -5,7 +5,7 @@ import fnmatch
 import importlib.util
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,19 @@ class Classifier:
         >>> classifier = load_model("efficientnet_lite0")
         >>> classifier.find_category("espresso"), classifier.categories[872], classifier.synsets[872]
         (967, 'tripod', 'n04485082')
+        >>> print(classifier)
+        efficientnet_lite0: EfficientNet, 1000 classes
     """
 
-    model: nn.Module
-    preprocess: Preprocessing
-    categories: tuple[str, ...]
+    model: nn.Module = field(repr=False)
+    preprocess: Preprocessing = field(repr=False)
+    categories: tuple[str, ...] = field(repr=False)
     name: str
-    synsets: tuple[str, ...] = ()
+    synsets: tuple[str, ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        """Its name, network and number of classes: a thousand names would be read by nobody."""
+        return f"{self.name}: {type(self.model).__name__}, {len(self.categories)} classes"
 
     def find_category(self, query: str) -> int:
         """Find a class by its index or its name, whatever the case.
