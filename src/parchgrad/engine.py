@@ -199,7 +199,7 @@ class ParchGrad:
             warn(
                 f"{len(session.missed)} of {len(self.layers)} chosen convolutions were never called and not edited: "
                 f"{', '.join(session.missed[:3])}{', ...' if len(session.missed) > 3 else ''}; leave out those that "
-                "take no part, and explain the model as it was before a part of it was compiled.",
+                "take no part, such as heads for training alone, and give a model of which no part was compiled.",
                 ModelWarning,
             )
 
