@@ -81,7 +81,7 @@ def test_every_class_is_an_error_or_a_warning_of_this_package():
     assert len(classes) == len(errors.__all__) - 3  # the functions
     for found in classes:
         assert issubclass(found, errors.ParchGradError) or found.__bases__ == (UserWarning,)
-        assert found.__doc__.endswith((".", ".\n    "))
+        assert found.__doc__.rstrip().endswith(".")
 
 
 def test_only_errors_of_this_package_are_raised(source):

@@ -161,7 +161,7 @@ def save_array(values: NDArray[Any], path: Path) -> None:
     """
     held = io.BytesIO()
     np.save(held, values, allow_pickle=False)
-    path.write_bytes(held.getbuffer())
+    path.write_bytes(held.getvalue())
 
 
 def without_addresses(text: str) -> str:
