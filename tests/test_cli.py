@@ -229,6 +229,40 @@ def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_pat
         assert settings["selector"]["statistics"]["data"].startswith("6 photographs")
 
 
+# The command line says it in its own way.
+@pytest.mark.filterwarnings("always::parchgrad.errors.StatisticsWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_photograph_costs_itself_alone(capsys, photographs, tmp_path, workers):
+    file = tmp_path / "one.safetensors"
+    options = ["stats", "collect", "--model", "shapes", "--data", photographs, "--labels", "predicted"]
+    options += ["--batch-size", "2", "--workers", workers]
+    sound = (photographs / "n02123045" / "1.png").read_bytes()
+    # All of the second batch, but for the seventh photograph none that the fingerprint looks at.
+    for index in range(3, 6):
+        Image.fromarray(data.cat()).save(photographs / "n02123045" / f"{index}.png")
+    damaged = [photographs / "n02123045" / "2.png", photographs / "n02123045" / "3.png"]
+    for path in damaged:
+        path.write_bytes(sound[: len(sound) // 2])
+    code, _, said = run(capsys, *options, "-o", file)
+    assert code == 2
+    assert "With --skip-unreadable, the same command goes on from its checkpoint" in said
+    assert f"Error: '{damaged[0]}' cannot be read" in " ".join(said.split())
+    code, _, said = run(capsys, *options, "-o", file, "--skip-unreadable")
+    assert (code, said.count("it is left out.")) == (0, 2)
+    assert all(f"Note: '{path}' cannot be read" in said for path in damaged)
+    found = parchgrad.ChannelStatistics.load(file)
+    assert found.metadata["images"] == "7"
+
+    # As if they had never been there, but for the order of the sums.
+    for path in damaged:
+        path.unlink()
+    assert run(capsys, *options, "-o", tmp_path / "other.safetensors")[0] == 0
+    other = parchgrad.ChannelStatistics.load(tmp_path / "other.safetensors")
+    for name, layer in found.items():
+        for part in ("mean", "std", "class_mean", "class_variance"):
+            torch.testing.assert_close(getattr(layer, part), getattr(other[name], part), rtol=1e-5, atol=1e-8)
+
+
 def test_statistics_go_on_after_a_stop_and_merge(capsys, photographs, tmp_path, monkeypatch):
     file = tmp_path / "one.safetensors"
     options = ["--data", photographs, "--labels", "predicted", *LAYERS, "--batch-size", "2", "--checkpoint-every", "1"]

@@ -25,6 +25,7 @@ def collect_from_folder(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 250,
+    skip_unreadable: bool = False,
     on_progress: Progress | None = None,
 ) -> ChannelStatistics:
     """Collect channel statistics of a classifier over the photographs below a folder.
@@ -42,6 +43,8 @@ def collect_from_folder(
         seed: see there.
         checkpoint: see there.
         checkpoint_every: see there.
+        skip_unreadable: whether photographs that cannot be read are warned of and left out, instead of ending the
+            collection.
         on_progress: see there.
 
     Returns:
@@ -64,7 +67,7 @@ def collect_from_folder(
         ('resnet18', '2')
     """
     check_classifier(classifier)
-    photographs = PhotographFolder(folder, classifier.preprocess.transform)
+    photographs = PhotographFolder(folder, classifier.preprocess.transform, skip_unreadable=skip_unreadable)
     described = f"{len(photographs)} photographs in {Path(folder).resolve().name}"
     if labels == "given":
         if not photographs.folders:

@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from parchgrad.cli.shared import ProgressBars, console, error_console, make_table, move_model, parse_layers, printable
+from parchgrad.errors import ImageError
 
 if TYPE_CHECKING:
     from parchgrad.statistics import ChannelStatistics
@@ -61,6 +62,9 @@ def collect(
     ] = DtypeName.float32,
     seed: Annotated[int, typer.Option(help="Seed of the sample of images for the normality test.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Batches between two checkpoints.")] = 250,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave photographs out that cannot be read, and name them.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
 ) -> None:
     """Collect channel statistics in one pass over photographs.
@@ -99,8 +103,14 @@ def collect(
                 seed=seed,
                 checkpoint=checkpoint,
                 checkpoint_every=checkpoint_every,
+                skip_unreadable=skip_unreadable,
                 on_progress=progress.update,
             )
+    except ImageError:
+        if checkpoint.exists():
+            hint = "With --skip-unreadable, the same command goes on from its checkpoint without such photographs."
+            error_console.print(hint, highlight=False, soft_wrap=True)
+        raise
     except KeyboardInterrupt:
         left = "The same command goes on from its checkpoint." if checkpoint.exists() else "Nothing was kept."
         error_console.print(f"Stopped. {left}", highlight=False)

@@ -18,6 +18,7 @@ from parchgrad.checks import check_kind
 from parchgrad.data.images import read_image
 from parchgrad.errors import ImageError, reason_of
 from parchgrad.files import refuse_special, without_addresses
+from parchgrad.statistics.collect import LeftOut
 
 __all__ = ["PHOTOGRAPH_SUFFIXES", "PhotographFolder", "find_files", "match_classes"]
 
@@ -63,18 +64,21 @@ class PhotographFolder(Dataset[Any]):
         (('cat', 'dog'), ((4, 3), 207))
     """
 
-    def __init__(self, root: str | Path, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(
+        self, root: str | Path, transform: Callable[[Image.Image], Tensor], *, skip_unreadable: bool = False
+    ) -> None:
         """Find the photographs: every file with the suffix of an image format, hidden ones and folders left out.
 
         Args:
             root: the folder.
             transform: turns a photograph into what a network takes.
+            skip_unreadable: whether the item of a photograph that cannot be read is a `LeftOut`, not an error.
 
         Raises:
             ImageError: if there is no such folder, or no photograph in it, or a folder in it may not be read.
         """
         check_kind("root", root, (str, PathLike), "give one folder", error=ImageError, wanted="the path of a folder")
-        self.root, self._transform = Path(root), transform
+        self.root, self._transform, self._skip_unreadable = Path(root), transform, skip_unreadable
         if not os.path.isdir(self.root):
             raise ImageError(f"There is no folder {str(root)!r}; check the path.")
         self.files = find_files(self.root, PHOTOGRAPH_SUFFIXES)
@@ -117,7 +121,7 @@ class PhotographFolder(Dataset[Any]):
             digest.update(_content(self.files[index * (len(self) - 1) // max(1, count - 1)]))
         # What a transform does, its name may not tell.
         for index in sorted({0, len(self) // 2, len(self) - 1}):
-            seen = self._transform(read_image(self.files[index]))
+            seen = self._photograph(index)
             values = seen.cpu().numpy().tobytes() if isinstance(seen, Tensor) else seen
             digest.update(without_addresses(repr(values)).encode())
         for index, file in enumerate(self.files):
@@ -130,8 +134,18 @@ class PhotographFolder(Dataset[Any]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
-        photograph = self._transform(read_image(self.files[index]))
-        return photograph if self.labels is None else (photograph, self.labels[index])
+        photograph = self._photograph(index)
+        if self.labels is None or isinstance(photograph, LeftOut):
+            return photograph
+        return photograph, self.labels[index]
+
+    def _photograph(self, index: int) -> Any:
+        try:
+            return self._transform(read_image(self.files[index]))
+        except ImageError as error:
+            if not self._skip_unreadable:
+                raise
+            return LeftOut(str(error).partition("; ")[0])
 
 
 def match_classes(

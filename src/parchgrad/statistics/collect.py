@@ -6,23 +6,27 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from parchgrad.checks import check_whole_number
 from parchgrad.errors import (
+    ImageError,
     InputError,
     LayerError,
     ModelError,
     ParchGradError,
     SettingError,
     StatisticsError,
+    StatisticsWarning,
     reason_of,
+    warn,
 )
 from parchgrad.files import locked, without_addresses
 from parchgrad.layers import (
@@ -38,7 +42,7 @@ from parchgrad.statistics.checkpoint import check_parts, differences, part_of_pr
 from parchgrad.statistics.processes import Processes, joined_processes
 from parchgrad.statistics.store import ChannelStatistics, weight_digest
 
-__all__ = ["Labels", "collect_gaps", "collect_statistics"]
+__all__ = ["Labels", "LeftOut", "collect_gaps", "collect_statistics"]
 
 Labels = Literal["given", "predicted"]
 
@@ -47,6 +51,18 @@ _ELEMENTS = 1 << 21
 
 # Items that are looked at to tell a data set from another.
 _PROBES = 64
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a data set gives in place of an item that cannot be had; it is left out of the statistics, and warned of.
+
+    Attributes:
+        reason: in a sentence, without its full stop.
+    """
+
+    reason: str
+
 
 _GAPS: ContextVar[dict[str, list[Tensor]] | None] = ContextVar("parchgrad_gaps", default=None)
 
@@ -78,8 +94,8 @@ def collect_statistics(
     Args:
         model: a classifier whose output are the logits, shape (B, K), in evaluation mode.
         data: a data set, or batches of it such as a `DataLoader` gives. An item is an input and its class, or with
-            predicted labels the input alone. An attribute `fingerprint` (text) of a data set stands for its content;
-            without one, its type, length and 64 items do.
+            predicted labels the input alone; a `LeftOut` in its place is warned of and left out. An attribute
+            `fingerprint` (text) of a data set stands for its content; without one, its type, length and 64 items do.
         layers: which convolutions; see `choose_layers`.
         labels: `"given"` takes the classes that the data name; `"predicted"` counts every image in every class with
             the model's own softmax probability, so that unlabelled images will do.
@@ -169,18 +185,21 @@ def _collect(
     is_whole = True
     with _gaps_of(chosen) as gaps:
         try:
-            for numbers, inputs, given in batches.after(done):
-                values, probabilities = _respond(model, inputs.to(device, non_blocking=True), gaps)
-                if accumulator is None:
-                    accumulator = Accumulator(values.shape[1], probabilities.shape[1], seed=seed)
-                is_whole = False
-                accumulator.add(numbers, values, probabilities if given is None else given)
+            for batch in batches.after(done):
+                if batch is not None:
+                    numbers, inputs, given = batch
+                    values, probabilities = _respond(model, inputs.to(device, non_blocking=True), gaps)
+                    if accumulator is None:
+                        accumulator = Accumulator(values.shape[1], probabilities.shape[1], seed=seed)
+                    is_whole = False
+                    accumulator.add(numbers, values, probabilities if given is None else given)
                 done += 1
                 is_whole = True
-                saver.save_at_times(accumulator, done, is_last=done == batches.count)
-                if on_progress is not None:
-                    on_progress("images", accumulator.images, batches.images)
-        except KeyboardInterrupt:
+                if accumulator is not None:
+                    saver.save_at_times(accumulator, done, is_last=done == batches.count)
+                    if on_progress is not None:
+                        on_progress("images", accumulator.images, batches.images)
+        except (KeyboardInterrupt, ImageError):
             # Unless a batch was just being added, nothing is lost.
             if is_whole and accumulator is not None:
                 saver.save(accumulator, done)
@@ -288,7 +307,8 @@ class _Saver:
             return None, 0
         try:
             found, done = Accumulator.restored(tensors, seed=seed), int(tensors["batches"])
-            if found.images != batches.images_of(done):
+            # Some may have been left out.
+            if found.images > (batches.images_of(done) or 0):
                 raise ValueError(f"it says that {done} batches hold {found.images} images")
             return found, done
         except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -327,24 +347,51 @@ class _Batches:
             return None
         return sum(len(numbers) for numbers in self._numbers[:done])
 
-    def after(self, done: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Numbers, inputs and given labels of each batch but the first `done`; no labels where they are predicted."""
+    def after(self, done: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None] | None]:
+        """Numbers, inputs and given labels of each batch but the first `done`; no labels where they are predicted.
+
+        None stands for a batch of which all is left out.
+        """
         batches: Iterable[Any] = self._data
         # A generator of its own: the loader would draw from the global one.
         generator = torch.Generator()
         if self._numbers is not None:
             left: Any = self._numbers[done:]
-            batches = DataLoader(self._data, batch_sampler=left, num_workers=self._workers, generator=generator)
+            batches = DataLoader(
+                self._data, batch_sampler=left, num_workers=self._workers, generator=generator, collate_fn=_Kept.of
+            )
         elif isinstance(self._data, IterableDataset):
             batches = DataLoader(self._data, self._batch_size, generator=generator)
         first = 0
         for index, batch in enumerate(_unwrapped(batches)):
+            places = None
+            if isinstance(batch, _Kept):
+                for reason in batch.reasons:
+                    warn(f"{reason}; it is left out.", StatisticsWarning)
+                if not batch.places:
+                    yield None
+                    continue
+                batch, places = batch.batch, torch.tensor(batch.places)
             inputs, given = _parts_of(batch)
             if self._numbers is not None:
                 first = self._numbers[done + index].start
-            numbers = torch.arange(first, first + len(inputs))
+            numbers = first + (torch.arange(len(inputs)) if places is None else places)
             first += len(inputs)
             yield numbers, inputs, _classes(given, len(inputs)) if self._labels == "given" else None
+
+
+class _Kept(NamedTuple):
+    """What is had of a batch: the places in it, the items together, and why others are left out."""
+
+    places: list[int]
+    batch: Any
+    reasons: list[str]
+
+    @classmethod
+    def of(cls, items: list[Any]) -> "_Kept":
+        places = [place for place, item in enumerate(items) if not isinstance(item, LeftOut)]
+        reasons = [item.reason for item in items if isinstance(item, LeftOut)]
+        return cls(places, default_collate([items[place] for place in places]) if places else None, reasons)
 
 
 def _parts_of(batch: Any) -> tuple[Tensor, Sequence[Any]]:
