@@ -176,6 +176,36 @@ def test_demo(capsys, tmp_path):
     assert run(capsys, "demo", "--out", out)[0] == 2
 
 
+def test_photographs_are_explained_a_few_at_a_time(capsys, tmp_path, monkeypatch):
+    rng, held = np.random.default_rng(0), []
+    images = [tmp_path / f"{index:02d}.png" for index in range(19)]
+    for path in images:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    options = ["--model", "shapes", "--layers", "all", "--out"]
+    assert run(capsys, "explain", *images, *options, tmp_path / "all")[0] == 0
+    for path in (images[0], images[8], images[18]):
+        assert run(capsys, "explain", path, *options, tmp_path / "one")[0] == 0
+        found, alone = (np.load(tmp_path / folder / f"{path.stem}.npy") for folder in ("all", "one"))
+        np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-6 * abs(alone).max())
+
+    # What is done stays, whatever becomes of the rest.
+    from parchgrad import explanation
+
+    explain_images = explanation.explain_images
+
+    def stop(classifier, photographs, *given, **options):
+        held.append(len(photographs))
+        if len(held) == 3:
+            raise KeyboardInterrupt
+        return explain_images(classifier, photographs, *given, **options)
+
+    monkeypatch.setattr(explanation, "explain_images", stop)
+    code, _, said = run(capsys, "explain", *images, *options, tmp_path / "stopped")
+    assert (code, held) == (130, [8, 8, 3])
+    assert "Stopped. 16 of 19 photographs are explained in" in said
+    assert len([*(tmp_path / "stopped").glob("*.npy")]) == 16
+
+
 @pytest.fixture
 def photographs(tmp_path):
     """Two classes of three photographs each, in folders by WordNet id."""

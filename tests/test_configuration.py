@@ -11,7 +11,7 @@ from torchvision import transforms
 import parchgrad as pg
 from parchgrad.configuration import DataSettings, EvaluationSettings, evaluate_all, open_data, read_settings
 from parchgrad.data.samples import DrawnSamples
-from parchgrad.errors import ImageError, InputError, OutputError, SettingError
+from parchgrad.errors import ImageError, InputError, ModelError, OutputError, SettingError
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples
 from parchgrad.evaluation.runs import read_rows
 from parchgrad.evaluation.scores import ScoreSettings
@@ -192,6 +192,7 @@ def classifier(monkeypatch):
         "small",
     )
     monkeypatch.setattr("parchgrad.configuration.load_model", lambda name: made)
+    monkeypatch.setattr("parchgrad.configuration.check_model_name", lambda name: None)
     return made
 
 
@@ -334,6 +335,13 @@ def test_statistics_are_not_collected_for_a_folder_that_would_be_refused(tmp_pat
     with pytest.raises(OutputError, match=r"statistics.safetensors' exists already"):
         evaluate_all(asked, tmp_path / "out")
     assert (run / "statistics.safetensors").read_text() == "meanwhile"
+
+
+def test_every_model_is_known_before_the_first_is_evaluated(tmp_path):
+    asked = EvaluationSettings(models=("shapes", "shapez"), data=DataSettings(name="shapes", count=2))
+    with pytest.raises(ModelError, match="knows a model 'shapez'"):
+        evaluate_all(asked, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_statistics_of_generated_shapes_are_of_other_ones():

@@ -25,7 +25,7 @@ from parchgrad.evaluation.runs import TargetChoice, check_run_folder, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
 from parchgrad.files import check_outputs, locked, refuse_special
-from parchgrad.models import Classifier, load_model
+from parchgrad.models import Classifier, check_model_name, load_model
 from parchgrad.selection import STATISTICAL_SELECTORS
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.collect import collect_statistics
@@ -239,6 +239,8 @@ def evaluate_all(
     """
     # Made first, so that what is wrong with them is said before anything takes long.
     compared, runs = settings.grid.settings(), []
+    for name in settings.models:
+        check_model_name(name)
     for name in settings.models:
         classifier = load_model(name)
         classifier.model.to(device)

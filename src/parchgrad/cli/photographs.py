@@ -60,6 +60,8 @@ class FormatName(str, enum.Enum):
 
 # Where fewer than one convolution in so many is edited, the published set is too small for the network.
 _FEW = 5
+# Photographs that are held in memory with their maps.
+_AT_ONCE = 8
 
 # Options that several commands have.
 Photographs: TypeAlias = Annotated[list[Path], typer.Argument(help="Photographs: JPEG, PNG or anything Pillow reads.")]
@@ -130,7 +132,8 @@ def explain(
         from parchgrad.data.images import read_image
 
         # All that can be wrong is looked at before the first file is written, and files before the long imports.
-        photographs = [read_image(path) for path in images]
+        for path in images:
+            read_image(path)
 
         from parchgrad.explanation import Explanation, explain_images
         from parchgrad.layers import find_convolutions
@@ -141,33 +144,42 @@ def explain(
         own = [file for stem in stems for file in Explanation.files(out, stem)]
         check_outputs([*own, *signed_panels], force=force, inputs=images)
         classifier, (chosen,) = _prepare(model, [selector], statistics, quantile, status.update)
-        explanations = explain_images(
+        explained = partial(
+            explain_images,
             classifier,
-            photographs,
-            chosen,
+            selector=chosen,
             target=None if target is None else classifier.find_category(target),
             layers=parse_layers(layers),
             gamma=gamma,
             conserve=conserve.value,
             method=method,
+        )
+        table = make_table("photograph", "explained class", "also predicted")
+        edited: list[str] = []
+        for start in range(0, len(images), _AT_ONCE):
+            status.update(f"Explaining, {start} of {len(images)} done")
+            part = slice(start, start + _AT_ONCE)
             # Of photographs of one name the results are numbered, which is on record too.
-            names=[
-                path.name if stem == path.stem else f"{path} ({stem})" for path, stem in zip(images, stems, strict=True)
-            ],
-        )
-        for found, stem in zip(explanations, stems, strict=True):
-            found.save(out, stem, force=force)
-        for found, path in zip(explanations, signed_panels, strict=False):
-            save_figure(found.signed_figure(), path, force=force)
+            names = [
+                path.name if stem == path.stem else f"{path} ({stem})"
+                for path, stem in zip(images[part], stems[part], strict=True)
+            ]
+            try:
+                explanations = explained([read_image(path) for path in images[part]], names=names)
+            except KeyboardInterrupt:
+                done = f"{start} of {len(images)} photographs are explained in {escape(str(out))}."
+                error_console.print(f"Stopped. {done}", highlight=False, soft_wrap=True)
+                raise typer.Exit(130) from None
+            for found, stem in zip(explanations, stems[part], strict=True):
+                found.save(out, stem, force=force)
+                others = [prediction for prediction in found.predictions if prediction.index != found.target.index][:3]
+                table.add_row(printable(found.name), say_share(found.target), ", ".join(map(say_share, others)))
+            for found, path in zip(explanations, signed_panels[part], strict=False):
+                save_figure(found.signed_figure(), path, force=force)
+            edited = explanations[0].settings["layers"]
 
-    table = make_table("photograph", "explained class", "also predicted")
-    for found in explanations:
-        others = [prediction for prediction in found.predictions if prediction.index != found.target.index][:3]
-        table.add_row(
-            printable(found.name), say_share(found.target), ", ".join(say_share(prediction) for prediction in others)
-        )
     console.print(table)
-    edited, every = explanations[0].settings["layers"], len(find_convolutions(classifier.model))
+    every = len(find_convolutions(classifier.model))
     console.print(f"\n{len(edited)} of {every} convolutions edited, {edited[0]} to {edited[-1]}", highlight=False)
     if layers == "default" and len(edited) < every / _FEW:
         console.print("Few of them: maps are often better with --layers 0.5 or 0.75.", highlight=False)
