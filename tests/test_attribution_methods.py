@@ -416,7 +416,7 @@ def test_wrappers_that_are_not_ready(wrapper, x, tmp_path):
     STATISTICS.restrict(layers=["2"]).save(tmp_path / "few.safetensors")
     bare.prepare_parchgrad(tmp_path / "few.safetensors")
     bare.set_hook_modules(bare.all_convolutions)
-    with pytest.raises(StatisticsError, match="do not hold layer '0'"):
+    with pytest.raises(StatisticsError, match="others are chosen, such as '0'"):
         grad(bare, x, 2, quantile=0.5)
     wrapper.model.train()
     with pytest.raises(ModelError, match=r"in training mode.*call model.eval\(\)"):

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -304,13 +305,17 @@ def test_statistics_go_on_after_a_stop_and_merge(capsys, photographs, tmp_path, 
         if done >= 4:
             raise StoppedError
 
-    def interrupt(self, stage, done, total):
-        raise KeyboardInterrupt
+    # Ctrl-C, and what a cluster sends.
+    for number, name in ((signal.SIGINT, "other"), (signal.SIGTERM, "third")):
 
-    with monkeypatch.context() as patched:
-        patched.setattr("parchgrad.cli.shared.ProgressBars.update", interrupt)
-        code, _, said = run(capsys, "stats", "collect", *options, "-o", tmp_path / "other.safetensors")
+        def end(self, stage, done, total, number=number):
+            signal.raise_signal(number)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("parchgrad.cli.shared.ProgressBars.update", end)
+            code, _, said = run(capsys, "stats", "collect", *options, "-o", tmp_path / f"{name}.safetensors")
         assert (code, said.strip()) == (130, "Stopped. The same command goes on from its checkpoint.")
+        assert (tmp_path / f"{name}.safetensors.checkpoint").exists()
     with monkeypatch.context() as patched:
         patched.setattr("parchgrad.cli.shared.ProgressBars.update", stop)
         with pytest.raises(StoppedError):
@@ -366,7 +371,8 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
         (["explain", "coffee.png", "--selector", "class", "--model", "resnet18"], "with this package for 'resnet18'"),
         (["explain", "coffee.png", "--statistics", "x"], "the selector energy uses none"),
         (["explain", "coffee.png", "--selector", "class", "--statistics", "none"], "There is no statistics file"),
-        (["explain", "coffee.png", "--selector", "class", "--layers", "all"], "do not hold layer"),
+        (["explain", "coffee.png", "--device", "gpu"], "The device 'gpu' cannot be used"),
+        (["explain", "coffee.png", "--selector", "class", "--layers", "all"], "others are chosen, such as 'conv_stem'"),
         (["stats", "collect", "--data", ".", "-o", "x"], "outside of any class folder"),
         (["stats", "collect", "--data", "none", "-o", "x"], "There is no folder 'none'"),
         (["stats", "collect", "--data", ".", "-o", "x", "--device", "warp"], "The device 'warp' cannot be used"),

@@ -37,7 +37,8 @@ OTHERS = {
     ("cli", "typer.Exit"): "it ends a command",
     ("cli.evaluation", "typer.Exit"): "it ends a command",
     ("cli.statistics", "typer.Exit"): "it ends a command",
-    ("cli.explorer", "KeyboardInterrupt"): "other signals end the explorer as Ctrl-C does",
+    ("cli.photographs", "typer.Exit"): "it ends a command",
+    ("cli.shared", "KeyboardInterrupt"): "other signals end a command as Ctrl-C does",
     ("configuration", "ValueError"): "becomes a SettingError that names the setting",
     ("data.shapes", "IndexError"): "ends a loop over the items",
     ("evaluation.examples", "ValueError"): "becomes an InputError that names the file",
@@ -125,7 +126,10 @@ def test_messages_are_read_off_the_source_with_places_and_halves(source):
     )
     assert "Exactly one of quantile and alpha must be given, but neither is / both are; give one." in said
     assert {m.module for m in source.messages if m.kind == "ModelWarning"} == {"engine"}
-    assert {m.module for m in source.messages if m.kind == "StatisticsWarning"} == {"statistics.store"}
+    assert {m.module for m in source.messages if m.kind == "StatisticsWarning"} == {
+        "statistics.collect",
+        "statistics.store",
+    }
 
 
 @pytest.fixture(scope="module")

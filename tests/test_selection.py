@@ -399,8 +399,8 @@ def test_statistics_are_needed():
     [
         (
             {"conv": 3, "head": 3},
-            "The statistics do not hold layer 'head'; collect them with this layer, or choose among the layers they "
-            "hold.",
+            "The statistics are of 1 convolutions, from 'conv' to 'conv', but 1 others are chosen, such as 'head'; "
+            "choose among theirs, or collect statistics of all.",
         ),
         (
             {"conv": 4},
@@ -453,7 +453,7 @@ def test_restricted_classes_are_looked_up_and_others_refused():
 
 def test_single_images_of_a_class_are_said_once():
     statistics = random_statistics({"a": 4, "b": 4}, classes=5, images=8)
-    with pytest.warns(StatisticsWarning, match="2 of 5 classes have images, but fewer than two") as said:
+    with pytest.warns(StatisticsWarning, match="2 of 5 classes have fewer than two images") as said:
         selector = pg.ClassWise(statistics, quantile=0.5)
     assert len(said) == 1
     selector.class_masks("b")

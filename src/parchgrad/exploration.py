@@ -25,7 +25,7 @@ from parchgrad.data.images import opened_image, read_image, stored_frame
 from parchgrad.demo import PHOTOGRAPHS, example_photographs
 from parchgrad.errors import ImageError, InputError, SettingError, StatisticsError, StatisticsWarning, TargetError
 from parchgrad.evaluation.localisation import cell_shares, mosaic
-from parchgrad.layers import choose_layers, parse_layers
+from parchgrad.layers import parse_layers
 from parchgrad.models import OFFLINE_MODEL, Classifier, Prediction, load_model
 from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, ClassWise, Selector, make_selector
 from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
@@ -476,7 +476,6 @@ class Explorer:
     ) -> tuple[Explainer, Tensor, Tensor]:
         """The explainer, and the attributions of the inputs with ParchGrad and without it."""
         model = network.classifier.model
-        _check_held(network, view)
         rows = max(1, _PIXELS_PER_PASS // (inputs.shape[2] * inputs.shape[3]))
         explainer = Explainer(
             model,
@@ -544,21 +543,6 @@ class _Recent(Generic[T]):
             while self._total > self._limit and len(self._held) > 1:
                 self._total -= self._size(self._held.popitem(last=False)[1])
         return made
-
-
-def _check_held(network: _Network, view: View) -> None:
-    """Say what can be chosen instead where the statistics do not know all chosen layers."""
-    if view.selector not in STATISTICAL_SELECTORS or network.statistics is None:
-        return
-    held = network.statistics
-    chosen = choose_layers(network.classifier.model, parse_layers(view.layers))
-    unknown = [name for name in chosen if name not in held]
-    if unknown:
-        names = list(held)
-        raise StatisticsError(
-            f"The statistics of {view.network} are of {len(names)} convolutions, from {names[0]} to {names[-1]}, but "
-            f"{len(unknown)} others are chosen as well, such as {unknown[0]}; choose fewer layers or another selector."
-        )
 
 
 def _maps(attribution: Tensor, view: View) -> Tensor:

@@ -234,8 +234,8 @@ def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
             found.append(
                 _chart(
                     f"{title_of(name)}, against the plain gradient",
-                    f"Mean difference on the same images, with its {summary.confidence:.0%} interval. What is coloured "
-                    "is settled.",
+                    f"Mean difference on the same images, with its {summary.confidence:.0%} interval. Those that "
+                    "leave out zero are coloured.",
                     partial(interval_chart, intervals, x_label="difference"),
                 )
             )

@@ -400,12 +400,14 @@ class _StatisticalSelector(Selector):
 
     def check(self, channels: Mapping[str, int]) -> None:
         """Every layer needs statistics of its own number of channels (see `Selector.check`)."""
+        others = [layer for layer in channels if layer not in self.statistics]
+        if others:
+            held = list(self.statistics)
+            raise StatisticsError(
+                f"The statistics are of {len(held)} convolutions, from {held[0]!r} to {held[-1]!r}, but {len(others)} "
+                f"others are chosen, such as {others[0]!r}; choose among theirs, or collect statistics of all."
+            )
         for layer, count in channels.items():
-            if layer not in self.statistics:
-                raise StatisticsError(
-                    f"The statistics do not hold layer {layer!r}; collect them with this layer, "
-                    "or choose among the layers they hold."
-                )
             if self.statistics[layer].channels != count:
                 raise StatisticsError(
                     f"The statistics of layer {layer!r} have {self.statistics[layer].channels} channels, "

@@ -75,7 +75,7 @@ def test_fingerprints_tell_draws_apart(model):
 
 
 def test_mosaics_that_cannot_be_made(model):
-    with pytest.raises(InputError, match="ask for fewer, or lower confidence"):
+    with pytest.raises(InputError, match=r"20 images of 5 classes .* which make 5; ask for fewer, take"):
         make_mosaics(model, Bright(), count=20)
     with pytest.raises(InputError, match="do not fill mosaics of 2 x 2"):
         Mosaics(Bright(), torch.zeros(3, 5, dtype=torch.long), rows=2, columns=2)

@@ -158,7 +158,9 @@ def test_mosaics_are_drawn_from_confident_images_of_different_classes_once_each(
 
 
 def test_too_few_confident_images_are_said():
-    with pytest.raises(InputError, match=r"3 mosaics of 4 images were asked for, but 8 images .* make 2"):
+    with pytest.raises(
+        InputError, match=r"3 mosaics of 4 classes each were asked for, but 8 images of 4 classes are .* make 2"
+    ):
         draw_mosaics(torch.ones(8), torch.arange(8) % 4, count=3)
     with pytest.raises(InputError, match="make 0"):
         draw_mosaics(torch.ones(8), torch.zeros(8), count=1)

@@ -63,7 +63,7 @@ def evaluate(
     ] = None,
     selector: Annotated[
         list[str] | None,
-        typer.Option(help="energy, activation, evidence, class, instance, or none.", rich_help_panel=_COMPARED),
+        typer.Option(help="energy, activation, evidence, random, class, instance, or none.", rich_help_panel=_COMPARED),
     ] = None,
     quantile: Annotated[
         list[float] | None,

@@ -1,19 +1,14 @@
 """The command that serves the web explorer."""
 
 import logging
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from parchgrad.cli.shared import console, error_console
-
-# Windows has no hang-up of the terminal.
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from parchgrad.cli.shared import console, error_console, interrupted_by_signals
 
 
 def explore(
@@ -35,7 +30,7 @@ def explore(
     open_browser: Annotated[bool, typer.Option("--open/--no-browser", help="Open the page in a browser.")] = False,
 ) -> None:
     """Explore photographs on a page in the browser, offline; needs the extra web."""
-    with _interrupted_by_signals(), ExitStack() as served:
+    with interrupted_by_signals(), ExitStack() as served:
         with suppress(KeyboardInterrupt):
             with error_console.status("Starting"):
                 from parchgrad.web import WebSettings, is_loopback, serve
@@ -56,22 +51,3 @@ def explore(
             console.print(f"Look at {url} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
             threading.Event().wait()
         error_console.print("Stopping.", highlight=False)
-
-
-@contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """Let every signal that asks for the end interrupt like Ctrl-C, so that photographs of users are removed."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        # Once: what cleans up is not to be cut off.
-        for ending in _ENDING:
-            signal.signal(ending, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    # Set even where it is ignored, as a shell does for what runs in the background.
-    earlier = {ending: signal.signal(ending, interrupt) for ending in _ENDING}
-    try:
-        yield
-    finally:
-        for ending, handler in earlier.items():
-            signal.signal(ending, handler)

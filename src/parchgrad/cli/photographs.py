@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 from rich.markup import escape
 
-from parchgrad.cli.shared import console, error_console, make_table, parse_layers, printable, say_share
+from parchgrad.cli.shared import (
+    console,
+    error_console,
+    make_table,
+    move_model,
+    parse_layers,
+    printable,
+    say_share,
+)
 from parchgrad.errors import SettingError
 from parchgrad.files import check_outputs, distinct_stems
 
@@ -93,6 +101,7 @@ Values: TypeAlias = Annotated[
     str | None,
     typer.Option(help="The values, separated by commas: '0.5,0.2,0.1'.", show_default="six, from most channels to few"),
 ]
+DeviceName: TypeAlias = Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")]
 Over: TypeAlias = Annotated[
     SettingName,
     typer.Option(help="The share of channels that is kept, or for class and instance the largest p-value."),
@@ -120,6 +129,7 @@ def explain(
     gamma: Gamma = math.inf,
     conserve: Conservation = ConserveName.independent,
     method: MethodName = "gradient",
+    device: DeviceName = "cpu",
     signed: Annotated[
         bool, typer.Option("--signed", help="Draw a second panel with signs: red for the class, blue against it.")
     ] = False,
@@ -143,7 +153,7 @@ def explain(
         signed_panels = [out / f"{stem}-signed.png" for stem in stems] if signed else []
         own = [file for stem in stems for file in Explanation.files(out, stem)]
         check_outputs([*own, *signed_panels], force=force, inputs=images)
-        classifier, (chosen,) = _prepare(model, [selector], statistics, quantile, status.update)
+        classifier, (chosen,) = _prepare(model, [selector], statistics, quantile, device, status.update)
         explained = partial(
             explain_images,
             classifier,
@@ -200,6 +210,7 @@ def sweep(
     gamma: Gamma = math.inf,
     conserve: Conservation = ConserveName.independent,
     method: MethodName = "gradient",
+    device: DeviceName = "cpu",
     columns: Annotated[int, typer.Option(help="Pictures in a line.", min=1)] = 4,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/sweep"),
     force: Force = False,
@@ -220,6 +231,7 @@ def sweep(
         gamma=gamma,
         conserve=conserve,
         method=method,
+        device=device,
     )
     with error_console.status("Starting") as status:
         from parchgrad.visual import save_figure
@@ -246,6 +258,7 @@ def animate(
     gamma: Gamma = math.inf,
     conserve: Conservation = ConserveName.independent,
     method: MethodName = "gradient",
+    device: DeviceName = "cpu",
     form: Annotated[
         FormatName, typer.Option("--format", help="The moving picture's format; mp4 needs ffmpeg.")
     ] = FormatName.gif,
@@ -270,6 +283,7 @@ def animate(
         gamma=gamma,
         conserve=conserve,
         method=method,
+        device=device,
     )
     with error_console.status("Starting") as status:
         from parchgrad.visual.animation import check_format, save_animation
@@ -346,6 +360,7 @@ class _SweepOptions:
     gamma: float
     conserve: ConserveName
     method: str
+    device: str
 
 
 def _make_sweeps(
@@ -367,7 +382,7 @@ def _make_sweeps(
 
     from parchgrad.visual.sweeps import ALPHAS, QUANTILES, alpha_sweep, quantile_sweep
 
-    classifier, selectors = _prepare(asked.model, names, asked.statistics, QUANTILES[-1], say)
+    classifier, selectors = _prepare(asked.model, names, asked.statistics, QUANTILES[-1], asked.device, say)
     target = None if asked.target is None else classifier.find_category(asked.target)
 
     def swept(photograph: "Image.Image", selector: "Selector") -> "Sweep":
@@ -402,6 +417,7 @@ def _prepare(
     names: Sequence[SelectorName],
     statistics: Path | None,
     quantile: float | None,
+    device: str,
     say: Callable[[str], None],
 ) -> "tuple[Classifier, list[Selector]]":
     """Load the network and make the selectors, with statistics where they need some."""
@@ -419,6 +435,7 @@ def _prepare(
     classifier = load_model(model)
     if held is not None:
         held.check_model(classifier.model)
+    move_model(classifier, device)
     say("Explaining")
     return classifier, selectors
 

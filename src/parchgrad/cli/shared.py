@@ -1,7 +1,10 @@
 """What the commands share: consoles, options, tables and progress bars."""
 
 import os
-from typing import TYPE_CHECKING
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from parchgrad.models import Classifier, Prediction
 
 # The heavy imports stand inside the commands, so that --help answers at once.
+
+# Windows has no hang-up of the terminal.
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 console = Console()
 error_console = Console(stderr=True)
@@ -98,3 +104,22 @@ def make_table(*columns: str) -> Table:
 def say_share(prediction: "Prediction") -> str:
     """Say a class and its probability."""
     return f"{prediction.category} {prediction.probability:.0%}"
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Let every signal that asks for the end interrupt like Ctrl-C, so that what is to be done before it is done."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        # Once: what cleans up is not to be cut off.
+        for ending in _ENDING:
+            signal.signal(ending, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    # Set even where it is ignored, as a shell does for what runs in the background.
+    earlier = {ending: signal.signal(ending, interrupt) for ending in _ENDING}
+    try:
+        yield
+    finally:
+        for ending, handler in earlier.items():
+            signal.signal(ending, handler)

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.markup import escape
 
-from parchgrad.cli.shared import ProgressBars, console, error_console, make_table, move_model, parse_layers, printable
+from parchgrad.cli.shared import (
+    ProgressBars,
+    console,
+    error_console,
+    interrupted_by_signals,
+    make_table,
+    move_model,
+    parse_layers,
+    printable,
+)
 from parchgrad.errors import ImageError
 
 if TYPE_CHECKING:
@@ -92,7 +101,8 @@ def collect(
     precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     try:
-        with ProgressBars(hidden=not is_first_process()) as progress, precision:
+        # A cluster asks for the end by a signal, after which the checkpoint is written as after Ctrl-C.
+        with interrupted_by_signals(), ProgressBars(hidden=not is_first_process()) as progress, precision:
             found = collect_from_folder(
                 classifier,
                 data,

@@ -231,8 +231,9 @@ def draw_mosaics(
         waiting = {label: left for label, left in waiting.items() if left}
     if len(mosaics) < count:
         raise InputError(
-            f"{count} mosaics of {cells} images were asked for, but {len(eligible)} images are classified with a "
-            f"probability of at least {confidence}, which make {len(mosaics)}; ask for fewer, or lower confidence."
+            f"{count} mosaics of {cells} classes each were asked for, but {len(eligible)} images of "
+            f"{len(set(labels[eligible].tolist()))} classes are classified with a probability of at least "
+            f"{confidence}, which make {len(mosaics)}; ask for fewer, take images of more classes, or lower confidence."
         )
     # Within a mosaic, the classes with many images would always come first.
     places = torch.rand(count, cells, generator=generator).argsort(dim=1)

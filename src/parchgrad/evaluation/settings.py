@@ -86,7 +86,7 @@ class Setting:
             object.__setattr__(self, "layers", tuple(self.layers))
         known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
         if self.selector is not None and self.selector not in known:
-            raise SettingError(f"selector is {self.selector!r}, but it must be one of {', '.join(known)}.")
+            raise SettingError(f"selector is {self.selector!r}, but it must be none or one of {', '.join(known)}.")
         if self.selector is not None and self.method in _CONTROL_METHODS:
             raise SettingError(f"The control {self.method!r} has no selector; leave {self.selector!r} out.")
         if self.masks not in get_args(Masks):

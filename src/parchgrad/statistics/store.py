@@ -304,9 +304,9 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         few = self.count_fallbacks(test)
         if few:
             empty = self.count_empty()
-            none = f", and {empty} have none" if empty else ""
+            none = f", and {empty} more have none" if empty else ""
             warn(
-                f"{few} of {self.classes} classes have images, but fewer than two{none}; Welch's test needs two, so "
+                f"{few} of {self.classes} classes have fewer than two images{none}; Welch's test needs two, so "
                 "that Student's takes its place for them.",
                 StatisticsWarning,
             )

@@ -14,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from parchgrad.checks import check_kind
 from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.files import writing
 from parchgrad.visual.charts import as_written
@@ -402,8 +403,10 @@ def save_figure(figure: Figure, path: str | Path, *, dots_per_inch: int = 120, f
         force: whether an earlier file of that name is replaced.
 
     Raises:
+        InputError: if it is no figure.
         OutputError: if the suffix names no format, the file exists and `force` is off, or it cannot be written.
     """
+    check_kind("The figure", figure, Figure, "draw one first, such as overlay(photograph, heat)", error=InputError)
     path = Path(path)
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
