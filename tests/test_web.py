@@ -226,7 +226,7 @@ def test_what_was_on_its_way_when_the_network_changed_is_no_error(address):
     user.show(network="shapes", quantile=0.3)
     assert "this is gradient energy." not in user.status
     page = user.show(network="efficientnet_lite0", selector="class", quantile=0.1)
-    assert "choose fewer layers or another selector." in page
+    assert "choose among theirs" in page
     # The list is offered where an error stands as well.
     assert "class" in [value for _, value in user.offered["choices"]]
     user.close()

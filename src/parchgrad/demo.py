@@ -21,8 +21,8 @@ from parchgrad.files import check_outputs, writing_together
 from parchgrad.models import OFFLINE_MODEL, Classifier, load_model
 from parchgrad.selection import ClassWise, Evidence, GradientEnergy, Selector
 from parchgrad.statistics import ChannelStatistics
-from parchgrad.visual import blend, draw_figure, panel, shared_top
-from parchgrad.visual.maps import COLOUR_MAP
+from parchgrad.visual import blend, panel, shared_top
+from parchgrad.visual.maps import COLOUR_MAP, draw_figure
 
 __all__ = ["PHOTOGRAPHS", "Demonstration", "demonstrate", "example_photographs"]
 

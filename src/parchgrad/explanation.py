@@ -26,7 +26,8 @@ from parchgrad.models import Classifier, Prediction, check_classifier
 from parchgrad.partition import Conserve
 from parchgrad.selection import Selector
 from parchgrad.statistics import ChannelStatistics
-from parchgrad.visual import draw_figure, panel, signed_panel
+from parchgrad.visual import panel, signed_panel
+from parchgrad.visual.maps import draw_figure
 
 __all__ = ["Explanation", "explain_images"]
 

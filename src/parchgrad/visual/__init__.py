@@ -3,7 +3,6 @@
 from parchgrad.visual.maps import (
     blend,
     blend_signed,
-    draw_figure,
     normalise,
     overlay,
     paint,
@@ -20,7 +19,6 @@ from parchgrad.visual.maps import (
 __all__ = [
     "blend",
     "blend_signed",
-    "draw_figure",
     "normalise",
     "overlay",
     "paint",
