@@ -276,13 +276,30 @@ def test_a_damaged_photograph_costs_itself_alone(capsys, photographs, tmp_path, 
         path.write_bytes(sound[: len(sound) // 2])
     code, _, said = run(capsys, *options, "-o", file)
     assert code == 2
-    assert "With --skip-unreadable, the same command goes on from its checkpoint" in said
+    assert "or leave such out: skip_unreadable=True, or --skip-unreadable on the command line." in said
+    assert (tmp_path / "one.safetensors.checkpoint").exists()
     assert f"Error: '{damaged[0]}' cannot be read" in " ".join(said.split())
     code, _, said = run(capsys, *options, "-o", file, "--skip-unreadable")
     assert (code, said.count("it is left out.")) == (0, 2)
     assert all(f"Note: '{path}' cannot be read" in said for path in damaged)
+    assert "9/9" in said
     found = parchgrad.ChannelStatistics.load(file)
     assert found.metadata["images"] == "7"
+
+    # The first photograph, which the fingerprint looks at, and a link that leads nowhere.
+    first, nowhere = photographs / "n02123045" / "0.png", photographs / "n02123045" / "9.png"
+    first_sound = first.read_bytes()
+    first.write_bytes(sound[: len(sound) // 2])
+    nowhere.symlink_to("nowhere.png")
+    code, _, said = run(capsys, *options, "-o", tmp_path / "fewer.safetensors")
+    assert code == 2
+    assert "or leave such out: skip_unreadable=True" in said
+    code, _, said = run(capsys, *options, "-o", tmp_path / "fewer.safetensors", "--skip-unreadable")
+    assert (code, said.count("it is left out.")) == (0, 4)
+    nowhere.unlink()
+    first.write_bytes(first_sound)
+    code, _, said = run(capsys, "stats", "collect", "--data", "nowhere", "-o", file, "--force")
+    assert (code, said.strip()) == (2, "Error: There is no folder 'nowhere'; check the path.")
 
     # As if they had never been there, but for the order of the sums.
     for path in damaged:

@@ -321,6 +321,18 @@ def test_autocast_is_switched_off_inside_only():
             "channel_mask is torch.float32 of shape (3, 6), but the gradient of shape (3, 6, 3, 4) needs a boolean "
             "mask of shape (3, 6).",
         ),
+        (
+            {"gradient": [1.0]},
+            "gradient is of type list, but a Tensor is needed; turn it with torch.as_tensor.",
+        ),
+        (
+            {"channel_mask": [True]},
+            "channel_mask is of type list, but a Tensor is needed; turn it with torch.as_tensor.",
+        ),
+        (
+            {"gradient": torch.ones(3, 6, 3, 4, dtype=torch.long)},
+            "gradient is torch.int64, but it must hold floating-point numbers; call .float().",
+        ),
         ({"channel_mask": torch.ones(3, 5, dtype=torch.bool)}, "channel_mask is torch.bool of shape (3, 5), but "),
         ({"channel_mask": torch.ones(2, 6, dtype=torch.bool)}, "channel_mask is torch.bool of shape (2, 6), but "),
     ],

@@ -358,6 +358,15 @@ MASK = "The mask of layer 'conv' is {}, but it must be boolean of shape (C,) or 
         (lambda s: pg.Evidence(positions="all"), POSITIONS.format("'all'")),
         (lambda s: pg.RandomChannels(quantile=math.nan), QUANTILE.format("nan")),
         (lambda s: pg.GradientEnergy(quantile="a"), QUANTILE.format("'a'")),
+        (lambda s: pg.RandomChannels(seed="a"), "seed is 'a', but it must be a whole number."),
+        (
+            lambda s: pg.FixedChannels([torch.ones(3) > 0]),
+            "masks is of type list, but a dictionary is needed; give {name of a layer: mask}.",
+        ),
+        (
+            lambda s: pg.FixedChannels({"conv": [True]}),
+            "The mask of layer 'conv' is of type list, but a Tensor is needed; give a boolean tensor (C,) or (B, C).",
+        ),
         (lambda s: pg.FixedChannels({"conv": torch.ones(3)}), MASK.format("torch.float32 of shape (3,)")),
         (lambda s: pg.FixedChannels({"conv": torch.ones(()) > 0}), MASK.format("torch.bool of shape ()")),
         (lambda s: pg.FixedChannels({"conv": torch.ones(1, 3, 1) > 0}), MASK.format("torch.bool of shape (1, 3, 1)")),

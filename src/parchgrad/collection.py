@@ -78,21 +78,29 @@ def collect_from_folder(
         class_of, way = match_classes(photographs.folders, classifier.categories, classifier.synsets)
         photographs = photographs.with_classes(class_of)
         described += f", {len(class_of)} class folders by {way}"
-    return collect_statistics(
-        classifier.model,
-        photographs,
-        layers=layers,
-        labels=labels,
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        metadata={
-            "model": classifier.name,
-            "preprocessing": " ".join(str(classifier.preprocess.transform).split()),
-            "data": described,
-            "categories": json.dumps(classifier.categories),
-        },
-        on_progress=on_progress,
-    )
+    try:
+        return collect_statistics(
+            classifier.model,
+            photographs,
+            layers=layers,
+            labels=labels,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            metadata={
+                "model": classifier.name,
+                "preprocessing": " ".join(str(classifier.preprocess.transform).split()),
+                "data": described,
+                "categories": json.dumps(classifier.categories),
+            },
+            on_progress=on_progress,
+        )
+    except ImageError as error:
+        if skip_unreadable:
+            raise
+        wrong, _, remedy = str(error).removesuffix(".").partition("; ")
+        raise ImageError(
+            f"{wrong}; {remedy}, or leave such out: skip_unreadable=True, or --skip-unreadable on the command line."
+        ) from error

@@ -190,7 +190,7 @@ class _Watch:
     def _broken_weight(self, module: nn.Module) -> tuple[str, str] | None:
         for name, own in module.named_parameters(recurse=False):
             # Masks of minus infinity may be parameters, as biases of it.
-            if _is_readable(own) and _is_wrong(own, not name.endswith("weight")):
+            if _is_readable(own) and _is_wrong(own, name.endswith("bias") or "mask" in name):
                 return f"in the {name} of {self._say(module)}", "load sound weights"
         return None
 

@@ -5,12 +5,13 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import parchgrad as pg
 from parchgrad.data.folders import PhotographFolder
-from parchgrad.errors import ImageError, ModelError, SettingError, StatisticsError
+from parchgrad.errors import ImageError, ModelError, SettingError, StatisticsError, StatisticsWarning
 from parchgrad.statistics import accumulate, collect
+from parchgrad.statistics.collect import LeftOut
 from tests.conftest import small_network
 
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -249,3 +250,33 @@ def test_a_damaged_photograph_is_one_sentence_from_a_loading_process_too(tmp_pat
             pg.collect_statistics(small_network(), folder, labels="predicted", workers=workers)
         assert "a.png' is no image that can be read" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+class Stream(IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+@pytest.mark.parametrize("make", [list, Stream])
+@pytest.mark.parametrize("gone", [[0], [3, 4, 5, 6, 7], [59], [*range(1, 60, 3)]])
+def test_what_cannot_be_had_is_left_out(make, gone):
+    # The second batch is left out as a whole, and of others the first or the last.
+    pairs = list(zip(IMAGES, LABELS.tolist(), strict=True))
+    items = [LeftOut(f"number {i} is gone") if i in gone else pair for i, pair in enumerate(pairs)]
+    with pytest.warns(StatisticsWarning) as said:
+        found = pg.collect_statistics(small_network(), make(items), batch_size=4)
+    assert [str(entry.message) for entry in said] == [f"number {i} is gone; it is left out." for i in gone]
+    kept = [i for i in range(60) if i not in gone]
+    for name, values in gaps(small_network()).items():
+        check(found[name], values[kept], np.eye(5)[LABELS[kept]])
+    assert found.metadata["images"] == str(len(kept))
+    # No image is taken for another.
+    assert len(set(found.sample.keys.tolist())) == len(kept)
+
+
+def test_a_collection_of_which_all_is_left_out_is_said():
+    with pytest.warns(StatisticsWarning), pytest.raises(StatisticsError, match="The data hold 0 images"):
+        pg.collect_statistics(small_network(), [LeftOut("it is gone")] * 8, batch_size=4)

@@ -10,12 +10,20 @@ import torch
 
 import parchgrad as pg
 from parchgrad.errors import StatisticsError
-from parchgrad.statistics.collect import _check_agreement
+from parchgrad.statistics.collect import LeftOut, _check_agreement
 from parchgrad.statistics.processes import Processes, is_first_process
+from tests.conftest import small_network
 from tests.statistics.test_accumulate import assert_same
 from tests.statistics.test_checkpoint import DATA, collect
 
 ROOT = Path(__file__).parents[2]
+
+
+def without_every_second_batch():
+    """All that the first of two processes takes is left out."""
+    return [LeftOut(f"number {i} is gone") if i // 7 % 2 == 0 else DATA[i] for i in range(len(DATA))]
+
+
 SCRIPT = """
 import os, signal, sys
 import torch
@@ -23,6 +31,7 @@ import parchgrad as pg
 from parchgrad.errors import ParchGradError
 from tests.conftest import small_network
 from tests.statistics.test_checkpoint import DATA
+from tests.statistics.test_processes import without_every_second_batch
 
 rank, out, dying = int(os.environ["RANK"]), sys.argv[1], sys.argv[2]
 
@@ -30,9 +39,10 @@ def told(stage, done, total):
     if dying == "yes" and rank == 1 and done >= 14:
         os.kill(os.getpid(), signal.SIGKILL)
 
+data = without_every_second_batch() if dying == "left" else DATA
 try:
     found = pg.collect_statistics(
-        small_network(), DATA, batch_size=7, labels=sys.argv[3], on_progress=told, checkpoint=out + ".checkpoint",
+        small_network(), data, batch_size=7, labels=sys.argv[3], on_progress=told, checkpoint=out + ".checkpoint",
         checkpoint_every=1, seed=rank if dying == "seed" else 0,
     )
 except ParchGradError as error:
@@ -102,6 +112,16 @@ def test_without_a_watchman_the_survivor_says_what_was_lost(tmp_path):
     second.stderr.close()
     assert first.returncode == 1
     assert "rank 0: Process 2 of 2 was lost, and the run with it" in said
+
+
+@pytest.mark.slow
+def test_a_process_of_which_all_is_left_out_takes_what_others_found(tmp_path):
+    code, said = launch(tmp_path, dying="left")
+    assert code == 0, said
+    kept = [DATA[i] for i in range(len(DATA)) if i // 7 % 2]
+    alone = pg.collect_statistics(small_network(), kept, batch_size=7)
+    for rank in range(2):
+        assert_same(pg.ChannelStatistics.load(tmp_path / f"out-{rank}"), alone, rtol=1e-10)
 
 
 @pytest.mark.slow

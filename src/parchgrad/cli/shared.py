@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Windows has no hang-up of the terminal.
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_MEANT = _ENDING[2:]
 
 console = Console()
 error_console = Console(stderr=True)
@@ -109,6 +111,10 @@ def say_share(prediction: "Prediction") -> str:
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
     """Let every signal that asks for the end interrupt like Ctrl-C, so that what is to be done before it is done."""
+    if threading.current_thread() is not threading.main_thread():
+        # Python takes signals there alone.
+        yield
+        return
 
     def interrupt(number: int, frame: Any) -> None:
         # Once: what cleans up is not to be cut off.
@@ -116,8 +122,9 @@ def interrupted_by_signals() -> Iterator[None]:
             signal.signal(ending, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    # Set even where it is ignored, as a shell does for what runs in the background.
-    earlier = {ending: signal.signal(ending, interrupt) for ending in _ENDING}
+    # Set even where it is ignored, as a shell does for what runs in the background; but nohup means it.
+    kept = [ending for ending in _ENDING if ending in _MEANT and signal.getsignal(ending) is signal.SIG_IGN]
+    earlier = {ending: signal.signal(ending, interrupt) for ending in _ENDING if ending not in kept}
     try:
         yield
     finally:

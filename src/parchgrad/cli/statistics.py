@@ -21,7 +21,6 @@ from parchgrad.cli.shared import (
     parse_layers,
     printable,
 )
-from parchgrad.errors import ImageError
 
 if TYPE_CHECKING:
     from parchgrad.statistics import ChannelStatistics
@@ -95,7 +94,9 @@ def collect(
         from parchgrad.statistics.checkpoint import remove_checkpoints
         from parchgrad.statistics.processes import is_first_process
 
-        check_outputs([out], force=force, inputs=find_files(data, PHOTOGRAPH_SUFFIXES) if force else ())
+        check_outputs(
+            [out], force=force, inputs=find_files(data, PHOTOGRAPH_SUFFIXES) if force and data.is_dir() else ()
+        )
         classifier = load_model(model)
         place = move_model(classifier, device)
     precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
@@ -116,11 +117,6 @@ def collect(
                 skip_unreadable=skip_unreadable,
                 on_progress=progress.update,
             )
-    except ImageError:
-        if checkpoint.exists():
-            hint = "With --skip-unreadable, the same command goes on from its checkpoint without such photographs."
-            error_console.print(hint, highlight=False, soft_wrap=True)
-        raise
     except KeyboardInterrupt:
         left = "The same command goes on from its checkpoint." if checkpoint.exists() else "Nothing was kept."
         error_console.print(f"Stopped. {left}", highlight=False)

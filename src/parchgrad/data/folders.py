@@ -118,7 +118,7 @@ class PhotographFolder(Dataset[Any]):
         digest = hashlib.sha256(without_addresses(str(self._transform)).encode())
         count = min(_PROBES, len(self))
         for index in range(count):
-            digest.update(_content(self.files[index * (len(self) - 1) // max(1, count - 1)]))
+            digest.update(self._known(_content, self.files[index * (len(self) - 1) // max(1, count - 1)], b""))
         # What a transform does, its name may not tell.
         for index in sorted({0, len(self) // 2, len(self) - 1}):
             seen = self._photograph(index)
@@ -127,7 +127,7 @@ class PhotographFolder(Dataset[Any]):
         for index, file in enumerate(self.files):
             label = None if self.labels is None else self.labels[index]
             name = os.fsencode(file.relative_to(self.root).as_posix())
-            digest.update(name + f" {_size(file)} {label}\n".encode())
+            digest.update(name + f" {self._known(_size, file, None)} {label}\n".encode())
         return f"{len(self)} photographs, {digest.hexdigest()}"
 
     def __len__(self) -> int:
@@ -138,6 +138,15 @@ class PhotographFolder(Dataset[Any]):
         if self.labels is None or isinstance(photograph, LeftOut):
             return photograph
         return photograph, self.labels[index]
+
+    def _known(self, read: Callable[[Path], Any], file: Path, otherwise: Any) -> Any:
+        """What is read of a file, or this in place of it where files may be unreadable."""
+        try:
+            return read(file)
+        except ImageError:
+            if not self._skip_unreadable:
+                raise
+            return otherwise
 
     def _photograph(self, index: int) -> Any:
         try:

@@ -445,10 +445,10 @@ class _Appender:
         whole = sum(len(line) for line in _complete_lines(self._path))
         with self._path.open("rb") as file:
             file.seek(whole)
-            unfinished = file.read(len(_ROW_START))
+            # After a power cut some file systems leave zeros.
+            unfinished = file.read().rstrip(b"\0")
         # What an evaluation did not write is not cut.
-        # After a power cut some file systems leave zeros.
-        if unfinished.strip(b"\0") and not _ROW_START.startswith(unfinished):
+        if not (_ROW_START.startswith(unfinished) or unfinished.startswith(_ROW_START)):
             raise self._cannot("its last line is no row of a run")
         os.truncate(self._path, whole)
 

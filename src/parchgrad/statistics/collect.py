@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from parchgrad.checks import check_whole_number
 from parchgrad.errors import (
-    ImageError,
     InputError,
     LayerError,
     ModelError,
@@ -94,7 +93,7 @@ def collect_statistics(
     Args:
         model: a classifier whose output are the logits, shape (B, K), in evaluation mode.
         data: a data set, or batches of it such as a `DataLoader` gives. An item is an input and its class, or with
-            predicted labels the input alone; a `LeftOut` in its place is warned of and left out. An attribute
+            predicted labels the input alone; a `LeftOut` of a data set is warned of and left out. An attribute
             `fingerprint` (text) of a data set stands for its content; without one, its type, length and 64 items do.
         layers: which convolutions; see `choose_layers`.
         labels: `"given"` takes the classes that the data name; `"predicted"` counts every image in every class with
@@ -149,9 +148,12 @@ def collect_statistics(
         # Two that go on from one checkpoint would write it by turns.
         with nullcontext() if path is None else locked(path):
             found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
-        for part in processes.gather({} if found is None else found.tensors()):
-            if found is not None and part:
-                found.merge(Accumulator.restored(part, seed=seed))
+        for part in filter(None, processes.gather({} if found is None else found.tensors())):
+            other = Accumulator.restored(part, seed=seed)
+            if found is None:
+                found = other
+            else:
+                found.merge(other)
         tensors: Mapping[str, Tensor] = {}
         if processes.rank == 0:
             if found is None or found.images < 2:
@@ -181,7 +183,7 @@ def _collect(
     accumulator, done = saver.restored(batches, seed)
     device = next(model.parameters()).device
     if accumulator is not None and on_progress is not None:
-        on_progress("images", accumulator.images, batches.images)
+        on_progress("images", batches.images_of(done) or accumulator.images, batches.images)
     is_whole = True
     with _gaps_of(chosen) as gaps:
         try:
@@ -198,8 +200,9 @@ def _collect(
                 if accumulator is not None:
                     saver.save_at_times(accumulator, done, is_last=done == batches.count)
                     if on_progress is not None:
-                        on_progress("images", accumulator.images, batches.images)
-        except (KeyboardInterrupt, ImageError):
+                        # Those that are left out are done as well.
+                        on_progress("images", batches.images_of(done) or accumulator.images, batches.images)
+        except (KeyboardInterrupt, ParchGradError):
             # Unless a batch was just being added, nothing is lost.
             if is_whole and accumulator is not None:
                 saver.save(accumulator, done)
@@ -361,22 +364,20 @@ class _Batches:
                 self._data, batch_sampler=left, num_workers=self._workers, generator=generator, collate_fn=_Kept.of
             )
         elif isinstance(self._data, IterableDataset):
-            batches = DataLoader(self._data, self._batch_size, generator=generator)
+            batches = DataLoader(self._data, self._batch_size, generator=generator, collate_fn=_Kept.of)
         first = 0
         for index, batch in enumerate(_unwrapped(batches)):
-            places = None
-            if isinstance(batch, _Kept):
-                for reason in batch.reasons:
-                    warn(f"{reason}; it is left out.", StatisticsWarning)
-                if not batch.places:
-                    yield None
-                    continue
-                batch, places = batch.batch, torch.tensor(batch.places)
-            inputs, given = _parts_of(batch)
+            kept = batch if isinstance(batch, _Kept) else _Kept.whole(batch)
+            for reason in kept.reasons:
+                warn(f"{reason}; it is left out.", StatisticsWarning)
             if self._numbers is not None:
                 first = self._numbers[done + index].start
-            numbers = first + (torch.arange(len(inputs)) if places is None else places)
-            first += len(inputs)
+            numbers = first + torch.tensor(kept.places, dtype=torch.int64)
+            first += len(kept.places) + len(kept.reasons)
+            if not kept.places:
+                yield None
+                continue
+            inputs, given = _parts_of(kept.batch)
             yield numbers, inputs, _classes(given, len(inputs)) if self._labels == "given" else None
 
 
@@ -392,6 +393,11 @@ class _Kept(NamedTuple):
         places = [place for place, item in enumerate(items) if not isinstance(item, LeftOut)]
         reasons = [item.reason for item in items if isinstance(item, LeftOut)]
         return cls(places, default_collate([items[place] for place in places]) if places else None, reasons)
+
+    @classmethod
+    def whole(cls, batch: Any) -> "_Kept":
+        inputs, _ = _parts_of(batch)
+        return cls(list(range(len(inputs))), batch, [])
 
 
 def _parts_of(batch: Any) -> tuple[Tensor, Sequence[Any]]:
@@ -434,6 +440,11 @@ def _unwrapped(batches: Iterable[Any]) -> Iterator[Any]:
             raise
         raise type(error)(lines[-1].split(": ", 1)[-1]) from error
     except (TypeError, RuntimeError) as error:
+        if re.match(r"DataLoader worker .* (exited|killed)", str(error)):
+            raise StatisticsError(
+                f"A process that loads images has ended ({reason_of(error)}); start it again, with fewer workers if "
+                "the memory was full."
+            ) from error
         # What torch says when it cannot make a batch of the items.
         kind = re.search(r"collate: .* found <class '([\w.]+)'>", str(error))
         sizes = re.search(r"equal size, but got (\[.*?\]) at entry 0 and (\[.*?\]) at entry", str(error))
