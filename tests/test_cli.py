@@ -284,7 +284,7 @@ def test_a_damaged_photograph_costs_itself_alone(capsys, photographs, tmp_path, 
     assert all(f"Note: '{path}' cannot be read" in said for path in damaged)
     assert "9/9" in said
     found = parchgrad.ChannelStatistics.load(file)
-    assert found.metadata["images"] == "7"
+    assert (found.metadata["images"], found.metadata["left_out"]) == ("7", "2")
 
     # The first photograph, which the fingerprint looks at, and a link that leads nowhere.
     first, nowhere = photographs / "n02123045" / "0.png", photographs / "n02123045" / "9.png"
@@ -389,6 +389,7 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
         (["explain", "coffee.png", "--statistics", "x"], "the selector energy uses none"),
         (["explain", "coffee.png", "--selector", "class", "--statistics", "none"], "There is no statistics file"),
         (["explain", "coffee.png", "--device", "gpu"], "The device 'gpu' cannot be used"),
+        (["explain", "coffee.png", "--device", "meta"], "The device 'meta' cannot be used"),
         (["explain", "coffee.png", "--selector", "class", "--layers", "all"], "others are chosen, such as 'conv_stem'"),
         (["stats", "collect", "--data", ".", "-o", "x"], "outside of any class folder"),
         (["stats", "collect", "--data", "none", "-o", "x"], "There is no folder 'none'"),

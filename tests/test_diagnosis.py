@@ -374,6 +374,14 @@ def test_minus_infinity_that_was_left_behind_is_not_named():
         pg.Explainer(model, None).attribute(INPUTS, 0)
 
 
+def test_minus_infinity_in_a_weight_is_named_as_what_nan_may_come_of():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), Operation(lambda z: z - z)).double().eval()
+    model[1].weight.data[0] = -torch.inf
+    came_up = r"perhaps by minus infinity that came up in the weight of layer '1' \(Linear\); look at both"
+    with pytest.raises(NonFiniteError, match=rf"began in the output of layer '2' \(Operation\), {came_up}"):
+        pg.Explainer(model, None).attribute(INPUTS.abs() + 1, 0)
+
+
 def test_minus_infinity_of_which_nan_comes_is_named_with_it():
     model = network_with(lambda x: (x * 0).abs().log(), at=2)
     came_up = (

@@ -100,7 +100,7 @@ def collect_from_folder(
     except ImageError as error:
         if skip_unreadable:
             raise
-        wrong, _, remedy = str(error).removesuffix(".").partition("; ")
+        wrong, _, remedy = str(error).removesuffix(".").rpartition("; ")
         raise ImageError(
             f"{wrong}; {remedy}, or leave such out: skip_unreadable=True, or --skip-unreadable on the command line."
         ) from error

@@ -206,7 +206,10 @@ class _Watch:
             self.forward = next(filter(None, map(self._broken_weight, modules)), (place, remedy))
             return
         ruled_out = any(bool(each.isneginf().any()) for each in values)
-        self._ruled_out = (self._ruled_out or place) if ruled_out else None
+        if ruled_out and self._ruled_out is None:
+            self._ruled_out = next((at for at, _ in filter(None, map(self._broken_weight, modules))), place)
+        elif not ruled_out:
+            self._ruled_out = None
 
     def _listen(self, values: list[Tensor], call: _Call, side: str) -> None:
         if _has_children(call.module):

@@ -84,8 +84,8 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
     if not convolutions and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ModelError(
-            f"{type(model).__name__} is compiled to TorchScript, whose convolutions are out of reach; give the model "
-            "that it was made from."
+            f"{type(model).__name__} holds no convolution but what is compiled to TorchScript, which is out of reach; "
+            "give the model that it was made from."
         )
     if not convolutions:
         raise ModelError(

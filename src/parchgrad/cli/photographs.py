@@ -16,8 +16,8 @@ from parchgrad.cli.shared import (
     console,
     error_console,
     make_table,
-    move_model,
     parse_layers,
+    place_of,
     printable,
     say_share,
 )
@@ -164,29 +164,28 @@ def explain(
             conserve=conserve.value,
             method=method,
         )
-        table = make_table("photograph", "explained class", "also predicted")
+        table, done = make_table("photograph", "explained class", "also predicted"), 0
         edited: list[str] = []
-        for start in range(0, len(images), _AT_ONCE):
-            status.update(f"Explaining, {start} of {len(images)} done")
-            part = slice(start, start + _AT_ONCE)
-            # Of photographs of one name the results are numbered, which is on record too.
-            names = [
-                path.name if stem == path.stem else f"{path} ({stem})"
-                for path, stem in zip(images[part], stems[part], strict=True)
-            ]
-            try:
-                explanations = explained([read_image(path) for path in images[part]], names=names)
-            except KeyboardInterrupt:
-                done = f"{start} of {len(images)} photographs are explained in {escape(str(out))}."
-                error_console.print(f"Stopped. {done}", highlight=False, soft_wrap=True)
-                raise typer.Exit(130) from None
-            for found, stem in zip(explanations, stems[part], strict=True):
-                found.save(out, stem, force=force)
-                others = [prediction for prediction in found.predictions if prediction.index != found.target.index][:3]
-                table.add_row(printable(found.name), say_share(found.target), ", ".join(map(say_share, others)))
-            for found, path in zip(explanations, signed_panels[part], strict=False):
-                save_figure(found.signed_figure(), path, force=force)
-            edited = explanations[0].settings["layers"]
+        try:
+            for start in range(0, len(images), _AT_ONCE):
+                part = slice(start, start + _AT_ONCE)
+                # Of photographs of one name the results are numbered, which is on record too.
+                names = [
+                    path.name if stem == path.stem else f"{path} ({stem})"
+                    for path, stem in zip(images[part], stems[part], strict=True)
+                ]
+                for found in explained([read_image(path) for path in images[part]], names=names):
+                    status.update(f"Explaining, {done} of {len(images)} done")
+                    found.save(out, stems[done], force=force)
+                    if signed:
+                        save_figure(found.signed_figure(), signed_panels[done], force=force)
+                    done, edited = done + 1, found.settings["layers"]
+                    others = [shown for shown in found.predictions if shown.index != found.target.index][:3]
+                    table.add_row(printable(found.name), say_share(found.target), ", ".join(map(say_share, others)))
+        except KeyboardInterrupt:
+            kept = f"{done} of {len(images)} photographs are explained in {escape(str(out))}; give the others alone."
+            error_console.print(f"Stopped. {kept}", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
 
     console.print(table)
     every = len(find_convolutions(classifier.model))
@@ -431,11 +430,12 @@ def _prepare(
     if any(name in _STATISTICAL for name in names):
         held = ChannelStatistics.bundled(model) if statistics is None else ChannelStatistics.load(statistics)
     selectors = [make_selector(name.value, quantile=quantile, statistics=held) for name in names]
+    place = place_of(device)
     say(f"Loading {escape(model)}")
     classifier = load_model(model)
     if held is not None:
         held.check_model(classifier.model)
-    move_model(classifier, device)
+    classifier.model.to(place)
     say("Explaining")
     return classifier, selectors
 

@@ -78,7 +78,8 @@ def place_of(device: str) -> "torch.device":
 
     try:
         place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
-        torch.empty(1, device=place)
+        # Read as well, since on the device meta there are no numbers.
+        torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError) as error:
         raise SettingError(
             f"The device {device!r} cannot be used ({str(error).splitlines()[0]}); try 'cpu'."

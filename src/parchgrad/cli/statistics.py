@@ -4,7 +4,7 @@ import enum
 import json
 import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -102,8 +102,14 @@ def collect(
     precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     try:
-        # A cluster asks for the end by a signal, after which the checkpoint is written as after Ctrl-C.
-        with interrupted_by_signals(), ProgressBars(hidden=not is_first_process()) as progress, precision:
+        # A cluster asks for the end by a signal, after which the checkpoint is written as after Ctrl-C. One of several
+        # processes may wait for others, which nothing but the signal itself ends.
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        with (
+            interrupted_by_signals() if alone else nullcontext(),
+            ProgressBars(hidden=not is_first_process()) as progress,
+            precision,
+        ):
             found = collect_from_folder(
                 classifier,
                 data,
@@ -118,8 +124,11 @@ def collect(
                 on_progress=progress.update,
             )
     except KeyboardInterrupt:
-        left = "The same command goes on from its checkpoint." if checkpoint.exists() else "Nothing was kept."
-        error_console.print(f"Stopped. {left}", highlight=False)
+        # Each of several processes has one of its own, beside this name.
+        kept = any(file.name.startswith(checkpoint.name) for file in checkpoint.parent.glob("*"))
+        left = "The same command goes on from its checkpoint." if kept else "Nothing was kept."
+        if is_first_process():
+            error_console.print(f"Stopped. {left}", highlight=False)
         raise typer.Exit(130) from None
     if is_first_process():
         found.save(out, force=force)

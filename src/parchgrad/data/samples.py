@@ -184,7 +184,7 @@ class LabelledImages(Dataset[Sample]):
         for probe in range(count):
             sample = self[probe * (len(self) - 1) // max(1, count - 1)]
             digest.update(repr((sample.name, sample.label, tuple(sample.image.shape), sample.image.dtype)).encode())
-            digest.update(sample.image.detach().double().cpu().contiguous().numpy().tobytes())
+            digest.update(sample.image.detach().cpu().double().contiguous().numpy().tobytes())
         return f"{len(self)} labelled images, {digest.hexdigest()}"
 
     def __len__(self) -> int:

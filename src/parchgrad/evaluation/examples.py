@@ -307,7 +307,7 @@ def _competing(by_setting: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> lis
 def _draw(image: Tensor, picture: MakePicture | None) -> NDArray[Any]:
     """A picture (H, W, 3) in [0, 1] of an image of any number of channels."""
     if picture is None:
-        values = image.detach().double().cpu()
+        values = image.detach().cpu().double()
         values = (values - values.min()) / (values.max() - values.min()).clamp(min=torch.finfo(values.dtype).tiny)
         # Channels that are no colours have no picture but their mean.
         drawn = (values if len(values) == 3 else values.mean(dim=0, keepdim=True)).permute(1, 2, 0).numpy()

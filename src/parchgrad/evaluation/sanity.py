@@ -68,7 +68,7 @@ def spearman(first: Tensor, second: Tensor) -> Tensor:
         tensor([0.5000], dtype=torch.float64)
     """
     _check_pair(first, second)
-    flat = torch.stack((first, second)).flatten(2).double().cpu()
+    flat = torch.stack((first, second)).flatten(2).cpu().double()
     ranks = torch.from_numpy(rankdata(flat.numpy(), axis=2))
     centred = ranks - ranks.mean(dim=2, keepdim=True)
     found: Tensor = (centred[0] * centred[1]).sum(dim=1) / centred.square().sum(dim=2).sqrt().prod(dim=0)
@@ -101,7 +101,7 @@ def structural_similarities(first: Tensor, second: Tensor) -> Tensor:
             f"The maps have shape {tuple(first.shape)}, but windows of 3 x 3 pixels at least are compared; give "
             "larger maps."
         )
-    both = torch.stack((first, second)).double().cpu()
+    both = torch.stack((first, second)).cpu().double()
     scaled = (both / both.amax(dim=(2, 3), keepdim=True)).numpy()
     # The usual window, or the largest odd one that fits.
     window = min(7, (min(first.shape[1:]) - 1) // 2 * 2 + 1)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ def collect_statistics(
         seed: seed of the sample of at most 5,000 images that the Shapiro-Wilk test sees.
         checkpoint: file to go on from and to write to; it stays when all is done, until you have saved the result.
         checkpoint_every: batches between two checkpoints.
-        metadata: what to write into the statistics beside the labels, the seed and the number of images; `model`,
+        metadata: what to write into the statistics beside the labels, the seed and the numbers of images; `model`,
             `preprocessing` and `data` are the customary names.
         on_progress: called with the stage (`"images"`, then `"normality"`), how many are done, and how many there are,
             where that is known.
@@ -163,6 +163,9 @@ def collect_statistics(
         tensors = processes.broadcast(tensors)
     # By this merging knows images that it holds already.
     origin = {COLLECTIONS: _digest(tensors["rows"] if identity is None else identity)[:16]}
+    left_out = 0 if identity is None else len(cast(Any, data)) - int(tensors["images"])
+    if left_out:
+        origin["left_out"] = str(left_out)
     return Accumulator.restored(tensors, seed=seed).statistics(
         {name: module.out_channels for name, module in chosen.items()},
         tensors["shapiro_p"],

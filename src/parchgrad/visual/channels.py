@@ -283,5 +283,5 @@ def _energy(norms: Tensor) -> NDArray[np.float64]:
     """Energy of each channel (B, C), by the strongest channel of its row: squares of small norms would vanish."""
     peaks = norms.amax(dim=1, keepdim=True)
     unit = norms / torch.where(peaks > 0, peaks, torch.ones_like(peaks))
-    energy: NDArray[np.float64] = unit.double().cpu().numpy() ** 2
+    energy: NDArray[np.float64] = unit.cpu().double().numpy() ** 2
     return energy

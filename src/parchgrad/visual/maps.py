@@ -417,7 +417,7 @@ def save_figure(figure: Figure, path: str | Path, *, dots_per_inch: int = 120, f
 
 def _array(values: ArrayLike) -> NDArray[np.float64]:
     """Numbers of any kind; tensors from any device, with or without a gradient."""
-    return np.asarray(values.detach().double().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
 
 
 def _photograph(values: ArrayLike) -> NDArray[np.float64]:

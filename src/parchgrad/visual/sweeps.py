@@ -247,7 +247,7 @@ def _values(setting: str, values: Iterable[float]) -> tuple[float, ...]:
 
 
 def _heat(attribution: Tensor) -> NDArray[Any]:
-    heat: NDArray[Any] = heatmap(attribution)[0].double().cpu().numpy()
+    heat: NDArray[Any] = heatmap(attribution)[0].cpu().double().numpy()
     return heat
 
 
