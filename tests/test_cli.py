@@ -16,6 +16,7 @@ from skimage import data
 import parchgrad
 from parchgrad import models
 from parchgrad.cli import main
+from parchgrad.cli.shared import interrupted_by_signals
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.runs import read_rows
 from parchgrad.models import Classifier, Preprocessing
@@ -258,6 +259,20 @@ def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_pat
         settings = json.loads((out / "coffee.json").read_text())["settings"]
         assert settings["selector"]["name"] == name
         assert settings["selector"]["statistics"]["data"].startswith("6 photographs")
+
+
+@pytest.mark.parametrize("earlier", [signal.SIG_IGN, signal.SIG_DFL])
+def test_signals_interrupt_but_for_what_nohup_ignores(earlier):
+    kept = {number: signal.signal(number, earlier) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        with interrupted_by_signals():
+            assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (earlier == signal.SIG_IGN)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert all(signal.getsignal(number) == earlier for number in kept)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 # The command line says it in its own way.

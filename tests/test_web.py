@@ -42,9 +42,13 @@ def served(folder, *options):
     """The command in a process of its own, which is how people run it; its temporary files go into a folder."""
     command = [sys.executable, "-m", "parchgrad", "explore", "--port", "0", "--no-browser", *options]
     environment = os.environ | {"TMPDIR": str(folder)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    # The tests themselves may run under nohup, which the command would mind.
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(signal.SIGHUP, hang_up)
+    with started as process:
         try:
             yield process, re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
         finally:
