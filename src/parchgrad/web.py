@@ -497,7 +497,8 @@ class _Page:
         found = self._explorer.explore(_usable([photograph])[0], view)
         held, chosen = [item.index for item in found.predictions], found.target.index
         listed = (found.photograph, view.network)
-        lists: dict[Any, Any] = {self.top: gr.update(value=chosen if chosen in held else None)}
+        # A value alone, where it will do: of each update Gradio keeps a component for as long as the session lasts.
+        lists: dict[Any, Any] = {self.top: chosen if chosen in held else None}
         if shown.listed != listed:
             ranked = [(f"{item.category}  {item.probability:.1%}", item.index) for item in found.predictions]
             # Gradio keeps what it is given for a session, so that the long list is sent with a new network only.
@@ -505,7 +506,7 @@ class _Page:
             classes = {"choices": self._classes(view.network)} if is_new else {}
             lists = {
                 self.top: gr.update(choices=ranked, value=chosen),
-                self.target: gr.update(value=chosen, **classes),
+                self.target: gr.update(value=chosen, **classes) if classes else chosen,
                 self.stamp: _stamp(listed),
             }
         return lists | {
