@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # Windows has no hang-up of the terminal.
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_MEANT = _ENDING[2:]
 
 console = Console()
 error_console = Console(stderr=True)
@@ -123,9 +122,9 @@ def interrupted_by_signals() -> Iterator[None]:
             signal.signal(ending, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    # Set even where it is ignored, as a shell does for what runs in the background; but nohup means it.
-    kept = [ending for ending in _ENDING if ending in _MEANT and signal.getsignal(ending) is signal.SIG_IGN]
-    earlier = {ending: signal.signal(ending, interrupt) for ending in _ENDING if ending not in kept}
+    # Set even where it is ignored, as a shell does for what runs in the background; but nohup means its hang-up.
+    meant = [ending for ending in _ENDING if ending.name == "SIGHUP" and signal.getsignal(ending) == signal.SIG_IGN]
+    earlier = {ending: signal.signal(ending, interrupt) for ending in _ENDING if ending not in meant}
     try:
         yield
     finally:

@@ -103,8 +103,8 @@ def collect_statistics(
         seed: seed of the sample of at most 5,000 images that the Shapiro-Wilk test sees.
         checkpoint: file to go on from and to write to; it stays when all is done, until you have saved the result.
         checkpoint_every: batches between two checkpoints.
-        metadata: what to write into the statistics beside the labels, the seed and the numbers of images; `model`,
-            `preprocessing` and `data` are the customary names.
+        metadata: what to write into the statistics beside the labels, the seed and how many images were seen and left
+            out; `model`, `preprocessing` and `data` are the customary names.
         on_progress: called with the stage (`"images"`, then `"normality"`), how many are done, and how many there are,
             where that is known.
 
