@@ -36,7 +36,7 @@ def test_twenty_users_with_good_and_bad_requests_get_right_maps_or_one_sentence(
     # Whoever waits is told behind how many.
     assert tally.places > 0
     assert "Traceback" not in tally.said
-    # The maps that are held, 128 MB, and what a session of each user takes.
+    # The maps that are held, 64 MB, what a session of each user takes, and what is freed but not handed back.
     assert tally.peak < tally.before + 200 * 2**20
 
 

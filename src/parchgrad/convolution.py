@@ -223,7 +223,7 @@ def _prune(gradient: Tensor, kept: _Kept, conserve: Conserve) -> Tensor:
     total = total if kept.order is None else total[kept.order]
     scale = pruning_scale(taken.sum(dim=1), total, rounding_error(taken, channels), conserve=conserve)
     # What is pruned must not hide that the gradient is broken.
-    scale = scale.masked_fill(~total.isfinite().flatten(1).all(dim=1), math.nan)
+    scale = scale + total.mul(0.0).flatten(1).sum(dim=1)
     return taken.mul_(scale.reshape(rows, 1, *trailing)).to(gradient.dtype)
 
 

@@ -309,7 +309,7 @@ class Explorer:
         *,
         statistics: Mapping[str, str | Path] | None = None,
         networks: int = 3,
-        megabytes: float = 128,
+        megabytes: float = 64,
     ) -> None:
         """Set the bounds; nothing is loaded before it is looked at.
 

@@ -6,7 +6,6 @@ import errno
 import functools
 import hashlib
 import html
-import inspect
 import io
 import ipaddress
 import math
@@ -17,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -310,11 +309,12 @@ class _Page:
         of_user = [self._mode, self._photograph, self._mosaic, self._shown]
         of_view = [self.selector, self.method, self.layers, self.quantile, self.prune, self.gamma]
         of_view += [self.signed, self.opacity]
-        texts = [self.result, self.game, self.status, self.code]
+        shown = [self.result, self.game, self.status, self.code]
+        shown += [self.top, self.target, self.stamp, self.selector, self._shown, self.again]
         shows: dict[str, Any] = {
-            "fn": self._on_worker(self._show),
+            "fn": _complete(self._on_worker(self._show), shown),
             "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
-            "outputs": [*texts, self.top, self.target, self.stamp, self.selector, self._shown, self.again],
+            "outputs": shown,
             # Gradio would hold what is on its way to choices that have changed since.
             "preprocess": False,
             "concurrency_id": "network",
@@ -334,12 +334,13 @@ class _Page:
         )
         for name, own in (("quantile", self.quantile), ("layers", self.layers)):
             own.input(None, js=f"() => {{ document.documentElement.dataset.{name} = 'chosen'; }}")
-        self.prune.input(lambda prune: gr.update(visible=not prune), self.prune, self.gamma, **private)
+        self.prune.input(lambda prune: _Update({"visible": not prune}), self.prune, self.gamma, **private)
         self.opacity.input(None, self.opacity, None, js=_BLEND)
+        rewritten = [self._shown, self.code]
         self.opacity.change(
-            self._on_worker(self._rewrite),
+            _complete(self._on_worker(self._rewrite), rewritten),
             [self._shown, self.opacity],
-            [self._shown, self.code],
+            rewritten,
             concurrency_id="network",
             **private,
         )
@@ -348,7 +349,7 @@ class _Page:
         # As it came: Gradio itself would open the file, and fail without a word on what is no image.
         taking = gr.on(
             [self.file.upload, self.file.clear],
-            self._take,
+            _complete(self._take, of_one),
             self.file,
             of_one,
             preprocess=False,
@@ -356,9 +357,10 @@ class _Page:
             **taken,
         )
         taking.then(**shows)
-        self.example.input(self._take_example, self.example, of_one, api_name="take_example", **taken).then(**shows)
+        take_example, take_four = _complete(self._take_example, of_one), _complete(self._take_four, of_four)
+        self.example.input(take_example, self.example, of_one, api_name="take_example", **taken).then(**shows)
         changed = [self.files.upload, self.files.clear, self.files.delete]
-        gr.on(changed, self._take_four, self.files, of_four, api_name="take_four", **taken).then(**shows)
+        gr.on(changed, take_four, self.files, of_four, api_name="take_four", **taken).then(**shows)
         self.take_examples.click(self._take_four_examples, None, of_four, api_name="take_four_examples", **taken).then(
             **shows
         )
@@ -376,13 +378,14 @@ class _Page:
                 api_visibility="private",
             ).then(None, js=_FETCH)
         app.load(None, js=_ON_LOAD)
+        for part in (*shown, *of_one, *of_four, self.gamma):
+            _let_update(part)
 
     def _on_worker(self, handler: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+        @functools.wraps(handler)
         def run(*inputs: Any) -> dict[Any, Any]:
             return self._worker.submit(handler, *inputs).result()
 
-        # Gradio counts the parameters.
-        run.__signature__ = inspect.signature(handler)  # type: ignore[attr-defined]  # functions have room for it
         return run
 
     def _classes(self, network: str) -> list[tuple[str, int]]:
@@ -447,14 +450,12 @@ class _Page:
             self._loading.require(network)
             known = self._explorer.selectors(network)
             if network != shown.network:
-                offered = {self.selector: gr.update(choices=self._selectors(network))}
+                offered = {self.selector: _Update({"choices": self._selectors(network)})}
             note = ""
             if selector in STATISTICAL_SELECTORS and selector not in known:
                 note = f" {_SELECTORS[selector]} needs statistics, but {network} has none; this is gradient energy."
-                selector, offered = (
-                    _FALLBACK,
-                    {self.selector: gr.update(choices=self._selectors(network), value=_FALLBACK)},
-                )
+                selector = _FALLBACK
+                offered = {self.selector: _Update({"choices": self._selectors(network), "value": selector})}
             shown = replace(shown, network=network)
             view = View(
                 network=network,
@@ -472,8 +473,8 @@ class _Page:
             # The list falls back as well, by which the same is shown once more.
             note = note or (shown.note if now.view == shown.view else "")
             said = f"{time.perf_counter() - began:.2f} s. {found[self.status]}{note}"
-            settled = {self.status: _status(said), self._shown: replace(now, note=note), self.again: _ticking(False)}
-            return found | offered | settled
+            settled = {self.status: _status(said), self._shown: replace(now, note=note)}
+            return found | offered | settled | {self.again: _Update({"active": False})}
         except (_NothingYetError, StillLoadingError) as missing:
             told = _message(str(missing))
             is_coming = isinstance(missing, StillLoadingError)
@@ -482,10 +483,10 @@ class _Page:
         shown = replace(shown, view=None, photographs=())
         if mode == "single" and isinstance(photograph, _Refused):
             # Classes of a photograph that is not here any more are none to choose from.
-            offered |= {part: gr.update(choices=[], value=None) for part in (self.top, self.target)}
+            offered |= {part: _Update({"choices": [], "value": None}) for part in (self.top, self.target)}
             shown = replace(shown, listed=None)
         told_instead = {place: told, self.status: "", self.code: "", self._shown: shown}
-        return offered | told_instead | {self.again: _ticking(is_coming)}
+        return offered | told_instead | {self.again: _Update({"active": is_coming})}
 
     def _check_network(self, network: str) -> None:
         if not (self._settings.any_network or network in self._settings.networks):
@@ -497,16 +498,15 @@ class _Page:
         found = self._explorer.explore(_usable([photograph])[0], view)
         held, chosen = [item.index for item in found.predictions], found.target.index
         listed = (found.photograph, view.network)
-        # A value alone, where it will do: of each update Gradio keeps a component for as long as the session lasts.
-        lists: dict[Any, Any] = {self.top: chosen if chosen in held else None}
+        lists: dict[Any, Any] = {self.top: _Update({"value": chosen if chosen in held else None})}
         if shown.listed != listed:
             ranked = [(f"{item.category}  {item.probability:.1%}", item.index) for item in found.predictions]
-            # Gradio keeps what it is given for a session, so that the long list is sent with a new network only.
+            # The long list comes with a new network only.
             is_new = shown.listed is None or shown.listed[1] != view.network
             classes = {"choices": self._classes(view.network)} if is_new else {}
             lists = {
-                self.top: gr.update(choices=ranked, value=chosen),
-                self.target: gr.update(value=chosen, **classes) if classes else chosen,
+                self.top: _Update({"choices": ranked, "value": chosen}),
+                self.target: _Update({"value": chosen, **classes}),
                 self.stamp: _stamp(listed),
             }
         return lists | {
@@ -532,13 +532,13 @@ class _Page:
     def _rewrite(self, shown: _Shown, opacity: float) -> dict[Any, Any]:
         """The code for another opacity; the picture itself is blended in the browser."""
         if shown.view is None or shown.view.opacity == opacity:
-            return {self.code: gr.skip()}
+            return {}
         try:
             changed = replace(shown, view=replace(shown.view, opacity=_number("opacity", opacity, 0, 1)))
             return {self._shown: changed, self.code: self._found(changed).code}
         except ParchGradError:
             # The file is gone by now, which the next event says.
-            return {self.code: gr.skip()}
+            return {}
 
     def _save(self, kind: str, shown: _Shown) -> dict[Any, Any]:
         """Write what is shown into a file of its own."""
@@ -567,9 +567,37 @@ class _NothingYetError(ParchGradError):
     """Nothing is wrong, but something is missing."""
 
 
-def _ticking(active: bool) -> dict[str, Any]:
-    changed: dict[str, Any] = gr.update(active=active)
-    return changed
+@dataclass(frozen=True)
+class _Update:
+    """What changes of a component; nothing where it stays as it is.
+
+    Of Gradio's own updates, even of those that change nothing, a component is made, and held by the session that it is
+    for; what matters is known to the browser alone, and so this goes there without one.
+    """
+
+    properties: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _complete(handler: Callable[..., dict[Any, Any]], outputs: Sequence[Any]) -> Callable[..., dict[Any, Any]]:
+    """Say of every output that a handler leaves out that it stays as it is."""
+
+    @functools.wraps(handler)
+    def run(*inputs: Any) -> dict[Any, Any]:
+        unchanged = {part: _Update() for part in outputs if not isinstance(part, gr.State)}
+        return unchanged | handler(*inputs)
+
+    return run
+
+
+def _let_update(part: Any) -> None:
+    """Let a component be the output of handlers that answer with `_Update`."""
+    usual = part.postprocess
+
+    @functools.wraps(usual)
+    def postprocess(value: Any) -> Any:
+        return gr.update(**value.properties) if isinstance(value, _Update) else usual(value)
+
+    part.postprocess = postprocess
 
 
 def _usable(photographs: Sequence[Photograph | _Refused]) -> tuple[Photograph, ...]:
