@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import html
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -231,9 +233,10 @@ def explorations() -> dict[str, object]:
 
 
 def pages() -> dict[str, object]:
-    """40 times a round of acts on the served page, good and bad, with photographs and files, settings and networks."""
+    """16 times every event of the served page, by two users, with good and bad files, settings and networks."""
     import gradio
-    from gradio_client import Client, handle_file
+    import httpx
+    from PIL import Image
 
     from parchgrad.exploration import EXAMPLES, Explorer
     from parchgrad.web import WebSettings, serve
@@ -241,41 +244,54 @@ def pages() -> dict[str, object]:
     usual = Explorer.__init__
     # What is held of maps is bounded in bytes; here so that the bound is reached.
     Explorer.__init__ = lambda explorer, **settings: usual(explorer, **settings, megabytes=1)  # type: ignore[method-assign]  # the page has no setting for it
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serve(WebSettings(port=0, network="shapes")) as url,
-        contextlib.closing(Client(url, verbose=False, ssl_verify=False)) as user,
-    ):
-        bad = Path(folder, "bad.png")
-        bad.write_text("no picture")
-        settings = {"method": "gradient", "prune": True, "gamma": 1, "signed": False, "opacity": 1, "stamp": ""}
-        settings |= {"selector": "energy", "target": None}
+    said = ""
+    with serve(WebSettings(port=0, network="shapes")) as url, httpx.Client(base_url=url, timeout=120) as web:
+        config = web.get("config").json()
+        parts = {part["id"]: part for part in config["components"]}
+        events = [event for event in config["dependencies"] if event["backend_fn"]]
+        picture = io.BytesIO()
+        Image.new("RGB", (90, 60), "olive").save(picture, "PNG")
+        forms = [("good.png", picture.getvalue()), ("bad.png", b"no picture")]
+        paths = [web.post("gradio_api/upload", files={"files": form}).json()[0] for form in forms]
+        good, bad = ({"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths)
 
-        def show(turn: int, network: str, **changed: object) -> str:
-            chosen = settings | {"layers": "all", "quantile": 0.05 + turn / 200, "network": network} | changed
-            # A network that is not there yet is asked for again.
-            while "is being loaded" in (found := html.unescape(user.predict(**chosen, api_name="/show")[0])):
-                pass
-            return found
+        def value(part: dict[str, Any], turn: int) -> object:
+            chosen = {
+                "photograph": bad if turn % 3 == 0 else good,
+                "files": [good] * 4,
+                "examples": EXAMPLES[turn % 4],
+                "network": "no_such_network" if turn % 5 == 4 else "shapes",
+                "selector": "class" if turn % 3 == 1 else "energy",
+                "layers": "nothing" if turn % 4 == 3 else "all",
+                "quantile": 0.05 + turn / 40,
+                "opacity": turn / 20,
+                "prune": turn % 2 > 0,
+            }
+            held = None if part["type"] == "state" else part["props"].get("value")
+            return chosen.get(part["props"].get("elem_id"), held)
 
         def act(turn: int) -> None:
-            user.predict(EXAMPLES[turn % 4], api_name="/take_example")
-            assert "pg-map" in show(turn, "shapes")
-            assert "matches none" in show(turn, "shapes", layers="nothing")
-            user.predict(handle_file(str(bad)), api_name="/take")
-            assert "'bad.png' is no image" in show(turn, "shapes")
-            user.predict(EXAMPLES[turn % 3], api_name="/take_example")
-            assert "Neither torchvision nor timm" in show(turn, "no_such_network")
-            assert "pg-map" in show(turn, "shapes", selector="class")
+            nonlocal said
+            user = {"session_hash": f"user {turn % 2}"}
+            for event in events:
+                data = [value(parts[number], turn) for number in event["inputs"]]
+                asked = {"data": data, "fn_index": event["id"], **user}
+                web.post("gradio_api/queue/join", json=asked).raise_for_status()
+                with web.stream("GET", "gradio_api/queue/data", params=user) as messages:
+                    answer = next(line for line in messages.iter_lines() if "process_completed" in line)
+                assert json.loads(answer.removeprefix("data:"))["success"], (event["api_name"], answer)
+                said += html.unescape(answer) if turn < 5 else ""
 
         def components() -> int:
             gc.collect()
             return sum(issubclass(type(item), gradio.components.Component) for item in gc.get_objects())
 
-        act(0)
         then = components()
-        result = measured(act, 40, 10)
+        result = measured(act, 16, 8)
+        # Neither a user nor an event brings one along.
         assert components() == then
+    for outcome in ("pg-map", "matches none", "'bad.png' is no image", "Neither torchvision nor timm", "Saved as"):
+        assert outcome in said, outcome
     return result
 
 
@@ -298,8 +314,8 @@ def test_memory_stays_flat_and_nothing_is_left_alive(part):
     assert found["now"]["graphs"] == 0
     # One for every turn would be dozens; what the explorer holds is bounded in bytes, not in number.
     assert found["now"]["tensors"] - found["then"]["tensors"] < 10, found
-    # A server has connections and threads that come and go; a component of every turn would be a thousand objects.
-    assert found["now"]["objects"] - found["then"]["objects"] < (400 if part == "pages" else 10), found
+    # Gradio takes a note of each of the latest events; a component for each of these would be thousands of objects.
+    assert found["now"]["objects"] - found["then"]["objects"] < (1000 if part == "pages" else 10), found
     assert found["after"] / found["before"] - 1 < MOST_GROWTH, found
 
 

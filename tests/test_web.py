@@ -97,6 +97,7 @@ class User:
     """One session of the page, driven as its script would drive it."""
 
     def __init__(self, address):
+        # No certificates need be read for plain HTTP, which takes most of a second in all.
         self._client = gradio_client.Client(address, verbose=False, ssl_verify=False)
         self._target, self._stamp = None, ""
         self.status = self.offered = None
@@ -367,6 +368,7 @@ def test_the_guard_alone_refuses_what_it_should(tmp_path):
     guard = RequestGuard(application, folder=tmp_path, largest_file=1000, files=4, most_stored=10_000)
     for path in ("file=http://x/", "file/http://x/", "proxy=x", "stream/ftp://x/", "file= https://x/"):
         assert answered(guard, [], method="GET", path=f"/gradio_api/{path}")[0]["status"] == 403
+    assert answered(guard, [], method="GET", path="/gradio_api/deep_link")[0]["status"] == 404
     assert not bodies
     start = answered(guard, [], method="GET", path="/gradio_api/file=C:/own.png")[0]
     assert start["status"] == 200

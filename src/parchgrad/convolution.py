@@ -222,7 +222,7 @@ def _prune(gradient: Tensor, kept: _Kept, conserve: Conserve) -> Tensor:
     total = gradient.sum(dim=1, dtype=taken.dtype)
     total = total if kept.order is None else total[kept.order]
     scale = pruning_scale(taken.sum(dim=1), total, rounding_error(taken, channels), conserve=conserve)
-    # What is pruned must not hide that the gradient is broken.
+    # What is pruned must not hide that the gradient is broken: zero times infinity is no number.
     scale = scale + total.mul(0.0).flatten(1).sum(dim=1)
     return taken.mul_(scale.reshape(rows, 1, *trailing)).to(gradient.dtype)
 

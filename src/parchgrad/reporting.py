@@ -251,7 +251,8 @@ def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
         found.append(
             _chart(
                 "Cost against quality",
-                "Time of a map over that of the plain gradient, as this machine took it in the run.",
+                "Time of a map over that of the plain gradient, as this machine took it in the run; random channels "
+                "are explained one image at a time, the others in batches.",
                 partial(scatter_chart, points, x_label="time", y_label=title_of(shown[0]), colours=_colours(summary)),
             )
         )

@@ -378,8 +378,9 @@ class _Page:
                 api_visibility="private",
             ).then(None, js=_FETCH)
         app.load(None, js=_ON_LOAD)
-        for part in (*shown, *of_one, *of_four, self.gamma):
-            _let_update(part)
+        for part in app.blocks.values():
+            if isinstance(part, gr.components.Component) and not isinstance(part, gr.State):
+                _let_update(part)
 
     def _on_worker(self, handler: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
         @functools.wraps(handler)
@@ -572,7 +573,7 @@ class _Update:
     """What changes of a component; nothing where it stays as it is.
 
     Of Gradio's own updates, even of those that change nothing, a component is made, and held by the session that it is
-    for; what matters is known to the browser alone, and so this goes there without one.
+    for. This goes to the browser without one; the session holds the last of each component, where nothing reads it.
     """
 
     properties: Mapping[str, Any] = field(default_factory=dict)
@@ -827,7 +828,8 @@ def serve(settings: WebSettings | None = None, *, open_browser: bool = False) ->
                 ssr_mode=False,
                 pwa=False,
                 mcp_server=False,
-                state_session_capacity=1000,
+                # Each keeps its last page, of a mosaic about 5 MB.
+                state_session_capacity=200,
                 theme=_theme(),
                 css=_style(),
                 app_kwargs={

@@ -53,6 +53,10 @@ class RequestGuard:
         if re.search(r"/(file[=/]|proxy=|stream/)\s*[\w+.-]{2,}:", path) or "/proxy=" in path:
             await _refuse(send, 403, "Only files of this server are given.")
             return
+        if path.endswith("/deep_link"):
+            # Each would write all that a session holds into a file that stays.
+            await _refuse(send, 404, "There are no links to what a page shows.")
+            return
         if scope["method"] in ("POST", "PUT", "PATCH"):
             length = headers.get(b"content-length", b"")
             announced = int(length) if length.isdigit() else 0

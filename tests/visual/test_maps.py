@@ -66,6 +66,14 @@ def test_panel_lays_out_rows_and_columns_with_one_colour_bar(tmp_path):
             save_figure(figure, tmp_path / name)
 
 
+@pytest.mark.parametrize("title", ["ParchGrad", "integrated gradients\n+ ParchGrad"])
+def test_a_figure_that_is_saved_by_itself_has_whole_titles(tmp_path, title):
+    figure = panel([np.zeros((224, 224, 3))], {"gradient": [np.eye(224)], title: [np.eye(224)]})
+    figure.savefig(tmp_path / "own.png")
+    with Image.open(tmp_path / "own.png") as saved:
+        assert (np.asarray(saved.convert("L"))[:2] > 250).all()
+
+
 def test_tensors_are_maps_too():
     heat = torch.eye(4, requires_grad=True)
     np.testing.assert_allclose(blend(torch.zeros(4, 4, 3), heat), blend(np.zeros((4, 4, 3)), np.eye(4)))

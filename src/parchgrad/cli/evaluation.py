@@ -189,8 +189,8 @@ def report(
     console.print(
         f"+ is better than the plain gradient, - worse, each by its {confidence:.0%} interval on {FEWEST} images at "
         "least; arrows point where a score is better. time is that of a map, in multiples of the plain gradient's, "
-        "as measured while evaluating: what else the machine did is in it. The page has all scores, --score shows "
-        "others here.",
+        "as measured while evaluating: what else the machine did is in it, and random channels are explained one image "
+        "at a time. The page has all scores, --score shows others here.",
         highlight=False,
     )
     console.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)

@@ -294,7 +294,7 @@ def overlay(photograph: ArrayLike, heat: ArrayLike, *, title: str = "") -> Figur
     axes = figure.subplots()
     _show(axes, blend(photograph, heat), title)
     _colour_bar(figure, [axes], COLOUR_MAP, (0, 1), _OWN_SCALE)
-    return figure
+    return _settled(figure)
 
 
 def panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[str] | None = None) -> Figure:
@@ -320,7 +320,7 @@ def panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[s
     cells = _cells(photographs, maps, labels, lambda picture, heat: blend(picture, heat, top=top))
     figure, axes = _lay_out(cells, 1 + len(maps))
     _colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
-    return figure
+    return _settled(figure)
 
 
 def strip(
@@ -355,7 +355,7 @@ def strip(
     ]
     figure, axes = _lay_out(cells, columns)
     _colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
-    return figure
+    return _settled(figure)
 
 
 def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[str] | None = None) -> Figure:
@@ -381,7 +381,7 @@ def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Seq
     cells = _cells(photographs, maps, labels, lambda picture, signed: blend_signed(picture, signed, top=top))
     figure, axes = _lay_out(cells, 1 + len(maps))
     _colour_bar(figure, axes, SIGNED_COLOUR_MAP, (-top, top), _SIGNED_SCALE)
-    return figure
+    return _settled(figure)
 
 
 def draw_figure(figure: Figure, path: Path, *, dots_per_inch: int = 120) -> None:
@@ -507,6 +507,12 @@ def _lay_out(cells: Sequence[tuple[str, Picture]], columns: int) -> tuple[Figure
     for empty in grid[len(cells) :]:
         empty.set_axis_off()
     return figure, grid
+
+
+def _settled(figure: Figure) -> Figure:
+    """Lay a figure out once, since the first time titles of several lines would be cut off at the edge."""
+    figure.draw_without_rendering()
+    return figure
 
 
 def _layout() -> ConstrainedLayoutEngine:
