@@ -5,6 +5,7 @@ Each part runs in a process of its own, this file as a script, whose memory is i
 
 import contextlib
 import ctypes
+import functools
 import gc
 import html
 import io
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -241,11 +243,10 @@ def pages() -> dict[str, object]:
     from parchgrad.exploration import EXAMPLES, Explorer
     from parchgrad.web import WebSettings, serve
 
-    usual = Explorer.__init__
-    # What is held of maps is bounded in bytes; here so that the bound is reached.
-    Explorer.__init__ = lambda explorer, **settings: usual(explorer, **settings, megabytes=1)  # type: ignore[method-assign]  # the page has no setting for it
+    # What is held of maps is bounded in bytes; here so that the bound is reached, for which the page has no setting.
+    small = mock.patch("parchgrad.web.Explorer", functools.partial(Explorer, megabytes=1))
     said = ""
-    with serve(WebSettings(port=0, network="shapes")) as url, httpx.Client(base_url=url, timeout=120) as web:
+    with small, serve(WebSettings(port=0, network="shapes")) as url, httpx.Client(base_url=url, timeout=120) as web:
         config = web.get("config").json()
         parts = {part["id"]: part for part in config["components"]}
         events = [event for event in config["dependencies"] if event["backend_fn"]]
