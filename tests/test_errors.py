@@ -41,6 +41,8 @@ OTHERS = {
     ("cli.shared", "KeyboardInterrupt"): "other signals end a command as Ctrl-C does",
     ("configuration", "ValueError"): "becomes a SettingError that names the setting",
     ("data.shapes", "IndexError"): "ends a loop over the items",
+    ("diagnosis", "failure"): "what a pass failed of",
+    ("engine", "failure"): "what a pass failed of",
     ("evaluation.examples", "ValueError"): "becomes an InputError that names the file",
     ("evaluation.runs", "ValueError"): "becomes an InputError that names the line",
     ("files", "OSError"): "becomes the error of what reads the file",

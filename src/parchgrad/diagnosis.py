@@ -1,6 +1,7 @@
-"""Where a pass stops being finite: a second, watched pass names the layer."""
+"""What goes wrong in a pass: where it stops being finite (a second, watched pass names the layer), why it failed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +12,57 @@ from torch.utils.hooks import RemovableHandle
 
 from parchgrad.errors import NonFiniteError
 
-__all__ = ["broken", "check_small_weights", "find_non_finite", "tensors_in"]
+__all__ = ["broken", "check_small_weights", "failure_of", "find_non_finite", "tensors_in", "unmasked_failures"]
+
+# What Python says of an ordered dictionary that was changed while a loop went over it.
+_CHANGED = ("OrderedDict mutated during iteration", "OrderedDict changed size during iteration")
+
+
+@contextmanager
+def unmasked_failures() -> Iterator[None]:
+    """Raise what a pass failed of, where torch met hooks that another thread set or removed, and raised that instead.
+
+    When a module's pass fails, torch goes over the module's hooks, to call those that are always called.
+
+    Example:
+        >>> model = nn.Conv1d(3, 1, 1)
+        >>> def meddle(*of_pass):  # as another thread may
+        ...     model.register_forward_hook(meddle).remove()
+        >>> handles = [model.register_forward_hook(meddle, always_call=True) for _ in range(2)]
+        >>> with unmasked_failures():  # without it: OrderedDict mutated during iteration
+        ...     model(torch.ones(1, 4, 8))
+        Traceback (most recent call last):
+            ...
+        RuntimeError: Given groups=1, weight of size [1, 3, 1], expected input[1, 4, 8] to have 3 channels, ...
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        failure = failure_of(error)
+        if failure is error:
+            raise
+        raise failure from failure.__cause__
+
+
+def failure_of(error: BaseException) -> BaseException:
+    """Find the failure that `unmasked_failures` raises: the error itself, unless torch put it in a failure's place.
+
+    Example:
+        >>> error = ValueError("wrong")
+        >>> failure_of(error) is error
+        True
+    """
+    while isinstance(error, RuntimeError) and str(error) in _CHANGED and _is_of_torch(error) and error.__context__:
+        error = error.__context__
+    return error
+
+
+def _is_of_torch(error: BaseException) -> bool:
+    """Whether the error was raised by torch's call of a module itself."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == "torch.nn.modules.module"
 
 
 def broken(values: Tensor) -> Tensor:

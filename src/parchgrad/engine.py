@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
-from parchgrad.diagnosis import tensors_in
-from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError, warn
+from parchgrad.diagnosis import failure_of, tensors_in, unmasked_failures
+from parchgrad.errors import (
+    InputError,
+    ModelError,
+    ModelWarning,
+    ParchGradError,
+    SettingError,
+    TargetError,
+    warn,
+)
 from parchgrad.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, check_position_weights, partition_gradient
 from parchgrad.selection import LayerSignal, Selector
@@ -169,6 +177,8 @@ class ParchGrad:
     ) -> None:
         """Remove the hooks, whatever happened in the block. Warns where the model was not called in it.
 
+        What a pass failed of is raised as it was, also where torch met hooks of another thread meanwhile.
+
         Raises:
             ParchGradError: if the block is left in another thread or task than it was entered in, or was not entered.
         """
@@ -202,6 +212,8 @@ class ParchGrad:
                 "take no part, such as heads for training alone, and give a model of which no part was compiled.",
                 ModelWarning,
             )
+        if error is not None and (failure := failure_of(error)) is not error:
+            raise failure from failure.__cause__
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -257,7 +269,8 @@ def plain_gradients(model: nn.Module) -> Iterator[None]:
     session = _Session(model, None, model)
     session.open()
     try:
-        yield
+        with unmasked_failures():
+            yield
     finally:
         session.close()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad.checks import check_kind, check_whole_number
-from parchgrad.diagnosis import broken
+from parchgrad.diagnosis import broken, unmasked_failures
 from parchgrad.engine import check_target_range, pick_logits
 from parchgrad.errors import InputError, ModelError, TargetError
 from parchgrad.layers import Convolution
@@ -112,7 +112,8 @@ class Output(nn.Module):
     def forward(self, inputs: Tensor) -> Any:
         """What is picked out of the model's output."""
         try:
-            output = self.model(inputs)
+            with unmasked_failures():
+                output = self.model(inputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, AssertionError) as error:

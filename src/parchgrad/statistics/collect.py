@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from parchgrad.checks import check_whole_number
+from parchgrad.diagnosis import unmasked_failures
 from parchgrad.errors import (
     InputError,
     LayerError,
@@ -608,7 +609,8 @@ def _gaps_of(convolutions: Mapping[str, Convolution]) -> Iterator[dict[str, list
     try:
         for name, convolution in convolutions.items():
             handles.append(convolution.register_forward_hook(hook_for(name)))
-        yield gaps
+        with unmasked_failures():
+            yield gaps
     finally:
         for handle in handles:
             handle.remove()
