@@ -2,9 +2,12 @@
 
 import asyncio
 import contextvars
+import gc
 import random
 import sys
 import threading
+import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import captum.attr
@@ -201,6 +204,21 @@ def test_threads_on_one_shared_model_get_the_maps_that_they_get_alone(model):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.fixture
+def meddlesome(model):
+    """Hooks that change while torch goes over them after a failed pass, as if another thread came in between."""
+
+    def meddle(module, inputs, output):
+        module.register_forward_hook(print).remove()
+
+    def meddle_in(*parts):
+        for part in parts:
+            for _ in range(2):
+                model.get_submodule(part).register_forward_hook(meddle, always_call=True)
+
+    return meddle_in
+
+
 def in_a_plain_block(model, images):
     with engine.plain_gradients(model):
         model(images)
@@ -223,25 +241,104 @@ def in_a_plain_block(model, images):
     ids=["block", "plain block", "explainer", "plain explainer", "prediction", "statistics"],
 )
 def test_a_failed_pass_says_so_also_where_another_thread_changes_the_hooks_meanwhile(
-    model, inputs, parts, explain, error
+    model, inputs, meddlesome, parts, explain, error
 ):
     """Torch goes over the hooks of a module whose pass failed, and raises another error if they change meanwhile."""
 
-    def meddle(module, inputs, output):
-        module.register_forward_hook(print).remove()
-
-    for part in parts:
-        for _ in range(2):
-            model.get_submodule(part).register_forward_hook(meddle, always_call=True)
+    meddlesome(*parts)
     before = hooks(model)
     with pytest.raises(RuntimeError, match="OrderedDict mutated"):
         model(inputs[:, :2])
     with pytest.raises(error, match="channels") as caught:
         explain(model, inputs[:, :2])
-    assert "mutated" not in str(caught.value)
-    assert not isinstance(caught.value.__cause__, RuntimeError) or "to have 3 channels" in str(caught.value.__cause__)
+    told = caught.value if error is RuntimeError else caught.value.__cause__
+    assert "to have 3 channels" in str(told)
+    assert told.__context__ is None
     assert hooks(model) == before
     assert clean()
+
+
+def test_a_failure_keeps_what_led_to_it_and_nothing_else(model, inputs, meddlesome):
+    class Kept:
+        pass
+
+    def stumble(module, inputs):
+        kept = Kept()
+        held.append(weakref.ref(kept))
+        try:
+            {}["missing"]
+        except KeyError as error:
+            raise RefusedError from (error if with_cause else None)
+
+    held = []
+    meddlesome("norm")
+    model.norm.register_forward_pre_hook(stumble)
+    for with_cause in (False, True):
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(RefusedError) as caught, engine.plain_gradients(model):
+                model(inputs)
+            assert isinstance(caught.value.__context__, KeyError)
+            assert isinstance(caught.value.__cause__, KeyError) == with_cause
+            assert "mutated" not in "".join(traceback.format_exception(caught.value))
+            del caught
+            # What was in the failed pass goes at once: it may have been short of memory.
+            assert held.pop()() is None
+        finally:
+            gc.enable()
+
+
+def test_a_failure_of_the_users_own_that_a_pass_met_is_not_raised_in_its_place(model, inputs):
+    """What is handled around a pass is no failure of the pass."""
+    error = RuntimeError("OrderedDict mutated during iteration")
+    try:
+        raise RefusedError
+    except RefusedError:
+        with pytest.raises(RuntimeError) as caught, engine.plain_gradients(model):
+            raise error  # noqa: B904  # the context is what is tested
+    assert caught.value is error
+    assert isinstance(error.__context__, RefusedError)
+
+
+def test_a_masked_failure_leaves_a_checkpoint_behind(model, inputs, meddlesome, tmp_path):
+    images = [(image, 0) for image in torch.cat([inputs] * 3)]
+    passes = []
+
+    def stumble(module, inputs):
+        passes.append(module)
+        if len(passes) == 3:
+            raise InputError("This image is not wanted; take another.")
+
+    meddlesome("stem")
+    handle = model.stem.register_forward_pre_hook(stumble)
+    with pytest.raises(InputError, match="not wanted"):
+        pg.collect_statistics(model, images, batch_size=2, checkpoint=tmp_path / "half", checkpoint_every=100)
+    handle.remove()
+    assert (tmp_path / "half").is_file()
+    found = pg.collect_statistics(model, images, batch_size=2, checkpoint=tmp_path / "half", checkpoint_every=100)
+    expected = pg.collect_statistics(model, images, batch_size=2)
+    for name in expected.layers:
+        torch.testing.assert_close(found.layers[name].class_mean, expected.layers[name].class_mean)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_threads_go_back_through_one_pass_each_for_its_own_class(model, inputs):
+    selector = pg.ClassWise(random_statistics({"stem": 6, "first": 6, "second": 6}), quantile=0.4)
+    leaf = inputs.clone().requires_grad_()
+    with pg.ParchGrad(model, selector, layers="all"):
+        output = model(leaf)
+
+    def back(target):
+        return torch.autograd.grad(output[:, target].sum(), leaf, retain_graph=True)[0]
+
+    wanted = [back(target) for target in range(5)]
+    every = torch.stack(wanted).flatten(1)
+    assert (torch.cdist(every, every).fill_diagonal_(1) > 1e-9).all()
+    targets = list(range(5)) * 60
+    with ThreadPoolExecutor(5) as pool:
+        for target, found in zip(targets, pool.map(back, targets), strict=True):
+            assert torch.equal(found, wanted[target])
 
 
 def test_an_error_of_the_model_that_only_sounds_like_torch_stays_as_it_is(model, inputs):

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -409,6 +410,39 @@ def test_what_is_scripted_takes_no_hooks_and_is_left_out():
     model[1].weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"in an operation of the model \(Sequential\) behind the layers in it"):
         pg.Explainer(model, None).attribute(INPUTS, 0)
+
+
+def test_a_diagnosis_sees_no_backward_pass_but_its_own():
+    # A learned token is a weight that is handed to a module: gradients of every pass go by it.
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.mix = nn.Parameter(torch.ones(1, 3, 8, 8)), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return x + self.mix(self.token)
+
+    torch.manual_seed(2)
+    model = nn.Sequential(Token(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval()
+
+    def score(meanwhile, inputs):
+        output = model(inputs)
+        meanwhile()
+        # The square root's slope is infinite, the score is not.
+        return (output - output.detach()).sqrt().sum()
+
+    def serve():
+        model(INPUTS[:1].float()).sum().mul(torch.inf).backward()
+
+    def serve_in_a_thread():
+        thread = threading.Thread(target=serve)
+        thread.start()
+        thread.join()
+
+    inputs = INPUTS[:1].float()
+    alone = find_non_finite(model, partial(score, lambda: None), inputs)
+    assert "behind layer '3'" in alone[0]
+    assert find_non_finite(model, partial(score, serve_in_a_thread), inputs) == alone
 
 
 def test_a_diagnosis_sees_no_pass_but_its_own():

@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import parchgrad as pg
+from parchgrad.diagnosis import find_non_finite
 from parchgrad.errors import ModelError
 from parchgrad.evaluation.grid_pointing import make_mosaics
 from parchgrad.evaluation.runs import evaluate, read_rows
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Setting
+from parchgrad.hooks import TransientHook
 from tests.conftest import random_statistics, small_network
 from tests.evaluation.test_runs import Noise, close, comparable
 from tests.test_engine import all_selectors, hooks
@@ -75,6 +77,31 @@ def test_the_hooks_of_an_open_block_do_nothing_in_a_copy(take):
     assert torch.equal(explainer.attribute(INPUTS, TARGETS), expected)
     held = [hook for module in copied.modules() for hook in module._forward_hooks.values()]
     assert {hook.__name__ for hook in held} == {"_do_nothing"}
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda model, inputs: pg.collect_statistics(model, [(image, 0) for image in inputs]),
+        lambda model, inputs: find_non_finite(model, lambda images: model(images).sum(), inputs),
+    ],
+    ids=["statistics", "diagnosis"],
+)
+def test_a_model_that_is_copied_while_others_watch_it_is_a_plain_one(take, watch):
+    model, copies = small_network(), []
+    # In the middle of a pass, as another thread would.
+    model[2].register_forward_pre_hook(TransientHook(lambda module, inputs: copies.append(take(model)) or None))
+    watch(model, INPUTS)
+    held = [
+        hook
+        for module in copies[0].modules()
+        for hooks_of in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks_of.values()
+    ]
+    assert held
+    assert {hook.__name__ for hook in held} == {"_do_nothing"}
+    assert torch.equal(copies[0](INPUTS), model(INPUTS))
 
 
 def test_a_copy_made_inside_a_block_starts_outside_of_it():

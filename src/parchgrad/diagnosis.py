@@ -1,7 +1,6 @@
-"""What goes wrong in a pass: where it stops being finite (a second, watched pass names the layer), why it failed."""
+"""Where a pass stops being finite: a second, watched pass names the layer."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,58 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.errors import NonFiniteError
+from parchgrad.hooks import TransientHook, current_backward_pass
 
-__all__ = ["broken", "check_small_weights", "failure_of", "find_non_finite", "tensors_in", "unmasked_failures"]
-
-# What Python says of an ordered dictionary that was changed while a loop went over it.
-_CHANGED = ("OrderedDict mutated during iteration", "OrderedDict changed size during iteration")
-
-
-@contextmanager
-def unmasked_failures() -> Iterator[None]:
-    """Raise what a pass failed of, where torch met hooks that another thread set or removed, and raised that instead.
-
-    When a module's pass fails, torch goes over the module's hooks, to call those that are always called.
-
-    Example:
-        >>> model = nn.Conv1d(3, 1, 1)
-        >>> def meddle(*of_pass):  # as another thread may
-        ...     model.register_forward_hook(meddle).remove()
-        >>> handles = [model.register_forward_hook(meddle, always_call=True) for _ in range(2)]
-        >>> with unmasked_failures():  # without it: OrderedDict mutated during iteration
-        ...     model(torch.ones(1, 4, 8))
-        Traceback (most recent call last):
-            ...
-        RuntimeError: Given groups=1, weight of size [1, 3, 1], expected input[1, 4, 8] to have 3 channels, ...
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        failure = failure_of(error)
-        if failure is error:
-            raise
-        raise failure from failure.__cause__
-
-
-def failure_of(error: BaseException) -> BaseException:
-    """Find the failure that `unmasked_failures` raises: the error itself, unless torch put it in a failure's place.
-
-    Example:
-        >>> error = ValueError("wrong")
-        >>> failure_of(error) is error
-        True
-    """
-    while isinstance(error, RuntimeError) and str(error) in _CHANGED and _is_of_torch(error) and error.__context__:
-        error = error.__context__
-    return error
-
-
-def _is_of_torch(error: BaseException) -> bool:
-    """Whether the error was raised by torch's call of a module itself."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__") == "torch.nn.modules.module"
+__all__ = ["broken", "check_small_weights", "find_non_finite", "tensors_in"]
 
 
 def broken(values: Tensor) -> Tensor:
@@ -137,6 +87,8 @@ def find_non_finite(model: nn.Module, score: Callable[[Tensor], Tensor], inputs:
             found = score(inputs)
             watch.look_at_score(found)
             if watch.forward is None and found.requires_grad:
+                # The first hook of the pass.
+                found.register_hook(watch.begin_backward)  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 torch.autograd.grad(found, inputs, allow_unused=True)
         finally:
             _WATCHING.reset(token)
@@ -176,10 +128,11 @@ class _Watch:
         self._broken: dict[tuple[_Call, str], None] = {}
         self._open: list[_Call] = []
         self._calls = 0
+        self._backward_pass: int | None = None
         self._handles: list[RemovableHandle] = []
         for module in self._names:
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(TransientHook(self._enter), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(TransientHook(self._leave), with_kwargs=True))
 
     def close(self) -> None:
         for handle in self._handles:
@@ -203,6 +156,9 @@ class _Watch:
         self._look(
             [score], "in the score that is made of the output, which is finite", "look at the function that makes it"
         )
+
+    def begin_backward(self, gradient: Tensor) -> None:
+        self._backward_pass = current_backward_pass()
 
     # Another thread may come by between torch's setting a hook and its noting that keywords go with it.
     def _enter(self, module: nn.Module, *given: Any) -> None:
@@ -273,7 +229,8 @@ class _Watch:
                 self._handles.append(handle)
 
     def _note(self, call: _Call, side: str, gradient: Tensor) -> None:
-        if not _is_finite(gradient):
+        # A weight that is handed to a module may take part in passes of other threads.
+        if current_backward_pass() == self._backward_pass and not _is_finite(gradient):
             self._broken[call, side] = None
 
     def _say(self, module: nn.Module) -> str:

@@ -4,8 +4,8 @@ Hooks sit on modules, which every thread shares. What a pass needs is therefore 
 hook that fires for another thread, or for a block that is not the innermost one around its convolution, does nothing.
 """
 
-import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,16 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
-from parchgrad.diagnosis import failure_of, tensors_in, unmasked_failures
-from parchgrad.errors import (
-    InputError,
-    ModelError,
-    ModelWarning,
-    ParchGradError,
-    SettingError,
-    TargetError,
-    warn,
-)
+from parchgrad.diagnosis import tensors_in
+from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError, warn
+from parchgrad.hooks import TransientHook, UnmaskedFailures, current_backward_pass, raise_masked_failure
 from parchgrad.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
 from parchgrad.partition import Conserve, check_edit_settings, check_position_weights, partition_gradient
 from parchgrad.selection import LayerSignal, Selector
@@ -177,7 +170,7 @@ class ParchGrad:
     ) -> None:
         """Remove the hooks, whatever happened in the block. Warns where the model was not called in it.
 
-        What a pass failed of is raised as it was, also where torch met hooks of another thread meanwhile.
+        What a pass failed of is raised as it was, also where hooks of another thread came in torch's way.
 
         Raises:
             ParchGradError: if the block is left in another thread or task than it was entered in, or was not entered.
@@ -212,8 +205,7 @@ class ParchGrad:
                 "take no part, such as heads for training alone, and give a model of which no part was compiled.",
                 ModelWarning,
             )
-        if error is not None and (failure := failure_of(error)) is not error:
-            raise failure from failure.__cause__
+        raise_masked_failure(error)
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -269,7 +261,7 @@ def plain_gradients(model: nn.Module) -> Iterator[None]:
     session = _Session(model, None, model)
     session.open()
     try:
-        with unmasked_failures():
+        with UnmaskedFailures():
             yield
     finally:
         session.close()
@@ -298,12 +290,12 @@ class _Session:
     def open(self) -> None:
         try:
             if self.owner is not None:
-                self._handles.append(self._head.register_forward_pre_hook(_Hook(self._begin)))
+                self._handles.append(self._head.register_forward_pre_hook(TransientHook(self._begin)))
                 for name, convolution in self.owner._convolutions.items():
-                    hook = _Hook(self._attach, self.owner, name)
+                    hook = TransientHook(self._attach, self.owner, name)
                     self._handles.append(convolution.register_forward_hook(hook, prepend=True))
                 # Called after an exception too, so that a failed pass leaves no state behind.
-                self._handles.append(self._head.register_forward_hook(_Hook(self._end), always_call=True))
+                self._handles.append(self._head.register_forward_hook(TransientHook(self._end), always_call=True))
             _SESSIONS.set((*_open_sessions(), self))
         except BaseException:
             self.close()
@@ -395,22 +387,8 @@ class _Session:
             forward.watch(output)
 
 
-class _Hook(functools.partial[Any]):
-    """A hook that stays behind when its module is copied or pickled inside the block."""
-
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return _do_nothing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing_to_do, ()
-
-
-def _do_nothing(*arguments: object) -> None:
-    """Stand where a hook was."""
-
-
-def _nothing_to_do() -> Callable[..., None]:
-    return _do_nothing
+# Backward passes from one forward pass, in as many threads.
+_PASSES_AT_ONCE = 64
 
 
 class _Forward:
@@ -420,8 +398,8 @@ class _Forward:
         self.session = session
         self.owner = owner
         self.reached = False
-        self._classes: Tensor | None = None
-        self._backward_pass: int | None = None
+        # By the backward pass: several may be under way at once, each in its own thread. No one waits for the oldest.
+        self._read: deque[tuple[int, Tensor]] = deque(maxlen=_PASSES_AT_ONCE)
 
     def expect_rows(self, rows: int) -> None:
         targets = self.owner._targets
@@ -454,14 +432,15 @@ class _Forward:
             )
 
     def read(self, gradient: Tensor) -> None:
-        self._classes = read_classes(gradient)
-        self._backward_pass = _current_backward_pass()
+        self._read.append((current_backward_pass(), read_classes(gradient)))
 
     def classes_of(self, rows: int, layer: str, device: torch.device) -> Tensor:
         targets = self.owner._targets
         classes = None if targets is None else targets.to(device)
-        if targets is None and self._backward_pass == _current_backward_pass():
-            classes = self._classes
+        if targets is None:
+            now = current_backward_pass()
+            # A copy, since other threads add to it.
+            classes = next((read for number, read in reversed(list(self._read)) if number == now), None)
         if classes is None:
             raise TargetError(
                 f"No class is known at layer {layer!r}, since the backward pass did not start from the model's output; "
@@ -583,12 +562,6 @@ def _may_go_back(output: object) -> bool:
 def _version(values: Tensor) -> int | None:
     """Counts the changes in place; inference tensors have no such count."""
     return None if values.is_inference() else values._version
-
-
-def _current_backward_pass() -> int:
-    """Number of the backward pass under way; torch's own hooks over several tensors tell passes apart by it."""
-    number: int = torch._C._current_graph_task_id()
-    return number
 
 
 def check_logits(pick: object) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad.checks import check_kind, check_whole_number
-from parchgrad.diagnosis import broken, unmasked_failures
+from parchgrad.diagnosis import broken
 from parchgrad.engine import check_target_range, pick_logits
 from parchgrad.errors import InputError, ModelError, TargetError
+from parchgrad.hooks import UnmaskedFailures
 from parchgrad.layers import Convolution
 from parchgrad.partition import at_least_float32
 
@@ -112,7 +113,7 @@ class Output(nn.Module):
     def forward(self, inputs: Tensor) -> Any:
         """What is picked out of the model's output."""
         try:
-            with unmasked_failures():
+            with UnmaskedFailures():
                 output = self.model(inputs)
         except torch.OutOfMemoryError:
             raise

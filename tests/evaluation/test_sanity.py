@@ -1,4 +1,6 @@
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -95,6 +97,20 @@ def test_weights_are_drawn_as_torch_draws_them_by_seed_and_not_from_the_global_g
     # Uniform within 1 / sqrt(fan-in).
     bound = 1 / math.sqrt(3 * 9)
     assert stats.kstest(drawn[0]["0.weight"].flatten() / bound, stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+def test_threads_draw_the_weights_that_they_draw_alone(network):
+    wanted = {seed: state(list(randomised_models(network, seed=seed))[-1][1]) for seed in range(4)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            seeds = [0, 1, 2, 3] * 10
+            found = list(pool.map(lambda seed: state(list(randomised_models(network, seed=seed))[-1][1]), seeds))
+    finally:
+        sys.setswitchinterval(interval)
+    for seed, drawn in zip(seeds, found, strict=True):
+        assert changed(wanted[seed], drawn) == set()
 
 
 def test_parameters_without_an_initialisation_are_shuffled():

@@ -5,6 +5,7 @@ Source: Adebayo et al. (2018), "Sanity Checks for Saliency Maps".
 
 import copy
 import math
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -290,6 +291,10 @@ def _parametrised(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
 
 
+# One thread at a time draws from the global generators.
+_DRAWING = threading.Lock()
+
+
 def _randomise(module: nn.Module, *, seed: int) -> None:
     """Draw the parameters that a module itself holds."""
     if not any(True for _ in module.parameters(recurse=False)):
@@ -298,8 +303,8 @@ def _randomise(module: nn.Module, *, seed: int) -> None:
     with torch.no_grad():
         if callable(reset):
             devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
-            # torch's own initialisation draws from the global generators.
-            with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            # torch's own initialisation draws from the global generators, which all threads share.
+            with _DRAWING, torch.random.fork_rng(devices=sorted(devices, key=str)):
                 torch.manual_seed(seed)
                 reset()
             return

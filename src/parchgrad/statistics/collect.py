@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from parchgrad.checks import check_whole_number
-from parchgrad.diagnosis import unmasked_failures
 from parchgrad.errors import (
     InputError,
     LayerError,
@@ -29,6 +28,7 @@ from parchgrad.errors import (
     warn,
 )
 from parchgrad.files import locked, without_addresses
+from parchgrad.hooks import TransientHook, UnmaskedFailures
 from parchgrad.layers import (
     Convolution,
     LayerChoice,
@@ -279,7 +279,8 @@ def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) ->
     """GAPs of all channels (B, C) and softmax probabilities (B, K) of one batch, on the CPU."""
     for calls in gaps.values():
         calls.clear()
-    logits = model(inputs)
+    with UnmaskedFailures():
+        logits = model(inputs)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
@@ -608,9 +609,8 @@ def _gaps_of(convolutions: Mapping[str, Convolution]) -> Iterator[dict[str, list
     handles = []
     try:
         for name, convolution in convolutions.items():
-            handles.append(convolution.register_forward_hook(hook_for(name)))
-        with unmasked_failures():
-            yield gaps
+            handles.append(convolution.register_forward_hook(TransientHook(hook_for(name))))
+        yield gaps
     finally:
         for handle in handles:
             handle.remove()

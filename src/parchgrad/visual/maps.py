@@ -510,8 +510,9 @@ def _lay_out(cells: Sequence[tuple[str, Picture]], columns: int) -> tuple[Figure
 
 
 def _settled(figure: Figure) -> Figure:
-    """Lay a figure out once, since the first time titles of several lines would be cut off at the edge."""
-    figure.draw_without_rendering()
+    """Lay a figure out twice: the first times, Matplotlib moves titles past the edge."""
+    for _ in range(2):
+        figure.draw_without_rendering()
     return figure
 
 
