@@ -143,7 +143,7 @@ class User:
     def __init__(self, url: str, crowd: Crowd, number: int, folder: Path, wanted: Mapping[Any, Any]) -> None:
         """Begin a session; `wanted` are the right maps, and the number tells one user's choices from another's."""
         # No certificates need be read for plain HTTP, which takes longer than most answers.
-        self._client = Client(url, verbose=False, ssl_verify=False)
+        self._client = Client(url, verbose=False, ssl_verify=False, httpx_kwargs={"timeout": 60})
         self._url, self._crowd, self._folder, self._wanted = url.rstrip("/"), crowd, folder, wanted
         self._draw = random.Random(number)
         # The longest queue this user was told to stand in.

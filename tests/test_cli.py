@@ -509,7 +509,7 @@ def test_processes_under_torchrun_share_an_evaluation(tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert ended.returncode == 0, ended.stderr
         # Of several processes one speaks.

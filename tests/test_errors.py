@@ -344,7 +344,7 @@ def in_python(script, *arguments, **environment):
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -588,7 +588,7 @@ def test_output_that_nobody_reads_leaves_no_traceback(desk, ending):
     command = f"'{sys.executable}' -m parchgrad --help {ending}"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     ended = subprocess.run(
-        command, shell=True, env=environment, capture_output=True, text=True, check=False, timeout=60
+        command, shell=True, env=environment, capture_output=True, text=True, check=False, timeout=240
     )
     assert ended.returncode == 0
     assert not ended.stderr

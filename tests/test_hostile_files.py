@@ -49,7 +49,11 @@ EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "200"))
 def fuzzed(test, share=1.0):
     """The test of a parser over many files."""
     chosen = settings(
-        max_examples=max(5, int(share * EXAMPLES)), deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=max(5, int(share * EXAMPLES)),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        # The same files, unless others are asked for.
+        derandomize="HYPOTHESIS_EXAMPLES" not in os.environ,
     )
     return chosen(given(data=st.data())(test))
 

@@ -339,7 +339,7 @@ def test_weights_of_timm_come_from_a_hub_that_answers_and_fail_at_once_from_one_
             assert float(fetch(process, "test_byobnet")) == wanted
             assert "use efficientnet_lite0, which needs none." in fetch(process, "test_resnet")
             process.stdin.close()
-            assert process.wait(timeout=60) == 0
+            assert process.wait(timeout=240) == 0
 
 
 @pytest.mark.parametrize(

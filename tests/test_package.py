@@ -117,7 +117,7 @@ BROUGHT = {"httpx", "packaging"}
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     asked = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*asked, "--wheel-dir", str(folder), str(ROOT)], cwd=folder, check=True, timeout=120)
+    subprocess.run([*asked, "--wheel-dir", str(folder), str(ROOT)], cwd=folder, check=True, timeout=600)
     (path,) = folder.iterdir()
     return path
 
@@ -126,7 +126,7 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("installed")
     asked = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
-    subprocess.run([*asked, str(wheel)], cwd=folder, check=True, timeout=120)
+    subprocess.run([*asked, str(wheel)], cwd=folder, check=True, timeout=600)
     return folder
 
 
@@ -144,7 +144,7 @@ def run(installed, tmp_path):
             text=True,
             cwd=tmp_path,
             env=environment | {"TMPDIR": str(tmp_path)},
-            timeout=120,
+            timeout=600,
             check=False,
         )
         assert ended.returncode == 0, ended.stderr
@@ -233,7 +233,7 @@ def test_the_command_runs_from_the_wheel(installed, tmp_path):
     command = installed / "bin" / "parchgrad"
     for asked, said in (("--help", "explain"), ("--version", f"parchgrad {parchgrad.__version__}")):
         ended = subprocess.run(
-            [command, asked], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60, check=True
+            [command, asked], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240, check=True
         )
         assert said in ended.stdout
 

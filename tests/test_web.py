@@ -54,7 +54,7 @@ def served(folder, *options):
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.communicate(timeout=30)
+                process.communicate(timeout=120)
             finally:
                 process.kill()
 
@@ -98,7 +98,7 @@ class User:
 
     def __init__(self, address):
         # No certificates need be read for plain HTTP, which takes most of a second in all.
-        self._client = gradio_client.Client(address, verbose=False, ssl_verify=False)
+        self._client = gradio_client.Client(address, verbose=False, ssl_verify=False, httpx_kwargs={"timeout": 60})
         self._target, self._stamp = None, ""
         self.status = self.offered = None
 
@@ -403,7 +403,7 @@ def test_networks_that_are_not_offered_cannot_be_typed():
         "app = build_app(WebSettings(network='shapes', any_network=False)); "
         "print(json.dumps([item['props'] for item in app.get_config_file()['components']], default=str))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     network = next(props for props in json.loads(found.stdout) if props.get("elem_id") == "network")
     assert [name for name, _ in network["choices"]] == ["shapes", "efficientnet_lite0"]
     assert not network["allow_custom_value"]
@@ -438,7 +438,7 @@ def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(tmp_path, end
         assert Path(kept[0]).read_bytes() == b"0"
         assert len(list(tmp_path.glob("parchgrad-*"))) == 1
         process.send_signal(ending)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=120)
         assert process.returncode == 0
         assert "Traceback" not in said
         assert said.strip().endswith("Stopping.")
@@ -451,7 +451,7 @@ def test_an_interrupt_ends_the_command_where_a_shell_had_it_ignored(tmp_path):
         with served(tmp_path, "--model", "shapes") as (process, _):
             signal.signal(signal.SIGINT, earlier)
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
+            process.communicate(timeout=120)
             assert process.returncode == 0
     finally:
         signal.signal(signal.SIGINT, earlier)
@@ -461,7 +461,7 @@ def test_an_interrupt_ends_the_command_where_a_shell_had_it_ignored(tmp_path):
 def test_without_gradio_the_remedy_is_named():
     missing = "import sys; sys.modules['gradio'] = sys.modules['starlette'] = None"
     code = f"{missing}; from parchgrad.cli import main; main(['explore'])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert found.returncode == 2
     assert "pip install 'parchgrad[web]'" in found.stderr
     assert "Traceback" not in found.stderr
@@ -509,7 +509,7 @@ class Page:
         """The map with ParchGrad, as it is embedded."""
         return self.script("return document.querySelectorAll('#result .pg-map')[1]?.src")
 
-    def wait(self, condition, seconds=30):
+    def wait(self, condition, seconds=120):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := condition():
@@ -684,7 +684,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         wanted = Explorer().explore(Photograph("cat"), View(gamma=10.0)).attribution.numpy()
         np.testing.assert_allclose(np.load(weighed), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
         page.one("#save-gif").click()
-        (moving,) = page.wait(lambda: list(tmp_path.glob("cat_*.gif")), seconds=60)
+        (moving,) = page.wait(lambda: list(tmp_path.glob("cat_*.gif")))
         with Image.open(moving) as frames:
             assert frames.n_frames > 6
         assert all(url.startswith((address, "data:", "blob:")) for url in page.requests())

@@ -415,7 +415,7 @@ def test_two_processes_keep_them_once_both_are_done(tmp_path):
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     found = Examples.load(tmp_path / "shared" / EXAMPLES_FILE)
     assert indices(found.choice.examples) == indices(expected.choice.examples)
     assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == [

@@ -155,7 +155,7 @@ def test_a_line_that_was_cut_off_is_had_again(tmp_path, cut):
 def test_killed_at_any_time_it_goes_on(tmp_path):
     whole = run(tmp_path / "whole", data=Noise(40))
     script = (
-        "import sys; from tests.evaluation.test_runs import Noise, run\nrun(sys.argv[1], data=Noise(40, pause=0.01))"
+        "import sys; from tests.evaluation.test_runs import Noise, run\nrun(sys.argv[1], data=Noise(40, pause=0.05))"
     )
     folder, kills = tmp_path / "killed", 0
     for rows in (3, 30, 60):
@@ -183,7 +183,7 @@ def test_two_processes_share_the_images(tmp_path):
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     counts = [len((tmp_path / "shared" / f"rows-{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
     assert counts == [12, 9]
     close(sorted(comparable(read_rows(tmp_path / "shared")), key=order), sorted(whole, key=order))

@@ -63,7 +63,7 @@ def launch(tmp_path, dying="no", labels="given", processes=2):
         command, env=environment, cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        _, said = run.communicate(timeout=120)
+        _, said = run.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)
         raise
@@ -107,8 +107,8 @@ def test_without_a_watchman_the_survivor_says_what_was_lost(tmp_path):
         subprocess.Popen(command, env={**environment, "RANK": str(rank)}, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     )
-    assert second.wait(timeout=120) == -signal.SIGKILL
-    _, said = first.communicate(timeout=120)
+    assert second.wait(timeout=600) == -signal.SIGKILL
+    _, said = first.communicate(timeout=600)
     second.stderr.close()
     assert first.returncode == 1
     assert "rank 0: Process 2 of 2 was lost, and the run with it" in said
