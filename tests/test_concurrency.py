@@ -19,6 +19,7 @@ from torch.nn import functional
 import parchgrad as pg
 from parchgrad import engine
 from parchgrad.errors import InputError, ModelWarning, ParchGradError, TargetError
+from parchgrad.hooks import raise_masked_failure
 from tests.conftest import random_statistics
 from tests.test_engine import hooks
 
@@ -299,6 +300,8 @@ def test_a_failure_of_the_users_own_that_a_pass_met_is_not_raised_in_its_place(m
             raise error  # noqa: B904  # the context is what is tested
     assert caught.value is error
     assert isinstance(error.__context__, RefusedError)
+    # One that was made by hand has not even a traceback.
+    assert raise_masked_failure(error.with_traceback(None)) is None
 
 
 def test_a_masked_failure_leaves_a_checkpoint_behind(model, inputs, meddlesome, tmp_path):

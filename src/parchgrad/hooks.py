@@ -90,8 +90,10 @@ def _is_mask(error: BaseException) -> bool:
     """Whether torch's call of a module raised the error while it handled a failure of that same call."""
     if not isinstance(error, RuntimeError) or str(error) not in _CHANGED or error.__context__ is None:
         return False
-    *_, last = _frames(error)
-    return last.f_globals.get("__name__") == "torch.nn.modules.module" and last in _frames(error.__context__)
+    # None of an error that was never raised.
+    last = _frames(error)[-1:]
+    by_torch = any(frame.f_globals.get("__name__") == "torch.nn.modules.module" for frame in last)
+    return by_torch and last[0] in _frames(error.__context__)
 
 
 def _frames(error: BaseException) -> list[FrameType]:
