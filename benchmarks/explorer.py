@@ -176,7 +176,9 @@ class User:
 
     def _show(self, quantile: float, **changed: str) -> str:
         """Ask for the page as it is with these settings, and watch the queue meanwhile."""
-        settings = {"selector": "energy", "method": "gradient", "prune": True, "gamma": 1, "signed": False}
+        best = View().resolved()
+        settings: dict[str, Any] = {"selector": best.selector, "softness": best.softness, "gates": best.gates}
+        settings |= {"antialias": best.antialias, "method": best.method, "prune": True, "gamma": 1, "signed": False}
         settings |= {"network": self._crowd.network, "layers": self._crowd.layers, "opacity": 1} | changed
         result = ""
         # A network that is not there yet comes by itself.
@@ -292,7 +294,7 @@ def expected_maps(crowd: Crowd) -> dict[Any, Any]:
         plain = pg.heatmap(pg.Explainer(classifier.model, None).attribute(inputs))[0]
         layers = parse_layers(crowd.layers)
         for quantile in QUANTILES:
-            explainer = pg.Explainer(classifier.model, pg.GradientEnergy(quantile=quantile), layers=layers)
+            explainer = pg.Explainer(classifier.model, pg.Evidence(quantile=quantile), layers=layers)
             heat = pg.heatmap(explainer.attribute(inputs))[0]
             wanted[name, quantile] = tinted([plain, heat], signed=False)[1][1]
     return wanted

@@ -20,18 +20,16 @@ from parchgrad.errors import StatisticsWarning
 from parchgrad.evaluation.localisation import cell_shares, mosaic
 
 CONFIDENCE = 0.9
-UPPER_HALF = 0.5
 METHODS = {
-    "plain gradient": (None, UPPER_HALF),
-    "GradientEnergy(0.1), upper half": (pg.GradientEnergy(quantile=0.1), UPPER_HALF),
-    "GradientEnergy(0.1), all": (pg.GradientEnergy(quantile=0.1), "all"),
-    "GradientEnergy(0.1), default": (pg.GradientEnergy(quantile=0.1), "default"),
-    "GradientTimesActivation(0.1), upper half": (pg.GradientTimesActivation(quantile=0.1), UPPER_HALF),
-    "Evidence(0.2), upper three quarters": (pg.Evidence(quantile=0.2), 0.75),
-    "RandomChannels(0.1), upper half": (pg.RandomChannels(quantile=0.1), UPPER_HALF),
-    "ClassWise(0.1), upper half, bundled file": (
-        pg.ClassWise(pg.ChannelStatistics.bundled("efficientnet_lite0"), quantile=0.1),
-        UPPER_HALF,
+    "plain gradient": pg.Edit(selector=None),
+    "plain, gates and strides": pg.Edit(selector=None, gates=pg.Edit().resolved().gates, antialias=True),
+    "default": pg.Edit(),
+    "Evidence, hard": pg.Edit(selector=pg.Evidence(quantile=0.2, softness=0), conserve="independent"),
+    "GradientEnergy": pg.Edit(selector=pg.GradientEnergy()),
+    "GradientTimesActivation": pg.Edit(selector=pg.GradientTimesActivation()),
+    "RandomChannels": pg.Edit(selector=pg.RandomChannels(), layers=0.75),
+    "ClassWise, bundled file": pg.Edit(
+        selector=pg.ClassWise(pg.ChannelStatistics.bundled("efficientnet_lite0"), quantile=0.1)
     ),
 }
 
@@ -87,16 +85,16 @@ def main() -> None:
     # The bundled file was made from photographs that may be these: an honest one has not seen those explained.
     unseen = sorted(set(range(len(inputs))) - set(drawn.flatten().tolist()))
     held = pg.collect_statistics(
-        classifier.model, [inputs[index] for index in unseen], layers=UPPER_HALF, labels="predicted", batch_size=8
+        classifier.model, [inputs[index] for index in unseen], layers=0.5, labels="predicted", batch_size=8
     )
     honest = {}
     with warnings.catch_warnings():
         # Few photographs of each class: Student's test takes Welch's place for most.
         warnings.simplefilter("ignore", StatisticsWarning)
-        honest["ClassWise(0.1), upper half, unseen"] = (pg.ClassWise(held, quantile=0.1), UPPER_HALF)
-        honest["InstanceWise(0.1), upper half, unseen"] = (pg.InstanceWise(held, quantile=0.1), UPPER_HALF)
-    for name, (selector, layers) in {**METHODS, **honest}.items():
-        shares = play(pg.Explainer(classifier.model, selector, layers=layers), inputs, drawn)
+        honest["ClassWise, unseen"] = pg.Edit(selector=pg.ClassWise(held, quantile=0.1))
+        honest["InstanceWise, unseen"] = pg.Edit(selector=pg.InstanceWise(held, quantile=0.1))
+    for name, edit in {**METHODS, **honest}.items():
+        shares = play(pg.Explainer.from_edit(classifier.model, edit), inputs, drawn)
         print(f"{name:45s} {shares.mean():.3f} +- {shares.std() / len(shares) ** 0.5:.3f}")
 
 

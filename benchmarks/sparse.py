@@ -45,6 +45,7 @@ def ratio(layer: tuple[int, ...], rows: int, quantile: float, rounds: int) -> tu
     gradient = torch.randn_like(convolution(torch.zeros(shape)))
     scores = torch.rand(rows, outputs)
     mask = scores >= scores.topk(max(1, int(quantile * outputs)), dim=1).values[:, -1:]
+    scales = mask.float()
     assert geometry is not None
     costs = {name: getattr(module, name) for name in ("_COST_OF_A_KEPT_CHANNEL", "_COST_IN_GROUPS")}
     seconds: dict[float, list[float]] = {0.0: [], 1e9: []}
@@ -53,7 +54,7 @@ def ratio(layer: tuple[int, ...], rows: int, quantile: float, rounds: int) -> tu
             for name in costs:
                 setattr(module, name, forced)
             start = time.perf_counter()
-            partitioned_input_gradient(gradient, mask, weight, geometry, shape)
+            partitioned_input_gradient(gradient, scales, weight, geometry, shape)
             seconds[forced].append(time.perf_counter() - start)
     finally:
         for name, cost in costs.items():

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -51,24 +52,27 @@ def photographs(batch: int, size: int = 224) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)), torch.arange(batch)
 
 
-def explain(
-    model: nn.Module,
-    inputs: Tensor,
-    target: Tensor,
-    *,
-    layers: str | float | None,
-    method: str = "gradient",
-    selector: pg.Selector = pg.GradientEnergy(quantile=QUANTILE),  # noqa: B008 - it holds a setting only
-) -> Tensor:
-    """Explain with this package; without layers the plain method."""
-    chosen = None if layers is None else selector
-    options = {"internal_batch_size": ROWS_PER_PASS, "method": method}
-    return pg.Explainer(model, chosen, layers=layers or "default", **options).attribute(inputs, target)
+# Settings by what the tables call them.
+EDITS = {
+    "plain": pg.Edit(selector=None),
+    "plain with gates and strides": pg.Edit(selector=None, gates=pg.Edit().resolved().gates, antialias=True),
+    "default": pg.Edit(),
+    "default without gates and strides": pg.Edit(gates=0.0, antialias=False),
+    "energy, all": pg.Edit(selector=pg.GradientEnergy(quantile=QUANTILE), layers="all", gates=0.0, antialias=False),
+    "energy, all, hard": pg.Edit(selector=pg.GradientEnergy(quantile=QUANTILE, softness=0), layers="all"),
+}
 
 
-def bare_block(model: nn.Module, inputs: Tensor, target: Tensor, *, layers: str) -> Tensor:
+def explain(model: nn.Module, edit: pg.Edit, inputs: Tensor, target: Tensor, *, method: str = "gradient") -> Tensor:
+    """Explain with this package."""
+    explainer = pg.Explainer.from_edit(model, edit, method=method, internal_batch_size=ROWS_PER_PASS)
+    return explainer.attribute(inputs, target)
+
+
+def bare_block(model: nn.Module, edit: pg.Edit, inputs: Tensor, target: Tensor) -> Tensor:
     """Captum's Saliency in a ParchGrad block."""
-    with pg.ParchGrad(model, pg.GradientEnergy(quantile=QUANTILE), layers=layers):
+    settings = {item.name: getattr(edit, item.name) for item in fields(edit) if item.name != "selector"}
+    with pg.ParchGrad(model, edit.selector, **settings):
         return saliency(model, inputs, target)
 
 
@@ -149,12 +153,9 @@ def gradient_ways(model: nn.Module) -> dict[str, Way]:
     """One gradient for each row."""
     return {
         BASE: partial(saliency, model),
-        "Explainer, plain": partial(explain, model, layers=None, method="gradient"),
-        "ParchGrad block, default": partial(bare_block, model, layers="default"),
-        "ParchGrad block, all": partial(bare_block, model, layers="all"),
-        "Explainer, default": partial(explain, model, layers="default", method="gradient"),
-        "Explainer, all": partial(explain, model, layers="all", method="gradient"),
-        "Explainer, Evidence, 0.75": partial(explain, model, layers=0.75, selector=pg.Evidence()),
+        **{f"ParchGrad block, {name}": partial(bare_block, model, edit) for name, edit in EDITS.items()},
+        "Explainer, plain": partial(explain, model, EDITS["plain"]),
+        "Explainer, default": partial(explain, model, EDITS["default"]),
         "research code's way, all": ResearchWay(model),
     }
 
@@ -165,8 +166,8 @@ def step_ways(model: nn.Module) -> dict[str, dict[str, Way]]:
         title: {
             f"Captum {title}": theirs(model),
             **{
-                f"{title}, {layers or 'plain'}": partial(explain, model, layers=layers, method=method)
-                for layers in (None, "default", "all")
+                f"{title}, {name}": partial(explain, model, EDITS[name], method=method)
+                for name in ("plain", "default", "energy, all")
             },
         }
         for title, method, theirs in (
@@ -225,7 +226,7 @@ def resident(field: str) -> float:
 def measure_memory(name: str, batch: int) -> Figures:
     """Peak memory of each way, in a process of its own."""
     found: Figures = {}
-    for way in (BASE, "ParchGrad block, default", "ParchGrad block, all", "research code's way, all"):
+    for way in (BASE, "ParchGrad block, default", "ParchGrad block, energy, all", "research code's way, all"):
         call = [sys.executable, __file__, "--peak", name, str(batch), way]
         # Memory that is freed goes back at once, so that what is held tells what is in use.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -305,7 +306,7 @@ def main() -> None:
     if "scaling" not in arguments.skip:
         name = arguments.networks[0]
         everything = gradient_ways(network(name))
-        ways = {way: everything[way] for way in (BASE, "ParchGrad block, default", "ParchGrad block, all")}
+        ways = {way: everything[way] for way in (BASE, "ParchGrad block, default", "ParchGrad block, energy, all")}
         by_batch = {f"{batch}": by_turns(ways, *photographs(batch), 5) for batch in (1, 2, 4, 8, 16, 32)}
         by_size = {f"{size}": by_turns(ways, *photographs(4, size), 5) for size in (64, 128, 224, 320, 448)}
         show(f"{name} by batch size, 224 pixels", by_batch, "seconds")

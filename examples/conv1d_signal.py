@@ -5,7 +5,7 @@
 A small Conv1d network learns which kind of burst hides in noise: one of rising, falling or steady pitch (a few
 seconds). What share of the map lies on the burst, which takes a fifth of the signal? Out come the shares over 300 new
 signals and a picture, outputs/examples/conv1d_signal.png. `Evidence` is well ahead of the plain gradient here;
-`GradientEnergy`, which does not ask whether a channel speaks for the class, falls behind it.
+`GradientEnergy`, which does not ask whether a channel raises the score, is about where the plain gradient is.
 """
 
 import argparse

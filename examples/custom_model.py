@@ -6,7 +6,7 @@ A small residual network, which returns a dictionary, learns to tell photographs
 few seconds). Then two of them stand side by side in a picture, and both classes are explained: what share of the map is
 in the half of the explained class (chance 0.5)? Out come these shares over 100 pictures, from parts of the photographs
 that were not used before, and a picture, outputs/examples/custom_model.png. `Evidence` is well ahead of the plain
-gradient; on so small a network `GradientEnergy`, which does not ask what speaks for the class, is about where it is.
+gradient; on so small a network `GradientEnergy`, which does not ask what raises the score, is about where it is.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Choose which convolutions of a timm network are edited: by default, by ratio, or by name.
+"""Choose which convolutions of a timm network are edited: those that suit the selector, by ratio, or by name.
 
     python examples/timm_model.py                                          # offline, with random weights
     python examples/timm_model.py --model efficientnet_lite0 --pretrained  # offline with parchgrad[demo]
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = list(pg.find_convolutions(model))
     pattern = ".".join(names[len(names) * 3 // 4].split(".")[:2]) + "*"
     maps = {"plain gradient": pg.heatmap(pg.Explainer(model, None).attribute(x, best.index))[0]}
-    for layers in ("default", 0.25, pattern, "all"):
+    for layers in (None, 0.25, pattern, "all"):
         title = f"layers={layers!r}"
-        explainer = pg.Explainer(model, pg.GradientEnergy(quantile=0.1), layers=layers)
+        explainer = pg.Explainer(model, layers=layers)
         maps[title] = pg.heatmap(explainer.attribute(x, best.index))[0]
         alike = np.corrcoef(maps["plain gradient"].flatten(), maps[title].flatten())[0, 1]
         chosen = explainer.layers

@@ -79,7 +79,11 @@ def test_smoothgrad_takes_a_seed_and_leaves_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("selector", [None, pg.GradientEnergy(quantile=0.3)], ids=["plain", "energy"])
+@pytest.mark.parametrize(
+    "selector",
+    [None, pg.GradientEnergy(quantile=0.3), pg.GradientEnergy(quantile=0.3, softness=0), pg.Evidence()],
+    ids=["plain", "energy", "hard", "evidence"],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_equals_its_rows_and_memory_bounds_change_nothing(method, selector):
     model = small_network()
@@ -260,9 +264,55 @@ def test_one_dimensional_signals_and_float32():
     assert attribution.dtype == torch.float32
 
 
+# Captum's own notices that a method sets hooks.
+@pytest.mark.filterwarnings("ignore:Setting (backward|forward)")
+@pytest.mark.parametrize("method", ["DeepLift", "GuidedBackprop", "Deconvolution"])
+def test_methods_that_replace_rectifiers_go_without_soft_gates(method):
+    model = out_of_place(small_network())
+    for gates in (2, 0.5):
+        with pytest.raises(SettingError, match=f"gates={gates}"):
+            pg.Explainer(model, method=method, gates=gates)
+    implied, said = pg.Explainer(model, method=method), pg.Explainer(model, method=method, gates=0)
+    assert implied.edit.gates == said.edit.gates == 0
+    assert implied.edit.antialias
+    found = implied.attribute(INPUTS, TARGETS)
+    assert torch.equal(found, said.attribute(INPUTS, TARGETS))
+    assert not torch.allclose(found, pg.Explainer(model, None, method=method).attribute(INPUTS, TARGETS))
+
+
+def test_an_explainer_made_of_an_edit_is_the_one_made_of_its_parts():
+    model = small_network()
+    edit = pg.Edit(selector=pg.GradientEnergy(quantile=0.4), gamma=2.0, conserve="exact", gates=3.0)
+    made = pg.Explainer.from_edit(model, edit, method="input_x_gradient")
+    said = pg.Explainer(
+        model,
+        edit.selector,
+        gamma=2.0,
+        conserve="exact",
+        gates=3.0,
+        layers=0.5,
+        antialias=True,
+        method="input_x_gradient",
+    )
+    assert torch.equal(made.attribute(INPUTS, TARGETS), said.attribute(INPUTS, TARGETS))
+    settings = [(each.edit.layers, each.edit.gamma, each.edit.gates, each.edit.antialias) for each in (made, said)]
+    assert settings == [(0.5, 2.0, 3.0, True)] * 2
+    assert pg.Explainer.from_edit(model, pg.Edit(selector=None)).edit.is_plain
+
+
+def test_without_a_selector_rules_still_apply_where_they_are_asked_for():
+    model = small_network()
+    with pg.ParchGrad(model, None, gates=2):
+        expected = PLAIN["gradient"](model)
+    assert torch.equal(pg.Explainer(model, None, gates=2).attribute(INPUTS, TARGETS), expected)
+    assert not torch.allclose(expected, PLAIN["gradient"](model))
+
+
 def test_layers_are_those_of_the_block():
     model = small_network()
     assert pg.Explainer(model, pg.GradientEnergy(), layers="all").layers == ("0", "2")
+    assert pg.Explainer(model).layers == pg.Explainer(model, pg.GradientEnergy()).layers == ("2",)
+    assert pg.Explainer(model, layers=1.0).layers == ("0", "2")
     assert pg.Explainer(model, None).layers == ()
 
 
@@ -368,4 +418,6 @@ def test_an_explainer_says_what_it_is():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
     assert repr(pg.Explainer(model, None, method="smoothgrad")) == "Explainer(Sequential, smoothgrad, plain)"
     edited = pg.Explainer(model, pg.GradientEnergy(quantile=0.2), method="integrated_gradients")
-    assert repr(edited) == "Explainer(Sequential, integrated_gradients, GradientEnergy(quantile=0.2), 1 layers)"
+    assert repr(edited) == (
+        "Explainer(Sequential, integrated_gradients, GradientEnergy(quantile=0.2, softness=0.5), 1 layers)"
+    )

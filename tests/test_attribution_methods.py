@@ -79,6 +79,11 @@ def networks():
     return found
 
 
+def published(statistics, kind=pg.ClassWise, quantile=0.5):
+    """A selector of the published method: a hard cut, with the true derivatives around it."""
+    return kind(statistics, quantile=quantile, softness=0)
+
+
 @pytest.fixture
 def _loading(monkeypatch, networks):
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: networks[name])
@@ -131,14 +136,14 @@ def test_the_published_snippet(networks, tmp_path, encoder, source, method):
     assert model is networks[name]
     plain = seeded_gradient(model, x, 3)
     selector = {
-        "cls": pg.ClassWise(statistics, alpha=0.4),
-        "ins": pg.InstanceWise(statistics, alpha=0.4),
+        "cls": pg.ClassWise(statistics, alpha=0.4, softness=0),
+        "ins": pg.InstanceWise(statistics, alpha=0.4, softness=0),
         "normal": None,
     }[method]
     expected = plain
     if selector is not None:
         layers = published_choice(encoder, model) if encoder != "resnet18" else ["layer[34].*.conv?"]
-        with pg.ParchGrad(model, selector, layers=layers):
+        with pg.ParchGrad(model, selector, layers=layers, conserve="independent"):
             expected = seeded_gradient(model, x, 3)
         assert (expected - plain).abs().max() > 0.01 * plain.abs().max()
     assert plain.abs().max() > 0
@@ -192,8 +197,7 @@ def test_every_combination_of_the_switches(wrapper, x, switches, setting):
         exact_variance=exact,
         gamma_infinity=infinite,
     )
-    selector = pg.ClassWise(STATISTICS, quantile=0.5)
-    with pg.ParchGrad(wrapper.model, selector, layers=LAYERS, gamma=gamma, conserve=conserve):
+    with pg.ParchGrad(wrapper.model, published(STATISTICS), layers=LAYERS, gamma=gamma, conserve=conserve):
         expected = seeded_gradient(wrapper.model, x, 2)
     assert torch.equal(found, expected.abs().mean(0))
 
@@ -212,7 +216,7 @@ def test_the_switches_differ(wrapper, x):
 
 def test_a_finite_gamma_of_ones_own(wrapper, x):
     found = get_input_attrib("grad")(wrapper, x, 2, quantile=0.5, gamma_infinity=False, gamma=4.0)
-    with pg.ParchGrad(wrapper.model, pg.ClassWise(STATISTICS, quantile=0.5), layers=LAYERS, gamma=4.0):
+    with pg.ParchGrad(wrapper.model, published(STATISTICS), layers=LAYERS, gamma=4.0, conserve="independent"):
         expected = seeded_gradient(wrapper.model, x, 2)
     assert torch.equal(found, expected.abs().mean(0))
     unread = get_input_attrib("grad")(wrapper, x, 2, quantile=0.5, gamma=4.0)
@@ -240,7 +244,7 @@ def test_defaults_are_those_of_the_research_code(wrapper, x):
 
 def test_channels_of_another_class(wrapper, x):
     found = get_input_attrib("grad")(wrapper, x, torch.tensor([2]), cls=torch.tensor([4]), quantile=0.5)
-    with pg.ParchGrad(wrapper.model, pg.ClassWise(STATISTICS, quantile=0.5), layers=LAYERS, target=4):
+    with pg.ParchGrad(wrapper.model, published(STATISTICS), layers=LAYERS, target=4, conserve="independent"):
         expected = seeded_gradient(wrapper.model, x, 2)
     assert torch.equal(found, expected.abs().mean(0))
     assert not torch.allclose(found, get_input_attrib("grad")(wrapper, x, 2, quantile=0.5))
@@ -282,8 +286,8 @@ def test_every_method(wrapper, x, name, method, tmp_path):
     found = get_input_attrib(name)(wrapper, x, torch.tensor([1]), quantile=0.5)
     expected = independent_map(name, wrapper.model, x, 1)
     if method != "normal":
-        selector = (pg.ClassWise if method == "cls" else pg.InstanceWise)(STATISTICS, quantile=0.5)
-        with pg.ParchGrad(wrapper.model, selector, layers=LAYERS):
+        selector = published(STATISTICS, pg.ClassWise if method == "cls" else pg.InstanceWise)
+        with pg.ParchGrad(wrapper.model, selector, layers=LAYERS, conserve="independent"):
             expected = independent_map(name, wrapper.model, x, 1)
     torch.testing.assert_close(found, expected.abs().mean(0), rtol=1e-6, atol=1e-12)
 
@@ -291,9 +295,7 @@ def test_every_method(wrapper, x, name, method, tmp_path):
 @pytest.mark.parametrize("name", ["grad", "inputgrad"])
 def test_one_pass_is_the_new_map_times_the_probability(wrapper, x, name):
     method = {"grad": "gradient", "inputgrad": "input_x_gradient"}[name]
-    explainer = pg.Explainer(
-        wrapper.model, pg.ClassWise(STATISTICS, quantile=0.5), layers=LAYERS, method=method, conserve="exact"
-    )
+    explainer = pg.Explainer(wrapper.model, published(STATISTICS), layers=LAYERS, method=method, conserve="exact")
     probability = wrapper.model(x.unsqueeze(0)).softmax(1)[0, 3].detach()
     expected = probability * pg.heatmap(explainer.attribute(x.unsqueeze(0), target=3))[0]
     found = get_input_attrib(name)(wrapper, x, 3, quantile=0.5, exact_variance=True)
@@ -357,7 +359,7 @@ def test_half_precision_and_another_size(tmp_path):
     x = torch.randn(3, 9, 13, dtype=torch.bfloat16)
     found = get_input_attrib("grad")(wrapper, x, torch.tensor(2), quantile=0.5)
     assert found.dtype == torch.bfloat16
-    with pg.ParchGrad(model, pg.InstanceWise(STATISTICS, quantile=0.5), layers=LAYERS):
+    with pg.ParchGrad(model, published(STATISTICS, pg.InstanceWise), layers=LAYERS, conserve="independent"):
         expected = seeded_gradient(model, x, 2)
     torch.testing.assert_close(found, expected.abs().mean(0))
 
@@ -441,7 +443,8 @@ def test_inception_without_its_auxiliary_head(monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = get_input_attrib("grad")(wrapper, x, 4, quantile=0.3)
-    with pg.ParchGrad(model, pg.ClassWise(statistics, quantile=0.3)):
+    selector = published(statistics, quantile=0.3)
+    with pg.ParchGrad(model, selector, layers=0.5, conserve="independent"):
         expected = seeded_gradient(model, x, 4)
     assert expected.abs().max() > 0
     torch.testing.assert_close(found, expected.abs().mean(0), rtol=1e-5, atol=0)

@@ -12,14 +12,17 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
+from typer.main import get_command
 
 import parchgrad
 from parchgrad import models
-from parchgrad.cli import main
+from parchgrad.cli import app, main
 from parchgrad.cli.shared import interrupted_by_signals
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.runs import read_rows
+from parchgrad.evaluation.settings import Grid
 from parchgrad.models import Classifier, Preprocessing
+from parchgrad.selection import default_edit, default_setting
 from parchgrad.visual import save_figure
 from parchgrad.visual.sweeps import quantile_sweep
 from tests.evaluation.test_runs import close, comparable, order
@@ -44,18 +47,70 @@ def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):
     out = tmp_path / "out"
     options = ["--target", "cup", "--quantile", "0.2", "--layers", "blocks.5.*,conv_head", "--gamma", "3"]
     options += ["--conserve", "exact", "--selector", "activation", "--method", "input_x_gradient", "--out", out]
+    options += ["--softness", "0.25", "--gates", "2", "--no-antialias"]
     code, printed, _ = run(capsys, "explain", coffee, *options)
     assert code == 0
     assert "cup" in printed
     assert "espresso 9" in printed
     assert sorted(path.name for path in out.iterdir()) == ["coffee.json", "coffee.npy", "coffee.png"]
     settings = json.loads((out / "coffee.json").read_text())["settings"]
-    assert settings["selector"] == {"name": "GradientTimesActivation", "quantile": 0.2}
+    assert settings["selector"] == {"name": "GradientTimesActivation", "quantile": 0.2, "softness": 0.25}
+    assert (settings["gates"], settings["antialias"]) == (2.0, False)
     assert settings["layers_choice"] == ["blocks.5.*", "conv_head"]
     assert settings["layers"][-1] == "conv_head"
     assert (settings["gamma"], settings["conserve"], settings["method"]) == (3.0, "exact", "input_x_gradient")
     assert (settings["model"], settings["target_choice"]) == ("efficientnet_lite0", 968)
     assert np.load(out / "coffee.npy").shape == (3, 224, 224)
+
+
+def test_the_default_is_the_best_setting(capsys, coffee, tmp_path):
+    code, printed, said = run(capsys, "explain", coffee, "--stability", "--out", tmp_path / "out")
+    assert (code, "Warning" in said) == (0, False)
+    assert "36 of 49 convolutions edited" in printed
+    classifier = models.load_model("efficientnet_lite0")
+    explainer = parchgrad.Explainer(classifier.model)
+    inputs = classifier.preprocess(Image.fromarray(data.coffee())).unsqueeze(0)
+    found, expected = np.load(tmp_path / "out" / "coffee.npy"), explainer.attribute(inputs)[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    manifest = json.loads((tmp_path / "out" / "coffee.json").read_text())
+    assert manifest["stability"]["cosine"] == pytest.approx(explainer.stability(inputs).item(), abs=1e-4)
+    (row,) = (line for line in printed.splitlines() if line.startswith("coffee.png"))
+    assert f"{manifest['stability']['cosine']:.2f}" in row.split()
+
+
+def test_the_published_method_is_one_command_away(capsys, coffee, tmp_path):
+    options = ["--selector", "class", "--layers", "published", "--softness", "0", "--conserve", "independent"]
+    assert run(capsys, "explain", coffee, *options, "--out", tmp_path / "out")[0] == 0
+    classifier = models.load_model("efficientnet_lite0")
+    held = parchgrad.ChannelStatistics.bundled("efficientnet_lite0")
+    selector = parchgrad.ClassWise(held, quantile=0.1, softness=0)
+    names = ["blocks.5.0.conv_dw", "blocks.6.0.conv_dw", "conv_head"]
+    explainer = parchgrad.Explainer(
+        classifier.model, selector, layers=names, conserve="independent", gates=0.0, antialias=False
+    )
+    expected = explainer.attribute(classifier.preprocess(Image.fromarray(data.coffee())).unsqueeze(0))[0].numpy()
+    found = np.load(tmp_path / "out" / "coffee.npy")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    settings = json.loads((tmp_path / "out" / "coffee.json").read_text())["settings"]
+    assert (settings["layers"], settings["layers_choice"]) == (names, "published")
+    code, _, said = run(
+        capsys, "explain", coffee, "--model", "shapes", "--layers", "published", "--out", tmp_path / "a"
+    )
+    assert (code, "The paper has no layer set" in said) == (2, True)
+
+
+def test_an_unstable_map_comes_with_a_warning(capsys, coffee, tmp_path):
+    hard = ["--selector", "energy", "--layers", "all", "--softness", "0", "--conserve", "independent"]
+    code, printed, said = run(capsys, "explain", coffee, *hard, "--stability", "--out", tmp_path / "out")
+    assert code == 0
+    cosine = json.loads((tmp_path / "out" / "coffee.json").read_text())["stability"]["cosine"]
+    assert 0 < cosine < 0.5
+    assert f"{cosine:.2f}" in printed
+    assert said.startswith("Warning: 1 of 1 maps (coffee.png) have a stability below 0.5.")
+    assert said.count("\n") == 1
+    # Unless it is asked for, nothing is measured.
+    code, printed, said = run(capsys, "explain", coffee, *hard, "--out", tmp_path / "out", "--force")
+    assert (code, "stability" in printed, said) == (0, False, "")
 
 
 def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_path):
@@ -92,6 +147,9 @@ def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_p
         (["--method", "GradientShap"], "needs the option 'baselines'"),
         (["--selector", "magic"], "'energy'"),
         (["--conserve", "magic"], "'exact'"),
+        (["--softness", "2"], "softness is 2.0"),
+        (["--gates", "-1"], "gates is -1.0"),
+        (["--layers", "default"], "'default' matches none"),
     ],
 )
 def test_bad_options_are_one_sentence_and_write_nothing(capsys, coffee, tmp_path, options, words):
@@ -166,10 +224,11 @@ def test_demo(capsys, tmp_path):
     assert code == 0
     rows = [line.split() for line in printed.splitlines()]
     for category in ("espresso", "tripod", "moped", "mean"):
-        gradient, class_wise, energy, evidence = next(
+        gradient, best, energy, class_wise = next(
             [float(share) for share in row[1:]] for row in rows if row[:1] == [category]
         )
-        assert min(class_wise, energy, evidence) > gradient
+        assert min(energy, class_wise) > gradient
+        assert best > max(0.95, energy, class_wise)
     page = (out / "index.html").read_text()
     # Self-contained: nothing is fetched, every picture is in the page.
     assert page.count("data:image/jpeg;base64,") == 4 * 5 + 1 + 4 * 4
@@ -204,7 +263,7 @@ def test_photographs_are_explained_a_few_at_a_time(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(explanation, "explain_images", stop)
     code, _, said = run(capsys, "explain", *images, *options, tmp_path / "stopped")
     assert (code, held) == (130, [8, 8, 3])
-    assert "Stopped. 16 of 19 photographs are explained in" in said
+    assert "Stopped. 16 of 19 images are explained in" in said
     assert len([*(tmp_path / "stopped").glob("*.npy")]) == 16
 
 
@@ -401,7 +460,7 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
     ("arguments", "words"),
     [
         (["explain", "coffee.png", "--selector", "class", "--model", "resnet18"], "with this package for 'resnet18'"),
-        (["explain", "coffee.png", "--statistics", "x"], "the selector energy uses none"),
+        (["explain", "coffee.png", "--statistics", "x"], "the selector evidence uses none"),
         (["explain", "coffee.png", "--selector", "class", "--statistics", "none"], "There is no statistics file"),
         (["explain", "coffee.png", "--device", "gpu"], "The device 'gpu' cannot be used"),
         (["explain", "coffee.png", "--device", "meta"], "The device 'meta' cannot be used"),
@@ -412,7 +471,7 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
         (["stats", "collect", "--data", ".", "-o", "coffee.png"], "exists already"),
         (["stats", "collect", "--data", ".", "--labels", "predicted", "--batch-size", "0", "-o", "x"], "size is 0"),
         (["stats", "show", "coffee.png"], "cannot be read as channel statistics"),
-        (["stats", "import-pickles", ".", "--model", "resnet18", "-o", "x"], "cannot be read (No such file"),
+        (["stats", "import-pickles", ".", "--model", "resnet18", "-o", "x"], "cls_p_values.pkl"),
     ],
 )  # fmt: skip
 def test_mistakes_with_statistics_are_one_sentence(capsys, coffee, monkeypatch, arguments, words):
@@ -450,7 +509,7 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
     code, printed, _ = run(capsys, "report", "runs/efficientnet_lite0", "--out", "report", "--score", "gini")
     assert code == 0
     assert "efficientnet_lite0, 3 images" in printed
-    assert "gradient, energy 0.1, conv_head layers" in printed
+    assert "gradient, evidence 0.1, conv_head layers" in printed
     assert sorted(path.name for path in Path("report").iterdir()) == ["report.csv", "report.html", "report.md"]
     for arguments, words in (
         (("report", "runs/efficientnet_lite0", "--out", "report"), "exists already"),
@@ -481,6 +540,7 @@ def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch)
         '[data]\nname = "imagenet"\nroot = "photos"\nannotations = "boxes"\ncount = 9\nmosaics = 4\n'
         '[grid]\nmethods = ["smoothgrad", "Saliency"]\nselectors = ["none", "class"]\nquantiles = [0.2, 0.3]\n'
         'layers = ["all", 0.5, "conv1", ["layer3.*", "layer4.*"]]\ngammas = [inf, 2]\nconserves = ["exact", "none"]\n'
+        "softnesses = [0, 0.5]\ngates = [0, 2]\nantialiases = [true, false]\n"
         '[scores]\nfamilies = ["sparsity", "insertion"]\n'
     )
     flags = shlex.split(
@@ -488,7 +548,8 @@ def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch)
         "--data imagenet --root photos --annotations boxes --count 9 --mosaics 4 "
         "--method smoothgrad --method Saliency --selector none --selector class --quantile 0.2 --quantile 0.3 "
         "--layers all --layers 0.5 --layers conv1 --layers layer3.*,layer4.* --gamma inf --gamma 2 "
-        "--conserve exact --conserve none --scores sparsity --scores insertion"
+        "--conserve exact --conserve none --softness 0 --softness 0.5 --gates 0 --gates 2 --antialias --no-antialias "
+        "--scores sparsity --scores insertion"
     )
     Path("other.toml").write_text(
         'model = "vgg16"\n[data]\nname = "shapes"\ncount = 1\n[grid]\nmethods = ["IntegratedGradients"]\n'
@@ -497,6 +558,22 @@ def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch)
         code, _, said = run(capsys, "evaluate", *arguments)
         assert code == 0, said
     assert asked[0] == asked[1] == asked[2]
+
+
+def test_the_help_of_evaluate_says_the_defaults():
+    command = get_command(app).commands["evaluate"]
+    shown = {parameter.name: getattr(parameter, "show_default", None) for parameter in command.params}
+    energy, evidence = (default_edit(name) for name in ("energy", "evidence"))
+    softness, other = (default_setting(name, "softness") for name in ("energy", "evidence"))
+    assert shown["selector"] == Grid().selectors[0] == "evidence"
+    assert {default_setting(name, "quantile") for name in ("energy", "evidence", "class")} == {float(shown["quantile"])}
+    assert shown["softness"] == f"{softness:g}, for evidence {other:g}"
+    assert shown["layers"] == f"{energy.layers:g}, for evidence {evidence.layers:g}"
+    assert shown["conserve"] == energy.conserve == evidence.conserve
+    assert (
+        shown["gates"] == f"{energy.gates:g}, for evidence {evidence.gates:g}; 0 for a hard cut or without a selector"
+    )
+    assert shown["antialias"].startswith("on, and off") == energy.antialias == evidence.antialias
 
 
 @pytest.mark.slow
@@ -536,9 +613,8 @@ def test_a_sweep_is_a_panel_of_the_values(capsys, coffee, tmp_path):
     found = quantile_sweep(
         classifier,
         Image.fromarray(data.coffee()),
-        parchgrad.GradientEnergy(),
+        parchgrad.Edit(layers=0.25),
         quantiles=(0.5, 0.1),
-        layers=0.25,
         target=968,
     )
     for share in found.kept:
@@ -565,29 +641,32 @@ def test_a_sweep_over_alpha_needs_a_selector_that_has_one(capsys, coffee, tmp_pa
 def test_every_option_of_a_sweep_reaches_it(capsys, coffee, tmp_path, monkeypatch):
     asked = {}
 
-    def swept(classifier, photograph, selector, **edit):
-        asked.update(edit, selector=selector)
+    def swept(classifier, image, edit, **others):
+        asked.update(others, **vars(edit))
         raise SettingError("Stop here.")
 
     monkeypatch.setattr("parchgrad.visual.sweeps.quantile_sweep", swept)
     options = ["--selector", "activation", "--values", "0.4,0.2", "--layers", "all", "--gamma", "3"]
     options += ["--conserve", "exact", "--method", "smoothgrad", "--target", "1", "--model", "shapes"]
+    options += ["--softness", "0.25", "--gates", "2", "--no-antialias"]
     for command in ("sweep", "animate"):
         asked.clear()
         assert run(capsys, command, coffee, *options, "--out", tmp_path / "out")[0] == 2
-        assert isinstance(asked.pop("selector"), parchgrad.GradientTimesActivation)
         assert asked == {
+            "selector": parchgrad.GradientTimesActivation(softness=0.25),
             "quantiles": (0.4, 0.2),
             "layers": "all",
             "gamma": 3.0,
             "conserve": "exact",
+            "gates": 2.0,
+            "antialias": False,
             "method": "smoothgrad",
             "target": 1,
         }
 
 
 def test_a_selector_has_its_own_share_unless_told(capsys, coffee, tmp_path):
-    for place, (options, share) in enumerate(((["--quantile", "0.3"], 0.3), ([], 0.2))):
+    for place, (options, share) in enumerate(((["--quantile", "0.3"], 0.3), ([], 0.1))):
         out = tmp_path / str(place)
         assert (
             run(capsys, "explain", coffee, "--selector", "evidence", "--model", "shapes", *options, "--out", out)[0]
@@ -599,8 +678,7 @@ def test_a_selector_has_its_own_share_unless_told(capsys, coffee, tmp_path):
 def test_a_second_panel_shows_signs(capsys, coffee, tmp_path):
     code, printed, _ = run(capsys, "explain", coffee, "--signed", "--out", tmp_path / "out")
     assert code == 0
-    assert "3 of 49 convolutions edited" in printed
-    assert "--layers 0.5 or 0.75" in printed
+    assert "36 of 49 convolutions edited" in printed
     with (
         Image.open(tmp_path / "out" / "coffee-signed.png") as signed,
         Image.open(tmp_path / "out" / "coffee.png") as own,

@@ -39,9 +39,12 @@ mosaics = 4
 methods = ["gradient", "smoothgrad"]
 selectors = ["none", "class"]
 quantiles = [0.1, 0.3]
-layers = ["default", 0.5, ["layer4.*", "layer3.*"]]
+softnesses = ["none", 0, 0.5]
+layers = ["none", "published", 0.5, ["layer4.*", "layer3.*"]]
 gammas = ["inf", 2]
-conserves = ["exact"]
+conserves = ["exact", "none"]
+gates = ["none", 0, 2.5]
+antialiases = [true, false]
 
 [scores]
 families = ["perturbation", "sparsity"]
@@ -68,9 +71,13 @@ def test_a_file_says_all_settings(tmp_path):
             methods=("gradient", "smoothgrad"),
             selectors=(None, "class"),
             quantiles=(0.1, 0.3),
-            layers=("default", 0.5, ("layer4.*", "layer3.*")),
+            softnesses=(None, 0.0, 0.5),
+            layers=(None, "published", 0.5, ("layer4.*", "layer3.*")),
             gammas=(math.inf, 2.0),
-            conserves=("exact",),
+            # "none" is a value of its own here.
+            conserves=("exact", "none"),
+            gates=(None, 0.0, 2.5),
+            antialiases=(True, False),
         ),
         scores=ScoreSettings(families=("perturbation", "sparsity"), ratios=(0.2, 0.4), replacement="blur"),
     )
@@ -98,9 +105,24 @@ def test_a_file_says_all_settings(tmp_path):
             '[0.1, "x"]',
             r"'quantiles' in \[grid\] is \[0\.1, 'x'\], .* a number or 'none' or a list of such\.",
         ),
-        ("layers = [", "layers = [true, ", "must be a text or a number or a list of such"),
+        ("layers = [", "layers = [true, ", "must be a text or a number or a list of such or 'none'"),
         ('"inf"', '"infinite"', r"'gammas' in \[grid\] is \['infinite', 2\]"),
-        ('"exact"', '"all"', r"'conserves' \(--conserve\) in \[grid\] .* must be one of independent, exact, none or a"),
+        (
+            '"exact"',
+            '"all"',
+            r"'conserves' \(--conserve\) in \[grid\] .* must be one of energy, independent, exact, none or a list of",
+        ),
+        (
+            "[true, false]",
+            '"on"',
+            r"'antialiases' in \[grid\] is 'on', but it must be true or false or 'none'",
+        ),
+        ("[true, false]", "1", r"'antialiases' in \[grid\] is 1, but"),
+        (
+            '["none", 0, 2.5]',
+            '"wide"',
+            r"'gates' in \[grid\] is 'wide', but it must be a number or 'none'",
+        ),
         ('"predicted"', '"best"', r"'target' \(--target\) in the file is 'best', .* one of label, predicted\."),
         ("[data]", "[data.more]", r"no setting 'more' in \[data\]"),
         ("[scores]", "[[scores]]", "must be a table"),

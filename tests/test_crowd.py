@@ -103,12 +103,12 @@ def test_a_network_that_takes_long_to_arrive_holds_up_nobody_else(url):
 
 def test_who_comes_to_a_full_queue_is_told(url):
     shows = next(item for item in httpx.get(f"{url}/config").json()["dependencies"] if item["api_name"] == "show")
-    of_user = [None] * (len(shows["inputs"]) - 11)
+    of_user = [None] * (len(shows["inputs"]) - 14)
     user, refused = User(url), None
     with httpx.Client(timeout=30) as client:
         for number in range(400):
             # Each is some work, which nobody has asked for before.
-            settings = [None, "", "energy", "smoothgrad", "all", 0.1 + number / 1000, True, 1, False, 1]
+            settings = [None, "", "energy", "all", 0.1 + number / 1000, 0.5, True, 1, 8, True, "smoothgrad", False, 1]
             message = {"fn_index": shows["id"], "session_hash": f"user {number}"}
             message["data"] = [*of_user, "shapes", *settings]
             answer = client.post(f"{url}/gradio_api/queue/join", json=message)

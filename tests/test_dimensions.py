@@ -17,8 +17,11 @@ from parchgrad.visual import normalise
 from tests import reference
 
 TARGETS = torch.tensor([1, 2])
+PUBLISHED = {"layers": "all", "conserve": "independent"}
+"""With a hard cut: the method as it was published."""
 SHAPES = {"signal": (3, 23), "volume": (2, 6, 5, 7)}
 QUANTILE = 0.35
+BY_ENERGY = pg.GradientEnergy(quantile=QUANTILE, softness=0)
 both = pytest.mark.parametrize("kind", SHAPES)
 
 
@@ -165,12 +168,20 @@ def test_the_slow_network_is_the_network(kind):
 @both
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"conserve": "exact"}, {"conserve": "none"}, {"gamma": 2.0}, {"gamma": 0.5, "conserve": "exact"}],
+    [
+        {"conserve": "independent"},
+        {"conserve": "energy"},
+        {"conserve": "exact"},
+        {"conserve": "none"},
+        {"gamma": 2.0, "conserve": "independent"},
+        {"gamma": 2.0, "conserve": "energy"},
+        {"gamma": 0.5, "conserve": "exact"},
+    ],
     ids=str,
 )
 def test_explainer(kind, settings):
     model, x = network(kind), batch(kind)
-    explainer = pg.Explainer(model, pg.GradientEnergy(quantile=QUANTILE), layers="all", **settings)
+    explainer = pg.Explainer(model, BY_ENERGY, layers="all", **settings)
     found = explainer.attribute(x, TARGETS)
     assert_same(found, expected(model, x, TARGETS, by_energy, **settings))
     assert (found - expected(model, x, TARGETS, everything)).abs().max() > 1e-3 * found.abs().max()
@@ -185,8 +196,7 @@ def test_one_layer_by_name_within_the_context(kind, dtype):
     wanted = expected(
         model, x, TARGETS, lambda name, gradient: (by_energy if name == "2" else everything)(name, gradient)
     )
-    selector = pg.GradientEnergy(quantile=QUANTILE)
-    with pg.ParchGrad(model.to(dtype), selector, layers=["2"]):
+    with pg.ParchGrad(model.to(dtype), BY_ENERGY, layers=["2"], conserve="independent"):
         found = captum.attr.Saliency(model).attribute(x.to(dtype).requires_grad_(), target=TARGETS, abs=False)
     error = (found.double() - wanted).abs().max() / wanted.abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 1e-12)
@@ -201,9 +211,7 @@ def test_integrated_gradients(kind):
         weight / 2 * expected(model, (node + 1) / 2 * x, TARGETS, by_energy)
         for node, weight in zip(nodes, weights, strict=True)
     ]
-    explainer = pg.Explainer(
-        model, pg.GradientEnergy(quantile=QUANTILE), layers="all", method="integrated_gradients", n_steps=3
-    )
+    explainer = pg.Explainer(model, BY_ENERGY, method="integrated_gradients", n_steps=3, **PUBLISHED)
     wanted = sum(parts) * x
     # Captum holds nodes and weights in single precision.
     assert (explainer.attribute(x, TARGETS) - wanted).abs().max() < 1e-6 * wanted.abs().max()
@@ -229,8 +237,8 @@ def test_statistics_and_the_channels_that_they_choose(kind):
             assert np.isfinite(p).all()
             np.testing.assert_allclose(found.class_log_p()[:, target], np.log(p), rtol=1e-9)
             chosen[name, target] = reference.best_channels((-np.log(p)).tolist(), QUANTILE)
-    selector = pg.ClassWise(statistics, quantile=QUANTILE, normality_threshold=None)
-    found = pg.Explainer(model, selector, layers="all").attribute(x, TARGETS)
+    selector = pg.ClassWise(statistics, quantile=QUANTILE, softness=0, normality_threshold=None)
+    found = pg.Explainer(model, selector, **PUBLISHED).attribute(x, TARGETS)
     rows = [
         expected(model, x[row : row + 1], TARGETS[row : row + 1], lambda name, _, at=target: chosen[name, at])
         for row, target in enumerate(TARGETS.tolist())
@@ -260,7 +268,7 @@ def test_segmentation_of_signals_and_volumes(kind, own_region):
         gradient = np.where(second.reshape(len(second), -1) > 0, np.outer(weight[1], region), 0.0)
         maps.append(slow.seeded(row, first, gradient.reshape(second.shape), by_energy))
     region = torch.arange(scores.shape[1]).reshape(second.shape[1:]) % 3 == 1
-    explainer = pg.Explainer(segmenter, pg.GradientEnergy(quantile=QUANTILE), layers=["0", "2"])
+    explainer = pg.Explainer(segmenter, BY_ENERGY, layers=["0", "2"], conserve="independent")
     found = explainer.attribute(x, pg.RegionScore(target=1, mask=region if own_region else None))
     assert_same(found, torch.from_numpy(np.stack(maps)))
 

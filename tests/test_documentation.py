@@ -111,12 +111,10 @@ def test_the_call_for_a_segmentation_network_serves_deeplab_too():
     assert not torch.allclose(edited, plain)
 
 
-def test_default_layers_of_a_network_with_an_auxiliary_head_are_those_that_the_page_names():
+def test_the_patterns_of_the_page_leave_out_the_heads():
     network = fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
-    chosen = list(parchgrad.choose_layers(network))
-    assert chosen[-2:] == ["classifier.4", "aux_classifier.0"]
-    assert list(parchgrad.find_convolutions(network))[-1] == "aux_classifier.4"
     patterns = parchgrad.choose_layers(network, ["*.layer3.*", "*.layer4.*"])
+    assert patterns
     assert not [name for name in patterns if "classifier" in name]
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import contextvars
 import copy
+import functools
 import gc
 import math
 import threading
@@ -9,13 +10,14 @@ import weakref
 from types import SimpleNamespace
 
 import captum.attr
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
-from parchgrad import engine
+from parchgrad import engine, rules
 from parchgrad.engine import plain_gradients, read_classes
 from parchgrad.errors import (
     InputError,
@@ -104,9 +106,14 @@ CHAINS = {
 }
 
 
+WAYS = [(math.inf, "energy"), (math.inf, "independent"), (math.inf, "exact"), (1.5, "independent"), (1.5, "energy")]
+TRUE = {"gates": 0, "antialias": False}
+"""The true derivatives around the edited convolutions."""
+
+
 @pytest.mark.parametrize("kind", CHAINS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "unfrozen"])
-@pytest.mark.parametrize(("gamma", "conserve"), [(math.inf, "independent"), (math.inf, "exact"), (1.5, "independent")])
+@pytest.mark.parametrize(("gamma", "conserve"), WAYS)
 def test_equals_the_chain_rule_by_hand(kind, frozen, gamma, conserve):
     convolutions = CHAINS[kind]()
     dimensions = len(convolutions[0].kernel_size)
@@ -114,7 +121,7 @@ def test_equals_the_chain_rule_by_hand(kind, frozen, gamma, conserve):
     size = functional.relu(nn.Sequential(*convolutions)(x.float())).flatten(2).shape[2]
     model, stages = staged(*convolutions, spatial_size=size)
     model.requires_grad_(not frozen)
-    with pg.ParchGrad(model, PinnedChannels(), layers="all", gamma=gamma, conserve=conserve):
+    with pg.ParchGrad(model, PinnedChannels(), layers="all", gamma=gamma, conserve=conserve, **TRUE):
         found = input_gradient(model, x)
     expected = staged_gradient(stages, x, gamma=gamma, conserve=conserve)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
@@ -124,23 +131,23 @@ def test_equals_the_chain_rule_by_hand(kind, frozen, gamma, conserve):
 def ramp(gradient):
     """Weights that differ at every position of every row."""
     shape = (len(gradient), *gradient.shape[2:])
-    return torch.linspace(0.1, 2, math.prod(shape), dtype=gradient.dtype).reshape(shape)
+    return torch.linspace(0.1, 1, math.prod(shape), dtype=gradient.dtype).reshape(shape)
 
 
 class PinnedPositions(PinnedChannels):
-    def partition(self, signal):
-        return Selection(channel_mask=self.select(signal), position_weights=ramp(signal.gradient))
+    def select(self, signal):
+        return Selection(channel_weights=super().select(signal), position_weights=ramp(signal.gradient))
 
 
 @pytest.mark.parametrize("kind", ["plain", "strided", "depthwise", "reflect", "one position", "signal", "volume"])
-@pytest.mark.parametrize(("gamma", "conserve"), [(math.inf, "independent"), (math.inf, "exact"), (1.5, "independent")])
+@pytest.mark.parametrize(("gamma", "conserve"), WAYS)
 def test_positions_are_weighed_before_the_channels_are_partitioned(kind, gamma, conserve):
     convolutions = CHAINS[kind]()
     dimensions = len(convolutions[0].kernel_size)
     x = torch.randn(2, 3, *[6, 6, 6][:dimensions], dtype=torch.float64)
     size = functional.relu(nn.Sequential(*convolutions)(x.float())).flatten(2).shape[2]
     model, stages = staged(*convolutions, spatial_size=size)
-    with pg.ParchGrad(model, PinnedPositions(), layers="all", gamma=gamma, conserve=conserve):
+    with pg.ParchGrad(model, PinnedPositions(), layers="all", gamma=gamma, conserve=conserve, **TRUE):
         found = input_gradient(model, x)
     expected = staged_gradient(stages, x, gamma=gamma, conserve=conserve, weigh=ramp)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
@@ -149,13 +156,25 @@ def test_positions_are_weighed_before_the_channels_are_partitioned(kind, gamma, 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (8, 8), (1, 8, 8), (2, 5, 5), (2, 1, 8, 8)])
 def test_position_weights_that_do_not_fit(network, shape):
     class Misfit(PinnedChannels):
-        def partition(self, signal):
-            return Selection(channel_mask=self.select(signal), position_weights=torch.ones(shape))
+        def select(self, signal):
+            return Selection(channel_weights=super().select(signal), position_weights=torch.ones(shape))
 
     with (
         pg.ParchGrad(network, Misfit(), layers="all"),
         pytest.raises(SettingError, match=r"position_weights is torch\.float32 of shape"),
     ):
+        input_gradient(network, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.ones(2, 5), torch.ones(6), torch.ones(2, 6).long(), torch.ones(1, 6), torch.ones(2, 6, 1), "all"]
+)
+def test_channel_weights_that_do_not_fit(network, weights):
+    class Misfit(pg.Selector):
+        def select(self, signal):
+            return weights
+
+    with pg.ParchGrad(network, Misfit(), layers="all"), pytest.raises(SettingError, match="channel_weights"):
         input_gradient(network, torch.randn(2, 3, 8, 8, dtype=torch.float64))
 
 
@@ -202,7 +221,7 @@ def test_residual_branches_in_place_additions_and_a_convolution_used_twice():
     expected = torch.autograd.grad(model.head(value.mean((2, 3)))[:, 1].sum(), leaf)[0]
 
     selector = PinnedChannels()
-    with pg.ParchGrad(model, selector, layers="all"):
+    with pg.ParchGrad(model, selector, layers="all", **TRUE):
         found = input_gradient(model, x, target=1)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
     assert [signal.layer for signal in selector.seen] == ["body", "body", "stem"]
@@ -210,9 +229,14 @@ def test_residual_branches_in_place_additions_and_a_convolution_used_twice():
 
 def test_all_channels_kept_is_the_plain_gradient_bit_for_bit(network):
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    with pg.ParchGrad(network, pg.GradientEnergy(quantile=1.0), layers="all"):
-        found = input_gradient(network, x)
-    assert torch.equal(found, input_gradient(network, x))
+    for selector in (
+        pg.GradientEnergy(quantile=1.0, softness=0),
+        pg.FixedChannels({name: torch.ones(6) for name in ("0", "2")}),
+        None,
+    ):
+        with pg.ParchGrad(network, selector, layers="all", **TRUE):
+            found = input_gradient(network, x)
+        assert torch.equal(found, input_gradient(network, x))
 
 
 def test_seed_scaled_by_a_constant_scales_the_map(network):
@@ -223,11 +247,12 @@ def test_seed_scaled_by_a_constant_scales_the_map(network):
         (torch.float32, 2.0**-70, 0.0),
     ]:
         network, x = network.to(dtype), torch.randn(2, 3, 8, 8, dtype=dtype, requires_grad=True)
-        with pg.ParchGrad(network, pg.GradientEnergy(quantile=0.3), layers="all"):
-            score = network(x)[:, 2].sum()
-            found = torch.autograd.grad(score, x, retain_graph=True)[0]
-            scaled = torch.autograd.grad(scale * score, x)[0]
-        assert (scaled / scale - found).abs().max() <= tolerance * found.abs().max()
+        for selector in (pg.GradientEnergy(quantile=0.3), pg.GradientEnergy(quantile=0.3, softness=0), pg.Evidence()):
+            with pg.ParchGrad(network, selector, layers="all"):
+                score = network(x)[:, 2].sum()
+                found = torch.autograd.grad(score, x, retain_graph=True)[0]
+                scaled = torch.autograd.grad(scale * score, x)[0]
+            assert (scaled / scale - found).abs().max() <= tolerance * found.abs().max()
 
 
 # The class of each row
@@ -257,7 +282,8 @@ METHODS = {
 }
 
 
-# GuidedGradCam's own notice that it sets hooks.
+# GuidedGradCam's own notice that it sets hooks, and the engine's that it therefore leaves the rectifiers alone.
+@pytest.mark.filterwarnings("ignore:Soft gates are off")
 @pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")
 @pytest.mark.parametrize("method", METHODS)
 def test_classes_are_read_off_whatever_the_method_expands(network, method):
@@ -299,7 +325,10 @@ def test_target_overrides_the_class(network):
 def test_class_wise_and_instance_wise_equal_their_masks_given_by_hand(network):
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     statistics = random_statistics({"0": 6, "2": 6})
-    for selector in (pg.ClassWise(statistics, quantile=0.4), pg.InstanceWise(statistics, quantile=0.4)):
+    for selector in (
+        pg.ClassWise(statistics, quantile=0.4, softness=0),
+        pg.InstanceWise(statistics, quantile=0.4, softness=0),
+    ):
         with pg.ParchGrad(network, selector, layers="all"):
             found = input_gradient(network, x, target=3)
         outputs = {"0": network[0](x), "2": network[2](functional.relu(network[0](x)))}
@@ -312,7 +341,7 @@ def test_class_wise_and_instance_wise_equal_their_masks_given_by_hand(network):
                 scores = ((output.clamp(min=0).mean((2, 3)) - layer.mean) / layer.std).tolist()
             kept = [reference.best_channels(row, 0.4) for row in scores]
             masks[name] = torch.tensor([[channel in row for channel in range(6)] for row in kept])
-        with pg.ParchGrad(network, pg.FixedChannels(masks), layers="all"):
+        with pg.ParchGrad(network, pg.FixedChannels(masks), layers="all", **TRUE):
             expected = input_gradient(network, x, target=3)
         assert torch.equal(found, expected)
 
@@ -351,11 +380,11 @@ def test_targets_that_do_not_fit(network):
 
 def test_no_class_without_the_models_output(network):
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    with pg.ParchGrad(network, PinnedChannels(needs_class=True)):
+    with pg.ParchGrad(network, PinnedChannels(needs_class=True), **TRUE):
         part = network[:3](x).sum()
         with pytest.raises(TargetError, match="did not start from the model's output"):
             part.backward()
-    with pg.ParchGrad(network, PinnedChannels(needs_class=True), target=1):
+    with pg.ParchGrad(network, PinnedChannels(needs_class=True), target=1, **TRUE):
         network[:3](x).sum().backward()
 
 
@@ -389,6 +418,11 @@ def test_second_derivatives_are_refused(network):
         pg.ParchGrad(network, PinnedChannels(), layers="all"),
     ):
         torch.autograd.grad(network(x).sum(), x, create_graph=True)
+    # Of the rules alone as well.
+    for settings in ({"gates": 2}, {"antialias": True}):
+        model, x = strided_network(), torch.randn(1, 3, 17, 15, dtype=torch.float64, requires_grad=True)
+        with pytest.raises(SettingError, match="create_graph=True"), pg.ParchGrad(model, None, **settings):
+            torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
 def test_the_class_of_an_earlier_backward_pass_is_not_reused(network):
@@ -417,7 +451,7 @@ def test_the_edit_is_in_what_passes_on_to_the_input(kind):
 
     plain, kept = {layer: at(layer) for layer in (0, 2)}, []
     handle = model[2].register_forward_hook(earlier_hook)
-    with pg.ParchGrad(model, PinnedChannels(), layers=["2"]):
+    with pg.ParchGrad(model, PinnedChannels(), layers=["2"], **TRUE):
         torch.testing.assert_close(at(2), plain[2])
         assert not torch.allclose(at(0), plain[0])
         # A hook from before the block sees the tensor that takes part.
@@ -467,11 +501,11 @@ def test_what_other_hooks_put_in_place_is_not_lost(network, doubled):
     handle = nn.modules.module.register_module_forward_hook(doubled)
     try:
         expected = input_gradient(network, x)
-        with pg.ParchGrad(network, selector, layers="all"):
+        with pg.ParchGrad(network, selector, layers="all", **TRUE):
             torch.testing.assert_close(input_gradient(network, x), expected)
     finally:
         handle.remove()
-    with pg.ParchGrad(network, selector, layers="all"):
+    with pg.ParchGrad(network, selector, layers="all", **TRUE):
         handles = [network[index].register_forward_hook(doubled, prepend=True) for index in (0, 2)]
         torch.testing.assert_close(input_gradient(network, x), expected)
         for handle in handles:
@@ -496,7 +530,7 @@ def test_chosen_layers_that_were_never_called_are_named(network):
     with pg.ParchGrad(model, PinnedChannels(), layers=["network.*"]):
         torch.testing.assert_close(input_gradient(model, x), found)
     # A part of the model alone is no pass of the model.
-    with pg.ParchGrad(model, PinnedChannels(), layers="all"):
+    with pg.ParchGrad(model, PinnedChannels(), layers="all", **TRUE):
         network[:2](x)
 
 
@@ -658,7 +692,7 @@ def test_a_block_in_which_the_model_is_not_called_warns(network):
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         compiled(x)
-    block = pg.ParchGrad(network, pg.GradientEnergy(), layers="all")
+    block = pg.ParchGrad(network, pg.GradientEnergy(), layers="all", **TRUE)
     with pytest.warns(ModelWarning, match="Nothing was edited, since Sequential was not called in this block"), block:
         pass
     # A compiled wrapper made before the block may run past its hooks; then it warns, and else it is edited.
@@ -683,7 +717,11 @@ def test_transforms_of_torch_func_are_refused(network):
         pg.ParchGrad(network, pg.GradientEnergy(), layers="all"),
     ):
         torch.func.vmap(lambda row: network(row.unsqueeze(0)))(x)
-    assert hooks(network) == 0
+    # Before any rules act, also where they come before the first chosen convolution, or without any.
+    for settings in ({"layers": ["2"]}, {"selector": None, "gates": 2}):
+        with pytest.raises(ModelError, match=r"torch\.func"), pg.ParchGrad(network, **settings):
+            torch.func.grad(lambda inputs: network(inputs)[:, 0].sum())(x)
+        assert nothing_is_left(network)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
@@ -825,7 +863,7 @@ def test_no_hook_is_left_and_the_model_is_what_it_was(selector, event):
             leaf.register_hook(raise_overflow)
             model(leaf).sum().backward()
         captum.attr.Saliency(model).attribute(x.requires_grad_(), target=99 if event == "bad target" else 1)
-    assert hooks(model) == 0
+    assert nothing_is_left(model)
     state, flags, parameters = snapshot(model)
     assert all(torch.equal(value, before[0][name]) for name, value in state.items())
     assert flags == before[1]
@@ -974,3 +1012,529 @@ def test_an_interrupted_entrance_leaves_no_hook(network, monkeypatch):
         pass
     monkeypatch.undo()
     assert hooks(network) == 0
+
+
+# Soft gates and smooth strides
+
+
+def strided_network(dtype=torch.float64):
+    """Strided convolutions and pooling, groups, and rectifiers of three kinds in place; for pictures of 17 x 15."""
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, stride=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(inplace=True),
+        nn.Conv2d(8, 8, (3, 2), stride=(1, 2), groups=2),
+        nn.LeakyReLU(0.1, inplace=True),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+    # So that some of ReLU6 is beyond its upper kink.
+    nn.init.uniform_(model[4].weight, 4, 8)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def on_the_way_back(values, change):
+    """The values, whose gradient is put through a function of arrays."""
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(_, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(_, gradient):
+            return torch.from_numpy(change(gradient.numpy()))
+
+    return Node.apply(values)
+
+
+def rectified_by_hand(module, values, width):
+    """The rectifier's value, with the reference's gate as its derivative."""
+    high = {nn.ReLU6: 6.0}.get(type(module), math.inf)
+    slope = getattr(module, "negative_slope", 0.0)
+    gates = [reference.gate(row, width, 0.0, high) for row in values.detach().flatten(1).tolist()]
+    derivative = slope + (1 - slope) * torch.tensor(gates, dtype=values.dtype).reshape(values.shape)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(_, values):
+            return module(values.clone())
+
+        @staticmethod
+        def backward(_, gradient):
+            return gradient * derivative
+
+    return Node.apply(values)
+
+
+def network_by_hand(model, value, selector, layers, gates, antialias, gamma=math.inf, conserve="energy"):
+    """A chain of modules, run with the reference's formulas on the way back."""
+    for name, module in model.named_children():
+        stride = getattr(module, "stride", 1)
+        stride = (stride, stride) if isinstance(stride, int) else stride
+        if antialias and max(stride) > 1:
+            smooth = lambda g, n=stride: np.stack([reference.smooth_strides(row, n) for row in g])  # noqa: E731
+            value = on_the_way_back(value, smooth)
+        if isinstance(module, (nn.ReLU, nn.ReLU6, nn.LeakyReLU)):
+            value = rectified_by_hand(module, value, gates)
+        else:
+            value = module(value)
+        if selector is not None and name in layers:
+
+            def edit(gradient, output):
+                weights, places = weights_by_hand(selector, gradient, output)
+                return reference.edit(gradient, weights, gamma, conserve, places)
+
+            value = on_the_way_back(value, functools.partial(edit, output=value.detach().numpy()))
+    return value
+
+
+def weights_by_hand(selector, gradient, output):
+    """The reference's weights of channels (B, C) and places (B, *S), or None."""
+    flat = [values.reshape(*values.shape[:2], -1).tolist() for values in (gradient, output)]
+    weights, places = [], []
+    for g, z in zip(*flat, strict=True):
+        if isinstance(selector, pg.Evidence):
+            evidence, scores = reference.evidence(g, z)
+            places.append(reference.place_weights(evidence, selector.positions, selector.softness))
+        elif isinstance(selector, pg.GradientTimesActivation):
+            scores = [sum(a * b for a, b in zip(*pair, strict=True)) for pair in zip(g, z, strict=True)]
+        else:
+            scores = [math.sqrt(sum(value**2 for value in channel)) for channel in g]
+        threshold = reference.kth_largest(scores, selector.quantile)
+        weights.append(reference.soft_weights(scores, threshold, selector.softness))
+    shape = (len(gradient), *gradient.shape[2:])
+    return np.array(weights), np.array(places).reshape(shape) if places else None
+
+
+WHOLE = {
+    "best": (pg.Evidence(), {}, {"layers": ("3", "6")}),
+    "evidence": (pg.Evidence(quantile=0.3, softness=0.5), {"layers": "all", "gates": 2}, {}),
+    "energy": (pg.GradientEnergy(quantile=0.3), {"layers": "all", "antialias": False}, {}),
+    "exact": (pg.GradientEnergy(quantile=0.3, softness=1), {"layers": "all", "conserve": "exact", "gates": 4.0}, {}),
+    "damped": (pg.GradientEnergy(quantile=0.4), {"layers": "all", "gamma": 2.0}, {}),
+    "damped evidence": (pg.Evidence(quantile=0.4), {"layers": "all", "gamma": 2.0, "conserve": "independent"}, {}),
+    "activation": (pg.GradientTimesActivation(quantile=0.3), {"layers": "all", "conserve": "independent"}, {}),
+    "published": (
+        pg.GradientEnergy(quantile=0.3, softness=0),
+        {"layers": "all", "conserve": "independent"},
+        {"gates": 0, "antialias": False},
+    ),
+    "hard with rules": (pg.Evidence(softness=0), {"layers": "all", "gates": 2, "antialias": True}, {}),
+    "rules alone": (None, {"gates": 2, "antialias": True}, {"layers": ()}),
+    "gates alone": (None, {"gates": 0.5}, {"layers": (), "antialias": False}),
+    "strides alone": (None, {"antialias": True}, {"layers": (), "gates": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "unfrozen"])
+def test_the_whole_way_back_is_the_references(kind, frozen):
+    selector, settings, implied = WHOLE[kind]
+    model = strided_network()
+    x = torch.randn(2, 3, 17, 15, dtype=torch.float64)
+    # The study chooses the widths that suit a selector.
+    suits = {} if selector is None else {"gates": selector.defaults.gates, "antialias": selector.defaults.antialias}
+    by_hand = {**suits, **settings, **implied}
+    if by_hand["layers"] == "all":
+        by_hand["layers"] = ("0", "3", "6")
+    leaf = x.clone().requires_grad_()
+    score = network_by_hand(model, leaf, selector, **by_hand)[:, 2].sum()
+    expected = torch.autograd.grad(score, leaf)[0]
+    model.requires_grad_(not frozen)
+    with pg.ParchGrad(model, selector, **settings) as block:
+        found = input_gradient(model, x, target=2)
+    assert block.layers == by_hand["layers"]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+    assert found.abs().max() > 1e-5
+    assert not torch.allclose(found, input_gradient(model, x, target=2))
+
+
+class AsFunctions(nn.Module):
+    """The strided network's modules, called as functions where torch has any."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = strided_network()
+
+    def forward(self, x):
+        x = self.body[0](x).relu_()
+        x = functional.max_pool2d(x, 3, stride=2, padding=1)
+        x = functional.hardtanh_(self.body[4](self.body[3](x)), 0.0, 6.0)
+        x = functional.leaky_relu(self.body[6](x), negative_slope=0.1)
+        return self.body[10](functional.avg_pool2d(input=x, kernel_size=2).flatten(1))
+
+
+def test_functions_are_passed_on_as_modules_are():
+    x = torch.randn(2, 3, 17, 15, dtype=torch.float64)
+    with pg.ParchGrad(strided_network(), layers="all") as block:
+        expected = input_gradient(block._model, x)
+    with pg.ParchGrad(AsFunctions().eval(), layers="all") as block:
+        found = input_gradient(block._model, x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("selector", [pg.Evidence(), None], ids=["evidence", "plain"])
+def test_values_of_the_forward_pass_stay_bit_for_bit(selector, dtype):
+    model, x = strided_network(dtype), torch.randn(2, 3, 17, 15, dtype=dtype)
+    seen = []
+    for module in model:
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    with torch.no_grad():
+        model(x)
+    expected, seen = seen, []
+    with pg.ParchGrad(model, selector, layers="all", gates=2, antialias=True):
+        model(x.clone().requires_grad_())
+    assert len(seen) == len(expected) == 11
+    assert all(torch.equal(found, other) for found, other in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 0.999), (torch.bfloat16, 0.99)])
+def test_half_precision_goes_back_as_single_precision_does(dtype, least):
+    x = torch.randn(2, 3, 17, 15)
+    maps = []
+    for kind in (torch.float32, dtype):
+        model = strided_network(dtype).to(kind)
+        with pg.ParchGrad(model, layers="all"):
+            maps.append(input_gradient(model, x.to(dtype).to(kind)))
+    single, half = maps
+    assert half.dtype == dtype
+    assert (functional.cosine_similarity(half.float().flatten(1), single.flatten(1)) > least).all()
+    ratio = half.float().flatten(1).norm(dim=1) / single.flatten(1).norm(dim=1)
+    assert ((ratio - 1).abs() < 0.1).all()
+
+
+class Nested(nn.Module):
+    """A model in whose middle another one stands."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.before = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.inner = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.ReLU(inplace=True))
+        self.after = nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 5))
+
+    def forward(self, x):
+        return self.after(self.inner(self.before(x)))
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        ({"gates": 8.0, "antialias": True}, {"gates": 0, "antialias": False}),
+        ({"gates": 8.0, "antialias": True}, {"gates": 2.0, "antialias": False}),
+        ({"gates": 4.0, "antialias": False}, {"gates": 0, "antialias": True}),
+        ({"gates": 0, "antialias": False}, {"gates": 2.0, "antialias": True}),
+    ],
+    ids=str,
+)
+def test_each_of_nested_blocks_has_its_own_rules(outer, inner):
+    model = Nested().double().eval()
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+    by_hand = network_by_hand(model.before, x, None, (), **outer)
+    by_hand = network_by_hand(model.inner, by_hand, None, (), **inner)
+    by_hand = network_by_hand(model.after, by_hand, None, (), **outer)
+    expected = torch.autograd.grad(by_hand[:, 1].sum(), x)[0]
+    with pg.ParchGrad(model, None, **outer), pg.ParchGrad(model.inner, None, **inner):
+        found = input_gradient(model, x, target=1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+    # The block that was entered last decides over what it covers: here over everything.
+    with pg.ParchGrad(model.inner, None, **inner), pg.ParchGrad(model, None, **outer):
+        found = input_gradient(model, x, target=1)
+    with pg.ParchGrad(model, None, **outer):
+        assert torch.equal(found, input_gradient(model, x, target=1))
+
+
+def test_a_plain_block_inside_has_the_true_derivatives():
+    model, x = strided_network(), torch.randn(2, 3, 17, 15, dtype=torch.float64)
+    expected = input_gradient(model, x)
+    with pg.ParchGrad(model, layers="all"):
+        edited = input_gradient(model, x)
+        with pg.ParchGrad(model, None):
+            assert torch.equal(input_gradient(model, x), expected)
+        with plain_gradients(model):
+            assert torch.equal(input_gradient(model, x), expected)
+        assert torch.equal(input_gradient(model, x), edited)
+        # Another model is none of the block's business.
+        assert torch.equal(input_gradient(strided_network(), x), expected)
+    assert not torch.allclose(edited, expected)
+
+
+def test_a_part_called_on_its_own_has_the_true_derivatives_and_warns_once():
+    model, x = strided_network(), torch.randn(2, 3, 17, 15, dtype=torch.float64, requires_grad=True)
+    every = pg.FixedChannels({"0": torch.ones(6)})
+    with (
+        pytest.warns(ModelWarning, match="called on its own") as said,
+        pg.ParchGrad(model, every, layers=["0"], antialias=False),
+    ):
+        found = [torch.autograd.grad(model[:3](x).sum(), x)[0] for _ in range(2)]
+    assert len(said) == 1
+    expected = torch.autograd.grad(model[:3](x).sum(), x)[0]
+    assert all(torch.equal(each, expected) for each in found)
+
+
+class Failing(nn.Module):
+    """Fails in the middle of a pass, of what it is told."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        if x.requires_grad and self.error is not None:
+            raise self.error
+        return x
+
+
+def nothing_is_left(model):
+    return (
+        hooks(model) == 0
+        and torch.overrides._get_current_function_mode_stack() == []
+        and not rules.has_active_rules()
+        and engine._SESSIONS.get() == engine._FORWARDS.get() == ()
+    )
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("no"), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize("times", [1, 3])
+def test_no_rules_are_left_of_a_pass_that_fails(error, times):
+    model = strided_network().insert(6, Failing(error)).eval()
+    x = torch.randn(2, 3, 17, 15, dtype=torch.float64)
+    with pytest.raises(type(error)), pg.ParchGrad(model, layers="all"):
+        model(x.clone().requires_grad_())
+    assert nothing_is_left(model)
+    # Caught in the block, whose next pass is as any other.
+    with pg.ParchGrad(model, layers="all"):
+        for _ in range(times):
+            with pytest.raises(type(error)):
+                model(x.clone().requires_grad_())
+        model[6].error = None
+        found = input_gradient(model, x)
+    assert nothing_is_left(model)
+    with pg.ParchGrad(model, layers="all"):
+        assert torch.equal(input_gradient(model, x), found)
+    # In nested blocks, and in the model's own hooks.
+    wrapper = nn.Sequential(nn.Identity(), model).eval()
+    model[6].error = error
+    with pytest.raises(type(error)), pg.ParchGrad(wrapper), pg.ParchGrad(model, None), pg.ParchGrad(model):
+        wrapper(x.clone().requires_grad_())
+    assert nothing_is_left(wrapper)
+    model[6].error = None
+    for register in (model.register_forward_pre_hook, model.register_forward_hook):
+        # Set behind the block's own hooks.
+        block = pg.ParchGrad(model, layers="all")
+        block.__enter__()
+        handle = register(raise_division)
+        with pytest.raises(ZeroDivisionError), block_that_is_open(block):
+            model(x.clone().requires_grad_())
+        handle.remove()
+        assert nothing_is_left(model)
+
+
+def raise_division(*arguments):
+    raise ZeroDivisionError
+
+
+@contextlib.contextmanager
+def block_that_is_open(block):
+    try:
+        yield
+    except BaseException as error:
+        block.__exit__(type(error), error, error.__traceback__)
+        raise
+
+
+def test_a_block_left_in_the_middle_of_a_pass_leaves_no_rules():
+    model = strided_network()
+    block = pg.ParchGrad(model, layers="all")
+
+    def leave(module, inputs):
+        block.__exit__(None, None, None)
+
+    x = torch.randn(2, 3, 17, 15, dtype=torch.float64, requires_grad=True)
+    handle = model[5].register_forward_pre_hook(leave)
+    block.__enter__()
+    model(x)
+    handle.remove()
+    assert nothing_is_left(model)
+
+
+@pytest.mark.parametrize("selector", [pg.Evidence(), None], ids=["evidence", "plain"])
+def test_gates_and_strides_hold_nothing_of_a_graph_that_is_gone(selector, monkeypatch):
+    made, soft_gate = [], rules.soft_gate
+
+    def watched(*arguments, **settings):
+        found = soft_gate(*arguments, **settings)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(rules, "soft_gate", watched)
+    model = strided_network()
+    x = torch.randn(2, 3, 17, 15, dtype=torch.float64, requires_grad=True)
+    outputs = []
+    for module in model:
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    gc.disable()
+    try:
+        with pg.ParchGrad(model, selector, layers="all", gates=2, antialias=True):
+            score = model(x)[:, 1].sum()
+            # That of LeakyReLU is gone: its derivative is made of it.
+            assert [found() is None for found in made] == [False, False, True]
+            torch.autograd.grad(score, x)
+            del score
+            assert [found() for found in made + outputs] == [None] * (3 + 11)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("where", ["inside", "behind the block"])
+def test_checkpointed_strides_and_gates(where):
+    model = strided_network()
+    x = torch.randn(2, 3, 17, 15, dtype=torch.float64, requires_grad=True)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = model
+
+        def forward(self, x):
+            x = torch.utils.checkpoint.checkpoint(self.network[:4], x, use_reentrant=self.reentrant)
+            x = torch.utils.checkpoint.checkpoint(self.network[4:8], x, use_reentrant=self.reentrant)
+            return self.network[8:](x)
+
+    checkpointed = Checkpointed().eval()
+    checkpointed.reentrant = False
+    with pg.ParchGrad(model, layers="all"):
+        expected = input_gradient(model, x)
+    with pg.ParchGrad(checkpointed, layers="all"):
+        score = checkpointed(x)[:, 0].sum()
+        found = torch.autograd.grad(score, x)[0] if where == "inside" else None
+    if found is None:
+        found = torch.autograd.grad(score, x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-16)
+    assert nothing_is_left(checkpointed)
+    # The other way calls the parts anew, where no rules are.
+    checkpointed.reentrant = True
+    with pytest.warns(ModelWarning, match="called on its own"), pg.ParchGrad(checkpointed, layers="all"):
+        checkpointed(x)[:, 0].sum().backward()
+
+
+REPLACING = ["DeepLift", "GuidedBackprop", "Deconvolution"]
+
+
+def rectifiers_of_their_own():
+    """Captum's hooks need rectifiers that are not in place."""
+    model = strided_network()
+    for module in model:
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return model
+
+
+# Captum's own notices that a method sets hooks.
+@pytest.mark.filterwarnings("ignore:Setting (backward|forward)")
+@pytest.mark.parametrize("method", REPLACING)
+def test_soft_gates_are_off_where_a_method_replaces_rectifiers(method):
+    model = rectifiers_of_their_own()
+    x = torch.randn(2, 3, 17, 15, dtype=torch.float64)
+
+    def attribute():
+        return getattr(captum.attr, method)(model).attribute(x.clone().requires_grad_(), target=1).detach()
+
+    with pg.ParchGrad(model, layers="all", gates=0):
+        expected = attribute()
+    with pg.ParchGrad(model, layers="all") as block, pytest.warns(ModelWarning, match="Soft gates are off") as said:
+        found = [attribute(), attribute()]
+    assert [str(warning.category.__name__) for warning in said].count("ModelWarning") == 1
+    assert all(torch.equal(each, expected) for each in found)
+    # As soon as its hooks are gone, the gates are back.
+    with block:
+        again = input_gradient(model, x, 1)
+    with pg.ParchGrad(strided_network(), layers="all") as other:
+        torch.testing.assert_close(again, input_gradient(other._model, x, 1), rtol=1e-12, atol=1e-16)
+
+
+def test_threads_with_rules_of_their_own_do_not_see_each_other():
+    model, x = strided_network(), torch.randn(2, 3, 17, 15, dtype=torch.float64)
+    settings = [
+        (None, {}),
+        (None, {"gates": 2.0}),
+        (None, {"antialias": True}),
+        (pg.Evidence(), {}),
+        (pg.GradientEnergy(softness=0), {"layers": "all"}),
+    ]
+
+    def explain(selector, options):
+        with pg.ParchGrad(model, selector, **options):
+            return input_gradient(model, x)
+
+    expected = [explain(*each) for each in settings]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(expected) for b in expected[:i])
+    wrong, barrier = [], threading.Barrier(len(settings))
+
+    def work(index):
+        barrier.wait()
+        for _ in range(15):
+            if not (torch.equal(explain(*settings[index]), expected[index]) and nothing_is_active()):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(settings))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert nothing_is_left(model)
+
+
+def nothing_is_active():
+    return torch.overrides._get_current_function_mode_stack() == [] and not rules.has_active_rules()
+
+
+def test_the_edit_says_what_suits_the_selector(network):
+    def settings(*arguments, **options):
+        edit = pg.ParchGrad(network, *arguments, **options).edit
+        return edit.layers, edit.conserve, edit.gates, edit.antialias
+
+    for arguments in ((), (pg.Evidence(),), (pg.GradientEnergy(),), (pg.RandomChannels(),)):
+        suits = (arguments[0] if arguments else pg.Evidence()).defaults
+        assert settings(*arguments) == (suits.layers, suits.conserve, suits.gates, suits.antialias)
+        assert suits.conserve == "energy"
+        assert suits.gates > 0
+        assert suits.antialias
+    assert settings(pg.GradientEnergy(softness=0)) == (0.5, "energy", 0.0, False)
+    assert settings(pg.Evidence(softness=0), gates=3, conserve="exact") == (0.75, "exact", 3, False)
+    assert settings(pg.Evidence(), gates=0, antialias=False, layers="all") == ("all", "energy", 0, False)
+    assert settings(None)[2:] == (0.0, False)
+    assert pg.ParchGrad(network, None).edit.is_plain
+    assert not pg.ParchGrad(network, None, gates=2).edit.is_plain
+    for wrong in (-1, math.inf, math.nan, "wide", True):
+        with pytest.raises(SettingError, match="gates"):
+            pg.ParchGrad(network, gates=wrong)
+    for wrong in (1, "yes", 0.5):
+        with pytest.raises(SettingError, match="antialias"):
+            pg.ParchGrad(network, antialias=wrong)
+
+
+def test_a_plain_block_takes_any_model_and_is_left_in_silence(network):
+    """Without anything to edit, a model without convolutions or in training mode, or no call at all, is fine."""
+    with pg.ParchGrad(network, None):
+        pass
+    network.train()
+    with pg.ParchGrad(network, None):
+        assert network(torch.randn(2, 3, 8, 8, dtype=torch.float64)).shape == (2, 5)
+    linear, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double().eval(), torch.randn(2, 3).double()
+    with pg.ParchGrad(linear, None):
+        plain = input_gradient(linear, x)
+    leaf = x.clone().requires_grad_()
+    by_hand = network_by_hand(linear, leaf, None, (), gates=2, antialias=True)
+    with pg.ParchGrad(linear, None, gates=2, antialias=True):
+        found = input_gradient(linear, x)
+    torch.testing.assert_close(found, torch.autograd.grad(by_hand[:, 0].sum(), leaf)[0])
+    assert not torch.allclose(found, plain)

@@ -101,9 +101,10 @@ def test_every_message_is_a_sentence_with_a_remedy(source):
         used.add(excuse)
         if excuse is None:
             assert re.search(r"[^.]\.$", text), place
-            # A requirement says what to give as well.
-            assert "; " in text or re.search(r"\b(must|needs?|needed)\b", text) or "Warning" in message.kind, place
-            assert not re.search(r"[.!?] [A-Z]", text), place
+            # What is wrong, then what to give: behind a semicolon, in a sentence of its own, or as a requirement.
+            remedy = re.search(r"; |[.] [A-Z]|\b(must|needs?|needed)\b", text)
+            assert remedy or "Warning" in message.kind, place
+            assert not re.search(r"[!?] [A-Z]", text), place
         assert "\n" not in text, place
         assert not re.search(r"/(work|tmp|home|root|usr)\b", text), place
     assert used == {None, *UNSTYLED}, "what is excused is there"
@@ -244,23 +245,24 @@ pg.load_model(None) | ModelError: name is of type NoneType
 pg.load_model(net) | ModelError: Classifier
 pg.load_model("resnet18", weights=5) | SettingError: no weights 5
 pg.get_pretrained_model(5) | ModelError: name is of type int
-pg.explain_images(C, "photo.jpg", pg.GradientEnergy()) | InputError: images is of type str
-pg.explain_images(C, image, pg.GradientEnergy()) | InputError: images is of type Image
-pg.explain_images(C, x, pg.GradientEnergy()) | InputError: images is of type Tensor
-pg.explain_images(C, ["photo.jpg"], pg.GradientEnergy()) | InputError: The image is of type str,.*read_image
-pg.explain_images(C, [x[0]], pg.GradientEnergy()) | InputError: The image is of type Tensor
-pg.explain_images(C, [np.zeros((70, 70, 3), np.uint8)], pg.GradientEnergy()) | InputError: fromarray
-pg.explain_images(m, [image], pg.GradientEnergy()) | ModelError: classifier is of type ShapesNetwork
-pg.explain_images("resnet18", [image], pg.GradientEnergy()) | ModelError: classifier is of type str
-pg.explain_images(C, [image], None) | SettingError: selector is None
-pg.explain_images(C, [image], pg.GradientEnergy(), internal_batch_size=None) | SettingError: size is None
-pg.explain_images(C, [image], pg.GradientEnergy(), internal_batch_size=True) | SettingError: size is True
-pg.explain_images(C, [image, image], pg.GradientEnergy(), names=["a"]) | SettingError: give a list of 2
-pg.explain_images(C, [image], pg.GradientEnergy(), names="a") | SettingError: give a list of 1
-pg.explain_images(C, [image], pg.GradientEnergy(), method_options=5) | SettingError: method_options is of type int
-sweep(m, image, pg.GradientEnergy()) | ModelError: classifier is of type ShapesNetwork
-sweep(C, image, pg.GradientEnergy(), quantiles=0.1) | SettingError: quantiles is 0.1
-sweep(C, image, pg.GradientEnergy(), quantiles="0.1") | SettingError: quantiles is '0.1'
+pg.explain_images(C, "photo.jpg", pg.Edit()) | InputError: images is of type str
+pg.explain_images(C, image, pg.Edit()) | InputError: images is of type Image
+pg.explain_images(C, x, pg.Edit()) | InputError: images is of type Tensor
+pg.explain_images(C, ["photo.jpg"]) | InputError: The image is of type str,.*read_image
+pg.explain_images(C, [x[0]]) | InputError: The image is of type Tensor
+pg.explain_images(C, [np.zeros((70, 70, 3), np.uint8)]) | InputError: fromarray
+pg.explain_images(m, [image]) | ModelError: classifier is of type ShapesNetwork
+pg.explain_images("resnet18", [image]) | ModelError: classifier is of type str
+pg.explain_images(C, [image], None) | SettingError: edit is of type NoneType
+pg.explain_images(C, [image], pg.GradientEnergy()) | SettingError: edit is of type GradientEnergy
+pg.explain_images(C, [image], internal_batch_size=None) | SettingError: size is None
+pg.explain_images(C, [image], internal_batch_size=True) | SettingError: size is True
+pg.explain_images(C, [image, image], names=["a"]) | SettingError: give a list of 2
+pg.explain_images(C, [image], names="a") | SettingError: give a list of 1
+pg.explain_images(C, [image], method_options=5) | SettingError: method_options is of type int
+sweep(m, image) | ModelError: classifier is of type ShapesNetwork
+sweep(C, image, quantiles=0.1) | SettingError: quantiles is 0.1
+sweep(C, image, quantiles="0.1") | SettingError: quantiles is '0.1'
 C.predict(x.numpy()) | InputError: a ndarray
 C.predict(x[0]) | InputError: inputs.unsqueeze
 C.predict(x, count="3") | SettingError: count is '3'
@@ -275,6 +277,15 @@ pg.GradientEnergy(quantile="0.1") | SettingError: quantile is '0.1'
 pg.GradientEnergy(quantile=True) | SettingError: quantile is True
 pg.GradientEnergy(quantile=nan) | SettingError: quantile is nan
 pg.GradientEnergy(quantile=10) | SettingError: quantile is 10
+pg.GradientEnergy(softness="0.5") | SettingError: softness is '0.5'
+pg.GradientEnergy(softness=2) | SettingError: softness is 2
+pg.Edit(selector=pg.Evidence) | SettingError: selector is <class
+pg.Edit(gates=-1) | SettingError: gates is -1
+pg.Edit(antialias=1) | SettingError: antialias is 1
+pg.Explainer(m, gates=nan) | SettingError: gates is nan
+pg.ParchGrad(m, None, gates="wide") | SettingError: gates is 'wide'
+pg.Explainer(m, layers="published") | LayerError: ShapesNetwork
+pg.Explainer(m, layers="default") | LayerError: 'default'
 pg.GradientTimesActivation(quantile=[0.1]) | SettingError: quantile is \\[0.1\\]
 pg.RandomChannels(seed="a") | SettingError: seed is 'a'
 pg.Evidence(positions="0.5") | SettingError: positions is '0.5'
@@ -287,7 +298,7 @@ pg.ClassWise("lite0.safetensors", quantile=0.1) | StatisticsError: statistics is
 pg.FixedChannels({"0": [True, False]}) | SettingError: of type list
 pg.FixedChannels({"0": np.ones(3, bool)}) | SettingError: of type ndarray
 pg.FixedChannels(None) | SettingError: masks is of type NoneType
-pg.partition_gradient(torch.ones(1, 2, 3), [[True, False]]) | SettingError: channel_mask is of type list
+pg.partition_gradient(torch.ones(1, 2, 3), [[True, False]]) | SettingError: channel_weights is of type list
 pg.partition_gradient(torch.ones(1, 1, 3, dtype=torch.int64), torch.ones(1, 1) > 0) | SettingError: torch.int64
 """
 ROWS = [line.split(" | ") for line in WRONG.strip().splitlines()]
@@ -325,11 +336,14 @@ def test_numbers_of_numpy_serve_as_numbers(given):
     (found,) = pg.explain_images(
         given["C"],
         [given["image"]],
-        pg.GradientEnergy(quantile=np.float32(0.5)),
-        layers=np.float32(0.5),
-        gamma=np.float32(2),
+        pg.Edit(
+            selector=pg.GradientEnergy(quantile=np.float32(0.5), softness=np.float32(0.25)),
+            layers=np.float32(0.5),
+            gamma=np.float32(2),
+            gates=np.float32(2),
+        ),
     )
-    assert found.manifest()["settings"]["selector"] == {"name": "GradientEnergy", "quantile": 0.5}
+    assert found.manifest()["settings"]["selector"] == {"name": "GradientEnergy", "quantile": 0.5, "softness": 0.25}
     assert Setting(selector="energy", quantile=np.float32(0.5)) == Setting(selector="energy", quantile=0.5)
     assert Setting(selector="energy", layers=["a*"]) == Setting(selector="energy", layers=("a*",))
     assert GeneratedShapes(np.int64(10), seed=np.int64(3)).fingerprint == GeneratedShapes(10, seed=3).fingerprint

@@ -88,7 +88,7 @@ def test_conv1d_signal(tmp_path, capsys):
     stated = {name: numbers_of(lines, f"share on the burst, {name}:")[0] for name in module.SELECTORS}
     assert stated["Evidence"] > stated["plain gradient"] + 0.1
     # What the docstring says of the other selector.
-    assert stated["GradientEnergy"] < stated["plain gradient"]
+    assert stated["GradientEnergy"] < stated["Evidence"] - 0.1
 
     generator = torch.Generator().manual_seed(0)
     model = module.train(generator)
@@ -119,14 +119,14 @@ def test_timm_model(tmp_path, capsys):
     assert lines[0].startswith(f"convnext_atto: {len(names)} convolutions, input (3, 224, 224)")
     chosen = [re.match(r"layers=(\S+) +(\d+) of", line).groups() for line in lines if line.startswith("layers=")]
     inside = [name for name in names if name.startswith("stages.2")]
-    counts = [len(names) // 2, len(names) // 4, len(inside), len(names)]
-    assert chosen == list(zip(["'default'", "0.25", "'stages.2*'", "'all'"], map(str, counts), strict=True))
+    counts = [int(0.75 * len(names)), len(names) // 4, len(inside), len(names)]
+    assert chosen == list(zip(["None", "0.25", "'stages.2*'", "'all'"], map(str, counts), strict=True))
     x = classifier.preprocess(Image.fromarray(data.coffee())).unsqueeze(0).requires_grad_()
     plain = torch.autograd.grad(classifier.model(x).max(), x)[0].abs().mean(dim=1).flatten()
-    explainer = pg.Explainer(classifier.model, pg.GradientEnergy(quantile=0.1), layers="all")
+    explainer = pg.Explainer(classifier.model, layers="all")
     edited = pg.heatmap(explainer.attribute(x)).flatten()
     expected = torch.corrcoef(torch.stack([plain, edited]).double())[0, 1].item()
-    assert numbers_of(lines, "layers='all'")[-1] == pytest.approx(expected, abs=0.006)
+    assert numbers_of(lines, "layers='all'")[-1] == pytest.approx(abs(expected), abs=0.006)
     # Maps of random weights are no picture to show.
     assert not list(tmp_path.iterdir())
     assert max(map(len, lines)) < 80
@@ -161,7 +161,7 @@ def test_captum_composition(tmp_path, capsys, monkeypatch):
         heat = attribution.detach().abs().sum(dim=1).double().numpy()
         left = heat[:, :, :224].sum(axis=(1, 2)) / heat.sum(axis=(1, 2))
         assert stated[method][0] == pytest.approx((left[0] + 1 - left[1]) / 2, abs=0.006)
-    explainer = pg.Explainer(classifier.model, pg.GradientEnergy(quantile=0.1), layers=0.5)
+    explainer = pg.Explainer(classifier.model)
     heat = pg.heatmap(explainer.attribute(x, torch.tensor([282, 967]))).numpy()
     left = heat[:, :, :224].sum(axis=(1, 2)) / heat.sum(axis=(1, 2))
     assert stated["Saliency"][1] == pytest.approx((left[0] + 1 - left[1]) / 2, abs=0.006)

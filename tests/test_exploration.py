@@ -23,6 +23,7 @@ from parchgrad.errors import (
 )
 from parchgrad.evaluation.localisation import mosaic
 from parchgrad.exploration import EXAMPLES, Explorer, Photograph, View, _Recent, check_photograph, tinted
+from parchgrad.layers import parse_layers
 from parchgrad.selection import make_selector
 from parchgrad.visual import blend, blend_signed
 
@@ -54,13 +55,20 @@ def same_map(found, expected):
 
 @pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
 def test_maps_are_those_of_the_explainer(explorer, lite0, photograph, selector):
-    view = View(selector=selector, quantile=0.2, layers="0.3", target=281, gamma=20.0)
+    view = View(
+        selector=selector, quantile=0.2, softness=0.3, layers="0.3", target=281, gamma=20.0, gates=3.0, antialias=False
+    )
     found = explorer.explore(photograph, view)
     inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
     # With all classes, where the explorer keeps the column of one.
     statistics = pg.ChannelStatistics.bundled("efficientnet_lite0")
     of_library = pg.Explainer(
-        lite0.model, make_selector(selector, quantile=0.2, statistics=statistics), layers=0.3, gamma=20.0
+        lite0.model,
+        make_selector(selector, quantile=0.2, softness=0.3, statistics=statistics),
+        layers=0.3,
+        gamma=20.0,
+        gates=3.0,
+        antialias=False,
     )
     assert torch.equal(found.attribution, of_library.attribute(inputs, 281)[0])
     assert torch.equal(found.plain, pg.Explainer(lite0.model, None).attribute(inputs, 281)[0])
@@ -71,11 +79,78 @@ def test_maps_are_those_of_the_explainer(explorer, lite0, photograph, selector):
     assert [item.index for item in found.predictions] == logits.topk(5).indices.tolist()
 
 
+def test_the_first_view_is_the_best_setting(explorer, lite0, photograph):
+    found = explorer.explore(photograph, View())
+    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+    best = pg.Explainer(lite0.model)
+    assert torch.equal(found.attribution, best.attribute(inputs)[0])
+    assert "\nexplainer = pg.Explainer(classifier.model)\n" in found.code
+    assert "selector" not in found.code
+    same_map(run(found.code)["attribution"][0], found.attribution)
+    edit = best.edit
+    assert found.view == View(
+        layers=str(edit.layers),
+        quantile=edit.selector.quantile,
+        softness=edit.selector.softness,
+        gates=edit.gates,
+        antialias=edit.antialias,
+    )
+
+
+@pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
+@pytest.mark.parametrize("softness", [None, 0])
+def test_what_is_not_given_suits_the_selector(explorer, lite0, selector, softness):
+    found = explorer.explore(Photograph("coffee"), View(selector=selector, softness=softness))
+    statistics = pg.ChannelStatistics.bundled("efficientnet_lite0")
+    of_library = pg.Explainer(lite0.model, make_selector(selector, softness=softness, statistics=statistics))
+    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+    assert torch.equal(found.attribution, of_library.attribute(inputs)[0])
+    assert found.view.gates == of_library.edit.gates
+    assert found.view.antialias == of_library.edit.antialias
+    # Nothing is written out that Explainer would choose itself.
+    assert not any(setting in found.code for setting in ("layers=", "gates=", "antialias="))
+    assert ("softness=" in found.code) == (softness == 0 and selector != "random")
+
+
+@pytest.mark.parametrize("view", [View(), View(selector="energy", softness=0, gates=0.0, layers="published")])
+def test_stability_is_that_of_the_explainer(explorer, lite0, view):
+    found = explorer.stability(Photograph("coffee"), view)
+    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+    resolved = view.resolved()
+    explainer = pg.Explainer(
+        lite0.model,
+        make_selector(view.selector, softness=view.softness),
+        layers=parse_layers(resolved.layers),
+        gates=resolved.gates,
+        antialias=resolved.antialias,
+    )
+    assert found == pytest.approx(float(explainer.stability(inputs)), rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
+def test_methods_with_rectifiers_of_their_own_need_no_gates(explorer):
+    found = explorer.explore(Photograph("cat"), View(network="shapes", method="DeepLift"))
+    same_map(run(found.code)["attribution"][0], found.attribution)
+    with pytest.raises(SettingError, match="replaces the backward pass of rectifiers"):
+        explorer.explore(Photograph("cat"), View(network="shapes", method="DeepLift", gates=2))
+
+
 @pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
 def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, selector):
-    view = View(selector=selector, layers="0.3", quantile=0.15, opacity=0.7, signed=selector == "energy")
+    view = View(
+        selector=selector,
+        layers="0.3",
+        quantile=0.15,
+        softness=0.8,
+        gates=4,
+        antialias=False,
+        opacity=0.7,
+        signed=selector == "energy",
+    )
     found = explorer.explore(photograph, view)
     given = run(found.code)
+    assert ("softness=0.8" in found.code) == (selector != "random")
+    assert "layers=0.3, gates=4, antialias=False)" in found.code
     same_map(given["attribution"][0], found.attribution)
     top, _ = tinted(found.maps(), signed=view.signed)
     assert given["top"] == pytest.approx(top, rel=1e-3)
@@ -160,7 +235,7 @@ def test_the_score_of_a_mosaic_is_its_mass_in_the_cell_of_the_class(explorer, ca
     inputs = torch.stack([shapes.preprocess(image) for image in example_photographs()])
     classes = shapes.model(inputs).argmax(dim=1)
     whole = mosaic(inputs, rows=2, columns=2)
-    explainer, plain = pg.Explainer(shapes.model, pg.GradientEnergy(), layers="all"), pg.Explainer(shapes.model, None)
+    explainer, plain = pg.Explainer(shapes.model, layers="all"), pg.Explainer(shapes.model, None)
     for cell, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         for found, shares in ((explainer, game.shares), (plain, game.plain_shares)):
             heat = found.attribute(whole, int(classes[cell]))[0].abs().double().sum(dim=0)
@@ -193,7 +268,7 @@ def test_statistics_of_a_file_serve_their_network(tmp_path):
     found = explorer.explore(Photograph("cat"), View(network="shapes", selector="class", target=4, quantile=0.3))
     selector = pg.ClassWise(pg.ChannelStatistics.load(path), quantile=0.3)
     inputs = shapes.preprocess(example_photographs()[0]).unsqueeze(0)
-    expected = pg.Explainer(shapes.model, selector, layers=0.5).attribute(inputs, 4)[0]
+    expected = pg.Explainer(shapes.model, selector).attribute(inputs, 4)[0]
     assert torch.equal(found.attribution, expected)
     assert "pg.ChannelStatistics.load('held.safetensors', classifier.model)" in found.code
 
@@ -206,6 +281,7 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
         ({"layers": "nothing.*"}, LayerError),
         ({"layers": ""}, LayerError),
         ({"layers": "nan"}, LayerError),
+        ({"layers": "published"}, LayerError),
         ({"quantile": 0.0}, SettingError),
         ({"gamma": math.nan}, SettingError),
         ({"method": "magic"}, SettingError),
@@ -214,8 +290,11 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
     ):
         with pytest.raises(error):
             explorer.explore(cup, View(**{"network": "shapes", **changes}))
-    with pytest.raises(SettingError, match="opacity"):
-        View(opacity=1.5)
+    for changes in ({"opacity": 1.5}, {"softness": 1.1}, {"softness": math.nan}, {"gates": -1}, {"antialias": 1}):
+        with pytest.raises(SettingError, match=next(iter(changes))):
+            View(**changes)
+    with pytest.raises(SettingError, match="'magic'"):
+        View(selector="magic").resolved()
     with pytest.raises(ImageError, match="no example photograph 'dog'"):
         explorer.explore(Photograph("dog"), View(network="shapes"))
     with pytest.raises(ImageError, match=r"'gone.png' is not here any more"):
@@ -252,7 +331,7 @@ def test_threads_get_their_own_maps(explorer):
     for thread in threads:
         thread.join()
     shapes = pg.load_model("shapes")
-    alone = pg.Explainer(shapes.model, pg.GradientEnergy(quantile=0.25), layers="all")
+    alone = pg.Explainer(shapes.model, pg.Evidence(quantile=0.25), layers="all")
     inputs = torch.stack([shapes.preprocess(image) for image in example_photographs()])
     for place, one in enumerate(found):
         expected = alone.attribute(inputs[place % 4 : place % 4 + 1], place % 10)[0]

@@ -40,8 +40,9 @@ ROOT = Path(__file__).parents[1]
 def make_writers(place):
     """Functions that write results into a folder, with the names of their files."""
     image, shapes = Image.new("RGB", (64, 64), "grey"), pg.load_model("shapes")
-    (explanation,) = explain_images(shapes, [image], pg.GradientEnergy(quantile=0.5), target=1)
-    sweeps = {"ParchGrad": quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.5, 0.1))}
+    edit = pg.Edit(selector=pg.GradientEnergy(quantile=0.5))
+    (explanation,) = explain_images(shapes, [image], edit, target=1)
+    sweeps = {"ParchGrad": quantile_sweep(shapes, image, edit, quantiles=(0.5, 0.1))}
     run(place, data=Noise(3))
     report = make_report([place])
     example = Example(index=0, image="a", label=0, target=0, predicted=0, values=(0.5,), gain=0.5)

@@ -206,7 +206,7 @@ def test_segmentation_explains_a_class_over_a_region(segmenter, masked):
         x = images.clone().requires_grad_()
         (edited,) = torch.autograd.grad(score(x), x)
     assert edited.abs().max() > 0
-    assert not torch.allclose(edited, plain)
+    assert (edited - plain).abs().max() > 0.1 * plain.abs().max()
     chosen = pg.RegionScore(target=target, mask=mask if masked else None)
     for selector, expected in ((None, plain), (pg.GradientEnergy(), edited)):
         explainer = pg.Explainer(network, selector, layers="backbone.*", logits=lambda output: output["out"])

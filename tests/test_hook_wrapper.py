@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -15,8 +16,12 @@ from .conftest import random_statistics, small_network
 SETTINGS = {"quantile": 0.5, "alpha": None, "normality_threshold": 0.05, "gamma": 2.0, "conserve": "exact"}
 
 
-def write_pickles(folder, model, classes):
-    """Write what the research code wrote: a list with a tensor per convolution in each of four files."""
+FOR_CLASSES = ("cls_p_values", "shapiro_p_values")
+FOR_IMAGES = ("shapiro_p_values", "gap_mean", "gap_std")
+
+
+def write_pickles(folder, model, classes, names=(*FOR_CLASSES, "gap_mean", "gap_std")):
+    """Write what the research code wrote: a list with a tensor per convolution in each file."""
     generator = torch.Generator().manual_seed(5)
     channels = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
     lists = {
@@ -26,8 +31,8 @@ def write_pickles(folder, model, classes):
         "gap_std": [torch.rand(count, generator=generator) * 0.1 + 0.05 for count in channels],
     }
     folder.mkdir(parents=True)
-    for name, tensors in lists.items():
-        (folder / f"{name}.pkl").write_bytes(pickle.dumps(tensors, pickle.HIGHEST_PROTOCOL))
+    for name in names:
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(lists[name], pickle.HIGHEST_PROTOCOL))
     return lists
 
 
@@ -90,7 +95,7 @@ def test_setting_modules_replaces_those_before(network):
 
 def selector_of(wrapper):
     wrapper.set_hook_modules(wrapper.all_convolutions)
-    return wrapper.edited_gradients(target=1, **SETTINGS)._selector
+    return wrapper.edited_gradients(target=1, **SETTINGS).edit.selector
 
 
 @pytest.mark.parametrize("place", ["file", "name", "library", "pickles", "inside"])
@@ -113,6 +118,43 @@ def test_every_place_of_statistics(network, tmp_path, place):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("method", "names", "other", "words"),
+    [
+        ("cls", FOR_CLASSES, FOR_IMAGES, r"without 'cls_p_values\.pkl'"),
+        ("ins", FOR_IMAGES, FOR_CLASSES, r"without 'gap_mean\.pkl' and 'gap_std\.pkl'"),
+    ],
+)
+def test_each_method_needs_its_own_pickles_only(network, tmp_path, method, names, other, words):
+    write_pickles(tmp_path / "own", network, 5, names)
+    write_pickles(tmp_path / "other", network, 5, other)
+    wrapper = pg.get_hook_wrapper("vgg16", network, method)
+    with pytest.raises(StatisticsError, match=words):
+        wrapper.prepare_parchgrad(tmp_path / "other")
+    wrapper.prepare_parchgrad(tmp_path / "own")
+    wrapper.set_hook_modules(wrapper.all_convolutions)
+    wrapper.edited_gradients(target=1, **SETTINGS)
+
+
+def test_the_calls_on_the_page_run_on_the_two_published_pickles(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: model)
+    page = Path(__file__).parents[1] / "docs" / "coming_from_the_research_code.md"
+    calls = next(block for block in page.read_text().split("```python\n") if "prepare_parchgrad" in block).split("```")[
+        0
+    ]
+    x, y, maps = torch.randn(3, 64, 64), torch.tensor([3]), []
+    for folder, names in (("two", FOR_CLASSES), ("four", (*FOR_CLASSES, "gap_mean", "gap_std"))):
+        write_pickles(tmp_path / folder / "pickles", model, 10, names)
+        found = {"encoder": "resnet18", "device": "cpu", "base_dir": str(tmp_path / folder), "x": x, "y": y}
+        exec(compile(calls, str(page), "exec"), found)
+        assert found["method"] == "cls"
+        maps.append(found["attr"])
+    assert maps[0].any()
+    torch.testing.assert_close(*maps, rtol=0, atol=0)
+
+
 def test_a_statistics_file_comes_before_pickles(network, tmp_path):
     write_pickles(tmp_path / "pickles", network, 5)
     write_statistics(tmp_path / "resnet18.safetensors", network, 5)
@@ -129,8 +171,10 @@ def test_compact_statistics_of_another_test(network, tmp_path):
     full.compact(test="student").save(tmp_path / "few.safetensors")
     wrapper = pg.get_hook_wrapper("resnet18", network, "cls")
     wrapper.prepare_parchgrad(tmp_path / "few.safetensors")
-    masks = selector_of(wrapper).class_masks("2")
-    assert torch.equal(masks, pg.ClassWise(full, quantile=0.5, test="student").class_masks("2"))
+    masks = selector_of(wrapper).class_weights("2")
+    published = pg.ClassWise(full, quantile=0.5, softness=0, test="student")
+    assert masks.dtype == torch.bool
+    assert torch.equal(masks, published.class_weights("2"))
 
 
 def test_selectors_are_made_once_for_each_setting(network, tmp_path, monkeypatch):
@@ -166,14 +210,14 @@ def test_statistics_that_are_missing_or_of_another_network(network, tmp_path):
     with pytest.raises(StatisticsError, match=r"neither 'vgg16.safetensors' nor 'vgg16_bn.safetensors' nor"):
         wrapper.prepare_parchgrad(tmp_path)
     (tmp_path / "pickles").mkdir()
-    with pytest.raises(StatisticsError, match=r"cls_p_values.pkl' cannot be read"):
+    with pytest.raises(StatisticsError, match=r"pickles' lacks 'cls_p_values\.pkl', 'shapiro_p_values\.pkl', 'gap"):
         wrapper.prepare_parchgrad(tmp_path)
     other = small_network(channels=8)
     write_statistics(tmp_path / "other.safetensors", other, 5)
     with pytest.raises(StatisticsError, match="have 8 channels, the layer has 6"):
         wrapper.prepare_parchgrad(tmp_path / "other.safetensors")
     write_pickles(tmp_path / "other" / "pickles", other, 5)
-    with pytest.raises(StatisticsError, match="but 6 channels; name the model that the pickles are of"):
+    with pytest.raises(StatisticsError, match=r"'0', which has 6 channels in vgg16; name the model"):
         wrapper.prepare_parchgrad(tmp_path / "other")
 
 

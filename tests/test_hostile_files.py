@@ -128,7 +128,7 @@ def test_statistics(folder, data):
         selector = pg.ClassWise(held, quantile=0.5, test=held.test)
         selector.check({name: layer.channels for name, layer in held.items()})
         for name in held:
-            selector.class_masks(name)
+            selector.class_weights(name)
         held.restrict(classes=[held.columns([0])[0]])
 
 
@@ -379,6 +379,9 @@ quantiles = [0.2, 0.3]
 layers = ["all", 0.5, ["layer3.*"]]
 gammas = [inf, 2]
 conserves = ["exact", "none"]
+softnesses = [0, 0.5]
+gates = [0, 2.5]
+antialiases = [true, "none"]
 masks = ["own"]
 [scores]
 families = ["sparsity", "insertion"]

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from parchgrad.errors import LayerError, ModelError
-from parchgrad.layers import bare_model, choose_layers, find_convolutions
+from parchgrad.layers import bare_model, choose_layers, find_convolutions, has_published_layers
 from tests.conftest import small_network
 
 
@@ -55,10 +55,10 @@ def test_patterns_and_modules_keep_module_order():
         (0.0, "ratio 0,"),
         (1.5, "ratio 1.5,"),
         (float("nan"), "ratio nan"),
-        ([], "'default', 'all', a ratio"),
-        ([1, 2], "'default', 'all', a ratio"),
-        (True, "'default', 'all', a ratio"),
-        (None, "'default', 'all', a ratio"),
+        ([], "layers is .*, but it must be 'all', 'published', a ratio"),
+        ([1, 2], "layers is .*, but it must be 'all', 'published', a ratio"),
+        (True, "layers is .*, but it must be 'all', 'published', a ratio"),
+        (None, "layers is .*, but it must be 'all', 'published', a ratio"),
         ([nn.Conv2d(1, 1, 1)], "no convolution of this model"),
         (np.array(["conv1", "layer4.*"]), "layers is array.* but it must be"),
         ([nn.ReLU()], "no convolution of this model"),
@@ -72,7 +72,7 @@ def test_bad_choices_name_the_remedy(layers, words):
 
 def test_model_without_convolutions():
     with pytest.raises(ModelError, match="holds no convolution"):
-        choose_layers(nn.Linear(2, 2))
+        choose_layers(nn.Linear(2, 2), "all")
 
 
 # torch announces that it will do without scripts.
@@ -81,54 +81,54 @@ def test_model_without_convolutions():
 def test_a_model_of_torchscript_is_refused_as_such():
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 1, 1)).eval())
     with pytest.raises(ModelError, match=r"is compiled to TorchScript, which is out of reach; give the"):
-        choose_layers(scripted)
+        choose_layers(scripted, "all")
 
 
 @pytest.mark.parametrize("library", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")])
-def test_default_of_resnets(library):
-    names = list(choose_layers(library()))
+def test_published_layers_of_resnets(library):
+    names = list(choose_layers(library(), "published"))
     assert names == [f"layer{stage}.{block}.conv{i}" for stage in (3, 4) for block in (0, 1) for i in (1, 2)]
 
 
-def test_default_of_deep_resnets_counts_the_blocks_convolutions():
+def test_published_layers_of_deep_resnets_counts_the_blocks_convolutions():
     # layer3 holds 6 bottlenecks and layer4 3, of three convolutions each.
-    assert len(choose_layers(torchvision.models.resnet50())) == 27
+    assert len(choose_layers(torchvision.models.resnet50(), "published")) == 27
 
 
-def test_default_of_vgg():
-    names = list(choose_layers(torchvision.models.vgg16_bn()))
+def test_published_layers_of_vgg():
+    names = list(choose_layers(torchvision.models.vgg16_bn(), "published"))
     assert names == [f"features.{i}" for i in (20, 24, 27, 30, 34, 37, 40)][-6:]
     # timm's VGG has convolutions behind `features`, which are not of the set.
-    assert all(name.startswith("features.") for name in choose_layers(timm.create_model("vgg11")))
+    assert all(name.startswith("features.") for name in choose_layers(timm.create_model("vgg11"), "published"))
 
 
-def test_default_of_efficientnets():
-    names = list(choose_layers(torchvision.models.efficientnet_b0()))
+def test_published_layers_of_efficientnets():
+    names = list(choose_layers(torchvision.models.efficientnet_b0(), "published"))
     assert names == ["features.6.0.block.1.0", "features.7.0.block.1.0", "features.8.0"]
-    names = list(choose_layers(timm.create_model("tf_efficientnet_lite0")))
+    names = list(choose_layers(timm.create_model("tf_efficientnet_lite0"), "published"))
     assert names == ["blocks.5.0.conv_dw", "blocks.6.0.conv_dw", "conv_head"]
 
 
-def test_default_leaves_out_a_convolution_that_is_the_classifier():
-    # Its channels are the classes: without the explained one nothing of the gradient is left.
-    assert list(choose_layers(chain(5))) == ["2", "3"]
-    assert list(choose_layers(chain(1))) == ["0"]
-    assert "classifier.1" not in choose_layers(torchvision.models.squeezenet1_1())
-    assert "classifier.1" in choose_layers(torchvision.models.squeezenet1_1(), "all")
-
-
-def test_default_is_found_inside_a_wrapper_and_without_attention():
+def test_published_layers_are_found_inside_a_wrapper_and_without_attention():
     wrapped = nn.Sequential(nn.Identity(), torchvision.models.resnet18())
-    assert list(choose_layers(wrapped)) == [f"1.{name}" for name in choose_layers(torchvision.models.resnet18())]
-    assert len(choose_layers(timm.create_model("seresnet50"))) == 27
+    alone = choose_layers(torchvision.models.resnet18(), "published")
+    assert list(choose_layers(wrapped, "published")) == [f"1.{name}" for name in alone]
+    assert len(choose_layers(timm.create_model("seresnet50"), "published")) == 27
+    assert has_published_layers(wrapped)
 
 
-def test_default_elsewhere_is_the_upper_half():
-    assert list(choose_layers(chain(5).append(nn.Linear(2, 2)))) == ["3", "4"]
-    assert list(choose_layers(small_network())) == ["2"]
-    # This EfficientNet has one stage less, hence no such set.
-    names = list(find_convolutions(torchvision.models.efficientnet_v2_s()))
-    assert list(choose_layers(torchvision.models.efficientnet_v2_s())) == names[-(len(names) // 2) :]
+@pytest.mark.parametrize(
+    "model",
+    # This EfficientNet has one stage less.
+    [small_network, lambda: chain(5), torchvision.models.squeezenet1_1, torchvision.models.efficientnet_v2_s],
+)
+def test_networks_without_published_layers_are_refused_by_name(model):
+    model = model()
+    assert not has_published_layers(model)
+    with pytest.raises(LayerError, match=type(model).__name__):
+        choose_layers(model, "published")
+    with pytest.raises(LayerError, match="'default' matches none"):
+        choose_layers(model, "default")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_default_elsewhere_is_the_upper_half():
         "hiera_tiny_224",
     ],
 )
-@pytest.mark.parametrize("layers", ["default", "all", 0.5])
+@pytest.mark.parametrize("layers", ["published", "all", 0.5])
 def test_networks_whose_convolutions_only_cut_patches_are_refused(name, layers):
     model = timm.create_model(name)
     with pytest.raises(
@@ -157,7 +157,7 @@ def test_networks_with_patches_and_other_convolutions_are_not():
     patches = nn.Sequential(
         nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
     )
-    assert list(choose_layers(patches)) == ["0"]
+    assert list(choose_layers(patches, 0.5)) == ["0"]
     # Convolutions that halve the image one after the other, before a deep head or with linear layers in between.
     halves = [nn.Conv2d(3, 8, 2, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 2, stride=2), nn.ReLU()]
     deep = nn.Sequential(*halves, nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
@@ -166,11 +166,11 @@ def test_networks_with_patches_and_other_convolutions_are_not():
     assert list(choose_layers(timm.create_model("deit_tiny_patch16_224"), "patch_embed.*")) == ["patch_embed.proj"]
     # A convolution that looks at more than its step, and an ordinary head of any depth.
     dense = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
-    assert list(choose_layers(dense)) == ["0"]
+    assert list(choose_layers(dense, 0.5)) == ["0"]
     dense[0] = nn.Conv2d(3, 8, 3, stride=2)
-    assert list(choose_layers(dense)) == ["0"]
+    assert list(choose_layers(dense, 0.5)) == ["0"]
     dense[0].stride = 1
-    assert list(choose_layers(dense)) == ["0"]
+    assert list(choose_layers(dense, 0.5)) == ["0"]
 
 
 def test_bare_models_are_themselves():

@@ -92,6 +92,7 @@ def explanations() -> dict[str, object]:
         pg.GradientTimesActivation(quantile=0.3),
         pg.Evidence(quantile=0.4),
         pg.RandomChannels(quantile=0.5),
+        pg.GradientEnergy(quantile=0.2, softness=0),
     ]
     methods = {
         "gradient": {},
@@ -215,8 +216,18 @@ def explorations() -> dict[str, object]:
     def act(turn: int) -> None:
         selector = ("energy", "activation", "evidence", "random")[turn % 4]
         # Not one that was looked at before.
-        view = View(network="shapes", selector=selector, layers="all", quantile=0.05 + turn / 200, signed=turn % 2 > 0)
+        view = View(
+            network="shapes",
+            selector=selector,
+            layers="all",
+            quantile=0.05 + turn / 200,
+            softness=(0, 0.5)[turn % 2],
+            gates=turn % 3,
+            signed=turn % 2 > 0,
+        )
         found = explorer.explore(photographs[turn % 4], view)
+        if turn % 8 == 0:
+            explorer.stability(photographs[turn % 4], view)
         tinted(found.maps(), signed=view.signed)
         if turn % 16 == 0:
             found = explorer.play(photographs, view)
@@ -266,6 +277,9 @@ def pages() -> dict[str, object]:
                 "selector": "class" if turn % 3 == 1 else "energy",
                 "layers": "nothing" if turn % 4 == 3 else "all",
                 "quantile": 0.05 + turn / 40,
+                "softness": turn / 20,
+                "gates": turn % 3,
+                "antialias": turn % 2 > 0,
                 "opacity": turn / 20,
                 "prune": turn % 2 > 0,
             }
@@ -293,7 +307,14 @@ def pages() -> dict[str, object]:
         result = measured(act, 18, 11)
         # Neither a user nor an event brings one along.
         assert components() == then
-    for outcome in ("pg-map", "matches none", "'bad.png' is no image", "Neither torchvision nor timm", "Saved as"):
+    for outcome in (
+        "pg-map",
+        "matches none",
+        "'bad.png' is no image",
+        "Neither torchvision nor timm",
+        "Saved as",
+        "stability",
+    ):
         assert outcome in said, outcome
     return result
 

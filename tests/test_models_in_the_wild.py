@@ -72,15 +72,24 @@ def test_a_network_of_the_family_is_explained(row):
     flags = [(module.training, getattr(module, "inplace", None)) for module in model.modules()]
 
     def explain(quantile):
-        return pg.Explainer(model, pg.GradientEnergy(quantile=quantile), layers="all").attribute(inputs, targets)
+        selector = pg.GradientEnergy(quantile=quantile, softness=0)
+        return pg.Explainer(model, selector, layers="all").attribute(inputs, targets)
 
     with warnings.catch_warnings():
         # Auxiliary heads hold convolutions that serve in training alone.
         warnings.filterwarnings("ignore", "[12] of .* were never called", ModelWarning)
         found, whole = explain(0.1), explain(1.0)
+        best = pg.Explainer(model).attribute(inputs, targets)
+        # Gates and strides alone: the logits are the same bit for bit.
+        with torch.no_grad():
+            expected = model(inputs)
+        with pg.ParchGrad(model, None, gates=2, antialias=True):
+            logits = model(inputs.clone().requires_grad_())
+    assert torch.equal(logits, expected)
+    for each in (found, best):
+        assert each.isfinite().all()
+        assert (each.flatten(1).abs().amax(dim=1) > 0).all()
     plain = checks.seeded_gradient(model, inputs, targets)
-    assert found.isfinite().all()
-    assert (found.flatten(1).abs().amax(dim=1) > 0).all()
     assert checks.difference(whole, plain) < 1e-4
     assert checks.difference(found, plain) > 1e-3
     assert checks.is_unchanged(model, weights)

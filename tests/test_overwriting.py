@@ -85,7 +85,7 @@ def quick_demonstration(monkeypatch):
     """What the demonstration finds, of a network that takes no time; test_cli.py has the true one."""
     classifier = pg.load_model("shapes")
     photographs = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green", "white")]
-    explained = tuple(pg.explain_images(classifier, photographs, pg.GradientEnergy()))
+    explained = tuple(pg.explain_images(classifier, photographs))
     found = Demonstration(
         explanations={"ParchGrad": explained},
         mosaic=np.zeros((128, 128, 3)),

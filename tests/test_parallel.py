@@ -136,7 +136,7 @@ def test_data_parallel_is_refused_with_the_better_way(use):
     with pytest.raises(ModelError, match=r"DataParallel \(model\.1\) copies .*; put model\.1\.module in its place"):
         use(inside)
     with pytest.raises(ModelError, match=r"DataParallel \(model\.1\)"):
-        pg.choose_layers(inside)
+        pg.choose_layers(inside, "all")
 
 
 @pytest.fixture

@@ -30,11 +30,11 @@ SETTINGS = [
 ]
 
 
-def write_run(folder, *, model="<b>net</b>", images=12):
+def write_run(folder, *, model="<b>net</b>", images=12, settings=SETTINGS):
     folder.mkdir()
     (folder / "run.json").write_text("{}")
     lines = []
-    for place, setting in enumerate(SETTINGS):
+    for place, setting in enumerate(settings):
         for index in range(images):
             value = 0.1 * place + 0.01 * ((7 * index + place) % 5)
             lines.append(
@@ -137,6 +137,47 @@ def test_the_page_needs_nothing_else_and_says_what_the_table_says(tmp_path):
     ]
 
 
+def test_softness_and_gates_are_swept_with_all_else_kept(tmp_path, monkeypatch):
+    drawn = {}
+
+    def chart(curves, *, x_label, **options):
+        drawn[x_label] = [(curve.label, list(curve.x)) for curve in curves]
+        return curve_chart(curves, x_label=x_label, **options)
+
+    monkeypatch.setattr("parchgrad.reporting.curve_chart", chart)
+    settings = [
+        Setting(),
+        *(Setting(gates=gates) for gates in (2, 4)),
+        Setting(method="grad_cam"),
+        *(Setting(selector="energy", softness=softness) for softness in (0, 0.5, 1)),
+        *(Setting(selector="energy", gates=gates) for gates in (2, 0)),
+        *(Setting(selector="random", gates=gates) for gates in (2, 0)),
+    ]
+    folder = write_run(tmp_path / "run", settings=settings)
+    page = Page(make_report([folder], scores=["aopc"]).save(tmp_path / "out").read_text())
+    assert page.titles[2:4] == ["AOPC, MoRF minus LeRF ↑ by softness", "AOPC, MoRF minus LeRF ↑ by gates"]
+    assert drawn["width of the ramp, as a share of the threshold"] == [
+        # The hard cut has other gates, and is on no line with these.
+        ("gradient, energy, gates 1.0, antialias True", [0.5, 1.0])
+    ]
+    assert drawn["width of the gates, in standard deviations"] == [
+        ("gradient, antialias False", [0.0, 2.0, 4.0]),
+        ("gradient, energy, softness 0.5, antialias True", [0.0, 1.0, 2.0]),
+        ("gradient, random, softness 0.0, antialias True", [0.0, 2.0]),
+    ]
+
+
+def test_rows_of_an_earlier_release_are_reported(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "rows-0.jsonl").read_text().splitlines()]
+    for row in rows:
+        for name in ("softness", "gates", "antialias"):
+            del row[name]
+    (folder / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    titles = Page(make_report([folder]).save(tmp_path / "out").read_text()).titles
+    assert "AOPC, MoRF minus LeRF ↑ by layers" in titles
+
+
 def test_maps_of_random_weights_are_drawn_by_the_share_of_the_modules(tmp_path, monkeypatch):
     drawn = []
 
@@ -164,6 +205,42 @@ def test_maps_of_random_weights_are_drawn_by_the_share_of_the_modules(tmp_path, 
     assert "How alike maps of random weights are" in page
     # The plain gradient, then the others from the best on: less alike is better.
     curves = [("gradient", [0.5, 1.0], [0.6, 0.4]), ("good", [0.5, 1.0], [0.3, 0.1]), ("bad", [0.5, 1.0], [0.9, 0.7])]
+    assert curves in drawn
+
+
+def test_stability_is_drawn_by_the_noise_level_with_intervals_against_the_plain_gradient(tmp_path, monkeypatch):
+    drawn = []
+
+    def chart(curves, **options):
+        drawn.append([(curve.label, list(curve.x), [round(y, 9) for y in curve.y]) for curve in curves])
+        return curve_chart(curves, **options)
+
+    monkeypatch.setattr("parchgrad.reporting.curve_chart", chart)
+    rows = [
+        {
+            "model": "net",
+            "setting": setting,
+            "index": index,
+            "seconds": 1.0,
+            "stability_cosine": level - index / 1000,
+            "stability_cosine@0.01": level - index / 500,
+            "stability_cosine@0.0001": level,
+            "stability_norm_ratio": 2 - level,
+        }
+        for setting, level in (("gradient", 0.7), ("bad", 0.4), ("good", 0.9))
+        for index in range(21)
+    ]
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "rows-0.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    report = make_report([tmp_path], scores=["stability_cosine", "stability_norm_ratio", "stability_cosine@0.0001"])
+    cells = report.summaries[0].cells
+    for name in ("stability_cosine", "stability_norm_ratio", "stability_cosine@0.0001"):
+        assert (cells["good", name].verdict, cells["bad", name].verdict) == ("better", "worse")
+    page = Page(report.save(tmp_path / "out").read_text())
+    assert page.titles[:2] == ["stability, cosine ↑, against the plain gradient", "How steady maps are under noise"]
+    # The noise levels by name; the plain gradient, then the others from the best on.
+    names = ["0.0001", "0.01"]
+    curves = [("gradient", names, [0.7, 0.68]), ("good", names, [0.9, 0.88]), ("bad", names, [0.4, 0.38])]
     assert curves in drawn
 
 

@@ -27,16 +27,16 @@ def test_the_study_runs_and_says_what_its_rows_say(tmp_path, monkeypatch):
     text = (out / "results.md").read_text()
     assert text.count("\n## ") == len(study.QUESTIONS) + 1
     assert "nan" not in text
-    rows = read_rows(runs / "shapes")
+    rows = read_rows(runs / "odd" / "shapes")
     by_setting = {title: [row for row in rows if row["setting"] == title] for title in {row["setting"] for row in rows}}
     assert {len(found) for found in by_setting.values()} == {4}
     with (out / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     line = next(
-        line for line in lines if (line["setting"], line["score"]) == (study.EVIDENCE.title, "weighted_mass_inside")
+        line for line in lines if (line["setting"], line["score"]) == (study.DEFAULT.title, "weighted_mass_inside")
     )
     scores, plain = (
-        [row["weighted_mass_inside"] for row in by_setting[title]] for title in (study.EVIDENCE.title, "gradient")
+        [row["weighted_mass_inside"] for row in by_setting[title]] for title in (study.DEFAULT.title, "gradient")
     )
     assert float(line["mean"]) == pytest.approx(valid_mean(scores).value)
     assert float(line["low"]) == pytest.approx(compare(scores, plain).low)
@@ -45,4 +45,5 @@ def test_the_study_runs_and_says_what_its_rows_say(tmp_path, monkeypatch):
         "results.csv",
         "shapes-quantile.png",
         "shapes-layers.png",
+        "shapes-gates.png",
     }

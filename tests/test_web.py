@@ -117,8 +117,9 @@ class User:
         return found
 
     def ask(self, network="shapes", selector="energy", layers="all", quantile=0.25, **settings):
-        """What stands there at once."""
-        chosen = {"method": "gradient", "prune": True, "gamma": 1, "signed": False, "opacity": 1} | settings
+        """What stands there at once; the settings of `expected` where none are given."""
+        chosen = {"method": "gradient", "prune": True, "gamma": 1, "signed": False, "opacity": 1}
+        chosen |= {"softness": 0.5, "gates": 8, "antialias": True} | settings
         found = self._client.predict(
             network=network,
             target=self._target,
@@ -131,8 +132,13 @@ class User:
         )
         # What did not change comes as an empty update.
         result, self.status, stamp, self.offered = found[0], found[2], found[6], found[7]
+        self.code, self.offered_layers, self.steadiness = found[3], found[8], found[9]
         self._stamp = stamp if isinstance(stamp, str) else self._stamp
         return result
+
+    def measure(self):
+        """What is said of the map's stability."""
+        return self._client.predict(api_name="/measure")
 
     def choose(self, target):
         self._target = target
@@ -148,12 +154,10 @@ def pictures(page):
 
 
 def expected(classifier, image, target, quantile, *, name="energy", layers="all"):
-    inputs = classifier.preprocess(image).unsqueeze(0)
     selector = make_selector(name, quantile=quantile)
-    maps = [
-        pg.heatmap(pg.Explainer(classifier.model, chosen, layers=layers).attribute(inputs, target))[0]
-        for chosen in (None, selector)
-    ]
+    explainers = pg.Explainer(classifier.model, None), pg.Explainer(classifier.model, selector, layers=layers)
+    inputs = classifier.preprocess(image).unsqueeze(0)
+    maps = [pg.heatmap(explainer.attribute(inputs, target))[0] for explainer in explainers]
     return tinted(maps, signed=False)[1]
 
 
@@ -237,6 +241,58 @@ def test_what_was_on_its_way_when_the_network_changed_is_no_error(address):
     user.close()
 
 
+def test_the_map_is_that_of_the_settings_and_its_stability_belongs_to_it(address):
+    user, shapes = User(address), pg.load_model("shapes")
+    assert "There is no map yet." in user.measure()
+    user.take_example("coffee")
+    hard = {"selector": "evidence", "quantile": 0.3, "softness": 0.2, "gates": 2, "antialias": False}
+    page = user.show(**hard)
+    explainer = pg.Explainer(
+        shapes.model, pg.Evidence(quantile=0.3, softness=0.2), layers="all", gates=2, antialias=False
+    )
+    inputs = shapes.preprocess(example_photographs()[1]).unsqueeze(0)
+    maps = [pg.heatmap(found.attribute(inputs))[0] for found in (pg.Explainer(shapes.model, None), explainer)]
+    for found, wanted in zip(pictures(page), tinted(maps, signed=False)[1], strict=True):
+        assert np.abs(found - wanted).max() < 0.003
+    assert "selector = pg.Evidence(quantile=0.3, softness=0.2)" in str(user.code)
+    assert "layers='all', gates=2, antialias=False)" in str(user.code)
+    assert f"stability {float(explainer.stability(inputs)):.2f}</strong>" in user.measure()
+    # It stays with the map, and goes with it.
+    user.show(**hard)
+    assert user.steadiness != ""
+    user.show(**hard | {"gates": 4})
+    assert user.steadiness == ""
+    user.measure()
+    user.take_example("camera")
+    user.show(**hard | {"gates": 4})
+    assert user.steadiness == ""
+    user.close()
+
+
+def test_the_published_set_is_offered_where_there_is_one(address):
+    user = User(address)
+    user.take_example("coffee")
+    user.show(network="efficientnet_lite0", layers="published")
+    assert "3 convolutions edited" in user.status
+    assert "published" in [value for _, value in user.offered_layers["choices"]]
+    assert "The paper has no layer set for ShapesNetwork" in user.show(layers="published")
+    assert "published" not in [value for _, value in user.offered_layers["choices"]]
+    user.close()
+
+
+@pytest.mark.parametrize(
+    ("stability", "said"),
+    [(0.98, "hardly changes"), (0.6, "changes parts"), (0.3, "Warning"), (float("nan"), "zero everywhere")],
+)
+def test_a_stability_is_explained_in_a_sentence(stability, said):
+    from parchgrad.web import _steadiness
+
+    found = _steadiness(stability)
+    assert said in found
+    assert ("pg-warning" in found) == (stability < 0.5)
+    assert ("stability 0." in found) == (stability == stability)
+
+
 def test_what_programs_send_as_they_like_ends_in_one_sentence(address, tmp_path):
     user = User(address)
     for settings, said in (
@@ -250,6 +306,9 @@ def test_what_programs_send_as_they_like_ends_in_one_sentence(address, tmp_path)
         ({"quantile": "half"}, "quantile is half, but it must be a number from 0 to 1."),
         ({"quantile": -1}, "quantile is -1,"),
         ({"opacity": None}, "opacity is None,"),
+        ({"softness": 2}, "softness is 2, but it must be a number from 0 to 1."),
+        ({"gates": -1}, "gates is -1,"),
+        ({"gates": "wide"}, "gates is wide,"),
     ):
         page = html.unescape(user.show(**settings))
         assert "role='alert'" in page
@@ -579,9 +638,18 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         page.changes(lambda: slider.send_keys(Keys.ARROW_RIGHT))
         page.wait(lambda: "best 11%" in page.text("#result"))
         (found,) = pictures(f'class="pg-map" src="{page.map()}"')
-        wanted = expected(lite0, cup, 281, 0.11, layers=0.5)[1]
+        wanted = expected(lite0, cup, 281, 0.11, name="evidence", layers=0.75)[1]
         assert np.abs(found - wanted).max() < 0.003
         assert "quantile=0.11" in page.text("#code")
+
+        # How steady the map is, until it is another one.
+        page.one("#measure").click()
+        page.wait(lambda: re.search(r"stability [01]\.\d\d", page.text("#steadiness")))
+        page.one("#more button").click()
+        page.changes(lambda: page.one("#gates label:nth-of-type(3)").click())
+        page.wait(lambda: "gates=2" in page.text("#code"))
+        assert page.text("#steadiness").strip() == ""
+        assert page.one("fieldset#gates").get_attribute("aria-label") == "Soft gates"
 
         # Opacity is blended by the browser: no map is sent again.
         before = page.map()
@@ -610,12 +678,19 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
             page.wait(lambda: name in page.text("[role=option]").lower())
             selector.send_keys(Keys.ENTER)
 
-        select("evidence")
-        page.wait(lambda: "evidence, best 11%" in page.text("#result"))
-        page.wait(lambda: "layers=0.75" in page.text("#code"))
+        select("gradient energy")
+        page.wait(lambda: "gradient energy, best 11%" in page.text("#result"))
+        page.wait(lambda: "GradientEnergy(quantile=0.11)" in page.text("#code"))
+        assert "Explainer(classifier.model, selector, gates=2)" in page.text("#code")
+        assert page.one("#softness input[type=number]").get_attribute("value") == "0.5"
         select("random")
         page.wait(lambda: "random channels (control), best 11%" in page.text("#result"))
-        page.wait(lambda: "layers=0.5" in page.text("#code"))
+        # They have no softness to set.
+        assert not page.one("#softness").is_displayed()
+        select("evidence")
+        page.wait(lambda: "pg.Evidence(quantile=0.11)" in page.text("#code"))
+        assert "Explainer(classifier.model, selector, gates=2)" in page.text("#code")
+        assert page.one("#softness").is_displayed()
 
         # A list that the keyboard has left lies over nothing.
         page.one("#network input").click()
@@ -638,7 +713,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         # The keyboard goes down the page, as the eye does, from its top.
         page.script("document.body.tabIndex = -1; document.body.focus()")
         places = []
-        for _ in range(30):
+        for _ in range(40):
             driver.switch_to.active_element.send_keys(Keys.TAB)
             places.append(page.script("return document.activeElement.closest('#page > *')?.id ?? ''"))
         # It goes round, and may begin anywhere: the page puts new parts into their places meanwhile.
@@ -677,6 +752,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         # What was saved with other settings has another name.
         page.one("#signed input").click()
         page.wait(lambda: "against the class" in page.text("#result"))
+        page.one("#more button").click()
         page.one("#prune input").click()
         page.wait(lambda: "gamma 10" in page.text("#result"))
         page.one("#save-npy").click()

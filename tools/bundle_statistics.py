@@ -3,7 +3,7 @@
     python tools/bundle_statistics.py FOLDER
 
 FOLDER holds photographs of ImageNet's classes; their labels are not used, only the network's own predictions. The
-statistics cover the upper half of the convolutions, which the default layers are part of.
+statistics cover the upper half of the convolutions, which the published layers are part of.
 """
 
 import argparse
@@ -29,9 +29,9 @@ def main() -> None:
         found = parchgrad.collect_from_folder(
             classifier, arguments.folder, labels="predicted", layers=LAYERS, batch_size=8, on_progress=progress.update
         )
-    missing = set(parchgrad.choose_layers(classifier.model, "default")) - set(found)
+    missing = set(parchgrad.choose_layers(classifier.model, "published")) - set(found)
     if missing:
-        raise SystemExit(f"The default layers {sorted(missing)} are not among those collected.")
+        raise SystemExit(f"The published layers {sorted(missing)} are not among those collected.")
     if arguments.full:
         found.save(arguments.full)
     found.compact(share=SHARE).save(TARGET)

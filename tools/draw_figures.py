@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from skimage import data
 from torch.utils.data import DataLoader
@@ -15,11 +16,13 @@ from torch.utils.data import DataLoader
 import parchgrad as pg
 from parchgrad.data.samples import Pairs
 from parchgrad.data.shapes import GeneratedShapes
-from parchgrad.demo import demonstrate
+from parchgrad.demo import demonstrate, example_photographs
+from parchgrad.evaluation.methods import grad_cam, maps_of
 from parchgrad.statistics.collect import collect_gaps
 from parchgrad.visual import save_figure
 from parchgrad.visual.animation import save_animation
 from parchgrad.visual.channels import gap_histogram, kept_channels
+from parchgrad.visual.maps import tint
 from parchgrad.visual.sweeps import quantile_sweep
 from parchgrad.visual.teaching import checkerboard_figure, sum_directions
 
@@ -27,14 +30,41 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def draw_hero() -> None:
-    """An espresso, its plain gradient, and two maps that move through the share of channels that is kept."""
+    """Four photographs, explained by the default and by what people use, each map on its own scale."""
+    classifier = pg.load_model("efficientnet_lite0")
+    inputs = torch.stack([classifier.preprocess(picture) for picture in example_photographs()])
+    explainer = pg.Explainer(classifier.model)
+    target = explainer.predict(inputs)
+    methods = {
+        "plain gradient": maps_of(pg.Explainer(classifier.model, None)),
+        "SmoothGrad, 16 passes": maps_of(pg.Explainer(classifier.model, None, method="smoothgrad", samples=16)),
+        "Grad-CAM": grad_cam(classifier.model),
+        "ParchGrad, 1 pass": maps_of(explainer),
+    }
+    columns = {"": [classifier.preprocess.picture(image) for image in inputs]}
+    columns |= {title: [tint(heat) for heat in method(inputs, target)] for title, method in methods.items()}
+    figure = Figure(figsize=(12.5, 10.2), layout="constrained")
+    axes = figure.subplots(len(inputs), len(columns))
+    for place, (title, cells) in enumerate(columns.items()):
+        axes[0, place].set_title(title, fontsize=13)
+        for axis, cell in zip(axes[:, place], cells, strict=True):
+            axis.imshow(cell)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    for axis, index in zip(axes[:, 0], target.tolist(), strict=True):
+        axis.set_ylabel(classifier.categories[index], fontsize=13)
+    save_figure(figure, IMAGES / "hero.jpg", dots_per_inch=80)
+
+
+def draw_film() -> None:
+    """An espresso, its plain gradient, and two maps that move through the share of channels."""
     classifier, espresso = pg.load_model("efficientnet_lite0"), Image.fromarray(data.coffee())
     selectors = {"gradient energy": pg.GradientEnergy(), "evidence": pg.Evidence()}
     sweeps = {
-        title: quantile_sweep(classifier, espresso, selector, quantiles=(0.7, 0.4, 0.2, 0.1), layers=0.75)
+        title: quantile_sweep(classifier, espresso, pg.Edit(selector=selector), quantiles=(0.7, 0.4, 0.2, 0.1))
         for title, selector in selectors.items()
     }
-    save_animation(sweeps, IMAGES / "hero.gif")
+    save_animation(sweeps, IMAGES / "film.gif")
 
 
 def draw_demonstration() -> None:
@@ -53,7 +83,7 @@ def draw_noise() -> None:
 def draw_sweep() -> None:
     """A cat explained with ever fewer channels."""
     classifier = pg.load_model("efficientnet_lite0")
-    sweep = quantile_sweep(classifier, Image.fromarray(data.cat()), pg.GradientEnergy(), layers=0.5)
+    sweep = quantile_sweep(classifier, Image.fromarray(data.cat()), pg.Edit(selector=pg.GradientEnergy()))
     save_figure(sweep.figure(columns=4), IMAGES / "method-sweep.jpg", dots_per_inch=90)
 
 
@@ -65,9 +95,8 @@ def draw_kept_channels() -> None:
     )
     categories = ("tiger cat", "espresso")
     targets = [classifier.find_category(category) for category in categories]
-    kept = kept_channels(
-        classifier.model, pg.GradientEnergy(), both.unsqueeze(0), targets, categories=categories, layers="all"
-    )
+    edit = pg.Edit(selector=pg.GradientEnergy(), layers="all")
+    kept = kept_channels(classifier.model, both.unsqueeze(0), targets, edit, categories=categories)
     save_figure(kept.figure(), IMAGES / "method-kept.png")
 
 
@@ -89,6 +118,7 @@ def draw_responses() -> None:
 
 if __name__ == "__main__":
     draw_hero()
+    draw_film()
     draw_demonstration()
     draw_noise()
     draw_sweep()

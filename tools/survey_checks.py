@@ -145,12 +145,13 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
         FaultError: with what is not true.
     """
     targets = torch.tensor([1, 3])
-    selector = pg.GradientEnergy(quantile=QUANTILE)
+    # The published method, which the reference is of.
+    selector = pg.GradientEnergy(quantile=QUANTILE, softness=0)
     hooks, weights = hook_count(model), copy.deepcopy(model.state_dict())
     notes = []
 
     def explain(network: nn.Module, x: Tensor, y: Tensor, chosen: pg.Selector = selector) -> Tensor:
-        return pg.Explainer(network, chosen, layers=layers).attribute(x, y)
+        return pg.Explainer(network, chosen, layers=layers, conserve="independent").attribute(x, y)
 
     single_precision = explain(model, inputs, targets)
     if not torch.isfinite(single_precision).all():
@@ -158,7 +159,8 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
     plain = seeded_gradient(model, inputs, targets)
     if not (plain.flatten(1).abs().amax(dim=1) > 0).all():
         raise FaultError("the plain gradient is zero")
-    _agree(explain(model, inputs, targets, pg.GradientEnergy(quantile=1.0)), plain, 1e-4, "with all channels kept")
+    everything = pg.GradientEnergy(quantile=1.0, softness=0)
+    _agree(explain(model, inputs, targets, everything), plain, 1e-4, "with all channels kept")
     # In double precision, so that rounding decides about no channel.
     wide, pictures = copy.deepcopy(model).double(), inputs.double()
     layers, tied = without_ties(wide, pictures, targets, layers)
@@ -179,7 +181,7 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
         _agree(rows, found, 1e-6, "a batch against its pictures")
     else:
         notes.append("single differs")
-    with pg.ParchGrad(wide, selector, layers=layers):
+    with pg.ParchGrad(wide, selector, layers=layers, conserve="independent"):
         scaled = seeded_gradient(wide, pictures, targets, factor=2.0**-40)
     _agree(scaled * 2.0**40, found, 1e-6, "with a smaller seed")
     if hook_count(model) != hooks or hook_count(wide) != hooks:

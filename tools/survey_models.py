@@ -34,7 +34,7 @@ from parchgrad.layers import choose_layers, find_convolutions
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 LIBRARIES = ("torchvision", "timm")
 OUTCOMES = ("works", "refused", "fails")
-LAYERS = ("default", "all")
+LAYERS = (0.5, "all")
 SECONDS = 600
 
 
@@ -144,7 +144,7 @@ def survey_family(family: Family) -> Row:
         "parameters": count_parameters(skeleton),
     }
     try:
-        facts["edited"] = len(choose_layers(skeleton, "default"))
+        facts["edited"] = len(choose_layers(skeleton, LAYERS[0]))
         facts["convolutions"] = len(find_convolutions(skeleton))
     except ParchGradError as error:
         said, _, _ = str(error).partition(";")

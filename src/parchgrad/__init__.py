@@ -8,6 +8,7 @@ from parchgrad._version import __version__
 if TYPE_CHECKING:
     from parchgrad.attribution import Explainer, heatmap, signed_heatmap
     from parchgrad.collection import collect_from_folder
+    from parchgrad.edit import Edit
     from parchgrad.engine import ParchGrad
     from parchgrad.errors import ParchGradError
     from parchgrad.explanation import Explanation, explain_images
@@ -37,6 +38,7 @@ __all__ = [
     "ChannelStatistics",
     "ClassWise",
     "Classifier",
+    "Edit",
     "Evidence",
     "Explainer",
     "Explanation",
@@ -71,6 +73,7 @@ __all__ = [
 # Names are imported when first used: torch, Captum and timm take seconds, which `parchgrad --help` need not wait for.
 _MODULES = {
     "attribution": ("Explainer", "heatmap", "signed_heatmap"),
+    "edit": ("Edit",),
     "engine": ("ParchGrad",),
     "errors": ("ParchGradError",),
     "explanation": ("Explanation", "explain_images"),

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeGuard
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from parchgrad.checks import check_kind, check_whole_number, is_number, is_whole_number
 from parchgrad.diagnosis import check_small_weights, find_non_finite
+from parchgrad.edit import DEFAULT_SELECTOR, Edit
 from parchgrad.engine import (
     ParchGrad,
     Target,
@@ -21,15 +22,15 @@ from parchgrad.engine import (
     check_target_count,
     integer_targets,
     partitioned_before,
-    plain_gradients,
 )
 from parchgrad.errors import InputError, ModelError, NonFiniteError, SettingError, TargetError
 from parchgrad.heads import Logits, Output, Score, Scores, check_inputs
 from parchgrad.layers import LayerChoice, bare_model, check_evaluation_mode
 from parchgrad.partition import Conserve, at_least_float32
 from parchgrad.selection import Selector
+from parchgrad.stability import cosine, noisy_copies
 
-__all__ = ["METHODS", "Explainer", "heatmap", "signed_heatmap"]
+__all__ = ["METHODS", "Explainer", "heatmap", "replaces_rectifiers", "signed_heatmap"]
 
 _CAPTUM_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gradient": ("Saliency", {"abs": False}),
@@ -71,11 +72,13 @@ class Explainer:
     def __init__(
         self,
         model: nn.Module,
-        selector: Selector | None,
+        selector: Selector | None = DEFAULT_SELECTOR,
         *,
-        layers: LayerChoice = "default",
+        layers: LayerChoice | None = None,
         gamma: float = math.inf,
-        conserve: Conserve = "independent",
+        conserve: Conserve | None = None,
+        gates: float | None = None,
+        antialias: bool | None = None,
         method: str = "gradient",
         logits: Callable[[Any], Tensor] | None = None,
         internal_batch_size: int | None = 32,
@@ -86,10 +89,16 @@ class Explainer:
         Args:
             model: a classifier whose output are the logits, shape (B, K), in evaluation mode. Of a
                 DistributedDataParallel wrapper the module inside is meant.
-            selector: which channels matter; None is the plain method, and `layers`, `gamma` and `conserve` are unused.
-            layers: which convolutions are edited; see `choose_layers`.
+            selector: how far each channel matters; None is the plain method, and `layers`, `gamma` and `conserve` are
+                unused.
+            layers: which convolutions are edited; see `choose_layers`. Here and below, None takes what suits the
+                selector.
             gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
-            conserve: how the layer's variance is kept: `"independent"`, `"exact"` or `"none"`.
+            conserve: what a layer keeps: `"energy"`, `"independent"`, `"exact"` or `"none"`; see `partition_gradient`.
+            gates: width of the soft gates of every rectifier, in standard deviations of what enters it; 0 is the true
+                derivative. Off for the methods that replace the rectifiers' backward pass themselves: `DeepLift`,
+                `DeepLiftShap`, `GuidedBackprop`, `GuidedGradCam` and `Deconvolution`.
+            antialias: whether the gradient at the input of convolutions and pooling with a stride is smoothed.
             method: `"gradient"`, `"input_x_gradient"`, `"integrated_gradients"`, `"smoothgrad"`, or the class name of
                 any Captum gradient attribution that explains the input, such as `"DeepLift"`.
             logits: picks the logits out of an output of any kind, such as `lambda output: output["logits"]`; None takes
@@ -120,19 +129,63 @@ class Explainer:
         self._internal_batch_size = internal_batch_size
         self._method = _find_method(method, method_options)
         self._method.check(model)
-        self._partition = (
-            None if selector is None else ParchGrad(model, selector, layers=layers, gamma=gamma, conserve=conserve)
+        if self._method.replaces_rectifiers:
+            if gates:
+                raise SettingError(
+                    f"method {self._method.name!r} replaces the backward pass of rectifiers itself, so gates={gates} "
+                    "would have no effect. Leave gates out, or choose another method."
+                )
+            gates = 0.0
+        self._partition = ParchGrad(
+            model, selector, layers=layers, gamma=gamma, conserve=conserve, gates=gates, antialias=antialias
+        )
+
+    @classmethod
+    def from_edit(
+        cls,
+        model: nn.Module,
+        edit: Edit,
+        *,
+        method: str = "gradient",
+        logits: Callable[[Any], Tensor] | None = None,
+        internal_batch_size: int | None = 32,
+        **method_options: Any,
+    ) -> "Explainer":
+        """Make an explainer whose selector, layers and so on come in one object (see `Explainer`).
+
+        Example:
+            >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)).eval()
+            >>> Explainer.from_edit(model, Edit(selector=None), method="input_x_gradient")
+            Explainer(Sequential, input_x_gradient, plain)
+        """
+        return cls(
+            model,
+            edit.selector,
+            layers=edit.layers,
+            gamma=edit.gamma,
+            conserve=edit.conserve,
+            gates=edit.gates,
+            antialias=edit.antialias,
+            method=method,
+            logits=logits,
+            internal_batch_size=internal_batch_size,
+            **method_options,
         )
 
     def __repr__(self) -> str:
         """Name the model, the method, and what is edited where."""
-        edit = "plain" if self._partition is None else f"{self._partition.selector!r}, {len(self.layers)} layers"
+        edit = "plain" if self.edit.is_plain else f"{self.edit.selector!r}, {len(self.layers)} layers"
         return f"{type(self).__name__}({type(self._model).__name__}, {self._method.name}, {edit})"
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the edited convolutions, in module order; empty for the plain method."""
-        return () if self._partition is None else self._partition.layers
+        return self._partition.layers
+
+    @property
+    def edit(self) -> Edit:
+        """The settings, with what suits the selector in place of every None."""
+        return self._partition.edit
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -172,11 +225,11 @@ class Explainer:
             else:
                 targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
                 scores = Logits(self._model, int(targets.max()), self._pick_logits)
-                if self._partition is not None:
-                    self._partition.selector.check_targets(sorted(set(targets.tolist())))
+                if self.edit.selector is not None:
+                    self.edit.selector.check_targets(sorted(set(targets.tolist())))
             size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
             parts = []
-            with self._gradients(scores.head):
+            with partitioned_before(scores.head, self._partition):
                 for start in range(0, inputs.shape[0], size):
                     rows = slice(start, start + size)
                     part = batch[rows].requires_grad_()
@@ -188,12 +241,6 @@ class Explainer:
             if not (scores.head.was_finite and bool(finite.all())):
                 raise self._non_finite(scores, batch, targets, size, finite)
         return found
-
-    def _gradients(self, head: nn.Module) -> AbstractContextManager[None]:
-        """A block in which gradients are those of this explainer."""
-        if self._partition is None:
-            return plain_gradients(self._model)
-        return partitioned_before(head, self._partition)
 
     def _non_finite(
         self, scores: Logits | Scores, batch: Tensor, targets: Tensor | None, size: int, finite: Tensor
@@ -218,12 +265,53 @@ class Explainer:
             # A function of the user may know of the rows that it was called with before.
             return found.sum() if targets is None else found[:, targets[row]].sum()
 
-        with self._gradients(scores.head):
+        with partitioned_before(scores.head, self._partition):
             place, remedy = find_non_finite(self._model, explained, inputs) or (
                 f"in the passes of {self._method.name} around the image, not in that of the image itself",
                 "look at the method's options, such as its baselines",
             )
         return NonFiniteError(f"{what} NaN or infinite values, which began {place}; {remedy}.")
+
+    def stability(
+        self,
+        inputs: Tensor,
+        target: Target | Score | None = None,
+        *,
+        noise: float = 0.001,
+        draws: int = 4,
+        seed: int = 0,
+    ) -> Tensor:
+        """Measure how steady the heat maps are under Gaussian noise on the inputs.
+
+        The class explained is that of the inputs without noise. A value near 1 means that nobody could tell the maps
+        apart; a map below 0.5 is another one after noise that nobody can see, and explains little.
+
+        Args:
+            inputs: preprocessed batch, shape (B, C, *S), floating point, finite.
+            target: see `attribute`.
+            noise: standard deviation of the noise, as a share of the range of each row.
+            draws: number of noisy copies, at least 1.
+            seed: random seed of the noise, which is the same for every row.
+
+        Returns:
+            Mean cosine between the heat map of each row and those of its noisy copies, in [0, 1], shape (B,), float64;
+            NaN where a map is zero everywhere.
+
+        Raises:
+            SettingError: if `noise` or `draws` is out of range.
+            ParchGradError: see `attribute`.
+
+        Example:
+            >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)).eval()
+            >>> Explainer(model, None).stability(torch.rand(1, 3, 8, 8), target=2).round(decimals=6)
+            tensor([1.], dtype=torch.float64)
+        """
+        check_inputs(inputs)
+        if target is None:
+            target = self.predict(inputs)
+        clean = heatmap(self.attribute(inputs, target))
+        copies = noisy_copies(inputs.detach(), noise=noise, draws=draws, seed=seed)
+        return torch.stack([cosine(clean, heatmap(self.attribute(copy, target))) for copy in copies]).mean(dim=0)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Predict the class of each row, shape (B,).
@@ -294,6 +382,16 @@ def _check_map(attribution: Tensor) -> None:
         raise InputError(f"The attribution is {attribution.dtype}, but a heat map needs floating point; call .float().")
     if attribution.dim() < 3:
         raise InputError(f"The attribution has shape {tuple(attribution.shape)}, but a heat map needs (B, C, *S).")
+
+
+def replaces_rectifiers(method: str) -> bool:
+    """Whether a method replaces the backward pass of rectifiers itself, so that soft gates have no effect on it.
+
+    Example:
+        >>> replaces_rectifiers("GuidedBackprop"), replaces_rectifiers("gradient")
+        (True, False)
+    """
+    return method in _ACTS_ON
 
 
 @contextmanager
@@ -372,6 +470,11 @@ class _CaptumMethod:
                 raise SettingError(f"method {self.name!r} needs the option {option!r}; give it by name.")
         for option in ("n_steps", "n_samples"):
             check_whole_number(option, self.options.get(option, 1), 1)
+
+    @property
+    def replaces_rectifiers(self) -> bool:
+        """Whether the method replaces the backward pass of rectifiers itself."""
+        return self.class_name in _ACTS_ON
 
     def _parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
         found = _captum_classes()[self.class_name]
@@ -489,6 +592,7 @@ class _SmoothGrad:
     sigma: float = 0.15
     seed: int = 0
     name: ClassVar[str] = "smoothgrad"
+    replaces_rectifiers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_whole_number("samples", self.samples, 1)

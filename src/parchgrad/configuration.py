@@ -4,7 +4,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -162,8 +162,8 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None =
 
     The file has the settings of `EvaluationSettings` at its top (`model` is a name or several), and tables `[data]`,
     `[grid]` and `[scores]` with those of `DataSettings`, `Grid` and `ScoreSettings`; `statistics` is the path of a
-    file, or a table like `[data]`. Where a list is wanted, a single value stands for a list of one; `"none"` stands for
-    None, and `"inf"` for infinity, in either.
+    file, or a table like `[data]`. A single value stands for a list of one. `"none"` stands for None, except in
+    `conserves`, which has a value of that name, and `"inf"` for infinity.
 
     Args:
         path: of the file; None where the overrides say everything.
@@ -431,8 +431,7 @@ def _convert(value: Any, wanted: Any, place: str) -> Any:
     if is_dataclass(wanted) and isinstance(value, Mapping):
         return _build(cast(type, wanted), value, place)
     if get_origin(wanted) in _UNIONS:
-        # TOML has no word for nothing.
-        if NoneType in kinds and value in (None, "none"):
+        if (value is None and NoneType in kinds) or (value == "none" and _none_is_a_word(kinds)):
             return None
         for kind in kinds:
             try:
@@ -457,7 +456,14 @@ def _words(wanted: Any) -> list[str]:
     """What a type is called where people read it; a list is mentioned once, however deep."""
     if get_origin(wanted) is Literal:
         return [f"one of {', '.join(get_args(wanted))}"]
-    parts = [word for kind in get_args(wanted) if kind is not ... for word in _words(kind)]
+    kinds = get_args(wanted)
+    meant = [kind for kind in kinds if kind is not ... and (kind is not NoneType or _none_is_a_word(kinds))]
+    parts = [word for kind in meant for word in _words(kind)]
     if get_origin(wanted) not in _UNIONS:
         parts.append("a list of such" if parts else _WORDS.get(wanted, "a table"))
     return list(dict.fromkeys(parts))
+
+
+def _none_is_a_word(kinds: Sequence[Any]) -> bool:
+    """Whether "none" stands for None, which TOML has no word for, and not for a value of that name."""
+    return NoneType in kinds and not any("none" in get_args(kind) for kind in kinds)

@@ -1,27 +1,17 @@
 """The backward pass of a convolution to its input: from all output channels, or from the kept ones alone.
 
-What a pruned channel sends back is zero, so that only the kept channels' rows of the weight take part. Rows of a batch
-that keep different channels become groups of one grouped convolution, without a loop over rows or channels. The
-gradient of the weight is never computed.
+A pruned channel sends back zero, so only the kept channels' rows of the weight take part. Rows of a batch that keep
+different channels become groups of one grouped convolution, without a loop over rows or channels. The gradient of the
+weight is never computed.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from parchgrad.layers import Convolution
-from parchgrad.partition import (
-    Conserve,
-    at_least_float32,
-    check_channel_mask,
-    check_edit_settings,
-    partition_gradient,
-    pruning_scale,
-    rounding_error,
-    without_autocast,
-)
+from parchgrad.partition import without_autocast
 
 __all__ = ["Geometry", "partitioned_input_gradient", "plain_geometry"]
 
@@ -83,54 +73,39 @@ def _per_dimension(value: int | tuple[int, ...], dimensions: int) -> tuple[int, 
 
 
 def partitioned_input_gradient(
-    gradient: Tensor,
-    channel_mask: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    input_shape: torch.Size,
-    *,
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
+    gradient: Tensor, scales: Tensor, weight: Tensor, geometry: Geometry, input_shape: torch.Size
 ) -> Tensor:
-    """Send a gradient that is partitioned at a convolution's output back to its input.
+    """Send a gradient whose channels are scaled at a convolution's output back to its input.
 
-    Where the other channels are pruned (`gamma` infinite), the kept ones are taken alone if that is faster. The result
-    is that of `partition_gradient` followed by the convolution's backward pass, up to rounding.
+    Where many factors are 0, the other channels are taken alone if that is faster. The result is that of the scaled
+    gradient's way through the convolution, up to rounding.
 
     Args:
         gradient: gradient at the convolution's output, shape (B, C, *S).
-        channel_mask: boolean, shape (B, C); true for the channels that matter (H).
-        weight: weight of the convolution, shape (C, D / groups, *kernel).
+        scales: factor of each channel, see `channel_scales`, shape (B, C).
+        weight: weight of the convolution, shape (C, D / groups, *kernel); its dtype is that of the computation.
         geometry: how the convolution moves.
         input_shape: shape (B, D, *I) of the convolution's input.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
 
     Returns:
-        Gradient at the convolution's input, shape (B, D, *I), in the dtype of `gradient`.
-
-    Raises:
-        SettingError: if a setting is out of range, or the mask does not fit the gradient.
+        Gradient at the convolution's input, shape (B, D, *I), in the dtype of `weight`.
 
     Example:
-        >>> gradient = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]])
+        >>> gradient, scales = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]]), torch.tensor([[3.0, 0.0]])
         >>> partitioned_input_gradient(
-        ...     gradient, torch.tensor([[True, False]]), torch.tensor([[[10.0]], [[1.0]]]),
-        ...     Geometry((1,), (0,), (1,), 1), torch.Size((1, 1, 2)))
-        tensor([[[ 22.3607, -22.3607]]])
+        ...     gradient, scales, torch.tensor([[[10.0]], [[1.0]]]), Geometry((1,), (0,), (1,), 1),
+        ...     torch.Size((1, 1, 2)))
+        tensor([[[ 30., -30.]]])
     """
-    check_edit_settings(gamma, conserve)
-    check_channel_mask(channel_mask, gradient)
     if gradient.numel() == 0:
-        return gradient.new_zeros(input_shape)
-    weight = weight.to(gradient.dtype)
-    kept = None
-    if math.isinf(gamma):
-        kept = _find_kept(channel_mask, geometry.groups, gradient.shape[2:].numel())
+        return weight.new_zeros(input_shape)
+    kept = _find_kept(scales > 0, geometry.groups, gradient.shape[2:].numel())
+    trailing = [1] * (gradient.dim() - 2)
     if kept is None:
-        edited = partition_gradient(gradient, channel_mask, gamma=gamma, conserve=conserve)
-        return _input_gradient(edited, weight, geometry, input_shape)
-    pruned = _prune(gradient, kept, conserve)
+        edited = gradient * scales.reshape(*scales.shape, *trailing)
+        return _input_gradient(edited.to(weight.dtype), weight, geometry, input_shape)
+    taken = _scales_of(scales, kept)
+    pruned = _take_channels(gradient, kept).mul_(taken.reshape(*taken.shape, *trailing)).to(weight.dtype)
     found = _sparse_input_gradient(pruned, kept, weight, geometry, input_shape)
     return found.contiguous(memory_format=_memory_format(gradient))
 
@@ -211,20 +186,15 @@ def _distinct_masks(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return distinct, which.argsort(stable=True).reshape(distinct.shape[0], -1).T.flatten()
 
 
-def _prune(gradient: Tensor, kept: _Kept, conserve: Conserve) -> Tensor:
-    """The kept channels, re-scaled, shape (B, A * k, *S), rows in the order of `kept`; zero where only filled up."""
-    rows, channels = gradient.shape[:2]
-    trailing = [1] * (gradient.dim() - 2)
-    taken = at_least_float32(_take_channels(gradient, kept))
-    if kept.occupied is not None:
-        occupied = kept.occupied.repeat(rows // kept.occupied.shape[0], 1)
-        taken = taken.masked_fill_(~occupied.reshape(*occupied.shape, *trailing), 0.0)
-    total = gradient.sum(dim=1, dtype=taken.dtype)
-    total = total if kept.order is None else total[kept.order]
-    scale = pruning_scale(taken.sum(dim=1), total, rounding_error(taken, channels), conserve=conserve)
-    # What is pruned must not hide that the gradient is broken: zero times infinity is no number.
-    scale = scale + total.mul(0.0).flatten(1).sum(dim=1)
-    return taken.mul_(scale.reshape(rows, 1, *trailing)).to(gradient.dtype)
+def _scales_of(scales: Tensor, kept: _Kept) -> Tensor:
+    """Factors of the kept channels, shape (B, A * k), rows in the order of `kept`; zero where only filled up."""
+    rows = scales.shape[0]
+    ordered = scales if kept.order is None else scales[kept.order]
+    if kept.channels.shape[0] == 1:
+        taken = ordered.index_select(1, kept.channels[0])
+    else:
+        taken = ordered.gather(1, kept.channels.repeat(rows // kept.channels.shape[0], 1))
+    return taken if kept.occupied is None else taken * kept.occupied.repeat(rows // kept.occupied.shape[0], 1)
 
 
 def _take_channels(gradient: Tensor, kept: _Kept) -> Tensor:

@@ -1,4 +1,4 @@
-"""The demonstration: four photographs, their mosaic, and a page that shows both. Offline."""
+"""The demonstration: four images, their mosaic, and a page that shows both. Offline."""
 
 import base64
 import io
@@ -15,11 +15,12 @@ from PIL import Image
 
 from parchgrad._version import __version__
 from parchgrad.attribution import Explainer, heatmap
+from parchgrad.edit import Edit
 from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.explanation import Explanation, explain_images
 from parchgrad.files import check_outputs, writing_together
 from parchgrad.models import OFFLINE_MODEL, Classifier, load_model
-from parchgrad.selection import ClassWise, Evidence, GradientEnergy, Selector
+from parchgrad.selection import ClassWise, GradientEnergy
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import blend, panel, shared_top
 from parchgrad.visual.maps import COLOUR_MAP, draw_figure
@@ -30,14 +31,6 @@ CHANCE = 0.25
 PLAIN = "gradient"
 PHOTOGRAPHS = {"cat": None, "coffee": "espresso", "camera": "tripod", "motorcycle": "moped"}
 """scikit-image's name of each photograph and the ImageNet class it shows; None takes the predicted one."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Shown:
-    """A selector of the demonstration, and the share of the layers that it is shown on."""
-
-    selector: Selector
-    layers: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -142,15 +135,15 @@ def demonstrate() -> Demonstration:
     classifier = load_model(OFFLINE_MODEL)
     statistics = ChannelStatistics.bundled(OFFLINE_MODEL)
     shown = {
-        "ParchGrad, class-wise": _Shown(selector=ClassWise(statistics, quantile=0.1), layers=0.5),
-        "ParchGrad, gradient energy": _Shown(selector=GradientEnergy(quantile=0.1), layers=0.5),
-        "ParchGrad, evidence": _Shown(selector=Evidence(), layers=0.75),
+        "ParchGrad": Edit(),
+        "gradient energy": Edit(selector=GradientEnergy()),
+        "class-wise": Edit(selector=ClassWise(statistics, quantile=0.1)),
     }
     photographs = example_photographs()
     targets = [None if name is None else classifier.find_category(name) for name in PHOTOGRAPHS.values()]
     explanations = {
         name: tuple(
-            explain_images(classifier, [image], edit.selector, layers=edit.layers, target=target)[0]
+            explain_images(classifier, [image], edit, target=target)[0]
             for image, target in zip(photographs, targets, strict=True)
         )
         for name, edit in shown.items()
@@ -182,12 +175,12 @@ def _play(
     classifier: Classifier,
     photographs: Sequence[Image.Image],
     classes: Sequence[int],
-    shown: Mapping[str, _Shown],
+    shown: Mapping[str, Edit],
 ) -> dict[str, Any]:
     """The grid pointing game on one mosaic: each class is explained, its own cell should light up."""
     inputs = mosaic(torch.stack([classifier.preprocess(image) for image in photographs]), rows=2, columns=2)
     maps, shares = {}, {}
-    explainers = {name: Explainer(classifier.model, edit.selector, layers=edit.layers) for name, edit in shown.items()}
+    explainers = {name: Explainer.from_edit(classifier.model, edit) for name, edit in shown.items()}
     for method, explainer in {PLAIN: Explainer(classifier.model, None), **explainers}.items():
         heat = heatmap(explainer.attribute(inputs.expand(len(classes), -1, -1, -1), torch.tensor(classes)))
         maps[method] = heat.numpy()

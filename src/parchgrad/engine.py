@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -18,11 +19,29 @@ from torch.utils.hooks import RemovableHandle
 
 from parchgrad.convolution import Geometry, partitioned_input_gradient, plain_geometry
 from parchgrad.diagnosis import tensors_in
+from parchgrad.edit import DEFAULT_SELECTOR, Edit
 from parchgrad.errors import InputError, ModelError, ModelWarning, ParchGradError, SettingError, TargetError, warn
-from parchgrad.hooks import TransientHook, UnmaskedFailures, current_backward_pass, raise_masked_failure
+from parchgrad.hooks import TransientHook, current_backward_pass, raise_masked_failure
 from parchgrad.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
-from parchgrad.partition import Conserve, check_edit_settings, check_position_weights, partition_gradient
-from parchgrad.selection import LayerSignal, Selector
+from parchgrad.partition import (
+    Conserve,
+    at_least_float32,
+    channel_norms,
+    channel_scales,
+    check_channel_weights,
+    check_position_weights,
+    in_ordinary_range,
+    restored_range,
+)
+from parchgrad.rules import (
+    BackwardRules,
+    has_active_rules,
+    has_replaced_rectifiers,
+    is_pass_through,
+    refuse_second_derivatives,
+    smooth_strides,
+)
+from parchgrad.selection import LayerSignal, Selector, as_selection
 
 __all__ = [
     "ParchGrad",
@@ -44,9 +63,11 @@ class ParchGrad:
     """Partitions the gradient of a model inside a `with` block; any gradient method may run in it.
 
     Inside the block every forward pass of the model that records gradients is edited on its way back: at each chosen
-    convolution the selector picks the channels that matter, the others are pruned (or damped), those kept are
-    re-scaled. The class of each row is read off the backward signal at the model's output, so batches that a method
-    expands on its own (steps, noise samples) get the right class per row.
+    convolution the selector weighs the channels, those that do not matter are pruned (or damped), the others are
+    re-scaled. Every rectifier of the model gets a soft gate and every strided operation a smooth stride, as far as
+    `gates` and `antialias` say so; the model's values stay the same bit for bit. The class of each row is read off the
+    backward signal at the model's output, so batches that a method expands on its own (steps, noise samples) get the
+    right class per row.
 
     The edit is in what passes on to a convolution's input; the gradient at its own output stays as it came. With
     `gamma` infinite only the kept channels are sent back, where that is faster. Gradients of weights have no meaning in
@@ -80,11 +101,13 @@ class ParchGrad:
     def __init__(
         self,
         model: nn.Module,
-        selector: Selector,
+        selector: Selector | None = DEFAULT_SELECTOR,
         *,
-        layers: LayerChoice = "default",
+        layers: LayerChoice | None = None,
         gamma: float = math.inf,
-        conserve: Conserve = "independent",
+        conserve: Conserve | None = None,
+        gates: float | None = None,
+        antialias: bool | None = None,
         target: Target | None = None,
         logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
@@ -93,10 +116,17 @@ class ParchGrad:
         Args:
             model: the module whose output are the logits, shape (B, K), or from whose output `logits` picks them. Of a
                 DistributedDataParallel wrapper the module inside is meant.
-            selector: which channels matter.
-            layers: which convolutions are edited; see `choose_layers`.
+            selector: how far each channel matters; None leaves all channels as they are, so that without `gates` and
+                `antialias` the block is plain.
+            layers: which convolutions are edited; see `choose_layers`. Here and below, None takes what suits the
+                selector.
             gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
-            conserve: how the layer's variance is kept: `"independent"`, `"exact"` or `"none"`.
+            conserve: what a layer keeps: `"energy"`, `"independent"`, `"exact"` or `"none"`; see `partition_gradient`.
+            gates: width of the soft gates of every rectifier (ReLU, ReLU6, Hardtanh, LeakyReLU, PReLU; as modules or
+                functions), in standard deviations of what enters it; 0 is the true derivative. They apply in passes
+                through the model itself, not through a part of it that is called on its own, and stay off where a
+                Captum method replaces the rectifiers' backward pass itself.
+            antialias: whether the gradient at the input of convolutions and pooling with a stride is smoothed.
             target: class per row, or one for all, in place of the class read off the backward signal.
             logits: picks the logits out of an output that is a tuple, a dict or an object of some other kind, such as
                 `lambda output: output["out"]`. It picks a tensor that is there: off one that it computes no class can
@@ -111,25 +141,24 @@ class ParchGrad:
             TargetError: if `target` is no class.
         """
         model = bare_model(model)
-        _check_not_compiled(model)
-        if not isinstance(selector, Selector):
-            raise SettingError(f"selector is {selector!r}, but it must be a Selector such as GradientEnergy().")
-        check_edit_settings(gamma, conserve)
+        edit = Edit(
+            selector=selector, layers=layers, gamma=gamma, conserve=conserve, gates=gates, antialias=antialias
+        ).resolved()
+        if not edit.is_plain:
+            _check_not_compiled(model)
         check_logits(logits)
         self._model = model
+        self._edit = edit
         self._pick_logits = logits
-        self._selector = selector
-        self._gamma = gamma
-        self._conserve: Conserve = conserve
         self._targets = None if target is None else integer_targets(target)
         self._highest_target = -1 if self._targets is None else int(self._targets.max())
-        self._convolutions = choose_layers(model, layers)
-        # Most selectors look at the gradient alone.
-        self._observes = type(selector).observe is not Selector.observe
+        self._convolutions: dict[str, Convolution] = {}
         self._sessions: list[_Session] = []
-        selector.check({name: module.out_channels for name, module in self._convolutions.items()})
-        if self._targets is not None:
-            selector.check_targets(sorted(set(self._targets.flatten().tolist())))
+        if edit.selector is not None and edit.layers is not None:
+            self._convolutions = choose_layers(model, edit.layers)
+            edit.selector.check({name: module.out_channels for name, module in self._convolutions.items()})
+            if self._targets is not None:
+                edit.selector.check_targets(sorted(set(self._targets.flatten().tolist())))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -137,9 +166,9 @@ class ParchGrad:
         return tuple(self._convolutions)
 
     @property
-    def selector(self) -> Selector:
-        """Which channels matter."""
-        return self._selector
+    def edit(self) -> Edit:
+        """The settings, with what suits the selector in place of every None."""
+        return self._edit
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open blocks behind: a copy, as in another process, starts outside of any."""
@@ -156,9 +185,10 @@ class ParchGrad:
 
     def _enter(self, head: nn.Module) -> None:
         """Set the hooks; the classes are read at the output of `head`, which calls the model."""
-        check_evaluation_mode(self._model)
-        _check_not_compiled(self._model)
-        session = _Session(self._model, self, head)
+        if not self._edit.is_plain:
+            check_evaluation_mode(self._model)
+            _check_not_compiled(self._model)
+        session = _Session(self, head)
         self._sessions.append(session)
         session.open()
 
@@ -192,6 +222,9 @@ class ParchGrad:
                 "This ParchGrad block was left from another thread or task before, and gradients since then are plain; "
                 "leave a block where it was entered, and only there."
             )
+        if self._edit.is_plain:
+            raise_masked_failure(error)
+            return
         if kind is None and not session.was_called:
             warn(
                 f"Nothing was edited, since {type(self._model).__name__} was not called in this block; call the model "
@@ -257,45 +290,40 @@ def plain_gradients(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(found, torch.autograd.grad(model(x).sum(), x)[0])
         True
     """
-    model = bare_model(model)
-    session = _Session(model, None, model)
-    session.open()
-    try:
-        with UnmaskedFailures():
-            yield
-    finally:
-        session.close()
+    with ParchGrad(model, None):
+        yield
 
 
 class _Session:
-    """One entered block: its hooks, and the convolutions over which it decides. Without an owner it edits nothing."""
+    """One entered block: its hooks, and the modules over which it decides."""
 
-    def __init__(self, model: nn.Module, owner: ParchGrad | None, head: nn.Module) -> None:
+    def __init__(self, owner: ParchGrad, head: nn.Module) -> None:
         self.owner = owner
         self._head = head
-        self.covered = {id(module) for module in model.modules() if isinstance(module, Convolution)}
+        self.covered = {id(module) for module in owner._model.modules()}
         self._handles: list[RemovableHandle] = []
         self.is_open = True
         self.was_called = False
         self._reached: set[str] = set()
+        self._recorded: set[str] = set()
         self._was_passed = False
+        self._has_warned = False
 
     @property
     def missed(self) -> list[str]:
         """Chosen convolutions that were never called, though the model and others were."""
-        if self.owner is None or not (self._was_passed and self._reached):
+        if not (self._was_passed and self._reached):
             return []
         return [name for name in self.owner.layers if name not in self._reached]
 
     def open(self) -> None:
         try:
-            if self.owner is not None:
-                self._handles.append(self._head.register_forward_pre_hook(TransientHook(self._begin)))
-                for name, convolution in self.owner._convolutions.items():
-                    hook = TransientHook(self._attach, self.owner, name)
-                    self._handles.append(convolution.register_forward_hook(hook, prepend=True))
-                # Called after an exception too, so that a failed pass leaves no state behind.
-                self._handles.append(self._head.register_forward_hook(TransientHook(self._end), always_call=True))
+            self._handles.append(self._head.register_forward_pre_hook(TransientHook(self._begin)))
+            for name, convolution in self.owner._convolutions.items():
+                hook = TransientHook(self._attach, self.owner, name)
+                self._handles.append(convolution.register_forward_hook(hook, prepend=True))
+            # Called after an exception too, so that a failed pass leaves no state behind.
+            self._handles.append(self._head.register_forward_hook(TransientHook(self._end), always_call=True))
             _SESSIONS.set((*_open_sessions(), self))
         except BaseException:
             self.close()
@@ -306,11 +334,14 @@ class _Session:
         for handle in self._handles:
             handle.remove()
         _SESSIONS.set(_open_sessions())
+        for forward in _FORWARDS.get():
+            if forward.session is self:
+                forward.leave_rules()
         _FORWARDS.set(tuple(forward for forward in _FORWARDS.get() if forward.session is not self))
 
-    def _decides_over(self, convolution: nn.Module) -> bool:
-        """Whether this is the innermost block, in this thread or task, around this convolution."""
-        key = id(convolution)
+    def _decides_over(self, module: nn.Module) -> bool:
+        """Whether this is the innermost block, in this thread or task, around this module."""
+        key = id(module)
         for session in reversed(_SESSIONS.get()):
             if session.is_open and key in session.covered:
                 return session is self
@@ -323,9 +354,31 @@ class _Session:
         return None
 
     def _begin(self, model: nn.Module, inputs: tuple[object, ...]) -> None:
-        if self in _SESSIONS.get() and self.owner is not None:
-            self.was_called = True
-            _FORWARDS.set((*_FORWARDS.get(), _Forward(self, self.owner)))
+        if self not in _SESSIONS.get():
+            return
+        self.was_called = True
+        forward = _Forward(self, self.owner)
+        _FORWARDS.set((*_FORWARDS.get(), forward))
+        gates, antialias = self._gates(), bool(self.owner.edit.antialias)
+        # Without rules of its own, an inner block keeps those of a block around it out.
+        if (gates or antialias or has_active_rules()) and self._decides_over(self.owner._model):
+            if gates or antialias:
+                _refuse_transforms()
+            forward.rules = BackwardRules(gates=gates, antialias=antialias)
+            forward.rules.__enter__()
+
+    def _gates(self) -> float:
+        """Width of the gates in this pass."""
+        gates = cast(float, self.owner.edit.gates)
+        if gates and has_replaced_rectifiers(self.owner._model):
+            self._warn_once("Soft gates are off: a Captum method replaces the backward pass of the rectifiers itself.")
+            return 0.0
+        return gates
+
+    def _warn_once(self, message: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warn(message, ModelWarning)
 
     def _attach(
         self,
@@ -339,34 +392,43 @@ class _Session:
         if self not in _SESSIONS.get():
             return None
         # A part of the model called on its own has no forward pass of the model around it.
-        forward = self._forward() or _Forward(self, owner)
+        forward = self._forward()
+        if forward is None:
+            forward = _Forward(self, owner)
+            # Checkpointing with use_reentrant=False calls parts again, but goes back through the first call's nodes.
+            is_repeated = layer in self._recorded and current_backward_pass() >= 0
+            if (owner.edit.gates or owner.edit.antialias) and not is_repeated:
+                self._warn_once(
+                    "A part of the model was called on its own, where soft gates do not apply, and smooth strides at "
+                    "edited convolutions alone. "
+                    "Call the model itself, or give gates=0 and antialias=False."
+                )
         forward.reached = self.was_called = True
         self._reached.add(layer)
         if not self._decides_over(convolution):
             return None
-        if torch._C._are_functorch_transforms_active():
-            raise ModelError(
-                "ParchGrad does not work within transforms of torch.func such as grad, vmap and jacrev; use "
-                "torch.autograd.grad or a Captum method."
-            )
+        _refuse_transforms()
         # Asked for once: each time costs a wrapper around torch's own node.
         node = output.grad_fn
         if node is None:
             return None
+        self._recorded.add(layer)
         if output.dim() != len(convolution.kernel_size) + 2:
             raise InputError(
                 f"Layer {layer!r} was given an input without a batch dimension; give a batch: inputs.unsqueeze(0)."
             )
         earlier = getattr(node, "edit", None)
-        if isinstance(earlier, _Edit) and earlier.forward is forward:
+        if isinstance(earlier, _LayerEdit) and earlier.forward is forward:
             # A convolution that hands over to another one inside it: one operation is edited once.
             return None
         forward.expect_rows(output.shape[0])
         observation = None
-        if owner._observes:
+        selector = cast(Selector, owner.edit.selector)
+        # Some selectors look at the gradient alone.
+        if type(selector).observe is not Selector.observe:
             with torch.no_grad():
-                observation = owner._selector.observe(output.detach())
-        edit = _Edit(forward, layer, observation)
+                observation = selector.observe(output.detach())
+        edit = _LayerEdit(forward, layer, observation)
         geometry = plain_geometry(convolution)
         # Not if a hook that came first put something else in its place.
         if geometry is None or len(inputs) != 1 or not _is_convolution_of(node, inputs[0]):
@@ -380,11 +442,20 @@ class _Session:
         forward = self._forward()
         if forward is None or self not in _SESSIONS.get():
             return
+        forward.leave_rules()
         _FORWARDS.set(tuple(other for other in _FORWARDS.get() if other is not forward))
         # After an exception the output is None.
         if output is not None:
             self._was_passed = True
             forward.watch(output)
+
+
+def _refuse_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise ModelError(
+            "ParchGrad does not work within transforms of torch.func such as grad, vmap and jacrev; use "
+            "torch.autograd.grad or a Captum method."
+        )
 
 
 # Backward passes from one forward pass, in as many threads.
@@ -398,8 +469,15 @@ class _Forward:
         self.session = session
         self.owner = owner
         self.reached = False
+        self.rules: BackwardRules | None = None
         # By the backward pass: several may be under way at once, each in its own thread. No one waits for the oldest.
         self._read: deque[tuple[int, Tensor]] = deque(maxlen=_PASSES_AT_ONCE)
+
+    def leave_rules(self) -> None:
+        """Let the rules act no more, where any did."""
+        rules, self.rules = self.rules, None
+        if rules is not None:
+            rules.__exit__(None, None, None)
 
     def expect_rows(self, rows: int) -> None:
         targets = self.owner._targets
@@ -411,16 +489,18 @@ class _Forward:
         owner = self.owner
         if owner._pick_logits is not None:
             output = pick_logits(output, owner._pick_logits)
+        if owner.edit.selector is None:
+            return
         if not self.reached and _may_go_back(output):
             raise ModelError(
                 "None of the chosen convolutions was called in this forward pass, so nothing would be edited; choose "
                 "layers that take part, and explain the model itself rather than a compiled or functional copy."
             )
-        if not owner._selector.needs_class:
+        if not owner.edit.selector.needs_class:
             return
         if isinstance(output, Tensor):
             classes = output.shape[1] if output.dim() > 1 else 1
-            owner._selector.check_classes(classes)
+            owner.edit.selector.check_classes(classes)
             if owner._targets is not None:
                 check_target_range(owner._highest_target, classes)
             elif output.grad_fn is not None:
@@ -454,31 +534,51 @@ class _Forward:
         return classes.expand(rows)
 
 
-class _Edit:
+class _LayerEdit:
     """What the edit of one convolution's output in one forward pass needs."""
 
-    def __init__(self, forward: _Forward, layer: str, observation: Tensor | None) -> None:
+    def __init__(self, forward: _Forward, layer: str, observation: Any) -> None:
         self.forward = forward
         self._layer = layer
         self._observation = observation
 
-    def select(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask the selector for the kept channels: the gradient, weighed by position, and the mask, shape (B, C)."""
-        if torch.is_grad_enabled():
-            raise SettingError(
-                "Second derivatives (create_graph=True) through ParchGrad are not defined, since the edit is no "
-                "function of the input alone; take first derivatives only."
-            )
-        selector = self.forward.owner._selector
+    @property
+    def settings(self) -> Edit:
+        return self.forward.owner.edit
+
+    def apply(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weigh the gradient's places and find the factors of its channels.
+
+        Returns:
+            The weighted gradient, in float32 at least and divided row by row by a power of two; the factors (B, C);
+            and these powers, shape (B,), or None where all are 1.
+        """
+        refuse_second_derivatives()
+        selector = cast(Selector, self.settings.selector)
         classes = None
         if selector.needs_class:
             classes = self.forward.classes_of(gradient.shape[0], self._layer, gradient.device)
-        signal = LayerSignal(layer=self._layer, gradient=gradient, observation=self._observation, classes=classes)
-        found = selector.partition(signal)
+        signal = LayerSignal(
+            layer=self._layer, gradient=at_least_float32(gradient), observation=self._observation, classes=classes
+        )
+        scaled, unit = in_ordinary_range(signal.gradient, signal.channel_norms)
+        if unit is not None:
+            signal = replace(signal, gradient=scaled)
+        found = as_selection(selector.select(signal))
+        check_channel_weights(found.channel_weights, gradient)
+        weighted, norms = signal.gradient, signal.channel_norms
         if found.position_weights is not None:
             check_position_weights(found.position_weights, gradient)
-            gradient = gradient * found.position_weights.unsqueeze(1).to(gradient.dtype)
-        return gradient, found.channel_mask
+            weighted = weighted * found.position_weights.to(weighted.dtype).unsqueeze(1)
+            norms = channel_norms(weighted)
+        scales = channel_scales(
+            weighted,
+            norms,
+            found.channel_weights,
+            gamma=self.settings.gamma,
+            conserve=cast(Conserve, self.settings.conserve),
+        )
+        return weighted, scales, unit
 
 
 class _EditedConvolution(torch.autograd.Function):
@@ -489,7 +589,7 @@ class _EditedConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, hidden: list[Tensor], geometry: Geometry, edit: _Edit) -> Tensor:
+    def forward(ctx: Any, source: Tensor, hidden: list[Tensor], geometry: Geometry, edit: _LayerEdit) -> Tensor:
         output, weight = hidden
         # Not by save_for_backward: checkpointing counts what is saved, and its recomputation may be outside the block.
         ctx.weight, ctx.version = weight, _version(weight)
@@ -502,17 +602,13 @@ class _EditedConvolution(torch.autograd.Function):
             raise ModelError(
                 "The weight of a convolution was changed between the forward and the backward pass; run both anew."
             )
-        owner = ctx.edit.forward.owner
-        weighed, mask = ctx.edit.select(gradient)
-        found = partitioned_input_gradient(
-            weighed,
-            mask,
-            ctx.weight.detach(),
-            ctx.geometry,
-            ctx.input_shape,
-            gamma=owner._gamma,
-            conserve=owner._conserve,
+        weighted, scales, unit = ctx.edit.apply(gradient)
+        weight = ctx.weight.detach().to(gradient.dtype)
+        found = restored_range(
+            partitioned_input_gradient(weighted, scales, weight, ctx.geometry, ctx.input_shape), unit
         )
+        if ctx.edit.settings.antialias and max(ctx.geometry.stride) > 1:
+            found = smooth_strides(found, ctx.geometry.stride)
         return found, None, None, None
 
 
@@ -520,15 +616,15 @@ class _EditedOutput(torch.autograd.Function):
     """The output of a convolution with a way of its own; the gradient is partitioned before it goes on to it."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, edit: _Edit) -> Tensor:
+    def forward(ctx: Any, output: Tensor, edit: _LayerEdit) -> Tensor:
         ctx.edit = edit
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        owner = ctx.edit.forward.owner
-        weighed, mask = ctx.edit.select(gradient)
-        return partition_gradient(weighed, mask, gamma=owner._gamma, conserve=owner._conserve), None
+        weighted, scales, unit = ctx.edit.apply(gradient)
+        edited = weighted * scales.reshape(*scales.shape, *[1] * (gradient.dim() - 2))
+        return restored_range(edited, unit).to(gradient.dtype), None
 
 
 def _is_convolution_of(node: Any, source: Tensor) -> bool:
@@ -536,8 +632,8 @@ def _is_convolution_of(node: Any, source: Tensor) -> bool:
     if node.name() != "ConvolutionBackward0":
         return False
     before = node.next_functions[0][0]
-    if before is not None and before.name() == "ToCopyBackward0":
-        # Autocast brings the input to half precision.
+    # Autocast brings the input to half precision; a smooth stride stands between the input and the convolution.
+    while before is not None and (before.name() == "ToCopyBackward0" or is_pass_through(before)):
         before = before.next_functions[0][0]
     if source.grad_fn is None:
         return not source.requires_grad or getattr(before, "variable", None) is source

@@ -1,4 +1,4 @@
-"""From photographs to explanations: predictions, maps, pictures and files, with every setting on record."""
+"""From images to explanations: predictions, maps, pictures and files, with every setting on record."""
 
 import importlib.metadata
 import json
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from parchgrad.attribution import Explainer, heatmap, signed_heatmap
 from parchgrad.checks import check_kind, check_whole_number, is_number
+from parchgrad.edit import Edit
 from parchgrad.engine import integer_targets
 from parchgrad.errors import InputError, SettingError
 from parchgrad.files import check_outputs, save_array, writing_together
 from parchgrad.layers import LayerChoice
 from parchgrad.models import Classifier, Prediction, check_classifier
-from parchgrad.partition import Conserve
 from parchgrad.selection import Selector
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import panel, signed_panel
@@ -31,22 +31,28 @@ from parchgrad.visual.maps import draw_figure
 
 __all__ = ["Explanation", "explain_images"]
 
-MANIFEST_VERSION = 1
+UNSTABLE = 0.5
+"""A stability below this: noise that nobody can see gives another map."""
+
+MANIFEST_VERSION = 2
+_NOISE, _DRAWS = 0.001, 4
 _PACKAGES = ("parchgrad", "torch", "torchvision", "timm", "captum", "numpy", "scipy", "matplotlib", "pillow")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Explanation:
-    """One explained photograph.
+    """One explained image.
 
     Attributes:
-        name: name of the photograph.
+        name: name of the image.
         picture: what the network saw, (H, W, 3) in [0, 1].
         attribution: signed attribution by ParchGrad, (3, H, W).
         plain: signed attribution by the same method without ParchGrad, (3, H, W).
         target: the explained class.
         predictions: the most probable classes, best first.
         settings: every setting, as JSON can hold it.
+        stability: mean cosine between the heat map and those of noisy copies, in [0, 1] (see `Explainer.stability`);
+            NaN where the map is zero everywhere, None if it was not measured.
     """
 
     name: str
@@ -56,32 +62,41 @@ class Explanation:
     target: Prediction
     predictions: tuple[Prediction, ...]
     settings: Mapping[str, Any]
+    stability: float | None = None
 
     def figure(self) -> Figure:
-        """Draw the photograph beside the plain map and ParchGrad's, both by one scale."""
+        """Draw the image beside the plain map and ParchGrad's, both by one scale."""
         return panel([self.picture], self._columns(heatmap), labels=[self._label()])
 
     def signed_figure(self) -> Figure:
-        """Draw the same with signs: what speaks for the class in red, against it in blue."""
+        """Draw the same with signs: evidence for the class in red, against it in blue."""
         return signed_panel([self.picture], self._columns(signed_heatmap), labels=[self._label()])
 
     def _columns(self, summarise: Callable[[Tensor], Tensor]) -> dict[str, list[NDArray[Any]]]:
         plain, partitioned = summarise(torch.stack((self.plain, self.attribution))).float().cpu().numpy()
         method, selector = str(self.settings["method"]).replace("_", " "), self.settings["selector"]
         share = selector.get("quantile")
-        edit = f"{selector['name']}{'' if share is None else f' {share:g}'}, {len(self.settings['layers'])} layers"
-        return {f"{method}, plain": [plain], f"{method}\n{edit}": [partitioned]}
+        title = f"{method}\n{selector['name']}{'' if share is None else f' {share:g}'}"
+        count = len(self.settings["layers"])
+        title += f", {count} layer{'' if count == 1 else 's'}"
+        if self.stability is not None:
+            title += "\nstability " + ("unknown: zero map" if math.isnan(self.stability) else f"{self.stability:.2f}")
+        return {f"{method}, plain": [plain], title: [partitioned]}
 
     def _label(self) -> str:
         return f"{self.target.category} ({self.target.probability:.0%})"
 
     def manifest(self) -> dict[str, Any]:
         """Settings, predictions and versions, ready for JSON."""
+        stability = self.stability
+        # JSON has no NaN.
+        cosine = None if stability is None or math.isnan(stability) else stability
         return {
             "manifest_version": MANIFEST_VERSION,
             "photograph": self.name,
             "target": vars(self.target),
             "predictions": [vars(prediction) for prediction in self.predictions],
+            "stability": None if stability is None else {"cosine": cosine, "noise": _NOISE, "draws": _DRAWS},
             "settings": dict(self.settings),
             "versions": {
                 "python": platform.python_version(),
@@ -114,70 +129,71 @@ class Explanation:
 def explain_images(
     classifier: Classifier,
     images: Sequence[Image.Image],
-    selector: Selector,
+    edit: Edit = Edit(),
     *,
     target: int | None = None,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
     method: str = "gradient",
     method_options: Mapping[str, Any] | None = None,
+    stability: bool = False,
     internal_batch_size: int = 8,
     names: Sequence[str] | None = None,
 ) -> list[Explanation]:
-    """Explain photographs with ParchGrad, and without it for comparison.
+    """Explain images with ParchGrad, and without it for comparison.
 
     Args:
         classifier: the network.
-        images: photographs of any size and mode.
-        selector: which channels matter.
+        images: images of any size and mode.
+        edit: what is done to the gradient, with a selector.
         target: the class to explain in every image; None is each image's predicted class.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: how many times stronger than the rest the kept signal becomes, in (0, inf].
-        conserve: how the layer's variance is kept.
         method: an attribution method; see `Explainer`.
         method_options: options of the method.
+        stability: whether the stability of each map is measured, which takes five more maps per image.
         internal_batch_size: rows in one pass.
-        names: names of the photographs, for the record.
+        names: names of the images, for the record.
 
     Returns:
         One explanation per image.
 
     Raises:
+        SettingError: if `edit` has no selector, or a setting is out of range.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
         >>> import parchgrad as pg
         >>> classifier = pg.load_model("resnet18", pretrained=False)
-        >>> (explanation,) = explain_images(classifier, [Image.new("RGB", (300, 260))], pg.GradientEnergy(), target=3)
+        >>> (explanation,) = explain_images(classifier, [Image.new("RGB", (300, 260))], target=3)
         >>> explanation.target.category, tuple(explanation.attribution.shape)
         ('tiger shark', (3, 224, 224))
     """
     check_classifier(classifier)
-    _check_photographs(images, names)
+    _check_images(images, names)
     check_whole_number("internal_batch_size", internal_batch_size, 1)
-    if not isinstance(selector, Selector):
+    check_kind("edit", edit, Edit, "pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
+    if edit.selector is None:
         raise SettingError(
-            f"selector is {selector!r}, but photographs are explained with one beside the plain method; give one such "
-            "as GradientEnergy()."
+            "The selector of `edit` is None, but images are explained with one beside the plain method. Pass one such "
+            "as Edit(selector=GradientEnergy())."
         )
     remedy = "give the method's options by name"
     check_kind("method_options", method_options or {}, Mapping, remedy, wanted="a dictionary")
     options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size, **(method_options or {})}
-    explainer = Explainer(classifier.model, selector, layers=layers, gamma=gamma, conserve=conserve, **options)
+    explainer = Explainer.from_edit(classifier.model, edit, **options)
     plain = Explainer(classifier.model, None, **options)
+    settled = explainer.edit
     settings = {
         "model": classifier.name,
         "preprocessing": str(classifier.preprocess.transform),
         "method": method,
         "method_options": {name: _describe(value) for name, value in explainer.method_options.items()},
         "internal_batch_size": internal_batch_size,
-        "selector": _describe(selector),
+        "selector": _describe(settled.selector),
         "layers": list(explainer.layers),
-        "layers_choice": _describe_layers(layers),
+        "layers_choice": _describe_layers(settled.layers),
         # JSON knows no infinity.
-        "gamma": "inf" if math.isinf(gamma) else float(gamma),
-        "conserve": conserve,
+        "gamma": "inf" if math.isinf(settled.gamma) else float(settled.gamma),
+        "conserve": settled.conserve,
+        "gates": float(settled.gates or 0),
+        "antialias": settled.antialias,
         "target_choice": "predicted" if target is None else target,
     }
 
@@ -189,6 +205,9 @@ def explain_images(
         targets = explainer.predict(inputs) if target is None else integer_targets(target).expand(len(inputs))
         chosen = targets.tolist()
         maps = zip(explainer.attribute(inputs, targets), plain.attribute(inputs, targets), strict=True)
+        stable: list[float | None] = [None] * len(inputs)
+        if stability:
+            stable = explainer.stability(inputs, targets, noise=_NOISE, draws=_DRAWS).tolist()
         ranked = classifier.predict(inputs, count=len(classifier.categories))
         for row, (attribution, plain_attribution) in enumerate(maps):
             explanations.append(
@@ -200,12 +219,13 @@ def explain_images(
                     target=next(prediction for prediction in ranked[row] if prediction.index == chosen[row]),
                     predictions=ranked[row][:5],
                     settings=settings,
+                    stability=stable[row],
                 )
             )
     return explanations
 
 
-def _check_photographs(images: object, names: Sequence[str] | None) -> None:
+def _check_images(images: object, names: Sequence[str] | None) -> None:
     if isinstance(images, str) or not isinstance(images, Sequence):
         raise InputError(
             f"images is of type {type(images).__name__}, but a list of PIL images is needed; put a single one into a "
@@ -215,7 +235,7 @@ def _check_photographs(images: object, names: Sequence[str] | None) -> None:
         raise SettingError(f"names is {names!r}, but there must be one for each image; give a list of {len(images)}.")
 
 
-def _describe_layers(layers: LayerChoice) -> object:
+def _describe_layers(layers: LayerChoice | None) -> object:
     if is_number(layers):
         return float(layers)
     if isinstance(layers, str):

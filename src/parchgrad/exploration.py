@@ -1,6 +1,6 @@
-"""Looking at photographs through settings that change: maps, scores and the code that gives them again.
+"""Explaining photographs under settings that change: maps, scores, and the script that reproduces them.
 
-What an explorer shows is worked out here; how it looks is the business of its front.
+The web page only displays what this module computes.
 """
 
 import functools
@@ -10,7 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,11 +23,22 @@ from torch import Tensor
 from parchgrad.attribution import Explainer, heatmap, signed_heatmap
 from parchgrad.data.images import opened_image, read_image, stored_frame
 from parchgrad.demo import PHOTOGRAPHS, example_photographs
+from parchgrad.edit import Edit
 from parchgrad.errors import ImageError, InputError, SettingError, StatisticsError, StatisticsWarning, TargetError
 from parchgrad.evaluation.localisation import cell_shares, mosaic
-from parchgrad.layers import parse_layers
+from parchgrad.layers import LayerChoice, parse_layers
 from parchgrad.models import OFFLINE_MODEL, Classifier, Prediction, load_model
-from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, ClassWise, Selector, make_selector
+from parchgrad.rules import check_antialias, check_gates
+from parchgrad.selection import (
+    SELECTORS_BY_NAME,
+    STATISTICAL_SELECTORS,
+    ClassWise,
+    Selector,
+    check_softness,
+    default_edit,
+    default_setting,
+    make_selector,
+)
 from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
 from parchgrad.visual import blend, blend_signed, panel, shared_top, signed_panel, tint, tint_signed
 from parchgrad.visual.sweeps import QUANTILES, Sweep, quantile_sweep
@@ -61,40 +72,69 @@ _FILTERS = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """All settings of what is looked at.
+    """The settings of an explanation and its display. None takes what suits the selector.
 
     Attributes:
         network: name of a model; see `load_model`.
-        target: the class to explain; None is the predicted one.
+        target: class to explain; None is the predicted one.
         selector: short name of a selector; see `make_selector`.
-        method: an attribution method; see `Explainer`.
-        layers: which convolutions are edited, as it is typed; see `parse_layers`.
+        method: attribution method; see `Explainer`.
+        layers: the edited convolutions as a user types them; see `parse_layers`.
         quantile: share of the channels to keep, in (0, 1].
+        softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut. See `soft_weights`.
         gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
+        gates: width of the soft gates in standard deviations, 0 or more; 0 is the true derivative. See `soft_gate`.
+        antialias: whether gradients at the input of strided operations are smoothed; see `smooth_strides`.
         signed: whether maps are shown with their sign.
-        opacity: of the maps over the photograph, in [0, 1].
+        opacity: opacity of the maps over the photograph, in [0, 1].
 
     Raises:
-        SettingError: if `opacity` is out of range; other settings are checked where they are used.
+        SettingError: if `softness`, `gates`, `antialias` or `opacity` is out of range. The explorer checks the rest.
 
     Example:
-        >>> View(selector="evidence", layers="0.75").quantile
-        0.1
+        >>> view = View(selector="energy").resolved()
+        >>> view.layers, view.softness, view.gates, view.antialias
+        ('0.5', 0.5, 1.0, True)
     """
 
     network: str = OFFLINE_MODEL
     target: int | None = None
-    selector: str = "energy"
+    selector: str = "evidence"
     method: str = "gradient"
-    layers: str = "0.5"
-    quantile: float = 0.1
+    layers: str | None = None
+    quantile: float | None = None
+    softness: float | None = None
     gamma: float = math.inf
+    gates: float | None = None
+    antialias: bool | None = None
     signed: bool = False
     opacity: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.softness is not None:
+            check_softness(self.softness)
+        if self.gates is not None:
+            check_gates(self.gates)
+        if self.antialias is not None:
+            check_antialias(self.antialias)
         if not 0 <= self.opacity <= 1:
             raise SettingError(f"opacity is {self.opacity}, but it must lie in [0, 1].")
+
+    def resolved(self) -> "View":
+        """Put what suits the selector in place of every None, except `target`.
+
+        Raises:
+            SettingError: if the selector is unknown.
+        """
+        suits = default_edit(self.selector, softness=self.softness)
+        return replace(
+            self,
+            layers=str(suits.layers) if self.layers is None else self.layers,
+            quantile=default_setting(self.selector, "quantile") if self.quantile is None else self.quantile,
+            softness=default_setting(self.selector, "softness") if self.softness is None else self.softness,
+            gates=suits.gates if self.gates is None else self.gates,
+            antialias=suits.antialias if self.antialias is None else self.antialias,
+        )
 
 
 @dataclass(frozen=True)
@@ -343,6 +383,24 @@ class Explorer:
         """
         return self._networks.holds(name)
 
+    def stability(self, photograph: Photograph, view: View) -> float:
+        """Measure how steady the map of a photograph is under invisible noise; see `Explainer.stability`.
+
+        Returns:
+            Mean cosine with the maps of noisy copies, in [0, 1]; NaN if the map is zero everywhere.
+
+        Raises:
+            ParchGradError: if the photograph cannot be read, or a setting does not fit the network.
+
+        Example:
+            >>> Explorer().stability(Photograph("coffee"), View(network="shapes")) > 0.9
+            True
+        """
+        network = self._network(view.network)
+        inputs = self._inputs(network, photograph)
+        target = self.explore(photograph, view).target.index
+        return float(self._explainer(network, view, inputs, (target,)).stability(inputs, target)[0])
+
     def selectors(self, name: str) -> tuple[str, ...]:
         """Short names of the selectors that a network can be looked at with.
 
@@ -375,7 +433,7 @@ class Explorer:
         explainer, partitioned, plain = self._attribute(network, view, inputs, (target,), key)
         return Exploration(
             photograph=photograph,
-            view=view,
+            view=view.resolved(),
             target=network.prediction(target, probabilities),
             predictions=tuple(network.prediction(index, probabilities) for index in ranked[:5]),
             picture=network.classifier.preprocess.picture(inputs[0]),
@@ -404,7 +462,7 @@ class Explorer:
         _, partitioned, plain = self._attribute(network, view, inputs.expand(CELLS, -1, -1, -1), targets, key)
         return Game(
             photographs=tuple(photographs),
-            view=view,
+            view=view.resolved(),
             targets=tuple(network.prediction(target, found) for target, found in zip(targets, each, strict=True)),
             picture=network.classifier.preprocess.picture(inputs[0]),
             attribution=partitioned,
@@ -426,20 +484,18 @@ class Explorer:
         """
         network = self._network(view.network)
         target = self.explore(photograph, view).target.index
-        selector = self._selector(network, view, (target,))
+        edit = self._edit(network, view, (target,))
         most = 1.0
-        if isinstance(selector, ClassWise):
+        if isinstance(edit.selector, ClassWise):
             # Compact statistics rank the best channels only.
-            held = selector.statistics.values()
+            held = edit.selector.statistics.values()
             most = min((layer.share for layer in held if isinstance(layer, RankedLayerStatistics)), default=1.0)
         return quantile_sweep(
             network.classifier,
             photograph.read(),
-            selector,
+            edit,
             quantiles=[quantile for quantile in QUANTILES if quantile <= most],
             target=target,
-            layers=parse_layers(view.layers),
-            gamma=view.gamma,
             method=view.method,
         )
 
@@ -475,23 +531,30 @@ class Explorer:
         self, network: "_Network", view: View, inputs: Tensor, targets: tuple[int, ...], key: tuple[Hashable, ...]
     ) -> tuple[Explainer, Tensor, Tensor]:
         """The explainer, and the attributions of the inputs with ParchGrad and without it."""
-        model = network.classifier.model
-        rows = max(1, _PIXELS_PER_PASS // (inputs.shape[2] * inputs.shape[3]))
-        explainer = Explainer(
-            model,
-            self._selector(network, view, targets),
-            layers=parse_layers(view.layers),
-            gamma=view.gamma,
-            method=view.method,
-            internal_batch_size=rows,
-        )
-        plain = Explainer(model, None, method=view.method, internal_batch_size=rows)
-        settings = (view.method, view.selector, view.layers, view.quantile, view.gamma)
+        explainer = self._explainer(network, view, inputs, targets)
+        plain = self._explainer(network, view, inputs, None)
+        # The display does not change the attribution.
+        settings = astuple(replace(view.resolved(), target=None, signed=False, opacity=1.0))
         classes = torch.tensor(targets)
         return (
             explainer,
             self._tensors.get((*key, *settings), lambda: explainer.attribute(inputs, classes)),
             self._tensors.get((*key, view.method), lambda: plain.attribute(inputs, classes)),
+        )
+
+    def _explainer(self, network: "_Network", view: View, inputs: Tensor, targets: tuple[int, ...] | None) -> Explainer:
+        """The explainer of some classes under a view; the plain one for None."""
+        rows = max(1, _PIXELS_PER_PASS // (inputs.shape[2] * inputs.shape[3]))
+        edit = Edit(selector=None) if targets is None else self._edit(network, view, targets)
+        return Explainer.from_edit(network.classifier.model, edit, method=view.method, internal_batch_size=rows)
+
+    def _edit(self, network: "_Network", view: View, targets: tuple[int, ...]) -> Edit:
+        return Edit(
+            selector=self._selector(network, view, targets),
+            layers=_layers(view),
+            gamma=view.gamma,
+            gates=view.gates,
+            antialias=view.antialias,
         )
 
     def _selector(self, network: "_Network", view: View, targets: tuple[int, ...]) -> Selector:
@@ -501,7 +564,7 @@ class Explorer:
             key = (network.classifier.name, tuple(sorted(set(targets))))
             statistics = self._columns.get(key, functools.partial(statistics.restrict, classes=targets))
         with _silent(StatisticsWarning):
-            return make_selector(view.selector, quantile=view.quantile, statistics=statistics)
+            return make_selector(view.selector, quantile=view.quantile, softness=view.softness, statistics=statistics)
 
 
 @dataclass(frozen=True, eq=False)
@@ -543,6 +606,10 @@ class _Recent(Generic[T]):
             while self._total > self._limit and len(self._held) > 1:
                 self._total -= self._size(self._held.popitem(last=False)[1])
         return made
+
+
+def _layers(view: View) -> LayerChoice | None:
+    return None if view.layers is None else parse_layers(view.layers)
 
 
 def _maps(attribution: Tensor, view: View) -> Tensor:
@@ -635,20 +702,40 @@ def _imports(photographs: Sequence[Photograph], *, numeric: Sequence[str], visua
 def _explainers(network: _Network, view: View) -> str:
     """The lines that load the network, and make the explainers with ParchGrad and without it."""
     lines = [f"classifier = pg.load_model({view.network!r})"]
-    if view.selector in STATISTICAL_SELECTORS and network.statistics is not None:
+    name, view, suits = view.selector, view.resolved(), default_edit(view.selector, softness=view.softness)
+    arguments = [
+        f"{setting}={value!r}"
+        for setting, value in (("quantile", view.quantile), ("softness", view.softness))
+        # Random channels have no softness.
+        if value != default_setting(name, setting) and (setting, name) != ("softness", "random")
+    ]
+    if name in STATISTICAL_SELECTORS and network.statistics is not None:
         source = f"bundled({view.network!r})" if network.file is None else f"load({network.file!r}, classifier.model)"
         lines.append(f"statistics = pg.ChannelStatistics.{source}")
-        kind, test = ("ClassWise", network.statistics.test) if view.selector == "class" else ("InstanceWise", "welch")
-        tested = "" if test == "welch" else f", test={test!r}"
-        selector = f"{kind}(statistics, quantile={view.quantile:g}{tested})"
+        kind, test = ("ClassWise", network.statistics.test) if name == "class" else ("InstanceWise", "welch")
+        # Their quantile has no default, since alpha may take its place.
+        arguments = ["statistics", f"quantile={view.quantile!r}", *(a for a in arguments if a.startswith("softness"))]
+        arguments += [] if test == "welch" else [f"test={test!r}"]
     else:
-        selector = repr(make_selector(view.selector, quantile=view.quantile))
-    method = "" if view.method == "gradient" else f", method={view.method!r}"
-    gamma = "" if math.isinf(view.gamma) else f", gamma={view.gamma!r}"
+        kind = SELECTORS_BY_NAME[name].__name__
+    explained = ["classifier.model"]
+    if name != View.selector or arguments:
+        lines.append(f"selector = pg.{kind}({', '.join(arguments)})")
+        explained.append("selector")
+    method = [] if view.method == "gradient" else [f"method={view.method!r}"]
+    explained += [
+        f"{setting}={value!r}"
+        for setting, value, usual in (
+            ("layers", _layers(view), suits.layers),
+            ("gamma", view.gamma, math.inf),
+            ("gates", view.gates, suits.gates),
+            ("antialias", view.antialias, suits.antialias),
+        )
+        if value != usual
+    ]
     lines += [
-        f"selector = pg.{selector}",
-        f"explainer = pg.Explainer(classifier.model, selector, layers={parse_layers(view.layers)!r}{gamma}{method})",
-        f"plain = pg.Explainer(classifier.model, None{method})",
+        f"explainer = pg.Explainer({', '.join([*explained, *method])})",
+        f"plain = pg.Explainer({', '.join(['classifier.model', 'None', *method])})",
     ]
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from parchgrad.engine import ParchGrad, Target
 from parchgrad.errors import LayerError, SettingError, StatisticsError
-from parchgrad.layers import Convolution, bare_model, choose_layers, find_convolutions
+from parchgrad.layers import Convolution, bare_model, choose_layers, find_convolutions, has_published_layers
 from parchgrad.models import check_model_name
 from parchgrad.models.pretrained_models import ENCODERS
 from parchgrad.partition import Conserve
@@ -90,32 +90,38 @@ class HookWrapper:
 
         Args:
             base_directory: a statistics file; or a folder that holds `NAME.safetensors`, NAME being the network's; or
-                a folder of the research code, whose pickles lie in it or in its folder `pickles`.
+                a folder of the research code, with pickles in it or in its folder `pickles`. Method `"cls"` needs
+                `cls_p_values.pkl` and `shapiro_p_values.pkl`; method `"ins"` needs `shapiro_p_values.pkl`,
+                `gap_mean.pkl` and `gap_std.pkl`.
             device: has no meaning any more: what is needed goes where the network is.
             verbose: has no meaning any more: nothing is printed.
 
         Raises:
-            StatisticsError: if there are no statistics, or they are damaged or of another network.
+            StatisticsError: if there are no statistics, they lack what the method needs, or they are damaged or of
+                another network.
         """
         if self.method == "normal":
             return
         statistics = _read_statistics(Path(base_directory), self.name, self.model)
+        statistics.require("instance" if self.method == "ins" else "class")
         # Ranking all classes takes longer than an image, and loops over images come back with the same settings.
         cache = functools.lru_cache(_SELECTORS_KEPT)
         self._selector_for = cache(functools.partial(_make_selector, self.method, statistics))
 
-    def get_default_hook_convolutions(self, layer_ratio: float | None = None) -> list[Convolution]:
+    def get_default_hook_convolutions(self, layer_ratio: float | str | None = None) -> list[Convolution]:
         """Choose the convolutions to edit.
 
         Args:
             layer_ratio: r in (0, 1], the last `int(r * n)` of n convolutions, at least one; None is the set published
-                for the family, else the upper half (see `choose_layers`).
+                for the family, else 0.5 (see `choose_layers`).
 
         Raises:
             LayerError: if the ratio is out of range.
             ModelError: if the network holds no convolution.
         """
-        return list(choose_layers(self.model, "default" if layer_ratio is None else layer_ratio).values())
+        if layer_ratio is None:
+            layer_ratio = "published" if has_published_layers(self.model) else 0.5
+        return list(choose_layers(self.model, layer_ratio).values())
 
     def set_hook_modules(self, modules: Iterable[nn.Module], verbose: int = 0) -> None:
         """Set the convolutions to edit, in place of those set before.
@@ -177,9 +183,16 @@ def _make_selector(
     normality_threshold: float | None,
 ) -> Selector:
     if method == "ins":
-        return InstanceWise(statistics, quantile=quantile, alpha=alpha, normality_threshold=normality_threshold)
+        return InstanceWise(
+            statistics, quantile=quantile, alpha=alpha, softness=0, normality_threshold=normality_threshold
+        )
     return ClassWise(
-        statistics, quantile=quantile, alpha=alpha, normality_threshold=normality_threshold, test=statistics.test
+        statistics,
+        quantile=quantile,
+        alpha=alpha,
+        softness=0,
+        normality_threshold=normality_threshold,
+        test=statistics.test,
     )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "choose_layers",
     "find_convolutions",
+    "has_published_layers",
     "parse_layers",
 ]
 
@@ -95,22 +96,22 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
     return convolutions
 
 
-def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str, Convolution]:
+def choose_layers(model: nn.Module, layers: LayerChoice) -> dict[str, Convolution]:
     """Choose the convolutions whose gradient is edited, in module order.
 
     Args:
         model: any module with convolutions.
         layers: one of
 
-            - `"default"`: the set published for the ResNet, VGG and EfficientNet families, else the upper half, without
-              a convolution that is the classifier itself;
             - `"all"`;
+            - `"published"`: the paper's set, for the ResNet, VGG and EfficientNet families alone;
             - a ratio r in (0, 1]: the last `int(r * n)` of n convolutions, at least one;
             - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`;
             - convolution modules of the model.
 
     Raises:
-        LayerError: if a pattern matches nothing, a ratio is out of range, or a module is no convolution of the model.
+        LayerError: if a pattern matches nothing, a ratio is out of range, a module is no convolution of the model, or
+            the paper has no set for it.
         ModelError: if the model holds no convolution, or none but those that cut patches for a transformer.
 
     Example:
@@ -120,7 +121,7 @@ def choose_layers(model: nn.Module, layers: LayerChoice = "default") -> dict[str
     """
     model = bare_model(model)
     convolutions = find_convolutions(model)
-    if (isinstance(layers, str) and layers in ("default", "all")) or is_number(layers):
+    if (isinstance(layers, str) and layers in ("published", "all")) or is_number(layers):
         # Who names layers knows what they do.
         _check_more_than_patches(model, convolutions)
     if isinstance(layers, bool) or layers is None:
@@ -188,7 +189,7 @@ def parse_layers(text: str) -> str | float | list[str]:
 
 def _not_a_choice(layers: object) -> LayerError:
     return LayerError(
-        f"layers is {layers!r}, but it must be 'default', 'all', a ratio in (0, 1], "
+        f"layers is {layers!r}, but it must be 'all', 'published', a ratio in (0, 1], "
         "a non-empty list of name patterns, or a non-empty list of convolution modules."
     )
 
@@ -203,8 +204,14 @@ def _last(names: Iterable[str], ratio: float) -> list[str]:
 
 def _of_name(model: nn.Module, convolutions: dict[str, Convolution], name: str) -> list[str]:
     """The convolutions of a set, or those that match a pattern."""
-    if name == "default":
-        return _default_names(model, convolutions)
+    if name == "published":
+        published = _published_names(model, convolutions)
+        if not published:
+            raise LayerError(
+                f"The paper has no layer set for {type(model).__name__}, only for the {', '.join(_FAMILIES)} families. "
+                "Give a ratio such as layers=0.5, 'all', or name patterns."
+            )
+        return published
     return list(convolutions) if name == "all" else _matching(convolutions, [name])
 
 
@@ -243,8 +250,18 @@ def _named(convolutions: dict[str, Convolution], modules: Sequence[nn.Module]) -
     return [names[id(module)] for module in modules]
 
 
-def _default_names(model: nn.Module, convolutions: dict[str, Convolution]) -> list[str]:
-    """The published layer set of the model's family, or the upper half where there is none."""
+def has_published_layers(model: nn.Module) -> bool:
+    """Whether the paper has a layer set for this network.
+
+    Example:
+        >>> has_published_layers(nn.Sequential(nn.Conv1d(4, 4, 3)))
+        False
+    """
+    return bool(_published_names(bare_model(model), find_convolutions(model)))
+
+
+def _published_names(model: nn.Module, convolutions: dict[str, Convolution]) -> list[str]:
+    """The published layer set of the model's family; empty where there is none."""
     for prefix, module in model.named_modules():
         # The network may stand inside a wrapper, behind a normalisation for example.
         family = next((parent.__name__ for parent in type(module).__mro__ if parent.__name__ in _FAMILIES), None)
@@ -254,7 +271,7 @@ def _default_names(model: nn.Module, convolutions: dict[str, Convolution]) -> li
             chosen = [start + name for name in _FAMILIES[family](inside)]
             if chosen:
                 return chosen
-    return _last(_without_classifier(model, convolutions), 0.5)
+    return []
 
 
 def _resnet_names(convolutions: dict[str, Convolution]) -> list[str]:
@@ -287,10 +304,3 @@ _FAMILIES: Mapping[str, Callable[[dict[str, Convolution]], list[str]]] = {
     "VGG": _vgg_names,
     "EfficientNet": _efficientnet_names,
 }
-
-
-def _without_classifier(model: nn.Module, convolutions: dict[str, Convolution]) -> list[str]:
-    """All names but that of a last convolution behind which no linear layer stands: its channels are the classes."""
-    kinds = [type(module) for module in model.modules() if isinstance(module, (nn.Linear, Convolution))]
-    is_classifier = len(convolutions) > 1 and not issubclass(kinds[-1], nn.Linear)
-    return list(convolutions)[: len(convolutions) - is_classifier]

@@ -1,11 +1,12 @@
-"""The edit: a gradient and a channel mask in, the partitioned gradient out. Pure functions, no state.
+"""The edit: a gradient and weights of its channels in, the partitioned gradient out. Pure functions, no state.
 
-Source: Park, Jeon, Choi (2023), "Partitioned Channel Gradient for Reliable Input Attribution".
+Source: Park, Jeon, Choi (2023), "Partitioned Channel Gradient for Reliable Input Attribution"; the soft weights and the
+energy way are this package's own.
 
-Per row of the batch, with ``g`` the gradient at a convolution's output, ``H`` the kept channels and ``L`` the rest:
-``G_H`` and ``G_L`` are the sums of ``g`` over the channels of either group, ``M`` and ``N`` the variances of these
-sums over the spatial positions. With ``gamma`` infinite L is pruned and H scaled by ``beta``; with ``gamma`` finite H
-is scaled by ``beta * gamma * sqrt(N / M)`` and L by ``beta``.
+Per row of the batch, ``g`` is the gradient at a convolution's output, after its places were weighted. Weights ``w`` in
+[0, 1] split it into ``H = w g``, the channels that matter, and the rest ``L = (1 - w) g``. ``M`` and ``N`` are the
+variances over space of the sums of H and of L over the channels. With ``gamma`` infinite L is pruned and H scaled by
+``beta``; with ``gamma`` finite H is scaled by ``beta * gamma * sqrt(N / M)`` and L by ``beta``.
 """
 
 import math
@@ -21,17 +22,19 @@ from parchgrad.errors import SettingError
 __all__ = [
     "Conserve",
     "at_least_float32",
-    "check_channel_mask",
+    "channel_norms",
+    "channel_scales",
+    "check_channel_weights",
     "check_edit_settings",
     "check_position_weights",
+    "in_ordinary_range",
     "partition_gradient",
-    "pruning_scale",
-    "rounding_error",
-    "safe_norm",
+    "restored_range",
+    "row_norms",
     "without_autocast",
 ]
 
-Conserve = Literal["independent", "exact", "none"]
+Conserve = Literal["energy", "independent", "exact", "none"]
 _WAYS = get_args(Conserve)
 
 
@@ -43,16 +46,18 @@ def check_edit_settings(gamma: float, conserve: str) -> None:
         raise SettingError(f"conserve is {conserve!r}, but it must be one of {', '.join(_WAYS)}.")
 
 
-def check_channel_mask(channel_mask: Tensor, gradient: Tensor) -> None:
-    """Raise `SettingError` unless the mask is boolean, with a row for each row of the gradient."""
-    for name, value in (("gradient", gradient), ("channel_mask", channel_mask)):
+def check_channel_weights(channel_weights: Tensor, gradient: Tensor) -> None:
+    """Raise `SettingError` unless there is a weight, or a boolean, for each row and channel of the gradient."""
+    for name, value in (("gradient", gradient), ("channel_weights", channel_weights)):
         check_kind(name, value, Tensor, "turn it with torch.as_tensor")
     if not gradient.is_floating_point():
         raise SettingError(f"gradient is {gradient.dtype}, but it must hold floating-point numbers; call .float().")
-    if channel_mask.dtype != torch.bool or channel_mask.shape != gradient.shape[:2]:
+    is_weight = channel_weights.dtype == torch.bool or channel_weights.is_floating_point()
+    if not is_weight or channel_weights.shape != gradient.shape[:2]:
         raise SettingError(
-            f"channel_mask is {channel_mask.dtype} of shape {tuple(channel_mask.shape)}, but the gradient of shape "
-            f"{tuple(gradient.shape)} needs a boolean mask of shape {tuple(gradient.shape[:2])}."
+            f"channel_weights is {channel_weights.dtype} of shape {tuple(channel_weights.shape)}. The gradient of "
+            f"shape {tuple(gradient.shape)} needs weights in [0, 1] or a boolean mask, shape "
+            f"{tuple(gradient.shape[:2])}."
         )
 
 
@@ -61,118 +66,161 @@ def check_position_weights(position_weights: Tensor, gradient: Tensor) -> None:
     wanted = (gradient.shape[0], *gradient.shape[2:])
     if not position_weights.is_floating_point() or position_weights.shape != wanted:
         raise SettingError(
-            f"position_weights is {position_weights.dtype} of shape {tuple(position_weights.shape)}, but the gradient "
+            f"position_weights is {position_weights.dtype} of shape {tuple(position_weights.shape)}. The gradient "
             f"of shape {tuple(gradient.shape)} needs floating-point weights of shape {wanted}."
         )
 
 
 def partition_gradient(
     gradient: Tensor,
-    channel_mask: Tensor,
+    channel_weights: Tensor,
     *,
+    position_weights: Tensor | None = None,
     gamma: float = math.inf,
-    conserve: Conserve = "independent",
+    conserve: Conserve = "energy",
 ) -> Tensor:
-    """Prune or damp the channels outside the mask and re-scale those inside, row by row.
+    """Prune or damp the channels by their weights and re-scale what stays, row by row.
 
-    A row whose mask is all true or all false passes unchanged. Where the kept sum has no variance over space (up to
-    the rounding of the sum itself), nothing is re-scaled. Multiplying the gradient by any constant multiplies the
-    result by the same constant. Half precision is summed and scaled in float32.
+    A row whose weights are all 1 or all 0 keeps its (place-weighted) gradient. Where the kept sum has no variance over
+    space (up to the rounding of the sum itself), nothing is re-scaled. Multiplying the gradient by any constant
+    multiplies the result by the same constant. Half precision is summed and scaled in float32.
 
     Args:
         gradient: gradient at a convolution's output, shape (B, C, *S) with any number of spatial dimensions.
-        channel_mask: boolean, shape (B, C); true for the channels that matter (H).
+        channel_weights: how far a channel matters, in [0, 1], or a boolean mask; shape (B, C).
+        position_weights: factor of each place, in [0, 1], shape (B, *S); None leaves all places as they are.
         gamma: how many times stronger than L's the summed signal of H becomes; in (0, inf].
-        conserve: what keeps the layer's variance: `"independent"` takes H and L as uncorrelated, `"exact"` measures
-            the sum before and after, `"none"` leaves it.
+        conserve: what the layer keeps. `"energy"`: the norm of the place-weighted gradient, so that the edit never
+            amplifies. Or the variance over space of the sum over channels: `"independent"` takes H and L as
+            uncorrelated, `"exact"` measures the sum before and after. `"none"` keeps nothing.
 
     Returns:
         A new tensor of the shape, dtype and device of `gradient`.
 
     Raises:
-        SettingError: if `gamma` or `conserve` is out of range, or the mask does not fit the gradient.
+        SettingError: if `gamma` or `conserve` is out of range, or the weights do not fit the gradient.
 
     Example:
-        >>> gradient = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]])
-        >>> partition_gradient(gradient, torch.tensor([[True, False]]))
-        tensor([[[ 2.2361, -2.2361],
-                 [ 0.0000, -0.0000]]])
+        >>> gradient = torch.tensor([[[3.0, -4.0], [12.0, 0.0]]])
+        >>> partition_gradient(gradient, torch.tensor([[1.0, 0.0]])).round(decimals=3)
+        tensor([[[  7.8000, -10.4000],
+                 [  0.0000,   0.0000]]])
     """
     check_edit_settings(gamma, conserve)
-    check_channel_mask(channel_mask, gradient)
+    check_channel_weights(channel_weights, gradient)
     if gradient.numel() == 0:
         return gradient.clone()
-    wide = at_least_float32(gradient)
-    with without_autocast(gradient.device.type):
-        sums = _group_sums(wide, channel_mask)
-    if math.isinf(gamma):
-        kept_scale = pruning_scale(sums.kept, sums.kept + sums.rest, sums.kept_rounding, conserve=conserve)
-        rest_scale = torch.zeros_like(kept_scale)
-    else:
-        kept_scale, rest_scale = _damping_scales(sums, gamma=gamma, conserve=conserve)
-    scale = torch.where(channel_mask, kept_scale.unsqueeze(1), rest_scale.unsqueeze(1))
-    one_sided = (channel_mask.all(1) | ~channel_mask.any(1)).unsqueeze(1)
-    scale = scale.masked_fill(one_sided, 1.0).to(wide.dtype)
-    return (wide * scale.reshape(*scale.shape, *[1] * (gradient.dim() - 2))).to(gradient.dtype)
+    if position_weights is not None:
+        check_position_weights(position_weights, gradient)
+    wide, unit = in_ordinary_range(at_least_float32(gradient))
+    if position_weights is not None:
+        wide = wide * position_weights.to(wide.dtype).unsqueeze(1)
+    scales = channel_scales(wide, channel_norms(wide), channel_weights, gamma=gamma, conserve=conserve)
+    edited = wide * scales.reshape(*scales.shape, *[1] * (gradient.dim() - 2))
+    return restored_range(edited, unit).to(gradient.dtype)
 
 
-def pruning_scale(kept: Tensor, total: Tensor, kept_rounding: Tensor, *, conserve: Conserve) -> Tensor:
-    """Factor of H where L is pruned (gamma infinite), from sums over channels alone.
+def channel_scales(
+    gradient: Tensor, norms: Tensor, channel_weights: Tensor, *, gamma: float, conserve: Conserve
+) -> Tensor:
+    """Factor of each channel by which `partition_gradient` edits a gradient.
 
     Args:
-        kept: the gradient summed over H, shape (B, *S).
-        total: the gradient summed over all channels, shape (B, *S).
-        kept_rounding: see `rounding_error`, shape (B,).
+        gradient: place-weighted gradient, float32 or wider, as `in_ordinary_range` brings it, shape (B, C, *S).
+        norms: its `channel_norms`, shape (B, C).
+        channel_weights: see `partition_gradient`.
+        gamma: see `partition_gradient`.
         conserve: see `partition_gradient`.
 
     Returns:
-        Beta of each row, shape (B,), in the dtype of `kept`.
+        Factors, shape (B, C), in the dtype of `gradient`; NaN throughout a row that is not finite.
 
     Example:
-        >>> kept, total = torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0, -3.0]])
-        >>> pruning_scale(kept, total, torch.zeros(1), conserve="independent")
-        tensor([2.2361])
+        >>> gradient = torch.tensor([[[3.0, -4.0], [12.0, 0.0]]])
+        >>> channel_scales(
+        ...     gradient, channel_norms(gradient), torch.tensor([[1.0, 0.0]]), gamma=math.inf, conserve="energy")
+        tensor([[2.6000, 0.0000]])
     """
-    if conserve == "none":
-        return torch.ones_like(kept_rounding, dtype=kept.dtype)
-    other = total - kept if conserve == "independent" else total
-    of_kept, of_other = _strength(torch.stack((kept, other))).unbind()
-    if kept.shape[1:].numel() == 1:
-        beta = ((of_kept + of_other) if conserve == "independent" else of_other).div_(of_kept).sqrt_()
-    else:
-        beta = (torch.hypot(of_kept, of_other) if conserve == "independent" else of_other) / of_kept
-    return beta.masked_fill_(of_kept <= kept_rounding, 1.0).to(kept.dtype)
+    weights = channel_weights.to(norms.dtype)
+    scale = weights
+    if math.isfinite(gamma) or conserve in ("independent", "exact"):
+        sums = _group_sums(gradient, norms, weights)
+        if math.isinf(gamma):
+            scale = weights * _pruning_scale(sums, conserve=conserve).unsqueeze(1)
+        else:
+            kept_scale, rest_scale = _damping_scales(sums, gamma=gamma, conserve=conserve)
+            scale = torch.lerp(rest_scale.unsqueeze(1), kept_scale.unsqueeze(1), weights.to(kept_scale))
+    if conserve == "energy":
+        before, after = (torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in (norms, scale * norms))
+        scale = scale * torch.where(after == 0, 1.0, before / after)
+    one_sided = (weights == 1).all(dim=1, keepdim=True) | (weights == 0).all(dim=1, keepdim=True)
+    # A gradient that is broken in a pruned channel must not come out finite: zero times infinity is NaN.
+    broken = norms.sum(dim=1, keepdim=True).mul_(0)
+    return (torch.where(one_sided, 1.0, scale) + broken).to(gradient.dtype)
 
 
-def rounding_error(values: Tensor, channels: int) -> Tensor:
-    """How large the error of a sum over channels may be, as `_strength` measures signals, shape (B,).
+def channel_norms(gradient: Tensor) -> Tensor:
+    """Euclidean norm over space of each channel, (B, C, *S) to (B, C); in float32 at least.
+
+    Example:
+        >>> channel_norms(torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]))
+        tensor([[5., 2.]])
+    """
+    wide = at_least_float32(gradient)
+    norms: Tensor = torch.linalg.vector_norm(wide.flatten(2) if wide.dim() > 2 else wide.unsqueeze(2), dim=2)
+    return norms
+
+
+def row_norms(gradient: Tensor) -> Tensor:
+    """Euclidean norm of each row, (B, C, *S) to (B,).
+
+    Example:
+        >>> row_norms(torch.tensor([[[3.0], [4.0]]]))
+        tensor([5.])
+    """
+    # In two steps: the rounding of a sum over everything would show.
+    norms: Tensor = torch.linalg.vector_norm(channel_norms(gradient), dim=1)
+    return norms
+
+
+# Norms of a row between which neither squares nor products of three values vanish or overflow in float32.
+_ORDINARY_NORMS = (2.0**-30, 2.0**30)
+
+
+def in_ordinary_range(values: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Bring each row to where its squares neither vanish nor overflow, by a power of two, which changes no digit.
 
     Args:
-        values: what is summed, shape (B, K, *S).
-        channels: number of channels C of the layer, of which these are some.
-    """
-    positions = max(1, values.shape[2:].numel())
-    # The error of a sum grows like sqrt(C) times the summed magnitudes, here their mean over space.
-    factor = torch.finfo(values.dtype).eps * math.sqrt(channels / positions)
-    # Scaled first: the sum of huge values would overflow.
-    return values.mul(factor).abs_().sum(dim=tuple(range(1, values.dim())))
+        values: float32 or wider, shape (B, C, *S).
+        norms: their `channel_norms`, where they are known already.
 
-
-def safe_norm(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
-    """Euclidean norm over some dimensions, in which the squares of tiny values do not vanish.
+    Returns:
+        The rows, and the power of two that each was divided by, shape (B,); None where they were left as they are.
 
     Example:
-        >>> safe_norm(torch.tensor([3e-30, 4e-30]), dim=0)
-        tensor(5.0000e-30, dtype=torch.float64)
+        >>> in_ordinary_range(torch.tensor([[[3e-30, 4e-30]]]))[0].norm() > 0.5
+        tensor(True)
     """
-    norm: Tensor
-    if values.dtype != torch.float64 and values.device.type != "mps":
-        norm = torch.linalg.vector_norm(values, dim=dim, dtype=torch.float64)
-        return norm
-    # No wider type is there: the values are divided by their peak.
-    peak = values.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-    norm = torch.linalg.vector_norm(values / peak, dim=dim)
-    return norm * peak.amax(dim=dim)
+    if values.numel() == 0:
+        return values, None
+    # Reading a number is no wait on the CPU; elsewhere a copy costs less than the wait.
+    if values.device.type == "cpu":
+        lengths = torch.linalg.vector_norm(channel_norms(values) if norms is None else norms, dim=1)
+        if bool(((lengths > _ORDINARY_NORMS[0]) & (lengths < _ORDINARY_NORMS[1])).all()):
+            return values, None
+    peak = torch.linalg.vector_norm(values.flatten(1), math.inf, dim=1)
+    exponent = torch.frexp(torch.where(peak.isfinite(), peak, 0.0)).exponent.clamp_(-126, 126)
+    unit = torch.ldexp(torch.ones_like(peak), exponent)
+    return values / _per_row(unit, values), unit
+
+
+def restored_range(values: Tensor, unit: Tensor | None) -> Tensor:
+    """Undo `in_ordinary_range`."""
+    return values if unit is None else values * _per_row(unit, values)
+
+
+def _per_row(factor: Tensor, values: Tensor) -> Tensor:
+    return factor.reshape(-1, *[1] * (values.dim() - 1))
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
@@ -196,16 +244,27 @@ class _Groups(NamedTuple):
     rest_rounding: Tensor
 
 
-def _group_sums(gradient: Tensor, channel_mask: Tensor) -> _Groups:
-    """Sum the gradient over the channels inside and outside the mask."""
+def _group_sums(gradient: Tensor, norms: Tensor, weights: Tensor) -> _Groups:
+    """Sum the two parts of the gradient over the channels."""
     batch, channels, *spatial = gradient.shape
-    flat = gradient.reshape(batch, channels, math.prod(spatial))
-    weights = torch.stack((channel_mask, ~channel_mask), dim=1).to(gradient.dtype)
-    kept, rest = torch.bmm(weights, flat).unbind(1)
-    magnitudes = flat.abs().mean(dim=2).unsqueeze(1)
-    factor = math.sqrt(flat.shape[2])
-    errors = [rounding_error(part.unsqueeze(2), channels) * factor for part in (weights * magnitudes).unbind(1)]
-    return _Groups(kept, rest, *errors)
+    parts = torch.stack((weights, 1 - weights), dim=1)
+    with without_autocast(gradient.device.type):
+        kept, rest = torch.bmm(parts, gradient.reshape(batch, channels, math.prod(spatial))).unbind(1)
+    # The error of a sum grows like sqrt(C) times the summed magnitudes.
+    factor = torch.finfo(gradient.dtype).eps * math.sqrt(channels)
+    errors = (parts * norms.unsqueeze(1)).sum(dim=2).mul_(factor)
+    return _Groups(kept, rest, *errors.unbind(1))
+
+
+def _pruning_scale(groups: _Groups, *, conserve: Conserve) -> Tensor:
+    """Factor of H where L is pruned, (B,)."""
+    other = groups.rest if conserve == "independent" else groups.kept + groups.rest
+    of_kept, of_other = _strength(torch.stack((groups.kept, other))).unbind()
+    if groups.kept.shape[1] == 1:
+        beta = ((of_kept + of_other) if conserve == "independent" else of_other).div_(of_kept).sqrt_()
+    else:
+        beta = (torch.hypot(of_kept, of_other) if conserve == "independent" else of_other) / of_kept
+    return beta.masked_fill_(of_kept <= groups.kept_rounding, 1.0)
 
 
 def _damping_scales(groups: _Groups, *, gamma: float, conserve: Conserve) -> tuple[Tensor, Tensor]:
@@ -218,13 +277,17 @@ def _damping_scales(groups: _Groups, *, gamma: float, conserve: Conserve) -> tup
     # sqrt(N / M); what a row without M gives is replaced at the end.
     ratio = _root_ratio(rest, kept, single)
 
+    # g_hat and 1, divided by their length: g_hat itself may overflow.
+    length = torch.hypot(ones, gamma * ratio)
+    gain, damping = torch.hypot(ones, 1 / (gamma * ratio)).reciprocal(), length.reciprocal()
+
     if conserve == "none":
         kept_scale, rest_scale = gamma * ratio, ones
+    elif conserve == "energy":
+        # The norm is brought back later. Where nothing of L varies, H would be lost.
+        kept_scale, rest_scale = gain, damping
+        usable = usable & (rest > 0)
     elif conserve == "exact":
-        # g_hat and 1, divided by their length: g_hat itself may overflow.
-        length = torch.hypot(ones, gamma * ratio)
-        gain = torch.hypot(ones, 1 / (gamma * ratio)).reciprocal()
-        damping = length.reciprocal()
         edited = gain.unsqueeze(1) * groups.kept + damping.unsqueeze(1) * groups.rest
         errors = torch.stack(
             (errors.sum(dim=0), gain * groups.kept_rounding + damping * groups.rest_rounding),
@@ -263,4 +326,8 @@ def _strength(signal: Tensor) -> Tensor:
     if signal.shape[2:].numel() == 1:
         return signal.abs().flatten(1)
     positions = tuple(range(2, signal.dim()))
-    return safe_norm(signal - signal.mean(dim=positions, keepdim=True), dim=positions)
+    centred = signal - signal.mean(dim=positions, keepdim=True)
+    # A large gamma leaves the range of float32; Apple's GPUs have no wider type.
+    wide = centred.dtype if centred.device.type == "mps" else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(centred, dim=positions, dtype=wide)
+    return norm

@@ -1,15 +1,16 @@
 """What a selector chose: the selections of one backward pass, kept to be looked at or replayed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from parchgrad.attribution import Explainer
+from parchgrad.edit import Edit
 from parchgrad.engine import Target
-from parchgrad.layers import LayerChoice
-from parchgrad.partition import Conserve, at_least_float32, safe_norm
-from parchgrad.selection import LayerSignal, Selection, Selector
+from parchgrad.errors import SettingError
+from parchgrad.selection import EditDefaults, LayerSignal, Selection, Selector, as_selection
 
 __all__ = ["DelegatingSelector", "RecordedSelection", "Recorder", "record_selections"]
 
@@ -30,16 +31,17 @@ class RecordedSelection:
 
     @property
     def kept(self) -> Tensor:
-        """Channels that were kept and send something back, boolean, shape (B, C).
+        """Channels with a weight that send something back, boolean, shape (B, C).
 
         Where later layers leave most channels without a gradient, ties at zero may be selected by the hundred.
         """
-        return self.selection.channel_mask & (self.channel_norms > 0)
+        return (self.selection.channel_weights > 0) & (self.channel_norms > 0)
 
     @property
     def untouched(self) -> Tensor:
-        """Rows of which no channel was selected, so that the whole gradient passes as it is, boolean, shape (B,)."""
-        return ~self.selection.channel_mask.any(dim=1)
+        """Rows whose channels all weigh 1, or all 0, so that every channel passes, boolean, shape (B,)."""
+        weights = self.selection.channel_weights
+        return (weights == 1).all(dim=1) | (weights == 0).all(dim=1)
 
 
 class DelegatingSelector(Selector):
@@ -47,8 +49,9 @@ class DelegatingSelector(Selector):
 
     Example:
         >>> import torch, parchgrad as pg
-        >>> selector = DelegatingSelector(pg.GradientEnergy(quantile=0.5))
-        >>> selector.select(LayerSignal(layer="conv", gradient=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])))
+        >>> selector = DelegatingSelector(pg.GradientEnergy(quantile=0.5, softness=0))
+        >>> signal = LayerSignal(layer="conv", gradient=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]]))
+        >>> selector.select(signal).channel_weights
         tensor([[ True, False]])
     """
 
@@ -56,6 +59,11 @@ class DelegatingSelector(Selector):
         """Take the selector that decides."""
         self._selector = selector
         self.needs_class = selector.needs_class  # type: ignore[misc]  # as the selector inside says it for its class
+
+    @property
+    def defaults(self) -> EditDefaults:
+        """What suits the selector inside (see `Selector.defaults`)."""
+        return self._selector.defaults
 
     def check(self, channels: Mapping[str, int]) -> None:
         """Check what the selector inside checks (see `Selector.check`)."""
@@ -69,17 +77,13 @@ class DelegatingSelector(Selector):
         """Check what the selector inside checks (see `Selector.check_targets`)."""
         self._selector.check_targets(targets)
 
-    def observe(self, output: Tensor) -> Tensor | None:
+    def observe(self, output: Tensor) -> Any:
         """Keep what the selector inside keeps (see `Selector.observe`)."""
         return self._selector.observe(output)
 
-    def partition(self, signal: LayerSignal) -> Selection:
-        """Select as the selector inside does (see `Selector.partition`)."""
-        return self._selector.partition(signal)
-
-    def select(self, signal: LayerSignal) -> Tensor:
-        """Select by `partition`, whatever a subclass makes of it (see `Selector.select`)."""
-        return self.partition(signal).channel_mask
+    def select(self, signal: LayerSignal) -> Selection:
+        """Select as the selector inside does (see `Selector.select`)."""
+        return as_selection(self._selector.select(signal))
 
 
 class Recorder(DelegatingSelector):
@@ -90,8 +94,9 @@ class Recorder(DelegatingSelector):
 
     Example:
         >>> import torch, parchgrad as pg
-        >>> recorder = Recorder(pg.GradientEnergy(quantile=0.5))
-        >>> recorder.select(LayerSignal(layer="conv", gradient=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])))
+        >>> recorder = Recorder(pg.GradientEnergy(quantile=0.5, softness=0))
+        >>> signal = LayerSignal(layer="conv", gradient=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]]))
+        >>> recorder.select(signal).channel_weights
         tensor([[ True, False]])
         >>> recorder.found[0].channel_norms.round(decimals=3).tolist()
         [[5.0, 1.0]]
@@ -102,50 +107,42 @@ class Recorder(DelegatingSelector):
         super().__init__(selector)
         self.found: list[RecordedSelection] = []
 
-    def partition(self, signal: LayerSignal) -> Selection:
-        """Select, and keep it (see `Selector.partition`)."""
-        found = super().partition(signal)
-        norms = safe_norm(at_least_float32(signal.gradient.flatten(2)), dim=2)
-        self.found.append(RecordedSelection(layer=signal.layer, selection=found, channel_norms=norms))
+    def select(self, signal: LayerSignal) -> Selection:
+        """Select, and keep it (see `Selector.select`)."""
+        found = super().select(signal)
+        self.found.append(RecordedSelection(layer=signal.layer, selection=found, channel_norms=signal.channel_norms))
         return found
 
 
 def record_selections(
-    model: nn.Module,
-    selector: Selector,
-    inputs: Tensor,
-    target: Target | None = None,
-    *,
-    layers: LayerChoice = "default",
-    gamma: float = float("inf"),
-    conserve: Conserve = "independent",
+    model: nn.Module, edit: Edit, inputs: Tensor, target: Target | None = None
 ) -> list[RecordedSelection]:
     """Record what is selected in each layer while a gradient flows back.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        selector: which channels matter.
+        edit: what is done to the gradient, with a selector.
         inputs: preprocessed batch, shape (B, C, *S).
         target: class index for all rows, one per row, or None for the predicted class.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
 
     Returns:
         One record for each pass through a convolution, in the order of the backward pass: the last layer first.
 
     Raises:
+        SettingError: if `edit` has no selector.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
         >>> import torch, parchgrad as pg
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(16, 2)).eval()
-        >>> found = record_selections(model, pg.GradientEnergy(quantile=0.5), torch.rand(2, 3, 4, 4), layers="all")
-        >>> [(record.layer, tuple(record.selection.channel_mask.shape)) for record in found]
+        >>> edit = Edit(selector=pg.GradientEnergy(quantile=0.5), layers="all")
+        >>> found = record_selections(model, edit, torch.rand(2, 3, 4, 4))
+        >>> [(record.layer, tuple(record.selection.channel_weights.shape)) for record in found]
         [('1', (2, 4)), ('0', (2, 8))]
     """
-    recorder = Recorder(selector)
-    # Selections are had for all rows of a pass.
-    explainer = Explainer(model, recorder, layers=layers, gamma=gamma, conserve=conserve, internal_batch_size=None)
-    explainer.attribute(inputs, target)
+    if edit.selector is None:
+        raise SettingError("`edit` has no selector, so there is nothing to record. Give one such as pg.Evidence().")
+    recorder = Recorder(edit.selector)
+    # A selection is recorded for all rows of a pass.
+    Explainer.from_edit(model, replace(edit, selector=recorder), internal_batch_size=None).attribute(inputs, target)
     return recorder.found

@@ -32,7 +32,6 @@ from parchgrad.evaluation.runs import Row, read_rows
 from parchgrad.evaluation.scores import HEADLINES, SCORES, at_ratio
 from parchgrad.evaluation.summary import FEWEST
 from parchgrad.files import check_outputs, writing_together
-from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS
 from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
 from parchgrad.visual.maps import paint
 
@@ -48,9 +47,16 @@ _EDGE = 192
 
 # More lines than that in one chart are no longer told apart.
 _MOST_CURVES = 7
-_SWEPT = {"quantile": "share of the channels that is kept", "layers": "layers", "gamma": "gamma"}
+_SWEPT = {
+    "quantile": "share of the channels at or above the threshold",
+    "softness": "width of the ramp, as a share of the threshold",
+    "layers": "layers",
+    "gamma": "gamma",
+    "gates": "width of the gates, in standard deviations",
+}
 _GROUPS = ("Largest gains", "Smallest gains, or losses")
-_DESCRIBING = ("quantile", "layers", "gamma", "conserve", "masks")
+_OF_EVERY_METHOD = ("gates", "antialias")
+_DESCRIBING = ("quantile", "softness", "layers", "gamma", "conserve", "masks", *_OF_EVERY_METHOD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +266,7 @@ def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
 
 
 def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
-    """How the probability falls with the share of replaced pixels, and maps change with that of random weights."""
+    """Curves over the share of replaced pixels, the share of random weights, and the noise level."""
     found = []
     for title, note, name, lines, x_label, y_label in (
         (
@@ -279,6 +285,14 @@ def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
             "share of the modules",
             "rank correlation",
         ),
+        (
+            "How steady maps are under noise",
+            "Cosine between the map of an image and the map of a noisy copy. A steady map stays near 1.",
+            "stability_cosine",
+            ("stability_cosine",),
+            "standard deviation of the noise, as a share of the image's range",
+            "cosine",
+        ),
     ):
         if name not in summary.scores:
             continue
@@ -290,6 +304,9 @@ def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
             (setting for setting in summary.settings if setting != BASELINE),
             key=lambda setting: _sortable(sign * summary.cells[setting, name].mean.value),
         )
+        # Noise levels are orders of magnitude apart: evenly spaced by name, they stay legible.
+        by_name = SCORES[name].family == "stability"
+        places = [f"{ratio:g}" if by_name else ratio for ratio in ratios]
         curves = []
         for setting in [BASELINE, *leading][:_MOST_CURVES]:
             own = [row for row in rows if row["setting"] == setting]
@@ -297,7 +314,7 @@ def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
                 heights = [_mean(own, at_ratio(line, ratio)) for ratio in ratios]
                 label = "" if dashed else setting
                 colour = _colours(summary)[setting]
-                curves.append(Curve(label=label, x=ratios, y=heights, colour=colour, dashed=dashed))
+                curves.append(Curve(label=label, x=places, y=heights, colour=colour, dashed=dashed))
         if len(summary.settings) > _MOST_CURVES:
             note += f" The plain gradient and the {_MOST_CURVES - 1} settings of the best {SCORES[name].title}."
         found.append(_chart(title, note, partial(curve_chart, curves, x_label=x_label, y_label=y_label)))
@@ -317,18 +334,19 @@ def _colours(summary: Summary) -> dict[str, int]:
 
 
 def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Chart]:
-    """A score over each setting of which several values were tried, all others kept."""
-    known = {*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS}
-    described = {row["setting"]: row for row in rows if row.get("selector") in known}
-    varied = [key for key in _DESCRIBING if len({_shown(row.get(key)) for row in described.values()}) > 1]
+    """A score over each setting that has several values, with everything else kept."""
+    described = {row["setting"]: _described(row) for row in rows}
+    varied = [key for key in _DESCRIBING if len({_shown(own[key]) for own in described.values() if key in own}) > 1]
     found = []
     for field, label in _SWEPT.items():
         lines: dict[str, list[tuple[str | float, float]]] = {}
-        for setting, row in described.items():
-            others = [_shown(row.get("method")), str(row["selector"])]
-            others += [f"{key} {_shown(row.get(key))}" for key in varied if key != field]
+        for setting, own in described.items():
+            if field not in own:
+                continue
+            others = [_shown(own[key]) for key in ("method", "selector") if key in own]
+            others += [f"{key} {_shown(own[key])}" for key in varied if key != field and key in own]
             lines.setdefault(", ".join(others), []).append(
-                (_place(row.get(field)), summary.cells[setting, name].mean.value)
+                (_place(own[field]), summary.cells[setting, name].mean.value)
             )
         swept = {line: sorted(points, key=_order) for line, points in lines.items() if len(points) > 1}
         # Twins of selectors with different settings are no sweep of their own.
@@ -340,11 +358,18 @@ def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Char
             found.append(
                 _chart(
                     f"{title_of(name)} by {field}",
-                    f"Mean over the images at every {field.removesuffix('s')} setting that was tried, all else kept.",
+                    "Mean over the images for each value, with everything else kept.",
                     partial(curve_chart, curves, x_label=label, y_label=title_of(name)),
                 )
             )
     return found
+
+
+def _described(row: Row) -> dict[str, object]:
+    """The settings of a row that count for its method."""
+    held = {key: value for key, value in row.items() if value is not None and value == value}
+    keys = ("method", "selector", *(_DESCRIBING if "selector" in held else _OF_EVERY_METHOD))
+    return {key: held[key] for key in keys if key in held}
 
 
 def _shown_examples(examples: Examples) -> dict[str, object]:

@@ -1,12 +1,12 @@
-"""The selectors: which channels of a layer matter for the explained class, per row of the batch."""
+"""The selectors: how far each channel of a layer matters for the explained class, per row of the batch."""
 
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from scipy import special
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parchgrad.checks import check_kind, is_number, is_whole_number
 from parchgrad.errors import SettingError, StatisticsError
-from parchgrad.partition import at_least_float32, safe_norm, without_autocast
+from parchgrad.partition import Conserve, at_least_float32, channel_norms, without_autocast
 from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
 from parchgrad.statistics.layer import AnyLayerStatistics
 from parchgrad.statistics.tests import TTest, check_test
@@ -23,6 +23,7 @@ __all__ = [
     "SELECTORS_BY_NAME",
     "STATISTICAL_SELECTORS",
     "ClassWise",
+    "EditDefaults",
     "Evidence",
     "FixedChannels",
     "GradientEnergy",
@@ -32,9 +33,13 @@ __all__ = [
     "RandomChannels",
     "Selection",
     "Selector",
-    "default_quantile",
-    "keep_best",
+    "as_selection",
+    "check_softness",
+    "default_edit",
+    "default_setting",
+    "kth_largest",
     "make_selector",
+    "soft_weights",
 ]
 
 
@@ -44,15 +49,21 @@ class LayerSignal:
 
     Attributes:
         layer: name of the convolution in the model.
-        gradient: gradient at its output, shape (B, C, *S).
+        gradient: gradient at its output, shape (B, C, *S). Rows of extreme size come divided by a power of two, so
+            that squares neither vanish nor overflow.
         observation: what `Selector.observe` kept of its output in the forward pass.
         classes: class explained in each row, shape (B,), integer; None for selectors that do not ask for it.
     """
 
     layer: str
     gradient: Tensor
-    observation: Tensor | None = None
+    observation: Any = None
     classes: Tensor | None = None
+
+    @cached_property
+    def channel_norms(self) -> Tensor:
+        """Norm over space of each channel of the gradient, in float32 at least, shape (B, C)."""
+        return channel_norms(self.gradient)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,17 +71,34 @@ class Selection:
     """What a selector chose in one convolution.
 
     Attributes:
-        channel_mask: the kept channels, boolean, shape (B, C).
-        position_weights: what the gradient is multiplied by at each place, before its channels are partitioned, shape
-            (B, *S); None leaves it as it is.
+        channel_weights: how far each channel matters, in [0, 1], or a boolean mask; shape (B, C).
+        position_weights: factor of the gradient at each place, applied before its channels are partitioned, in [0, 1],
+            shape (B, *S); None leaves all places as they are.
     """
 
-    channel_mask: Tensor
+    channel_weights: Tensor
     position_weights: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EditDefaults:
+    """The settings that suit a selector, used where a user gives none.
+
+    Attributes:
+        layers: see `choose_layers`.
+        conserve: see `partition_gradient`.
+        gates: see `soft_gate`.
+        antialias: see `smooth_strides`.
+    """
+
+    layers: str | float = 0.5
+    conserve: Conserve = "energy"
+    gates: float = 1.0
+    antialias: bool = True
+
+
 class Selector(ABC):
-    """Chooses the channels that are kept (H), per row and layer. Subclass it to bring a criterion of your own.
+    """Weights the channels of each layer, row by row. Subclass it to bring a criterion of your own.
 
     A selector holds settings, statistics and what follows from them, never the state of a pass, so that threads may
     share it.
@@ -78,15 +106,20 @@ class Selector(ABC):
     Example:
         >>> class FirstChannel(Selector):
         ...     def select(self, signal):
-        ...         mask = torch.zeros(signal.gradient.shape[:2], dtype=torch.bool)
-        ...         mask[:, 0] = True
-        ...         return mask
+        ...         weights = torch.zeros(signal.gradient.shape[:2])
+        ...         weights[:, 0] = 1
+        ...         return weights
         >>> FirstChannel().select(LayerSignal(layer="conv", gradient=torch.ones(1, 3, 2, 2)))
-        tensor([[ True, False, False]])
+        tensor([[1., 0., 0.]])
     """
 
     needs_class: ClassVar[bool] = False
     """Whether `select` reads `LayerSignal.classes`."""
+
+    @property
+    def defaults(self) -> EditDefaults:
+        """The settings that suit this selector."""
+        return EditDefaults()
 
     def check(self, channels: Mapping[str, int]) -> None:  # noqa: B027 - overriding it is optional
         """Raise a `ParchGradError` if this selector cannot serve layers with these names and numbers of channels."""
@@ -97,41 +130,70 @@ class Selector(ABC):
     def check_targets(self, targets: Sequence[int]) -> None:  # noqa: B027 - overriding it is optional
         """Raise a `ParchGradError` if this selector knows nothing of one of these classes of the model."""
 
-    def observe(self, output: Tensor) -> Tensor | None:
+    def observe(self, output: Tensor) -> Any:
         """Keep what `select` needs of a convolution's output (B, C, *S); called in the forward pass, detached.
 
         The output may be changed in place afterwards, so whatever is kept must be a new tensor.
         """
         return None
 
-    def partition(self, signal: LayerSignal) -> "Selection":
-        """Return the mask, and what becomes of the places; to be overridden by a selector that weighs these too."""
-        return Selection(channel_mask=self.select(signal))
-
     @abstractmethod
-    def select(self, signal: LayerSignal) -> Tensor:
-        """Return the mask of the kept channels, boolean, shape (B, C)."""
+    def select(self, signal: LayerSignal) -> Tensor | Selection:
+        """Return the weights of the channels in [0, 1], or a boolean mask, shape (B, C); a `Selection` adds places."""
 
 
-def keep_best(scores: Tensor, quantile: float) -> Tensor:
-    """Mark the `max(1, int(quantile * C))` largest scores of each row, ties at the last place included.
+def as_selection(found: Tensor | Selection) -> Selection:
+    """Bring what a selector returns into one shape.
+
+    Example:
+        >>> as_selection(torch.tensor([[1.0, 0.0]])).channel_weights
+        tensor([[1., 0.]])
+    """
+    return found if isinstance(found, Selection) else Selection(channel_weights=found)
+
+
+def kth_largest(scores: Tensor, share: float) -> Tensor:
+    """The k-th largest score of each row, k = max(1, int(share * C)), shape (B, 1).
+
+    Example:
+        >>> kth_largest(torch.tensor([[3.0, 1.0, 2.0, 2.5]]), 0.5)
+        tensor([[2.5000]])
+    """
+    return scores.topk(max(1, int(share * scores.shape[1])), dim=1).values[:, -1:]
+
+
+def soft_weights(scores: Tensor, threshold: Tensor | float, softness: float) -> Tensor:
+    """Turn scores into weights that rise linearly around a threshold.
+
+    The weight is `clamp((score / threshold - (1 - softness)) / (2 * softness), 0, 1)`: half at the threshold, 0 up to
+    `1 - softness` of it, 1 from `1 + softness` of it. With `softness=0` it is 1 from the threshold on, ties included.
+    Where the threshold is not positive, all positive scores weigh 1; in a row without any positive score all do.
 
     Args:
         scores: larger is better, shape (B, C).
-        quantile: share of the channels to keep, in (0, 1].
+        threshold: of each row, shape (B, 1), or of all.
+        softness: in [0, 1].
 
     Returns:
-        Boolean mask, shape (B, C).
+        Weights in [0, 1], or a boolean mask where `softness` is 0; shape (B, C).
 
     Example:
-        >>> keep_best(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), 0.5)
-        tensor([[ True, False,  True,  True]])
+        >>> scores = torch.tensor([[3.0, 1.0, 2.0, 2.5]])
+        >>> soft_weights(scores, 2.0, 0.5), soft_weights(scores, 2.0, 0)
+        (tensor([[1.0000, 0.0000, 0.5000, 0.7500]]), tensor([[ True, False,  True,  True]]))
     """
-    return scores >= scores.topk(_kept_count(scores, quantile), dim=1).values[:, -1:]
+    if softness == 0:
+        return scores >= threshold
+    # By a tiny threshold every positive score is far above it.
+    positive = torch.as_tensor(threshold, dtype=scores.dtype).clamp_min(torch.finfo(scores.dtype).tiny)
+    weights = (scores / positive).sub_(1 - softness).div_(2 * softness).clamp_(0, 1)
+    return weights.masked_fill_(scores.amax(dim=1, keepdim=True) <= 0, 1)
 
 
-def _kept_count(scores: Tensor, quantile: float) -> int:
-    return max(1, int(quantile * scores.shape[1]))
+def check_softness(softness: float) -> None:
+    """Raise `SettingError` unless the softness is a number in [0, 1]."""
+    if not is_number(softness) or not 0 <= softness <= 1:
+        raise SettingError(f"softness is {softness!r}, but it must lie in [0, 1]. 0 is a hard cut.")
 
 
 def _check_quantile(quantile: float) -> None:
@@ -155,56 +217,74 @@ def _check_normality_threshold(threshold: float | None) -> None:
         raise SettingError(f"normality_threshold is {threshold!r}, but it must lie in (0, 1], or be None for no gate.")
 
 
+def _defaults(softness: float, **suits: float) -> EditDefaults:
+    """What suits a selector that ranks: a hard cut is the published method, with the true derivatives around it."""
+    found = EditDefaults(**suits)  # type: ignore[arg-type]  # all that is passed are numbers
+    return found if softness else replace(found, gates=0.0, antialias=False)
+
+
 @dataclass(frozen=True, kw_only=True)
-class GradientEnergy(Selector):
-    """Keep the channels with the largest energy of the gradient, the sum of its squares over space.
-
-    Attributes:
-        quantile: share of the channels to keep, in (0, 1].
-
-    Raises:
-        SettingError: if `quantile` is out of range.
-
-    Example:
-        >>> gradient = torch.tensor([[[1.0, -3.0], [2.0, 2.0], [0.0, 1.0]]])
-        >>> GradientEnergy(quantile=0.34).select(LayerSignal(layer="conv", gradient=gradient))
-        tensor([[ True, False, False]])
-    """
+class _RankingSelector(Selector):
+    """What the selectors share that rank the channels by the signal alone: settings and their checks."""
 
     quantile: float = 0.1
+    softness: float = 0.5
 
     def __post_init__(self) -> None:
         _check_quantile(self.quantile)
+        check_softness(self.softness)
 
-    def select(self, signal: LayerSignal) -> Tensor:
-        """Rank by `sum_S g^2` (see `Selector.select`)."""
-        return _keep_most_energy(_flat(signal.gradient), self.quantile)
+    @property
+    def defaults(self) -> EditDefaults:
+        """The settings that suit this selector (see `Selector.defaults`)."""
+        return _defaults(self.softness)
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        return soft_weights(scores, kth_largest(scores, self.quantile), self.softness)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientTimesActivation(Selector):
-    """Keep the channels with the largest sum over space of gradient times the convolution's output.
-
-    The sum is signed: channels that speak against the class rank last. A copy of each output is held until the
-    backward pass, since the network may overwrite it.
+class GradientEnergy(_RankingSelector):
+    """Keep the channels with the largest norm of the gradient over space.
 
     Attributes:
-        quantile: share of the channels to keep, in (0, 1].
+        quantile: share of the channels at or above the threshold, in (0, 1].
+        softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut. See `soft_weights`.
 
     Raises:
-        SettingError: if `quantile` is out of range.
+        SettingError: if a setting is out of range.
 
     Example:
-        >>> selector = GradientTimesActivation(quantile=0.5)
+        >>> gradient = torch.tensor([[[0.0, -3.0], [2.0, 0.0], [0.0, 1.0]]])
+        >>> GradientEnergy(quantile=0.67, softness=0.5).select(LayerSignal(layer="conv", gradient=gradient))
+        tensor([[1.0000, 0.5000, 0.0000]])
+    """
+
+    def select(self, signal: LayerSignal) -> Tensor:
+        """Rank by `sqrt(sum_S g^2)` (see `Selector.select`)."""
+        return self._weights(signal.channel_norms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientTimesActivation(_RankingSelector):
+    """Keep the channels with the largest sum over space of gradient times the convolution's output.
+
+    The sum is signed: channels that lower the score rank last. A copy of each output is held until the backward pass,
+    since the network may overwrite it.
+
+    Attributes:
+        quantile: share of the channels at or above the threshold, in (0, 1].
+        softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut. See `soft_weights`.
+
+    Raises:
+        SettingError: if a setting is out of range.
+
+    Example:
+        >>> selector = GradientTimesActivation(quantile=0.5, softness=0)
         >>> output, gradient = torch.tensor([[[2.0], [5.0]]]), torch.tensor([[[1.0], [-1.0]]])
         >>> selector.select(LayerSignal(layer="conv", gradient=gradient, observation=selector.observe(output)))
         tensor([[ True, False]])
     """
-
-    quantile: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_quantile(self.quantile)
 
     def observe(self, output: Tensor) -> Tensor:
         """Copy the output, which an in-place operation may overwrite."""
@@ -213,84 +293,105 @@ class GradientTimesActivation(Selector):
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g * z` (see `Selector.select`)."""
         output = _flat(_given(signal.observation, "observation"))
-        return keep_best((_unit_rows(signal.gradient) * output).sum(dim=2), self.quantile)
+        return self._weights((at_least_float32(_flat(signal.gradient)) * output).sum(dim=2))
+
+
+class _Centred(NamedTuple):
+    """An output less its mean over space, (B, C, S), and its norm over space, (B, C); infinite where it is constant."""
+
+    values: Tensor
+    norms: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence(Selector):
-    """Keep the channels that speak for the class where the layer as a whole does, and damp the other places.
+class Evidence(_RankingSelector):
+    """Keep the channels that raise the score where the layer as a whole does, and damp the other places.
 
-    With `c` a channel's output less its mean over space, the layer's evidence at a place is `e`, what gradient times
-    `c` sums to over all channels. A channel's score is its own part in the positive evidence, summed over space and
+    With `c` a channel's output less its mean over space, the layer's evidence at a place is `e`, the sum over all
+    channels of gradient times `c`. A channel's score is its share of the positive evidence, summed over space and
     divided by the norm of `c`, so that strong channels are not kept for their strength alone. The mean is taken off
-    since a level that is the same everywhere points nowhere. The places of most evidence keep their gradient, that of
-    the others is damped to a tenth before the channels are partitioned: what is damped is lost to the layer, whose
-    variance the re-scaling of channels does not bring back. Where no place speaks for the class all channels are kept.
+    because a level that is the same everywhere points nowhere. The gradient keeps its size at the places with the most
+    evidence and is damped to a tenth at the others, before the channels are partitioned. Where no place has positive
+    evidence all channels are kept.
 
-    Best on the upper three quarters of the convolutions: `layers=0.75`. A copy of each output is held until the
-    backward pass.
+    A copy of each output is held until the backward pass.
 
     Source: this package; the evidence is the map of Draelos, Carin (2020), "Use HiResCAM instead of Grad-CAM for
     faithful explanations of convolutional neural networks", of a centred output.
 
     Attributes:
-        quantile: share of the channels to keep, in (0, 1].
-        positions: share of the places to keep undamped, in (0, 1]; 1 leaves all as they are.
+        quantile: share of the channels at or above the threshold, in (0, 1].
+        softness: width of the ramps around both thresholds, in [0, 1]; 0 is a hard cut. See `soft_weights`.
+        positions: share of the places at or above their threshold, in (0, 1]; 1 leaves all as they are.
 
     Raises:
         SettingError: if a setting is out of range.
 
     Example:
-        >>> selector = Evidence(quantile=0.5, positions=0.34)
+        >>> selector = Evidence(quantile=0.5, softness=0, positions=0.34)
         >>> output = torch.tensor([[[5.0, 5.0, 8.0], [9.0, 9.0, 9.0]]])
         >>> gradient = torch.tensor([[[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]])
         >>> signal = LayerSignal(layer="conv", gradient=gradient, observation=selector.observe(output))
-        >>> found = selector.partition(signal)
-        >>> found.channel_mask, found.position_weights
+        >>> found = selector.select(signal)
+        >>> found.channel_weights, found.position_weights
         (tensor([[ True, False]]), tensor([[0.1000, 0.1000, 1.0000]]))
     """
 
-    quantile: float = 0.2
+    softness: float = 1.0
     positions: float = 0.4
 
     def __post_init__(self) -> None:
-        _check_quantile(self.quantile)
+        super().__post_init__()
         if not is_number(self.positions) or not 0 < self.positions <= 1:
             raise SettingError(f"positions is {self.positions!r}, but it must lie in (0, 1]: the share of the places.")
 
-    def observe(self, output: Tensor) -> Tensor:
-        """Take the mean over space off the output, shape (B, C, S); of a single place there is none to take.
+    @property
+    def defaults(self) -> EditDefaults:
+        """The settings that suit this selector (see `Selector.defaults`)."""
+        # Wide gates forget the class unless the evidence brings it back.
+        return _defaults(self.softness, layers=0.75, gates=8.0)
 
-        Each row may come in a unit of its own, which no ranking depends on.
-        """
+    def observe(self, output: Tensor) -> _Centred:
+        """Take the mean over space off the output; of a single place there is none to take."""
         wide = at_least_float32(_flat(output))
         if wide.shape[2] == 1:
-            return wide.clone() if _is_safe(wide) else _in_unit(wide)
-        centred = _centred(wide)
-        return centred if _is_safe(torch.linalg.vector_norm(centred, dim=2)) else _centred(_in_unit(wide))
+            norms = wide[:, :, 0].abs()
+            return _Centred(wide.clone(), norms.masked_fill(norms == 0, math.inf))
+        mean = wide.mean(dim=2, keepdim=True)
+        centred = wide - mean
+        norms = torch.linalg.vector_norm(centred, dim=2)
+        # A channel that is the same everywhere leaves the rounding of its mean.
+        rounding = mean[:, :, 0].abs() * (4 * torch.finfo(wide.dtype).eps * math.sqrt(wide.shape[2]))
+        return _Centred(centred, norms.masked_fill(norms <= rounding, math.inf))
 
-    def select(self, signal: LayerSignal) -> Tensor:
-        """Rank by `sum_S relu(e) * g * c / |c|` with `e = sum_C g * c` (see `Selector.select`)."""
-        return self.partition(signal).channel_mask
+    def select(self, signal: LayerSignal) -> Selection:
+        """Rank by `sum_S relu(e) * g * c / |c|` with `e = sum_C g * c`, places by `e` (see `Selector.select`)."""
+        centred, norms = cast(_Centred, _given(signal.observation, "observation"))
+        products = at_least_float32(_flat(signal.gradient)) * centred
+        evidence = products.sum(dim=1)
+        with without_autocast(products.device.type):
+            scores = torch.matmul(products, evidence.relu().unsqueeze(2)).squeeze(2) / norms
+        places = self._place_weights(evidence)
+        if places is not None:
+            places = places.reshape(len(places), *signal.gradient.shape[2:])
+        return Selection(channel_weights=self._weights(scores), position_weights=places)
 
-    def partition(self, signal: LayerSignal) -> Selection:
-        """Rank the channels, and keep the places of most `e` (see `Selector.partition`)."""
-        centred = _given(signal.observation, "observation")
-        gradient = at_least_float32(_flat(signal.gradient))
-        said = gradient * centred
-        evidence = said.sum(dim=1)
-        if not _is_safe(evidence):
-            said = _in_unit(gradient) * centred
-            evidence = said.sum(dim=1)
-        norm = torch.linalg.vector_norm(centred, dim=2)
-        with without_autocast(said.device.type):
-            scores = torch.matmul(said, evidence.relu().unsqueeze(2)).squeeze(2)
-        channels = keep_best(scores / torch.where(norm > 0, norm, torch.ones_like(norm)), self.quantile)
-        if self.positions == 1:
-            return Selection(channel_mask=channels)
-        weights = torch.full_like(evidence, _DAMPING).masked_fill_(keep_best(evidence, self.positions), 1)
-        places = weights.reshape(len(weights), *signal.gradient.shape[2:])
-        return Selection(channel_mask=channels, position_weights=places)
+    def _place_weights(self, evidence: Tensor) -> Tensor | None:
+        """Factor of each place, (B, S); None where all keep their gradient."""
+        if self.positions == 1 or evidence.shape[1] == 1 or len(evidence) == 0:
+            return None
+        threshold = kth_largest(evidence, self.positions)
+        if self.softness == 0:
+            kept = (evidence >= threshold).to(evidence.dtype)
+        else:
+            spread = evidence.std(dim=1, keepdim=True)
+            # Where the evidence is the same everywhere no place is damped.
+            kept = (evidence - threshold).div_(self.softness * spread).add_(0.5).nan_to_num_(1.0).clamp_(0, 1)
+        return kept.mul_(1 - _DAMPING).add_(_DAMPING)
+
+
+# What is left of the gradient at places without evidence: nothing at all would leave some maps empty.
+_DAMPING = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +427,7 @@ class RandomChannels(Selector):
         # Python's own hash of a string differs between processes.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{signal.layer}".encode()))
         scores = torch.randperm(channels, generator=generator).unsqueeze(0)
-        return keep_best(scores, self.quantile).to(signal.gradient.device).expand(batch, channels)
+        return (scores >= kth_largest(scores, self.quantile)).to(signal.gradient.device).expand(batch, channels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,16 +435,16 @@ class FixedChannels(Selector):
     """Keep given channels.
 
     Attributes:
-        masks: boolean mask by layer name, each of shape (C,) for all rows, or (B, C).
+        masks: boolean mask or weights in [0, 1] by layer name, each of shape (C,) for all rows, or (B, C).
 
     Raises:
-        SettingError: if a mask is not boolean or has another number of dimensions.
+        SettingError: if a mask holds anything else or has another number of dimensions.
 
     Example:
-        >>> selector = FixedChannels({"conv": torch.tensor([False, True])})
+        >>> selector = FixedChannels({"conv": torch.tensor([0.2, 1.0])})
         >>> selector.select(LayerSignal(layer="conv", gradient=torch.ones(2, 2, 1)))
-        tensor([[False,  True],
-                [False,  True]])
+        tensor([[0.2000, 1.0000],
+                [0.2000, 1.0000]])
     """
 
     masks: Mapping[str, Tensor]
@@ -351,12 +452,14 @@ class FixedChannels(Selector):
     def __post_init__(self) -> None:
         check_kind("masks", self.masks, Mapping, "give {name of a layer: mask}", wanted="a dictionary")
         for layer, mask in self.masks.items():
-            check_kind(f"The mask of layer {layer!r}", mask, Tensor, "give a boolean tensor (C,) or (B, C)")
-            if mask.dtype != torch.bool or mask.dim() not in (1, 2):
+            check_kind(f"The mask of layer {layer!r}", mask, Tensor, "give a tensor (C,) or (B, C)")
+            if not (mask.dtype == torch.bool or mask.is_floating_point()) or mask.dim() not in (1, 2):
                 raise SettingError(
                     f"The mask of layer {layer!r} is {mask.dtype} of shape {tuple(mask.shape)}, "
-                    "but it must be boolean of shape (C,) or (B, C)."
+                    "but it must be boolean or weights in [0, 1], of shape (C,) or (B, C)."
                 )
+            if mask.is_floating_point() and not bool(((mask >= 0) & (mask <= 1)).all()):
+                raise SettingError(f"The mask of layer {layer!r} holds weights outside [0, 1]; clamp them.")
 
     def check(self, channels: Mapping[str, int]) -> None:
         """Every layer needs a mask of its own number of channels (see `Selector.check`)."""
@@ -385,9 +488,11 @@ class FixedChannels(Selector):
 class _StatisticalSelector(Selector):
     """What the two selectors on channel statistics share: settings and their checks."""
 
+    _part: ClassVar[Literal["class", "instance"]]
     statistics: ChannelStatistics
     quantile: float | None = field(default=None, kw_only=True)
     alpha: float | None = field(default=None, kw_only=True)
+    softness: float = field(default=0.5, kw_only=True)
     normality_threshold: float | None = field(default=0.05, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -396,10 +501,17 @@ class _StatisticalSelector(Selector):
                 f"statistics is a {type(self.statistics).__name__}, but this selector needs ChannelStatistics."
             )
         _check_threshold(self.quantile, self.alpha)
+        check_softness(self.softness)
         _check_normality_threshold(self.normality_threshold)
+
+    @property
+    def defaults(self) -> EditDefaults:
+        """The settings that suit this selector (see `Selector.defaults`)."""
+        return _defaults(self.softness)
 
     def check(self, channels: Mapping[str, int]) -> None:
         """Every layer needs statistics of its own number of channels (see `Selector.check`)."""
+        self.statistics.require(self._part)
         others = [layer for layer in channels if layer not in self.statistics]
         if others:
             held = list(self.statistics)
@@ -414,11 +526,12 @@ class _StatisticalSelector(Selector):
                     f"the layer has {count}; they were collected on another model."
                 )
 
-    def _cut(self, scores: Tensor, score_at: Callable[[float], float]) -> Tensor:
-        """Keep the best scores by number, or those at least as good as the score at p = alpha."""
-        if self.quantile is not None:
-            return keep_best(scores, self.quantile)
-        return scores >= score_at(cast(float, self.alpha))
+    def _weights(self, scores: Tensor, allowed: Tensor, score_at_alpha: float | None) -> Tensor:
+        """Weigh the channels around the k-th best score, or the score at p = alpha; 0 where they are not allowed."""
+        threshold = score_at_alpha if self.quantile is None else kth_largest(scores, self.quantile)
+        gated = torch.where(allowed, scores, -math.inf)
+        weights = soft_weights(gated, cast(Tensor | float, threshold), self.softness)
+        return weights & allowed if self.softness == 0 else weights
 
     def _gate(self, layer: AnyLayerStatistics) -> Tensor:
         """Channels whose GAP is not normally distributed over the data set, shape (C,)."""
@@ -436,8 +549,9 @@ class ClassWise(_StatisticalSelector):
 
     Attributes:
         statistics: channel statistics that hold every chosen layer.
-        quantile: share of the channels to keep, in (0, 1]; or
-        alpha: largest p-value to keep, in (0, 1). Exactly one of the two is given.
+        quantile: share of the channels at or above the threshold, in (0, 1]; or
+        alpha: p-value at the threshold, in (0, 1). Exactly one of the two is given.
+        softness: width of the ramp around the threshold, in [0, 1]; 0 is the published hard cut. See `soft_weights`.
         normality_threshold: the gate on the Shapiro-Wilk p-value, in (0, 1]; None switches it off.
         test: `"welch"` or `"student"`.
 
@@ -451,15 +565,16 @@ class ClassWise(_StatisticalSelector):
         ...     count=torch.tensor(40), mean=torch.ones(2), std=torch.ones(2), class_count=torch.tensor([20, 20]),
         ...     class_mean=torch.tensor([[2.0, 0.0], [0.0, 2.0]]), class_variance=torch.ones(2, 2),
         ...     shapiro_p=torch.tensor([0.01, 0.01]))
-        >>> selector = ClassWise(ChannelStatistics({"conv": layer}), quantile=0.5)
+        >>> selector = ClassWise(ChannelStatistics({"conv": layer}), quantile=0.5, softness=0)
         >>> selector.select(LayerSignal(layer="conv", gradient=torch.ones(2, 2, 1), classes=torch.tensor([1, 0])))
         tensor([[False,  True],
                 [ True, False]])
     """
 
     needs_class: ClassVar[bool] = True
+    _part: ClassVar[Literal["class", "instance"]] = "class"
     test: TTest = field(default="welch", kw_only=True)
-    _masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _cached: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -486,14 +601,14 @@ class ClassWise(_StatisticalSelector):
             )
 
     def select(self, signal: LayerSignal) -> Tensor:
-        """Look the rows' classes up in the masks of all classes (see `Selector.select`)."""
+        """Look the rows' classes up in the weights for all classes (see `Selector.select`)."""
         classes = _given(signal.classes, "classes")
         if self.statistics.class_indices is not None:
             classes = self._columns(classes)
         key = (signal.layer, signal.gradient.device)
-        if key not in self._masks:
-            self._masks[key] = self.class_masks(signal.layer).to(signal.gradient.device)
-        return self._masks[key][classes]
+        if key not in self._cached:
+            self._cached[key] = self.class_weights(signal.layer).to(signal.gradient.device)
+        return self._cached[key][classes]
 
     def _columns(self, classes: Tensor) -> Tensor:
         """The columns of some of the model's classes, where the statistics do not hold all."""
@@ -529,10 +644,11 @@ class ClassWise(_StatisticalSelector):
                 break
         return known
 
-    def class_masks(self, layer: str) -> Tensor:
-        """Mark the channels kept for each class that the statistics hold, shape (K, C).
+    def class_weights(self, layer: str) -> Tensor:
+        """Weights of the channels for each class that the statistics hold, in [0, 1], or a boolean mask; shape (K, C).
 
-        None are kept for a class about which nothing is known: p is 1 for every channel.
+        All channels of a class about which nothing is known weigh the same: p is 1 for every channel. Channels that
+        compact statistics do not hold weigh 0.
         """
         held = self.statistics[layer]
         log_p = held.class_log_p(self.test).T
@@ -544,8 +660,9 @@ class ClassWise(_StatisticalSelector):
                     f"The statistics of layer {layer!r} are compact, with too few channels for alpha={self.alpha}; "
                     "lower it, use a quantile, or collect full statistics."
                 )
-        kept = self._cut(-log_p, lambda alpha: -math.log(alpha)) & self._gate(held)
-        return kept & (log_p < 0).any(dim=1, keepdim=True)
+        allowed = self._gate(held) & (log_p < 0).any(dim=1, keepdim=True)
+        weights = self._weights(-log_p, allowed, None if self.alpha is None else -math.log(self.alpha))
+        return weights if self.softness == 0 else weights.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -557,8 +674,9 @@ class InstanceWise(_StatisticalSelector):
 
     Attributes:
         statistics: channel statistics that hold every chosen layer.
-        quantile: share of the channels to keep, in (0, 1]; or
-        alpha: largest p-value to keep, in (0, 1). Exactly one of the two is given.
+        quantile: share of the channels at or above the threshold, in (0, 1]; or
+        alpha: p-value at the threshold, in (0, 1). Exactly one of the two is given.
+        softness: width of the ramp around the threshold, in [0, 1]; 0 is the published hard cut. See `soft_weights`.
         normality_threshold: the gate on the Shapiro-Wilk p-value, in (0, 1]; None switches it off.
 
     Raises:
@@ -570,11 +688,13 @@ class InstanceWise(_StatisticalSelector):
         >>> layer = LayerStatistics(
         ...     count=torch.tensor(40), mean=torch.ones(2), std=torch.ones(2), class_count=torch.tensor([20, 20]),
         ...     class_mean=torch.ones(2, 2), class_variance=torch.ones(2, 2), shapiro_p=torch.tensor([0.01, 0.01]))
-        >>> selector = InstanceWise(ChannelStatistics({"conv": layer}), alpha=0.05)
+        >>> selector = InstanceWise(ChannelStatistics({"conv": layer}), alpha=0.05, softness=0)
         >>> gap = selector.observe(torch.tensor([[[1.0, 2.0], [-9.0, 8.0]]]))
         >>> selector.select(LayerSignal(layer="conv", gradient=torch.ones(1, 2, 2), observation=gap))
         tensor([[False,  True]])
     """
+
+    _part: ClassVar[Literal["class", "instance"]] = "instance"
 
     def observe(self, output: Tensor) -> Tensor:
         """Keep the GAP: the mean over space of relu(output), shape (B, C)."""
@@ -584,150 +704,109 @@ class InstanceWise(_StatisticalSelector):
         """Rank by the standard score, which orders channels as the p-value does (see `Selector.select`)."""
         gap = _given(signal.observation, "observation")
         layer = self.statistics[signal.layer]
-        mean, std = layer.mean.to(gap), layer.std.to(gap)
+        # Statistics without these were refused by `check`.
+        mean, std = cast(Tensor, layer.mean).to(gap), cast(Tensor, layer.std).to(gap)
         # A constant channel has p = 1: it never stands out.
         score = torch.where(std > 0, (gap - mean) / std, -math.inf)
-        kept = self._cut(score, lambda alpha: -float(special.ndtri(alpha)))
-        return kept & (std > 0) & self._gate(layer).to(gap.device)
+        allowed = (std > 0) & self._gate(layer).to(gap.device)
+        return self._weights(score, allowed, None if self.alpha is None else -float(special.ndtri(self.alpha)))
 
 
-SELECTORS_BY_NAME: Mapping[str, type[GradientEnergy | GradientTimesActivation | Evidence | RandomChannels]] = {
+SELECTORS_BY_NAME: Mapping[str, type[_RankingSelector | RandomChannels]] = {
     "energy": GradientEnergy,
     "activation": GradientTimesActivation,
     "evidence": Evidence,
     "random": RandomChannels,
 }
-"""Selectors that need nothing but a quantile, by the short names that command lines and pages use."""
+"""Selectors that need no statistics, by the short names that command lines and pages use."""
 
 STATISTICAL_SELECTORS = ("class", "instance")
 """Short names of the selectors that need channel statistics besides."""
-_STATISTICAL_QUANTILE = 0.1
+_STATISTICAL_DEFAULTS: Mapping[str, float] = {"quantile": 0.1, "softness": 0.5}
 
 
-def default_quantile(name: str) -> float:
-    """Share of the channels that a selector keeps unless another is asked for.
+def default_setting(name: str, setting: str) -> float:
+    """The value that a selector has for a setting unless another is asked for; 0 where it has no such setting.
 
     Args:
         name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS`.
+        setting: `"quantile"` or `"softness"`.
 
     Example:
-        >>> default_quantile("energy"), default_quantile("evidence"), default_quantile("class")
-        (0.1, 0.2, 0.1)
+        >>> default_setting("energy", "softness"), default_setting("evidence", "softness")
+        (0.5, 1.0)
     """
-    return SELECTORS_BY_NAME[name].quantile if name in SELECTORS_BY_NAME else _STATISTICAL_QUANTILE
+    if name in SELECTORS_BY_NAME:
+        return float(getattr(SELECTORS_BY_NAME[name], setting, 0.0))
+    return _STATISTICAL_DEFAULTS[setting]
+
+
+def default_edit(name: str, *, softness: float | None = None) -> EditDefaults:
+    """The settings that suit a selector, by its short name (see `Selector.defaults`).
+
+    Args:
+        name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS`.
+        softness: see `make_selector`; a hard cut suits other settings.
+
+    Example:
+        >>> default_edit("evidence").layers, default_edit("energy", softness=0).gates
+        (0.75, 0.0)
+    """
+    softness = default_setting(name, "softness") if softness is None else softness
+    if name in STATISTICAL_SELECTORS:
+        return _defaults(softness)
+    return make_selector(name, softness=softness).defaults
 
 
 def make_selector(
-    name: str, *, quantile: float | None = None, statistics: ChannelStatistics | None = None, seed: int = 0
+    name: str,
+    *,
+    quantile: float | None = None,
+    softness: float | None = None,
+    statistics: ChannelStatistics | None = None,
+    seed: int = 0,
 ) -> Selector:
     """Make a selector by its short name.
 
     Args:
         name: a key of `SELECTORS_BY_NAME` or `STATISTICAL_SELECTORS`.
-        quantile: share of the channels to keep, in (0, 1]; None takes the selector's own.
+        quantile: share of the channels at or above the threshold, in (0, 1]; None takes the selector's own.
+        softness: width of the ramp around the threshold, in [0, 1]; None takes the selector's own. Random channels
+            have no ramp.
         statistics: channel statistics, for the selectors that need them.
-        seed: for the selector that draws.
+        seed: random seed of `"random"`.
 
     Raises:
-        SettingError: if the name is unknown or `quantile` is out of range.
+        SettingError: if the name is unknown or a setting is out of range.
         StatisticsError: if statistics are needed and not given.
 
     Example:
         >>> make_selector("energy", quantile=0.2)
-        GradientEnergy(quantile=0.2)
+        GradientEnergy(quantile=0.2, softness=0.5)
     """
     known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
     if name not in known:
         raise SettingError(f"selector is {name!r}, but it must be one of {', '.join(known)}.")
-    quantile = default_quantile(name) if quantile is None else quantile
+    quantile = default_setting(name, "quantile") if quantile is None else quantile
+    softness = default_setting(name, "softness") if softness is None else softness
     if name == "random":
         return RandomChannels(quantile=quantile, seed=seed)
     if name in SELECTORS_BY_NAME:
-        return SELECTORS_BY_NAME[name](quantile=quantile)
+        ranking = cast(type[_RankingSelector], SELECTORS_BY_NAME[name])
+        return ranking(quantile=quantile, softness=softness)
     if statistics is None:
         raise StatisticsError(f"The selector {name!r} needs channel statistics; collect some, or choose 'energy'.")
     if name == "class":
-        return ClassWise(statistics, quantile=quantile, test=statistics.test)
-    return InstanceWise(statistics, quantile=quantile)
+        return ClassWise(statistics, quantile=quantile, softness=softness, test=statistics.test)
+    return InstanceWise(statistics, quantile=quantile, softness=softness)
 
 
-def _given(value: Tensor | None, name: str) -> Tensor:
+def _given(value: Any, name: str) -> Any:
     if value is None:
         raise SettingError(f"The layer signal comes without {name}, which this selector needs; see LayerSignal.")
     return value
 
 
-# Largest norms of a row between which no square that counts vanishes or overflows in float32, and the share of the
-# largest below which squares may: so neither the scale of a row nor the rows beside it change its ranking.
-_SAFE_NORMS = (2.0**-30, 2.0**60)
-_NEGLIGIBLE = 2.0**-22
-
-
-def _keep_most_energy(flat: Tensor, quantile: float) -> Tensor:
-    """`keep_best` of the energies of the channels of (B, C, S), at any scale of the rows, shape (B, C)."""
-    if flat.device.type != "cpu" or flat.dtype == torch.float64:
-        return keep_best(safe_norm(flat, dim=2), quantile)
-    # A wider type would cost a copy of the gradient, and reading a number is no wait on the CPU.
-    wide = at_least_float32(flat)
-    norms: Tensor = torch.linalg.vector_norm(wide, dim=2)
-    best = norms.topk(_kept_count(norms, quantile), dim=1).values
-    largest = best[:, 0].tolist()
-    if largest and not _SAFE_NORMS[0] < min(largest) <= max(largest) < _SAFE_NORMS[1]:
-        peak = torch.maximum(wide.amax(dim=(1, 2), keepdim=True), -wide.amin(dim=(1, 2), keepdim=True))
-        # A power of two changes no digit; within the normal range, it need not bring the peak to 1.
-        exponent = torch.frexp(peak).exponent.clamp_(-126, 126)
-        norms = torch.linalg.vector_norm(wide * torch.ldexp(torch.ones_like(peak), -exponent), dim=2)
-        best = norms.topk(best.shape[1], dim=1).values
-    mask = norms >= best[:, -1:]
-    lost = best[:, -1:] < best[:, :1] * _NEGLIGIBLE
-    if bool(lost.any()):
-        mask = torch.where(lost, keep_best(safe_norm(flat, dim=2), quantile), mask)
-    return mask
-
-
 def _flat(gradient: Tensor) -> Tensor:
     """The positions in one dimension, shape (B, C, S)."""
     return gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
-
-
-# What is left of the gradient at places without evidence: nothing at all would leave some maps empty.
-_DAMPING = 0.1
-
-
-# Peaks of a row between which neither products nor squares of what counts vanish or overflow in float32.
-_SAFE_PEAKS = (2.0**-30, 2.0**30)
-
-
-def _is_safe(values: Tensor) -> bool:
-    """Whether the peaks of all rows are safe; unknown on a GPU, where reading a number is a wait."""
-    if values.device.type != "cpu" or values.numel() == 0:
-        return False
-    peaks = torch.linalg.vector_norm(values.flatten(1), math.inf, dim=1)
-    return bool((peaks >= _SAFE_PEAKS[0]).all() and (peaks <= _SAFE_PEAKS[1]).all())
-
-
-def _centred(values: Tensor) -> Tensor:
-    """Each channel of (B, C, S) less its mean over space; zero where it is the same everywhere."""
-    mean = values.mean(dim=2, keepdim=True)
-    centred = values - mean
-    # What a channel that is the same everywhere leaves is the rounding of its mean.
-    rounding = mean.abs() * (4 * torch.finfo(values.dtype).eps * math.sqrt(values.shape[2]))
-    constant = torch.linalg.vector_norm(centred, dim=2, keepdim=True) <= rounding
-    if centred.device.type != "cpu" or bool(constant.any()):
-        centred.masked_fill_(constant, 0)
-    return centred
-
-
-def _in_unit(values: Tensor) -> Tensor:
-    """Each row of (B, C, S) divided by the power of two near its peak, which changes no digit."""
-    peak = torch.linalg.vector_norm(values, math.inf, dim=(1, 2), keepdim=True)
-    # The inverse of the smallest peaks overflows, and nothing but zeros has no exponent.
-    exponent = torch.frexp(peak).exponent.clamp_(-126, 126)
-    return values * torch.ldexp(torch.ones_like(peak), -exponent)
-
-
-def _unit_rows(gradient: Tensor) -> Tensor:
-    """Each row divided by its largest magnitude, at least float32, shape (B, C, S): squares must not underflow."""
-    wide = at_least_float32(_flat(gradient))
-    peak = torch.linalg.vector_norm(wide, math.inf, dim=(1, 2), keepdim=True)
-    return wide / torch.where(peak > 0, peak, torch.ones_like(peak))

@@ -8,6 +8,7 @@ import hashlib
 import html
 import io
 import ipaddress
+import json
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import matplotlib
@@ -41,6 +42,7 @@ from parchgrad.exploration import (
     tinted,
 )
 from parchgrad.files import save_array, writing
+from parchgrad.layers import has_published_layers
 from parchgrad.loading import Loading, StillLoadingError
 from parchgrad.models import OFFLINE_MODEL, SHAPES_MODEL
 from parchgrad.selection import STATISTICAL_SELECTORS
@@ -58,17 +60,19 @@ except ImportError as error:
 
 __all__ = ["WebSettings", "build_app", "is_loopback", "serve"]
 
+T = TypeVar("T")
 TITLE = "ParchGrad explorer"
 # Pillow reads none that has more.
 _MOST_MEGAPIXELS = 178
 _SELECTORS = {
+    "evidence": "Evidence",
     "energy": "Gradient energy",
     "activation": "Gradient times activation",
-    "evidence": "Evidence",
     "random": "Random channels (control)",
     "class": "Class-wise (statistics)",
     "instance": "Instance-wise (statistics)",
 }
+# The same settings suit it as suit the selectors on statistics.
 _FALLBACK = "energy"
 # Seconds after which a network that is not there yet is asked for again.
 _ASKED_AGAIN = 1.0
@@ -78,26 +82,35 @@ _LAYERS = {
     "Upper half": "0.5",
     "Upper 3/4": "0.75",
     "All": "all",
-    "Published set": "default",
+    "Published set": "published",
 }
+_GATES = {"Off": 0, "1": 1, "2": 2, "4": 4, "8": 8}
 _HEAD = """<div class='pg-head'><h1>ParchGrad</h1>
-<p>What in a photograph speaks for a class, seen through the channels that matter</p></div>"""
+<p>Where an image holds the evidence for a class, through the channels that matter</p></div>"""
 _NO_MOSAIC = f"Drop {CELLS} photographs, or take the examples: each class is explained in all {CELLS} at once."
 _PLACES = ("top left", "top right", "bottom left", "bottom right")
-# Evidence is best by other settings than the rest; what the user has chosen himself is his.
-_SUGGEST = """(selector, quantile, layers) => {
-  const [ofQuantile, ofLayers] = selector === "evidence" ? [0.2, "0.75"] : [0.1, "0.5"];
-  const chosen = document.documentElement.dataset;
-  return [chosen.quantile ? quantile : ofQuantile, chosen.layers ? layers : ofLayers];
-}"""
+_SUITED = ("layers", "quantile", "softness", "gates", "antialias")
+_SUITS = {name: [getattr(View(selector=name).resolved(), setting) for setting in _SUITED] for name in _SELECTORS}
+# What the user has chosen himself stays.
+_SUGGEST = f"""(selector, ...current) => {{
+  const chosen = document.documentElement.dataset, names = {json.dumps(_SUITED)};
+  chosen.selector = selector;
+  const suits = {json.dumps(_SUITS)}[selector];
+  return suits ? suits.map((value, place) => chosen[names[place]] ? current[place] : value) : current;
+}}"""
 _BLEND = "(opacity) => { document.documentElement.style.setProperty('--map-opacity', opacity); }"
 _FETCH = "() => { document.querySelector('#fetched')?.click(); }"
 _ON_LOAD = """() => {
   document.documentElement.lang = "en";
-  document.querySelector("#status")?.setAttribute("role", "status");
-  for (const group of document.querySelectorAll("fieldset")) {
-    group.setAttribute("aria-label", group.querySelector("[data-testid=block-info]")?.textContent.trim() ?? "");
-  }
+  for (const said of document.querySelectorAll("#status, #steadiness")) said.setAttribute("role", "status");
+  const nameGroups = () => {
+    for (const group of document.querySelectorAll("fieldset")) {
+      group.setAttribute("aria-label", group.querySelector("[data-testid=block-info]")?.textContent.trim() ?? "");
+    }
+  };
+  nameGroups();
+  // Its groups are made when it is opened.
+  document.querySelector("#more")?.addEventListener("click", () => setTimeout(nameGroups, 200));
   // Gradio takes the first option of all when the chosen one is chosen again.
   document.addEventListener("keydown", (event) => {
     const field = event.key === "Enter" && event.target.closest?.("#settings .block");
@@ -237,24 +250,28 @@ class _Page:
             self.target = gr.Dropdown([], label="Or any class (type to search)", elem_id="class")
             # What the lists belong to, as the browser knows it: a choice from earlier ones counts no more.
             self.stamp = gr.Textbox("", visible="hidden", label="List of classes", elem_id="stamp")
+        first = View().resolved()
         with gr.Row():
             self.selector = gr.Dropdown(
-                self._selectors(settings.network), value="energy", label="Selector", min_width=130, elem_id="selector"
+                self._selectors(settings.network),
+                value=first.selector,
+                label="Selector",
+                min_width=130,
+                elem_id="selector",
             )
             self.layers = gr.Dropdown(
-                list(_LAYERS.items()),
-                value="0.5",
+                self._layers(settings.network),
+                value=first.layers,
                 label="Layers, or a pattern",
                 allow_custom_value=True,
                 min_width=130,
                 elem_id="layers",
             )
         self.quantile = gr.Slider(
-            0.01, 1, value=0.1, step=0.01, label="Quantile: share of channels kept", elem_id="quantile"
+            0.01, 1, value=first.quantile, step=0.01, label="Quantile: share of channels kept", elem_id="quantile"
         )
-        self.prune = gr.Checkbox(True, label="Prune the others (gamma infinite)", elem_id="prune")
-        self.gamma = gr.Slider(
-            -1, 3, value=1, step=0.05, label="Gamma, as a power of ten", visible=False, elem_id="gamma"
+        self.softness = gr.Slider(
+            0, 1, value=first.softness, step=0.05, label="Softness: 0 is a hard cut", elem_id="softness"
         )
         with gr.Row():
             self.method = gr.Dropdown(
@@ -272,6 +289,29 @@ class _Page:
                 min_width=130,
                 elem_id="network",
             )
+        with gr.Accordion("More settings", open=False, elem_id="more"):
+            self.gates = gr.Radio(
+                list(_GATES.items()),
+                value=first.gates,
+                label="Soft gates",
+                info="Rectifiers switch gradually. Wider is smoother.",
+                elem_id="gates",
+            )
+            self.antialias = gr.Checkbox(
+                bool(first.antialias),
+                label="Smooth strides",
+                info="Removes the grid that strided layers leave.",
+                elem_id="antialias",
+            )
+            self.prune = gr.Checkbox(
+                True,
+                label="Prune the other channels",
+                info="Off: gamma sets how much weaker they become.",
+                elem_id="prune",
+            )
+            self.gamma = gr.Slider(
+                -1, 3, value=1, step=0.05, label="Gamma, as a power of ten", visible=False, elem_id="gamma"
+            )
 
     def _add_pictures(self) -> None:
         with gr.Row(elem_id="look"):
@@ -280,6 +320,9 @@ class _Page:
         with gr.Tabs():
             with gr.Tab("One photograph") as self.single_tab:
                 self.result = gr.HTML(_message("Looking at the first photograph ..."), elem_id="result")
+                with gr.Row(elem_id="steady"):
+                    self.measure = gr.Button("How steady is this map?", size="sm", elem_id="measure")
+                    self.steadiness = gr.HTML("", elem_id="steadiness")
             with gr.Tab("Mosaic of four", elem_id="mosaic-tab") as self.mosaic_tab:
                 self.files = gr.File(
                     label=f"Drop {CELLS} photographs of different classes",
@@ -307,10 +350,12 @@ class _Page:
         """Tie events to what happens on them."""
         # All of it goes through one queue, so that what comes later is shown later.
         of_user = [self._mode, self._photograph, self._mosaic, self._shown]
-        of_view = [self.selector, self.method, self.layers, self.quantile, self.prune, self.gamma]
-        of_view += [self.signed, self.opacity]
+        edit = [self.selector, self.layers, self.quantile, self.softness, self.prune, self.gamma]
+        edit += [self.gates, self.antialias]
+        of_view = [*edit, self.method, self.signed, self.opacity]
         shown = [self.result, self.game, self.status, self.code]
-        shown += [self.top, self.target, self.stamp, self.selector, self._shown, self.again]
+        shown += [self.top, self.target, self.stamp, self.selector, self.layers, self.steadiness]
+        shown += [self._shown, self.again]
         shows: dict[str, Any] = {
             "fn": _complete(self._on_worker(self._show), shown),
             "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
@@ -322,17 +367,15 @@ class _Page:
             "show_progress_on": self.status,
         }
         # One listener for all settings: of those that were changed in a hurry the last state is shown.
-        settings = [self.target, self.network, self.selector, self.layers, self.quantile, self.prune, self.gamma]
-        settings += [self.method, self.signed]
+        settings = [self.target, self.network, *edit, self.method, self.signed]
         triggers = [app.load, self.again.tick, *(setting.change for setting in settings)]
         gr.on(triggers, trigger_mode="always_last", api_name="show", **shows)
         shows["api_visibility"] = "private"
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         self.top.input(None, self.top, self.target, js="(index) => index")
-        self.selector.input(
-            None, [self.selector, self.quantile, self.layers], [self.quantile, self.layers], js=_SUGGEST
-        )
-        for name, own in (("quantile", self.quantile), ("layers", self.layers)):
+        suited = [getattr(self, name) for name in _SUITED]
+        self.selector.input(None, [self.selector, *suited], suited, js=_SUGGEST)
+        for name, own in zip(_SUITED, suited, strict=True):
             own.input(None, js=f"() => {{ document.documentElement.dataset.{name} = 'chosen'; }}")
         self.prune.input(lambda prune: _Update({"visible": not prune}), self.prune, self.gamma, **private)
         self.opacity.input(None, self.opacity, None, js=_BLEND)
@@ -367,24 +410,25 @@ class _Page:
         for mode, tab in (("single", self.single_tab), ("mosaic", self.mosaic_tab)):
             tab.select(None, js=f"() => {{ document.documentElement.dataset.mode = '{mode}'; }}")
             tab.select(lambda mode=mode: mode, None, self._mode, **private).then(**shows)
+        of_shown: dict[str, Any] = {
+            "inputs": self._shown,
+            "concurrency_id": "network",
+            "show_progress": "full",
+            "show_progress_on": self.status,
+        }
+        self.measure.click(self._on_worker(self._measure), outputs=self.steadiness, api_name="measure", **of_shown)
         for kind, button in self.savers.items():
-            button.click(
-                self._on_worker(functools.partial(self._save, kind)),
-                self._shown,
-                [self.fetched, self.status],
-                concurrency_id="network",
-                show_progress="full",
-                show_progress_on=self.status,
-                api_visibility="private",
-            ).then(None, js=_FETCH)
+            save = self._on_worker(functools.partial(self._save, kind))
+            outputs = [self.fetched, self.status]
+            button.click(save, outputs=outputs, api_visibility="private", **of_shown).then(None, js=_FETCH)
         app.load(None, js=_ON_LOAD)
         for part in app.blocks.values():
             if isinstance(part, gr.components.Component) and not isinstance(part, gr.State):
                 _let_update(part)
 
-    def _on_worker(self, handler: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+    def _on_worker(self, handler: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(handler)
-        def run(*inputs: Any) -> dict[Any, Any]:
+        def run(*inputs: Any) -> T:
             return self._worker.submit(handler, *inputs).result()
 
         return run
@@ -393,7 +437,12 @@ class _Page:
         return sorted((name, index) for index, name in enumerate(self._explorer.classifier(network).categories))
 
     def _selectors(self, network: str) -> list[tuple[str, str]]:
-        return [(_SELECTORS[name], name) for name in self._explorer.selectors(network)]
+        known = self._explorer.selectors(network)
+        return [(label, name) for name, label in _SELECTORS.items() if name in known]
+
+    def _layers(self, network: str) -> list[tuple[str, str]]:
+        has_published = has_published_layers(self._explorer.classifier(network).model)
+        return [(label, name) for label, name in _LAYERS.items() if has_published or name != "published"]
 
     def _take(self, file: dict[str, Any] | None) -> dict[Any, Any]:
         """A photograph that was dropped, pasted or chosen."""
@@ -433,11 +482,14 @@ class _Page:
         target: int | None,
         stamp: str,
         selector: str,
-        method: str,
         layers: str,
         quantile: float,
+        softness: float,
         prune: bool,
         gamma: float,
+        gates: float,
+        antialias: bool,
+        method: str,
         signed: bool,
         opacity: float,
     ) -> dict[Any, Any]:
@@ -451,12 +503,13 @@ class _Page:
             self._loading.require(network)
             known = self._explorer.selectors(network)
             if network != shown.network:
-                offered = {self.selector: _Update({"choices": self._selectors(network)})}
+                lists = ((self.selector, self._selectors), (self.layers, self._layers))
+                offered = {part: _Update({"choices": choices(network)}) for part, choices in lists}
             note = ""
             if selector in STATISTICAL_SELECTORS and selector not in known:
                 note = f" {_SELECTORS[selector]} needs statistics, but {network} has none; this is gradient energy."
                 selector = _FALLBACK
-                offered = {self.selector: _Update({"choices": self._selectors(network), "value": selector})}
+                offered[self.selector] = _Update({"choices": self._selectors(network), "value": selector})
             shown = replace(shown, network=network)
             view = View(
                 network=network,
@@ -465,7 +518,10 @@ class _Page:
                 method=method,
                 layers=layers,
                 quantile=_number("quantile", quantile, 0, 1),
+                softness=_number("softness", softness, 0, 1),
                 gamma=math.inf if prune else 10 ** _number("the power of gamma", gamma, -1, 3),
+                gates=_number("gates", gates, 0, 1000),
+                antialias=bool(antialias),
                 signed=bool(signed),
                 opacity=_number("opacity", opacity, 0, 1),
             )
@@ -474,7 +530,10 @@ class _Page:
             # The list falls back as well, by which the same is shown once more.
             note = note or (shown.note if now.view == shown.view else "")
             said = f"{time.perf_counter() - began:.2f} s. {found[self.status]}{note}"
-            settled = {self.status: _status(said), self._shown: replace(now, note=note)}
+            settled: dict[Any, Any] = {self.status: _status(said), self._shown: replace(now, note=note)}
+            if (now.view, now.listed) != (shown.view, shown.listed):
+                # It was measured on another map.
+                settled[self.steadiness] = ""
             return found | offered | settled | {self.again: _Update({"active": False})}
         except (_NothingYetError, StillLoadingError) as missing:
             told = _message(str(missing))
@@ -486,7 +545,7 @@ class _Page:
             # Classes of a photograph that is not here any more are none to choose from.
             offered |= {part: _Update({"choices": [], "value": None}) for part in (self.top, self.target)}
             shown = replace(shown, listed=None)
-        told_instead = {place: told, self.status: "", self.code: "", self._shown: shown}
+        told_instead = {place: told, self.status: "", self.code: "", self.steadiness: "", self._shown: shown}
         return offered | told_instead | {self.again: _Update({"active": is_coming})}
 
     def _check_network(self, network: str) -> None:
@@ -540,6 +599,15 @@ class _Page:
         except ParchGradError:
             # The file is gone by now, which the next event says.
             return {}
+
+    def _measure(self, shown: _Shown) -> str:
+        """Say how steady the map that is shown is."""
+        if shown.view is None or shown.listed is None:
+            return _status("There is no map yet.")
+        try:
+            return _steadiness(self._explorer.stability(_usable([shown.listed[0]])[0], shown.view))
+        except ParchGradError as error:
+            return _status(str(error))
 
     def _save(self, kind: str, shown: _Shown) -> dict[Any, Any]:
         """Write what is shown into a file of its own."""
@@ -677,6 +745,7 @@ def _stem(found: Exploration | Game) -> str:
         else ["mosaic", *(item.category for item in found.targets)]
     )
     settings = [view.network, view.method, view.selector, f"layers {view.layers}", f"q{view.quantile:g}"]
+    settings += [f"s{view.softness:g}", f"gates{view.gates:g}", *(["strides"] if view.antialias else [])]
     settings += [] if math.isinf(view.gamma) else [f"gamma{_plain_number(view.gamma)}"]
     settings += ["signed"] if view.signed else []
 
@@ -690,6 +759,22 @@ def _stem(found: Exploration | Game) -> str:
 def _plain_number(value: float) -> str:
     """Three digits, without a power of ten."""
     return f"{float(f'{value:.3g}'):g}"
+
+
+def _steadiness(stability: float) -> str:
+    """One sentence on a stability, and a warning where the map explains little."""
+    if math.isnan(stability):
+        return _status("Stability is undefined: the map is zero everywhere.")
+    said = f"<strong>stability {stability:.2f}</strong>. "
+    if stability < _UNSTEADY:
+        told = "Warning: invisible noise turns this into another map. It explains little."
+        return f"<span class='pg-status pg-warning' role='alert'>{said}{told}</span>"
+    told = "hardly changes this map." if stability >= _STEADY else "changes parts of this map."
+    return f"<span class='pg-status'>{said}Invisible noise {told}</span>"
+
+
+# Mean cosines between maps.
+_UNSTEADY, _STEADY = 0.5, 0.9
 
 
 def _edited(layers: Sequence[str]) -> str:

@@ -8,27 +8,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 import parchgrad as pg
 from parchgrad.data.samples import Sample
-from parchgrad.errors import InputError, LayerError, ModelError, OutputError, SettingError, StatisticsError
+from parchgrad.errors import InputError, ModelError, OutputError, SettingError
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import (
     centre_blob,
     grad_cam,
     maps_of,
-    masks_of_another_class,
-    random_channels,
-    random_map,
-    shuffled_masks,
 )
 from parchgrad.evaluation.runs import evaluate, read_rows
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
-from parchgrad.evaluation.settings import Grid, Setting, make_method
+from parchgrad.evaluation.settings import Setting
 from tests.conftest import random_statistics, small_network
 
 SETTINGS = (Setting(), Setting(method="centre_blob"), Setting(selector="energy", quantile=0.34, layers="all"))
@@ -106,8 +101,21 @@ def test_rows_are_what_the_scores_of_each_image_say(tmp_path):
             sample.name,
             "small",
         )
-    assert rows[-1]["gamma"] == "inf"
-    assert rows[-1]["quantile"] == 0.34
+    settings = {name: rows[-1][name] for name in vars(Setting())}
+    assert settings == {
+        "method": "gradient",
+        "selector": "energy",
+        "quantile": 0.34,
+        "softness": 0.5,
+        "layers": "all",
+        "gamma": "inf",
+        "conserve": "energy",
+        "gates": 1.0,
+        "antialias": True,
+        "masks": "own",
+    }
+    plain = {name: rows[0][name] for name in ("selector", "quantile", "softness", "layers", "gates", "antialias")}
+    assert plain == {**dict.fromkeys(("selector", "quantile", "softness", "layers"), "NaN"), "gates": 0, "antialias": 0}
 
 
 def test_the_predicted_class_may_be_explained(tmp_path):
@@ -213,6 +221,10 @@ def test_a_run_of_something_else_is_not_mixed_in(tmp_path, monkeypatch):
         patched.setattr("parchgrad.evaluation.runs.__version__", "0.0.1")
         with pytest.raises(SettingError, match="differs in parchgrad"):
             run(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("parchgrad.evaluation.runs._FORMAT", 1)
+        with pytest.raises(SettingError, match="in the format of another release of ParchGrad"):
+            run(tmp_path)
     changed = small_network()
     with torch.no_grad():
         changed[0].bias[0] += 1e-6
@@ -252,6 +264,26 @@ def test_methods_of_ones_own_run_beside_the_settings(tmp_path):
         evaluate(small_network(), Noise(), [Setting()], tmp_path / "twice", methods={"gradient": grad_cam})
 
 
+def test_stability_is_kept_by_noise_level(tmp_path):
+    # Unlike shares, a noise level may exceed 1.
+    scores = ScoreSettings(families=("stability",), noises=(1e-5, 0.01, 2.5), noise_draws=2)
+    settings = [Setting(), Setting(method="centre_blob")]
+    evaluate(small_network(), Noise(count=2), settings, tmp_path, scores=scores)
+    levels = ("", "@1e-05", "@0.01", "@2.5")
+    names = {f"stability_{score}{level}" for score in ("cosine", "spearman", "norm_ratio") for level in levels}
+    rows = read_rows(tmp_path)
+    assert len(rows) == 4
+    assert all({name for name in row if name.startswith("stability")} == names for row in rows)
+    for row in rows[2:]:
+        assert [row[f"stability_cosine{level}"] for level in levels] == pytest.approx([1] * 4)
+        assert [row[f"stability_norm_ratio{level}"] for level in levels] == pytest.approx([1] * 4)
+    for row in rows[:2]:
+        cosines = [row[f"stability_cosine{level}"] for level in levels]
+        assert cosines[0] == pytest.approx(sum(cosines[1:]) / 3)
+        assert 1 - 1e-6 < cosines[1] <= 1
+        assert cosines[3] < cosines[1]
+
+
 def test_what_would_end_badly_is_said_first(tmp_path):
     training = small_network().train()
     before = {name: value.clone() for name, value in training.state_dict().items()}
@@ -278,6 +310,8 @@ def test_a_row_is_read(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "rows-0.jsonl").write_text(f"{a_row()}\n")
     assert [row["label"] for row in read_rows(tmp_path)] == [0]
+    (tmp_path / "rows-0.jsonl").write_text(f"{a_row(antialias=False, gates=2, softness=None)}\n")
+    assert [(row["antialias"], row["gates"]) for row in read_rows(tmp_path)] == [(False, 2)]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +325,14 @@ def test_a_row_is_read(tmp_path):
         a_row(label=-1),
         a_row(label=0.5),
         a_row(label=True),
+        a_row(antialias="on"),
+        a_row(antialias=1),
+        a_row(gates=True),
+        a_row(softness="soft"),
         a_row(index=10**101),
+        a_row(**{"aopc@2": 0.5}),
+        a_row(**{"stability_cosine@inf": 0.5}),
+        a_row(**{"stability_cosine@-0.1": 0.5}),
     ],
 )
 def test_rows_that_are_none_are_said(tmp_path, row):
@@ -308,90 +349,6 @@ def test_images_of_several_sizes_are_said(tmp_path):
 
     with pytest.raises(InputError, match=r"\(3, 8, 8\) and \(3, 8, 9\)"):
         run(tmp_path, data=Uneven())
-
-
-def test_the_grid_brings_the_controls_and_a_random_twin_of_every_edit():
-    grid = Grid(
-        methods=("gradient", "smoothgrad"),
-        selectors=(None, "energy", "activation"),
-        quantiles=(0.1, 0.3),
-        layers=("all", 0.5),
-        gammas=(math.inf, 2.0),
-    )
-    settings = grid.settings()
-    assert len(set(settings)) == len(settings)
-    assert len({setting.title for setting in settings}) == len(settings)
-    assert [setting.method for setting in settings[:4]] == ["gradient", "random_map", "grad_cam", "centre_blob"]
-    edits = [setting for setting in settings if setting.selector]
-    assert len(edits) == 2 * 3 * 8
-    others = [s for s in replace(grid, masks=("own", "another", "shuffled")).settings() if s not in settings]
-    # The controls by masks are of the gradient alone, and not of random channels.
-    assert len(others) == 2 * 8 * 2
-    assert {(s.method, s.masks) for s in others} == {("gradient", "another"), ("gradient", "shuffled")}
-    assert len({s.title for s in others}) == 32
-    for setting in edits:
-        twin = Setting(**{**vars(setting), "selector": "random"})
-        assert twin in settings
-    assert Setting(method="smoothgrad") in settings
-    json.dumps([setting.title for setting in settings])
-
-
-@pytest.mark.parametrize("made", [np.array, torch.tensor, list, lambda values: list(np.float32(values))])
-def test_a_grid_takes_arrays_and_lists_as_well(made):
-    tenths = (0.125, 0.25, 0.5)
-    grid = Grid(quantiles=made(tenths), gammas=made([2.0]), layers=["all", ["a", "b"]])
-    wanted = Grid(quantiles=tenths, gammas=(2.0,), layers=("all", ("a", "b")))
-    assert grid == wanted
-    assert hash(grid) == hash(wanted)
-    assert {type(quantile) for quantile in grid.quantiles} == {float}
-    assert grid.settings() == wanted.settings()
-
-
-@pytest.mark.parametrize("single", [np.array(0.1), np.float64(0.1), np.ones((2, 2)), b"ab", {0.1}])
-def test_a_grid_refuses_what_is_no_sequence_of_values(single):
-    with pytest.raises(SettingError, match="must be a tuple of values"):
-        Grid(quantiles=single)
-
-
-def test_settings_make_the_methods_they_name(network):
-    images, target = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1])
-    held = random_statistics({"0": 6, "2": 6})
-    for setting, expected in (
-        (Setting(method="random_map"), random_map(seed=4)),
-        (Setting(method="grad_cam"), grad_cam(network)),
-        (Setting(method="input_x_gradient"), maps_of(pg.Explainer(network, None, method="input_x_gradient"))),
-        (
-            Setting(selector="random", layers=("2",), quantile=0.5),
-            random_channels(network, quantile=0.5, seed=4, layers=["2"]),
-        ),
-        (
-            Setting(selector="class", layers="all", gamma=3.0, conserve="exact"),
-            maps_of(pg.Explainer(network, pg.ClassWise(held, quantile=0.1), layers="all", gamma=3.0, conserve="exact")),
-        ),
-        (
-            Setting(selector="class", layers="all", masks="another"),
-            masks_of_another_class(network, pg.ClassWise(held, quantile=0.1), layers="all"),
-        ),
-        (
-            Setting(selector="energy", layers="all", masks="shuffled", gamma=2.0),
-            shuffled_masks(network, pg.GradientEnergy(quantile=0.1), layers="all", gamma=2.0, seed=4),
-        ),
-    ):
-        method = make_method(network, setting, statistics=held, seed=4)
-        torch.testing.assert_close(method(images, target), expected(images, target))
-    with pytest.raises(StatisticsError, match="needs channel statistics"):
-        make_method(network, Setting(selector="instance"))
-    with pytest.raises(LayerError):
-        make_method(network, Setting(selector="energy", layers=("nowhere",)))
-    with pytest.raises(SettingError, match="selector is 'best'"):
-        Setting(selector="best")
-    with pytest.raises(SettingError, match="masks is 'none'"):
-        Setting(selector="energy", masks="none")
-    for options in ({}, {"selector": "energy", "method": "smoothgrad"}):
-        with pytest.raises(SettingError, match="a control for the gradient with a selector"):
-            Setting(masks="shuffled", **options)
-    with pytest.raises(SettingError, match="has no selector"):
-        Setting(method="grad_cam", selector="energy")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from parchgrad.evaluation import localisation, perturbation
 from parchgrad.evaluation.methods import maps_of
 from parchgrad.evaluation.sanity import max_sensitivity, parameter_randomisation
 from parchgrad.evaluation.scores import FAMILIES, SCORES, ScoreSettings, at_ratio, score_maps
+from parchgrad.evaluation.stability import stability
 
 
 def gradient_of(model):
@@ -30,6 +31,8 @@ def scored(network):
         samples=2,
         randomised=(0.25, 0.75),
         draws=2,
+        noises=(0.25, 0.75),
+        noise_draws=3,
         seed=5,
     )
     regions = [region, None, ~region]
@@ -77,6 +80,11 @@ def test_scores_are_what_their_functions_say(scored):
     torch.testing.assert_close(found["randomisation_spearman"], (first + third) / 2)
     alike = (steps[0].structural_similarity + steps[4].structural_similarity) / 2
     torch.testing.assert_close(found["randomisation_similarity@0.25"], alike)
+    steady = stability(method, images, target, noises=(0.25, 0.75), draws=3, seed=5)
+    for name in ("cosine", "spearman", "norm_ratio"):
+        values = getattr(steady, name)
+        torch.testing.assert_close(found[f"stability_{name}"], (values[0] + values[1]) / 2)
+        torch.testing.assert_close(found[f"stability_{name}@0.75"], values[1])
 
 
 def test_only_the_families_asked_for_are_had(network):
@@ -94,6 +102,10 @@ def test_only_the_families_asked_for_are_had(network):
         ("ratios", (2.0,)),
         ("ratios", ()),
         ("randomised", (0.0,)),
+        ("noises", ()),
+        ("noises", (0.0,)),
+        ("noises", (math.inf,)),
+        ("noise_draws", 0),
         ("tolerance", -1),
         ("radius", 0),
         ("order", "sideways"),

@@ -61,11 +61,17 @@ def test_a_compact_file_selects_the_same_channels(tmp_path):
     compact = pg.ChannelStatistics.load(tmp_path / "compact.safetensors")
     for quantile in (0.1, 0.3, 0.5):
         expected, found = (
-            pg.ClassWise(each, quantile=quantile, test="student").class_masks("a") for each in (full, compact)
+            pg.ClassWise(each, quantile=quantile, softness=0, test="student").class_weights("a")
+            for each in (full, compact)
         )
         # 120 values of 256 levels leave hardly a tie.
         assert (expected & ~found).sum() == 0
         assert (found & ~expected).sum() <= 2
+        # Weights are as near as levels: 120 values of 256 leave a step of one.
+        expected, found = (
+            pg.ClassWise(each, quantile=quantile / 2, test="student").class_weights("a") for each in (full, compact)
+        )
+        assert (expected - found).abs().max() < 0.05
     torch.testing.assert_close(compact["b"].mean, full["b"].mean, rtol=1e-6, atol=0)
     wider = pg.ClassWise(compact, quantile=0.6, test="student")
     with pytest.raises(StatisticsError, match=r"rank the best 50% of the channels only, but quantile is 0\.6"):
@@ -75,6 +81,17 @@ def test_a_compact_file_selects_the_same_channels(tmp_path):
     with pytest.raises(StatisticsError, match="student test only"):
         compact.compact(test="welch")
     assert compact.restrict(classes=[4, 2])["a"].classes == 2
+
+
+def test_ranked_statistics_without_moments_are_compacted(tmp_path):
+    ranked = random_statistics({"a": 40}, classes=6, images=60).compact(share=1.0)
+    few = pg.ChannelStatistics({"a": dataclasses.replace(ranked["a"], mean=None, std=None)})
+    few.compact(share=0.5).save(tmp_path / "few.safetensors")
+    loaded = pg.ChannelStatistics.load(tmp_path / "few.safetensors")
+    assert (loaded["a"].mean, loaded["a"].std, loaded["a"].share) == (None, None, 0.5)
+    expected = ranked.compact(share=0.5)["a"]
+    torch.testing.assert_close(loaded["a"].shapiro_p, expected.shapiro_p, rtol=1e-6, atol=0)
+    assert torch.equal(loaded["a"].log_p < 0, expected.log_p < 0)
 
 
 def test_shares_out_of_range():
@@ -104,10 +121,12 @@ def test_alpha_on_compact_statistics_with_a_class_without_images():
     few = pg.ChannelStatistics({"a": dataclasses.replace(layer, class_count=no_image, class_square=no_image)})
     assert few.count_empty() == 1
     masks = [
-        pg.ClassWise(each, alpha=1e-9, test="student", normality_threshold=None).class_masks("a")
+        pg.ClassWise(each, alpha=1e-9, softness=0, test="student", normality_threshold=None).class_weights("a")
         for each in (few, few.compact(test="student"))
     ]
     assert torch.equal(*masks)
+    soft = pg.ClassWise(few.compact(test="student"), alpha=1e-9, test="student").class_weights("a")
+    assert (soft[2] == 1).all()
 
 
 def test_a_few_bits_do_not_fill_the_memory(tmp_path):

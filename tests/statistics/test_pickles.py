@@ -8,6 +8,7 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.errors import StatisticsError
+from parchgrad.selection import LayerSignal
 from parchgrad.statistics.pickles import import_pickles, read_tensor_list
 
 MODEL = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3)).eval()
@@ -46,8 +47,80 @@ def test_the_numbers_of_the_research_code(folder, tmp_path):
     loaded = pg.ChannelStatistics.load(tmp_path / "tiny.safetensors", MODEL)
     assert torch.equal(loaded["2"].log_p, statistics["2"].log_p)
     assert loaded.metadata["data"] == "pickles in tiny"
-    masks = pg.ClassWise(loaded, quantile=0.5).class_masks("2")
+    masks = pg.ClassWise(loaded, quantile=0.5, softness=0).class_weights("2")
     assert torch.equal(masks, (lists["cls_p_values"][1].argsort(dim=0).argsort(dim=0) < 3).T)
+
+
+FOR_CLASSES = ("cls_p_values", "shapiro_p_values")
+FOR_IMAGES = ("shapiro_p_values", "gap_mean", "gap_std")
+
+
+def keep_files(root, names):
+    for path in (root / "pickles").iterdir():
+        if path.stem not in names:
+            path.unlink()
+
+
+def saved_and_loaded(statistics, tmp_path):
+    statistics.save(tmp_path / "few.safetensors")
+    return pg.ChannelStatistics.load(tmp_path / "few.safetensors", MODEL)
+
+
+def test_two_files_select_by_class_as_all_four_do(folder, tmp_path):
+    root, _ = folder
+    every = import_pickles(root, MODEL, name="tiny")
+    keep_files(root, FOR_CLASSES)
+    few = import_pickles(root, MODEL, name="tiny")
+    assert (few["2"].mean, few["2"].std) == (None, None)
+    signal = LayerSignal(layer="2", gradient=torch.ones(3, 6, 1), classes=torch.arange(3))
+    for held in (few, saved_and_loaded(few, tmp_path)):
+        held.require("class")
+        masks = pg.ClassWise(held, quantile=0.5).select(signal)
+        assert masks.any()
+        assert torch.equal(masks, pg.ClassWise(every, quantile=0.5).select(signal))
+        words = r"lack the mean and standard deviation .* without 'gap_mean\.pkl' and 'gap_std\.pkl'; import them from"
+        with pytest.raises(StatisticsError, match=words):
+            held.require("instance")
+
+
+def test_three_files_select_by_image_as_all_four_do(folder, tmp_path):
+    root, _ = folder
+    every = import_pickles(root, MODEL, name="tiny")
+    keep_files(root, FOR_IMAGES)
+    few = import_pickles(root, MODEL, name="tiny")
+    assert (few.classes, few["2"].log_p) == (0, None)
+    observed = {"gradient": torch.ones(3, 6, 1), "observation": torch.rand(3, 6), "classes": torch.arange(3)}
+    signal = LayerSignal(layer="2", **observed)
+    for held in (few, saved_and_loaded(few, tmp_path)):
+        held.require("instance")
+        masks = pg.InstanceWise(held, quantile=0.5).select(signal)
+        assert masks.any()
+        assert torch.equal(masks, pg.InstanceWise(every, quantile=0.5).select(signal))
+        for use in (
+            lambda held: held.require("class"),
+            lambda held: held["2"].class_log_p(),
+            lambda held: held.restrict(classes=[0]),
+            lambda held: held.compact(),
+            lambda held: pg.ClassWise(held, quantile=0.5).select(signal),
+        ):
+            with pytest.raises(StatisticsError, match=r"lack p-values per class: .* without 'cls_p_values\.pkl'"):
+                use(held)
+
+
+def test_a_set_of_files_must_be_complete(folder):
+    root, _ = folder
+    keep_files(root, {*FOR_CLASSES, "gap_mean"})
+    with pytest.raises(StatisticsError, match=r"without 'gap_std\.pkl'; import them from a folder that holds it"):
+        import_pickles(root, MODEL, name="tiny").require("instance")
+    keep_files(root, ("shapiro_p_values", "gap_mean"))
+    with pytest.raises(
+        StatisticsError, match=r"pickles' lacks 'cls_p_values\.pkl', 'gap_std\.pkl'; selecting by class"
+    ):
+        import_pickles(root, MODEL, name="tiny")
+    with pytest.raises(
+        StatisticsError, match=r"missing' lacks 'cls_p_values\.pkl', 'shapiro_p_values\.pkl', 'gap_mean"
+    ):
+        import_pickles(root / "missing", MODEL, name="tiny")
 
 
 # The research code wrote the highest protocol, 4 or 5; up to 2 bytes are made by a call of a codec.
@@ -165,7 +238,7 @@ def test_pickles_of_another_model_are_named(folder):
     root, _ = folder
     with pytest.raises(StatisticsError, match="holds 2 layers, but other has 1 convolutions"):
         import_pickles(root, nn.Sequential(nn.Conv2d(3, 4, 3)), name="other")
-    with pytest.raises(StatisticsError, match=r"Layer '1' has p-values of shape \(6, 3\), but 5 channels"):
+    with pytest.raises(StatisticsError, match=r"shape \(6,\) for layer '1', which has 5 channels in other"):
         import_pickles(root, nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)), name="other")
     path = root / "pickles" / "gap_std.pkl"
     path.write_bytes(pickle.dumps([torch.zeros(4), -torch.ones(6)]))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import parchgrad as pg
 from parchgrad.errors import StatisticsError
-from parchgrad.statistics import ChannelStatistics, LayerStatistics, RowSample
+from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics, RowSample
 from parchgrad.statistics.store import weight_digest
 from tests.conftest import random_statistics, small_network
 
@@ -116,6 +116,27 @@ def test_restricting_keeps_order_and_makes_a_small_file(tmp_path):
     assert (tmp_path / "small.safetensors").stat().st_size < path.stat().st_size
     with pytest.raises(StatisticsError, match=r"do not hold layer 'tail'; they hold features\.10, features\.2, head"):
         statistics.restrict(["tail"])
+
+
+@pytest.mark.parametrize("missing", [("mean", "std"), ("std",), ("log_p",)])
+def test_ranked_statistics_without_some_parts_are_kept_as_they_are(tmp_path, missing):
+    def without(layer):
+        parts = {"mean": layer.mean, "std": layer.std, "shapiro_p": layer.shapiro_p, "log_p": layer.class_log_p()}
+        return RankedLayerStatistics(**{name: parts[name] for name in parts if name not in missing}, test="welch")
+
+    full = random_statistics({"a": 4, "b": 3}, classes=3)
+    statistics = ChannelStatistics({name: without(layer) for name, layer in full.items()})
+    statistics.restrict(["b"]).save(tmp_path / "some.safetensors")
+    loaded = ChannelStatistics.load(tmp_path / "some.safetensors")
+    assert (list(loaded), loaded["b"].channels, loaded.classes) == (["b"], 3, statistics.classes)
+    for name in ("mean", "std", "shapiro_p", "log_p"):
+        found, expected = getattr(loaded["b"], name), getattr(statistics["b"], name)
+        assert (found is None) == (expected is None) == (name in missing)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    if "log_p" in missing:
+        with pytest.raises(StatisticsError, match="'b' has statistics of 3 classes, the first layer of 0"):
+            ChannelStatistics({"a": statistics["a"], "b": full["b"]})
 
 
 def rewrite(path, tensors=None, **changes):
@@ -281,7 +302,7 @@ def test_bundled_statistics_fit_the_network_that_they_are_of():
     statistics = ChannelStatistics.bundled("efficientnet_lite0")
     model = pg.load_model("efficientnet_lite0").model
     statistics.check_model(model)
-    assert set(pg.choose_layers(model, "default")) < set(statistics) == set(pg.choose_layers(model, 0.5))
+    assert set(pg.choose_layers(model, "published")) < set(statistics) == set(pg.choose_layers(model, 0.5))
     assert (statistics.classes, statistics.metadata["labels"]) == (1000, "predicted")
     files = Path(pg.__file__).parent.glob("statistics/bundled/*")
     assert sum(file.stat().st_size for file in files) <= 12e6

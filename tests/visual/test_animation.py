@@ -19,7 +19,8 @@ QUANTILES = (0.5, 0.2, 0.1)
 
 def sweep_of(array, selector, quantiles=QUANTILES, target=3):
     shapes = pg.load_model("shapes")
-    return quantile_sweep(shapes, Image.fromarray(array), selector, quantiles=quantiles, layers="all", target=target)
+    edit = pg.Edit(selector=selector, layers="all")
+    return quantile_sweep(shapes, Image.fromarray(array), edit, quantiles=quantiles, target=target)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_long_pictures_have_panels_of_the_same_area(sweeps, tmp_path, shape):
 
 def test_sweeps_that_do_not_belong_together(sweeps, tmp_path):
     first = sweeps["evidence"]
-    with pytest.raises(InputError, match="no sweep at all"):
+    with pytest.raises(InputError, match="`sweeps` is empty"):
         animate({})
     for other in (
         sweep_of(data.cat(), pg.GradientEnergy(), quantiles=(0.5, 0.2)),

@@ -158,7 +158,8 @@ def test_images_that_cannot_be_compared():
 
 def test_kept_channels_are_those_of_the_selector(network):
     image = torch.randn(1, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    found = kept_channels(network, pg.GradientEnergy(quantile=0.3), image, [1, 2], layers="all")
+    hard = pg.Edit(selector=pg.GradientEnergy(quantile=0.3, softness=0), layers="all")
+    found = kept_channels(network, image, [1, 2], hard)
     assert found.layers == ("first", "second")
     assert found.channels.tolist() == [12, 20]
     masks = []
@@ -186,10 +187,27 @@ def test_kept_channels_are_those_of_the_selector(network):
         assert found.overlap[layer] == pytest.approx(float((first & second).sum() / (first | second).sum()))
 
 
+def test_soft_weights_reach_below_the_threshold(network):
+    image = torch.randn(1, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    edit = pg.Edit(selector=pg.GradientEnergy(quantile=0.3, softness=0.5), layers=["second"], gates=0, antialias=False)
+    found = kept_channels(network, image, [1], edit)
+    x = image.clone()
+    high = network.second(network.first(x).relu())
+    score = network.head(high.relu().mean(dim=(2, 3)))[0, 1]
+    norms = torch.autograd.grad(score, high)[0][0].square().sum(dim=(1, 2)).sqrt()
+    # k = 6 of 20; the ramp starts at half of the threshold.
+    kept = norms > 0.5 * norms.topk(6).values[-1]
+    assert found.count.tolist() == [[int(kept.sum())]]
+    assert int(kept.sum()) > 6
+    energy = norms.square()
+    assert found.energy_share[0, 0] == pytest.approx(float(energy[kept].sum() / energy.sum()))
+
+
 def test_channels_without_a_gradient_are_not_kept(network):
     network.head.weight.data[:, 3:] = 0
     image = torch.randn(1, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).abs()
-    found = kept_channels(network, pg.GradientEnergy(quantile=0.5), image, [1], layers=["second"])
+    edit = pg.Edit(selector=pg.GradientEnergy(quantile=0.5, softness=0), layers=["second"])
+    found = kept_channels(network, image, [1], edit)
     assert found.count[0, 0] <= 3
     assert found.energy_share[0, 0] == 1
     assert found.overlap is None
@@ -200,20 +218,18 @@ class Silent(pg.GradientEnergy):
 
     needs_class = True
 
-    def partition(self, signal):
-        found = super().partition(signal)
-        if signal.layer == "second":
-            found = replace(found, channel_mask=found.channel_mask & (signal.classes != 2).unsqueeze(1))
-        return found
+    def select(self, signal):
+        mask = super().select(signal)
+        return mask & (signal.classes != 2).unsqueeze(1) if signal.layer == "second" else mask
 
 
 def test_layers_where_nothing_is_selected_are_left_as_they_are(network):
     network.head.weight.data[:, 15:] = 0
     image = torch.randn(1, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).abs()
-    arguments = (network, Silent(quantile=0.3), image)
-    found = kept_channels(*arguments, [1, 2], layers="all", categories=["cat", "dog"])
+    silent = pg.Edit(selector=Silent(quantile=0.3, softness=0), layers="all")
+    found = kept_channels(network, image, [1, 2], silent, categories=["cat", "dog"])
     assert found.untouched.tolist() == [[False, False], [False, True]]
-    usual = kept_channels(network, pg.GradientEnergy(quantile=0.3), image, [1, 2], layers="all")
+    usual = kept_channels(network, image, [1, 2], replace(silent, selector=pg.GradientEnergy(quantile=0.3, softness=0)))
     assert found.count[0].tolist() == usual.count[0].tolist()
     # All that has a gradient passes: channels whose weight is not zero, and that are not cut off by a relu.
     with torch.no_grad():
@@ -229,22 +245,22 @@ def test_layers_where_nothing_is_selected_are_left_as_they_are(network):
         assert (hollow.get_xdata().tolist(), hollow.get_ydata().tolist()) == ([2], [1])
         assert hollow.get_markerfacecolor() == "none"
     labels = [text.get_text() for text in found.figure().legends[0].get_texts()]
-    assert labels == ["cat", "dog", "dog: nothing selected, all passes", "kept for both, of those kept for either"]
-    (single,) = record_selections(network, Silent(quantile=0.3), image.expand(2, 3, 9, 9), [1, 2], layers=["second"])
+    assert labels == ["cat", "dog", "dog: layer left as it is", "weight > 0 for both, of those for either"]
+    (single,) = record_selections(network, replace(silent, layers=["second"]), image.expand(2, 3, 9, 9), [1, 2])
     assert single.untouched.tolist() == [False, True]
 
 
 def test_the_figure_shows_what_was_found(network):
     image = torch.randn(1, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    found = kept_channels(
-        network, pg.GradientEnergy(quantile=0.3), image, [1, 2], categories=["cat", "dog"], layers="all"
-    )
+    edit = pg.Edit(selector=pg.GradientEnergy(quantile=0.3), layers="all")
+    found = kept_channels(network, image, [1, 2], edit, categories=["cat", "dog"])
     rows = found.figure().axes
-    assert [axes.get_ylabel() for axes in rows] == ["channels kept", "energy kept", "overlap"]
+    titles = ["channels with\nweight > 0", "share of energy\nin these", "overlap"]
+    assert [axes.get_ylabel() for axes in rows] == titles
     np.testing.assert_allclose(rows[0].lines[1].get_ydata(), found.count[1] / [12, 20])
     np.testing.assert_allclose(rows[1].lines[0].get_ydata(), found.energy_share[0])
     labels = [text.get_text() for text in found.figure().legends[0].get_texts()]
-    assert labels == ["cat", "dog", "kept for both, of those kept for either"]
+    assert labels == ["cat", "dog", "weight > 0 for both, of those for either"]
     # Where both classes have equal shares, both are seen, and neighbouring layers are of other kinds.
     first, second = rows[0].lines
     assert first.get_markersize() > second.get_markersize() + 2
@@ -254,9 +270,13 @@ def test_the_figure_shows_what_was_found(network):
 def test_one_image_and_one_or_two_classes(network):
     image = torch.zeros(2, 3, 9, 9, dtype=torch.float64)
     with pytest.raises(InputError, match="of one image"):
-        kept_channels(network, pg.GradientEnergy(), image, [0])
+        kept_channels(network, image, [0])
     for targets, names in (([], None), ([0, 1, 2], None), ([0], ["a", "b"])):
         with pytest.raises(SettingError, match="one class or two"):
-            kept_channels(network, pg.GradientEnergy(), image[:1], targets, categories=names)
+            kept_channels(network, image[:1], targets, categories=names)
     with pytest.raises(SettingError, match="Both targets are 1"):
-        kept_channels(network, pg.GradientEnergy(), image[:1], [1, 1])
+        kept_channels(network, image[:1], [1, 1])
+    with pytest.raises(SettingError, match="`edit` has no selector"):
+        kept_channels(network, image[:1], [1], pg.Edit(selector=None))
+    with pytest.raises(SettingError, match=r"edit is of type GradientEnergy.*pass one such as Edit"):
+        kept_channels(network, image[:1], [1], pg.GradientEnergy())

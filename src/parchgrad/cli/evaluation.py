@@ -49,8 +49,8 @@ def evaluate(
     scores: Annotated[
         list[str] | None,
         typer.Option(
-            help="perturbation, insertion, localisation, sparsity, sensitivity or randomisation; several times if you "
-            "like.",
+            help="perturbation, insertion, localisation, sparsity, sensitivity, randomisation or stability; several "
+            "times if you like.",
             rich_help_panel=_ASKED,
         ),
     ] = None,
@@ -63,32 +63,67 @@ def evaluate(
     ] = None,
     selector: Annotated[
         list[str] | None,
-        typer.Option(help="energy, activation, evidence, random, class, instance, or none.", rich_help_panel=_COMPARED),
+        typer.Option(
+            help="energy, activation, evidence, random, class, instance, or none.",
+            rich_help_panel=_COMPARED,
+            show_default="evidence",
+        ),
     ] = None,
     quantile: Annotated[
         list[float] | None,
         typer.Option(
-            help="Share of the channels to keep, in (0, 1].",
+            help="Share of the channels at or above the threshold, in (0, 1].",
             rich_help_panel=_COMPARED,
-            show_default="0.1, for evidence 0.2",
+            show_default="0.1",
+        ),
+    ] = None,
+    softness: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Width of the ramp around the threshold, in [0, 1]; 0 is a hard cut.",
+            rich_help_panel=_COMPARED,
+            show_default="0.5, for evidence 1",
         ),
     ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
-            help="'default', 'all', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'.",
+            help="'all', 'published', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'.",
             rich_help_panel=_COMPARED,
+            show_default="0.5, for evidence 0.75",
         ),
     ] = None,
     gamma: Annotated[
         list[float] | None,
         typer.Option(
-            help="How much stronger than the rest the kept signal becomes; 'inf' prunes the rest.",
+            help="How many times stronger than the rest the kept signal becomes; 'inf' prunes the rest.",
             rich_help_panel=_COMPARED,
         ),
     ] = None,
     conserve: Annotated[
-        list[str] | None, typer.Option(help="independent, exact or none.", rich_help_panel=_COMPARED)
+        list[str] | None,
+        typer.Option(
+            help="What a layer keeps: energy, independent, exact or none.",
+            rich_help_panel=_COMPARED,
+            show_default="energy",
+        ),
+    ] = None,
+    gates: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Width of the soft gates of every rectifier, in standard deviations; 0 is the true derivative.",
+            rich_help_panel=_COMPARED,
+            show_default="1, for evidence 8; 0 for a hard cut or without a selector",
+        ),
+    ] = None,
+    antialias: Annotated[
+        list[bool] | None,
+        typer.Option(
+            "--antialias/--no-antialias",
+            help="Smooth gradients at the input of strided operations.",
+            rich_help_panel=_COMPARED,
+            show_default="on, and off for a hard cut or without a selector",
+        ),
     ] = None,
     masks: Annotated[
         list[str] | None,
@@ -126,9 +161,12 @@ def evaluate(
                 "methods": method,
                 "selectors": selector,
                 "quantiles": quantile,
+                "softnesses": softness,
                 "layers": layers and [parse_layers(text) for text in layers],
                 "gammas": gamma,
                 "conserves": conserve,
+                "gates": gates,
+                "antialiases": antialias,
                 "masks": masks,
             },
             "scores": {"families": scores},

@@ -1,4 +1,4 @@
-"""Commands on photographs: explain, sweep, animate, and the demonstration."""
+"""Commands on images: explain, sweep, animate, and the demonstration."""
 
 import enum
 import logging
@@ -27,8 +27,8 @@ from parchgrad.files import check_outputs, distinct_stems
 if TYPE_CHECKING:
     from PIL import Image
 
+    from parchgrad.edit import Edit
     from parchgrad.models import Classifier
-    from parchgrad.selection import Selector
     from parchgrad.visual.sweeps import Sweep
 
 
@@ -44,8 +44,9 @@ class SelectorName(str, enum.Enum):
 
 
 class ConserveName(str, enum.Enum):
-    """What keeps a layer's variance."""
+    """What a layer keeps."""
 
+    energy = "energy"
     independent = "independent"
     exact = "exact"
     none = "none"
@@ -66,13 +67,12 @@ class FormatName(str, enum.Enum):
     mp4 = "mp4"
 
 
-# Where fewer than one convolution in so many is edited, the published set is too small for the network.
-_FEW = 5
-# Photographs that are held in memory with their maps.
+# Images that are held in memory with their maps.
 _AT_ONCE = 8
+_SUITS = "what suits the selector"
 
 # Options that several commands have.
-Photographs: TypeAlias = Annotated[list[Path], typer.Argument(help="Photographs: JPEG, PNG or anything Pillow reads.")]
+Photographs: TypeAlias = Annotated[list[Path], typer.Argument(help="Images: JPEG, PNG or anything Pillow reads.")]
 ModelName: TypeAlias = Annotated[str, typer.Option(help="A torchvision or timm name; see `parchgrad models`.")]
 TargetName: TypeAlias = Annotated[
     str | None, typer.Option(help="The class to explain, by name or index.", show_default="the predicted class")
@@ -84,16 +84,50 @@ StatisticsFile: TypeAlias = Annotated[
         show_default="those that come with the package, for efficientnet_lite0",
     ),
 ]
-LayersText: TypeAlias = Annotated[
-    str,
+Quantile: TypeAlias = Annotated[
+    float | None,
+    typer.Option(help="Share of the channels at or above the threshold, in (0, 1].", show_default=_SUITS),
+]
+Softness: TypeAlias = Annotated[
+    float | None,
     typer.Option(
-        help="'default' (the published set), 'all', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'."
+        help="How gradually channels gain weight around the threshold, in [0, 1]; 0 is the published hard cut.",
+        show_default=_SUITS,
+    ),
+]
+LayersText: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="'all', a ratio (0.5: the upper half), patterns ('layer3.*,conv1'), or 'published' (the paper's set).",
+        show_default=_SUITS,
     ),
 ]
 Gamma: TypeAlias = Annotated[
     float, typer.Option(help="How much stronger than the rest the kept signal becomes; 'inf' prunes the rest.")
 ]
-Conservation: TypeAlias = Annotated[ConserveName, typer.Option(help="How the variance of a layer is kept.")]
+Conservation: TypeAlias = Annotated[
+    ConserveName | None,
+    typer.Option(
+        help="What a layer keeps: the norm of its gradient (energy), or the variance of its sum over the channels, "
+        "estimated (independent, as published) or exact.",
+        show_default=_SUITS,
+    ),
+]
+Gates: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="Width of the soft gates of rectifiers, in standard deviations; 0 is the true derivative.",
+        show_default=_SUITS,
+    ),
+]
+Antialias: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--antialias/--no-antialias",
+        help="Smooth the gradient at the input of strided operations.",
+        show_default=_SUITS,
+    ),
+]
 MethodName: TypeAlias = Annotated[
     str, typer.Option(help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name.")
 ]
@@ -104,7 +138,7 @@ Values: TypeAlias = Annotated[
 DeviceName: TypeAlias = Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")]
 Over: TypeAlias = Annotated[
     SettingName,
-    typer.Option(help="The share of channels that is kept, or for class and instance the largest p-value."),
+    typer.Option(help="The quantile, or for class and instance the p-value at the threshold."),
 ]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")]
 
@@ -116,27 +150,52 @@ def explain(
     selector: Annotated[
         SelectorName,
         typer.Option(
-            help="What makes a channel matter: gradient energy, gradient x activation, its evidence for the class "
-            "(best with --layers 0.75), chance, or by statistics its response to the class, or to this very image."
+            help="What makes a channel matter: its evidence for the class, gradient energy, gradient x activation, "
+            "chance (random), or by statistics its response to the class, or to this very image (instance)."
         ),
-    ] = SelectorName.energy,
+    ] = SelectorName.evidence,
     statistics: StatisticsFile = None,
-    quantile: Annotated[
-        float | None,
-        typer.Option(help="Share of the channels to keep, in (0, 1].", show_default="0.1, for evidence 0.2"),
-    ] = None,
-    layers: LayersText = "default",
+    quantile: Quantile = None,
+    softness: Softness = None,
+    layers: LayersText = None,
     gamma: Gamma = math.inf,
-    conserve: Conservation = ConserveName.independent,
+    conserve: Conservation = None,
+    gates: Gates = None,
+    antialias: Antialias = None,
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
+    stability: Annotated[
+        bool,
+        typer.Option(
+            "--stability",
+            help="Measure how much each map changes under noise that nobody can see; takes five more maps per image.",
+        ),
+    ] = False,
     signed: Annotated[
         bool, typer.Option("--signed", help="Draw a second panel with signs: red for the class, blue against it.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/explain"),
     force: Force = False,
 ) -> None:
-    """Explain photographs: a panel (.png), the raw signed map (.npy) and every setting (.json) for each."""
+    """Explain images: a panel (.png), the raw signed map (.npy) and every setting (.json) for each.
+
+    The defaults are the best known settings. For the published method use
+    --selector class --layers published --softness 0 --conserve independent
+    """
+    asked = _Options(
+        model=model,
+        target=target,
+        statistics=statistics,
+        quantile=quantile,
+        softness=softness,
+        layers=layers,
+        gamma=gamma,
+        conserve=conserve,
+        gates=gates,
+        antialias=antialias,
+        method=method,
+        device=device,
+    )
     _check_statistics([selector], statistics)
     with error_console.status("Starting") as status:
         from parchgrad.data.images import read_image
@@ -145,7 +204,7 @@ def explain(
         for path in images:
             read_image(path)
 
-        from parchgrad.explanation import Explanation, explain_images
+        from parchgrad.explanation import UNSTABLE, Explanation, explain_images
         from parchgrad.layers import find_convolutions
         from parchgrad.visual import save_figure
 
@@ -153,23 +212,16 @@ def explain(
         signed_panels = [out / f"{stem}-signed.png" for stem in stems] if signed else []
         own = [file for stem in stems for file in Explanation.files(out, stem)]
         check_outputs([*own, *signed_panels], force=force, inputs=images)
-        classifier, (chosen,) = _prepare(model, [selector], statistics, quantile, device, status.update)
-        explained = partial(
-            explain_images,
-            classifier,
-            selector=chosen,
-            target=None if target is None else classifier.find_category(target),
-            layers=parse_layers(layers),
-            gamma=gamma,
-            conserve=conserve.value,
-            method=method,
-        )
-        table, done = make_table("photograph", "explained class", "also predicted"), 0
+        classifier, index, (edit,) = _prepare(asked, [selector], status.update)
+        explained = partial(explain_images, classifier, edit=edit, target=index, method=method, stability=stability)
+        columns = ("photograph", "explained class", *(["stability"] if stability else []), "also predicted")
+        table, done = make_table(*columns), 0
         edited: list[str] = []
+        unstable: list[str] = []
         try:
             for start in range(0, len(images), _AT_ONCE):
                 part = slice(start, start + _AT_ONCE)
-                # Of photographs of one name the results are numbered, which is on record too.
+                # Results of images of one name are numbered, which is on record too.
                 names = [
                     path.name if stem == path.stem else f"{path} ({stem})"
                     for path, stem in zip(images[part], stems[part], strict=True)
@@ -181,18 +233,29 @@ def explain(
                         save_figure(found.signed_figure(), signed_panels[done], force=force)
                     done, edited = done + 1, found.settings["layers"]
                     others = [shown for shown in found.predictions if shown.index != found.target.index][:3]
-                    table.add_row(printable(found.name), say_share(found.target), ", ".join(map(say_share, others)))
+                    measured = [] if found.stability is None else [f"{found.stability:.2f}"]
+                    if found.stability is not None and found.stability < UNSTABLE:
+                        unstable.append(found.name)
+                    table.add_row(
+                        printable(found.name), say_share(found.target), *measured, ", ".join(map(say_share, others))
+                    )
         except KeyboardInterrupt:
-            kept = f"{done} of {len(images)} photographs are explained in {escape(str(out))}; give the others alone."
+            kept = f"{done} of {len(images)} images are explained in {escape(str(out))}. Pass the others alone."
             error_console.print(f"Stopped. {kept}", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
 
     console.print(table)
     every = len(find_convolutions(classifier.model))
     console.print(f"\n{len(edited)} of {every} convolutions edited, {edited[0]} to {edited[-1]}", highlight=False)
-    if layers == "default" and len(edited) < every / _FEW:
-        console.print("Few of them: maps are often better with --layers 0.5 or 0.75.", highlight=False)
     console.print(f"Panels, maps and settings are in {escape(str(out))}", highlight=False, soft_wrap=True)
+    if unstable:
+        named = ", ".join(map(printable, unstable[:3])) + (", ..." if len(unstable) > 3 else "")
+        error_console.print(
+            f"[bold yellow]Warning:[/] {len(unstable)} of {len(images)} maps ({named}) have a stability below "
+            f"{UNSTABLE:g}. Noise that nobody can see changes them, so they explain little. Try the default settings.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def sweep(
@@ -201,41 +264,46 @@ def sweep(
     target: TargetName = None,
     selector: Annotated[
         SelectorName, typer.Option(help="What makes a channel matter; see `parchgrad explain --help`.")
-    ] = SelectorName.energy,
+    ] = SelectorName.evidence,
     statistics: StatisticsFile = None,
     over: Over = SettingName.quantile,
     values: Values = None,
-    layers: LayersText = "default",
+    softness: Softness = None,
+    layers: LayersText = None,
     gamma: Gamma = math.inf,
-    conserve: Conservation = ConserveName.independent,
+    conserve: Conservation = None,
+    gates: Gates = None,
+    antialias: Antialias = None,
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
     columns: Annotated[int, typer.Option(help="Pictures in a line.", min=1)] = 4,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/sweep"),
     force: Force = False,
 ) -> None:
-    """Explain photographs at several quantiles or alphas: a panel (.png) for each.
+    """Explain images at several quantiles or alphas: a panel (.png) for each.
 
     All maps of a panel have one scale, in multiples of a map's mean.
     """
     paths = [out / f"{stem}.png" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
-    asked = _SweepOptions(
+    asked = _Options(
         model=model,
         target=target,
         statistics=statistics,
-        over=over,
-        values=values,
+        softness=softness,
         layers=layers,
         gamma=gamma,
         conserve=conserve,
+        gates=gates,
+        antialias=antialias,
         method=method,
         device=device,
     )
     with error_console.status("Starting") as status:
         from parchgrad.visual import save_figure
 
-        for path, (found,) in zip(paths, _make_sweeps(images, [selector], asked, status.update), strict=True):
+        sweeps = _make_sweeps(images, [selector], asked, over, values, status.update)
+        for path, (found,) in zip(paths, sweeps, strict=True):
             save_figure(found.figure(columns=columns), path, force=force)
             _say_sweeps(path, {"kept": found})
 
@@ -247,15 +315,18 @@ def animate(
     selector: Annotated[
         list[SelectorName] | None,
         typer.Option(
-            help="What makes a channel matter; given several times, panels side by side.", show_default="energy"
+            help="What makes a channel matter; given several times, panels side by side.", show_default="evidence"
         ),
     ] = None,
     statistics: StatisticsFile = None,
     over: Over = SettingName.quantile,
     values: Values = None,
-    layers: LayersText = "default",
+    softness: Softness = None,
+    layers: LayersText = None,
     gamma: Gamma = math.inf,
-    conserve: Conservation = ConserveName.independent,
+    conserve: Conservation = None,
+    gates: Gates = None,
+    antialias: Antialias = None,
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
     form: Annotated[
@@ -265,22 +336,23 @@ def animate(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/animate"),
     force: Force = False,
 ) -> None:
-    """Let the maps of photographs fade through several quantiles or alphas: a moving picture for each.
+    """Let the maps of images fade through several quantiles or alphas: a moving picture for each.
 
     All its maps have one scale, in multiples of a map's mean.
     """
-    selectors = list(dict.fromkeys(selector or [SelectorName.energy]))
+    selectors = list(dict.fromkeys(selector or [SelectorName.evidence]))
     paths = [out / f"{stem}.{form.value}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
-    asked = _SweepOptions(
+    asked = _Options(
         model=model,
         target=target,
         statistics=statistics,
-        over=over,
-        values=values,
+        softness=softness,
         layers=layers,
         gamma=gamma,
         conserve=conserve,
+        gates=gates,
+        antialias=antialias,
         method=method,
         device=device,
     )
@@ -288,7 +360,8 @@ def animate(
         from parchgrad.visual.animation import check_format, save_animation
 
         check_format(paths[0])
-        for path, row in zip(paths, _make_sweeps(images, selectors, asked, status.update), strict=True):
+        sweeps = _make_sweeps(images, selectors, asked, over, values, status.update)
+        for path, row in zip(paths, sweeps, strict=True):
             panels = {_TITLES[name]: found for name, found in zip(selectors, row, strict=True)}
             save_animation(panels, path, most_bytes=1000 * most_kilobytes, force=force)
             _say_sweeps(path, panels)
@@ -347,79 +420,71 @@ _TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SweepOptions:
-    """What a sweep is asked for, but the photographs and the selectors."""
+class _Options:
+    """What the commands share, as it was given; None takes what suits the selector."""
 
     model: str
     target: str | None
     statistics: Path | None
-    over: SettingName
-    values: str | None
-    layers: str
+    quantile: float | None = None
+    softness: float | None
+    layers: str | None
     gamma: float
-    conserve: ConserveName
+    conserve: ConserveName | None
+    gates: float | None
+    antialias: bool | None
     method: str
     device: str
 
 
 def _make_sweeps(
-    images: Sequence[Path], names: Sequence[SelectorName], asked: _SweepOptions, say: Callable[[str], None]
+    images: Sequence[Path],
+    names: Sequence[SelectorName],
+    asked: _Options,
+    over: SettingName,
+    values: str | None,
+    say: Callable[[str], None],
 ) -> "Iterator[list[Sweep]]":
-    """Sweep each photograph, one after the other, for each selector."""
+    """Sweep each image, one after the other, for each selector."""
     unranked = [name.value for name in names if name not in _STATISTICAL]
-    if asked.over is SettingName.alpha and unranked:
+    if over is SettingName.alpha and unranked:
         raise SettingError(
-            f"--over alpha is given, but the selector {unranked[0]} ranks without p-values; choose --selector class or "
+            f"--over is alpha, but the selector {unranked[0]} ranks without p-values. Pass --selector class or "
             "instance, or --over quantile."
         )
     _check_statistics(names, asked.statistics)
     from parchgrad.data.images import read_image
 
     # What is quickest to find wrong comes first, the long imports after it.
-    photographs = [read_image(path) for path in images]
-    given = None if asked.values is None else _parse_values(asked.values)
+    pictures = [read_image(path) for path in images]
+    given = None if values is None else _parse_values(values)
 
     from parchgrad.visual.sweeps import ALPHAS, QUANTILES, alpha_sweep, quantile_sweep
 
-    classifier, selectors = _prepare(asked.model, names, asked.statistics, QUANTILES[-1], asked.device, say)
-    target = None if asked.target is None else classifier.find_category(asked.target)
+    classifier, target, edits = _prepare(asked, names, say)
 
-    def swept(photograph: "Image.Image", selector: "Selector") -> "Sweep":
-        edit = partial(
-            quantile_sweep if asked.over is SettingName.quantile else alpha_sweep,
-            classifier,
-            photograph,
-            selector,
-            target=target,
-            layers=parse_layers(asked.layers),
-            gamma=asked.gamma,
-            conserve=asked.conserve.value,
-            method=asked.method,
-        )
-        if asked.over is SettingName.quantile:
-            return edit(quantiles=given or QUANTILES)
-        return edit(alphas=given or ALPHAS)
+    def swept(picture: "Image.Image", edit: "Edit") -> "Sweep":
+        if over is SettingName.quantile:
+            chosen = given or QUANTILES
+            return quantile_sweep(classifier, picture, edit, quantiles=chosen, target=target, method=asked.method)
+        return alpha_sweep(classifier, picture, edit, alphas=given or ALPHAS, target=target, method=asked.method)
 
-    for photograph in photographs:
-        yield [swept(photograph, selector) for selector in selectors]
+    for picture in pictures:
+        yield [swept(picture, edit) for edit in edits]
 
 
 def _check_statistics(names: Sequence[SelectorName], statistics: Path | None) -> None:
     if statistics is not None and not any(name in _STATISTICAL for name in names):
         raise SettingError(
-            f"--statistics is given, but the selector {names[0].value} uses none; add --selector class or instance."
+            f"--statistics is given, but the selector {names[0].value} uses none. Pass --selector class or instance."
         )
 
 
 def _prepare(
-    model: str,
-    names: Sequence[SelectorName],
-    statistics: Path | None,
-    quantile: float | None,
-    device: str,
-    say: Callable[[str], None],
-) -> "tuple[Classifier, list[Selector]]":
-    """Load the network and make the selectors, with statistics where they need some."""
+    asked: _Options, names: Sequence[SelectorName], say: Callable[[str], None]
+) -> "tuple[Classifier, int | None, list[Edit]]":
+    """Load the network, find the class, and make an edit for each selector, with statistics where one needs them."""
+    from parchgrad.edit import Edit
     from parchgrad.models import load_model
     from parchgrad.selection import make_selector
     from parchgrad.statistics import ChannelStatistics
@@ -428,27 +493,39 @@ def _prepare(
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     held = None
     if any(name in _STATISTICAL for name in names):
-        held = ChannelStatistics.bundled(model) if statistics is None else ChannelStatistics.load(statistics)
-    selectors = [make_selector(name.value, quantile=quantile, statistics=held) for name in names]
-    place = place_of(device)
-    say(f"Loading {escape(model)}")
-    classifier = load_model(model)
+        file = asked.statistics
+        held = ChannelStatistics.bundled(asked.model) if file is None else ChannelStatistics.load(file)
+    edits = [
+        Edit(
+            selector=make_selector(name.value, quantile=asked.quantile, softness=asked.softness, statistics=held),
+            layers=None if asked.layers is None else parse_layers(asked.layers),
+            gamma=asked.gamma,
+            conserve=None if asked.conserve is None else asked.conserve.value,
+            gates=asked.gates,
+            antialias=asked.antialias,
+        )
+        for name in names
+    ]
+    place = place_of(asked.device)
+    say(f"Loading {escape(asked.model)}")
+    classifier = load_model(asked.model)
     if held is not None:
         held.check_model(classifier.model)
     classifier.model.to(place)
+    target = None if asked.target is None else classifier.find_category(asked.target)
     say("Explaining")
-    return classifier, selectors
+    return classifier, target, edits
 
 
 def _parse_values(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise SettingError(f"--values is {text!r}, but it must be numbers separated by commas: 0.5,0.2,0.1.") from error
+        raise SettingError(f"--values is {text!r}. Pass numbers separated by commas: 0.5,0.2,0.1.") from error
 
 
 def _say_sweeps(path: Path, sweeps: "Mapping[str, Sweep]") -> None:
-    """Say what was explained, how many channels each value kept, and where the picture is."""
+    """Print the explained class, the picture's path, and the share of channels that each value kept."""
     first = next(iter(sweeps.values()))
     table = make_table(first.setting, *sweeps)
     for column in table.columns:
@@ -462,7 +539,11 @@ def _say_sweeps(path: Path, sweeps: "Mapping[str, Sweep]") -> None:
         soft_wrap=True,
     )
     console.print(table)
-    console.print("Kept: channels that were kept and had a gradient, mean over the layers.\n", highlight=False)
+    console.print(
+        "Share of the channels with a weight above 0 and a gradient, mean over the edited layers. Soft weights reach "
+        "below the threshold.\n",
+        highlight=False,
+    )
 
 
 def _kept_words(found: "Sweep", place: int) -> str:

@@ -30,6 +30,8 @@ stats = typer.Typer(
     no_args_is_help=True,
 )
 
+_NO_CLASSES = "no p-values per class"
+
 
 class LabelsName(str, enum.Enum):
     """Where the classes of a collection come from."""
@@ -145,34 +147,40 @@ def show(
 ) -> None:
     """Show what statistics hold: layer by layer the channels, how many pass the gate, and how many are selected."""
     with error_console.status("Reading"):
-        from parchgrad.selection import ClassWise
+        from parchgrad.selection import ClassWise, InstanceWise
         from parchgrad.statistics import ChannelStatistics
 
         held = ChannelStatistics.load(file)
-        selector = ClassWise(held, quantile=quantile, test=held.test)
+        selector: ClassWise | InstanceWise = InstanceWise(held, quantile=quantile)
+        if held.classes or target is not None:
+            selector = ClassWise(held, quantile=quantile, test=held.test)
         selector.check({name: layer.channels for name, layer in held.items()})
         if target is None:
-            table = make_table("layer", *("channels", "not normal", "selected", "fewest", "most"))
+            columns, title = ["channels", "not normal"], "Channels that pass the normality gate"
+            if held.classes:
+                columns += ["selected", "fewest", "most"]
+                title = f"Channels selected for a class at quantile {quantile:g}: mean, fewest and most"
+            table = make_table("layer", *columns)
             for name, layer in held.items():
                 gated = int((layer.shapiro_p < cast(float, selector.normality_threshold)).sum())
-                selected = selector.class_masks(name).sum(dim=1)
-                mean = f"{selected.double().mean():.1f}"
-                table.add_row(
-                    printable(name), f"{layer.channels}", f"{gated}", mean, f"{selected.min()}", f"{selected.max()}"
-                )
-            title = f"Channels selected for a class at quantile {quantile:g}: mean, fewest and most"
+                row = [printable(name), f"{layer.channels}", f"{gated}"]
+                if isinstance(selector, ClassWise):
+                    selected = (selector.class_weights(name) > 0).sum(dim=1)
+                    row += [f"{selected.double().mean():.1f}", f"{selected.min()}", f"{selected.max()}"]
+                table.add_row(*row)
         else:
             column, label = _find_class(held, target)
             selector.check_targets([column if held.class_indices is None else held.class_indices[column]])
             table = make_table("layer", *(f"{place + 1}." for place in range(top)))
             for name, layer in held.items():
-                best = layer.class_log_p(selector.test)[:, column].sort(stable=True)
+                best = layer.class_log_p(held.test)[:, column].sort(stable=True)
                 pairs = zip(best.indices[:top].tolist(), best.values[:top].tolist(), strict=True)
                 table.add_row(printable(name), *(f"{channel}: {_decades(value)}" for channel, value in pairs))
             title = f"Channels that respond most to {label}: number and log10 of the p-value"
         for place, shown in enumerate(table.columns):
             shown.justify, shown.overflow = "right" if place else "left", "fold"
-    for name, text in {**held.metadata, "classes": f"{held.classes} of {held.model_classes}"}.items():
+    classes = f"{held.classes} of {held.model_classes}" if held.classes else _NO_CLASSES
+    for name, text in {**held.metadata, "classes": classes}.items():
         if name not in ("categories", "collections"):
             console.print(f"[bold]{printable(name)}[/]: {printable(text)}", highlight=False, soft_wrap=True)
     console.print(f"\n{printable(title)}", style="bold", highlight=False, soft_wrap=True)
@@ -208,7 +216,12 @@ def import_pickles(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
 ) -> None:
-    """Import the pickles of the original research code; nothing in them is executed."""
+    """Import the pickles of the original research code; nothing in them is executed.
+
+    The selector class needs cls_p_values.pkl and shapiro_p_values.pkl.
+
+    The selector instance needs shapiro_p_values.pkl, gap_mean.pkl and gap_std.pkl.
+    """
     with error_console.status("Reading"):
         from parchgrad.files import check_outputs
         from parchgrad.models import load_model
@@ -241,9 +254,9 @@ def _decades(log_p: float) -> str:
 
 def _say_saved(found: "ChannelStatistics", out: Path) -> None:
     channels = sum(layer.channels for layer in found.values())
-    seen = found.classes - found.count_empty()
+    seen = f"{found.classes - found.count_empty()} of {found.classes} classes" if found.classes else _NO_CLASSES
     console.print(
-        f"{len(found)} layers, {channels:,} channels, {seen} of {found.classes} classes, "
+        f"{len(found)} layers, {channels:,} channels, {seen}, "
         f"{found.metadata.get('images', 'unknown number of')} images",
         highlight=False,
     )

@@ -1,21 +1,20 @@
 """What is evaluated: anything that makes a map of each image, the controls that every claim must beat among them."""
 
-import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from captum.attr import LayerAttribution, LayerGradCam
 from torch import Tensor, nn
 
 from parchgrad.attribution import Explainer, heatmap
-from parchgrad.engine import plain_gradients
+from parchgrad.edit import Edit
+from parchgrad.engine import ParchGrad
 from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.localisation import centre_gaussian
-from parchgrad.layers import LayerChoice, find_convolutions
-from parchgrad.partition import Conserve
-from parchgrad.recording import DelegatingSelector
+from parchgrad.layers import find_convolutions
+from parchgrad.recording import DelegatingSelector, RecordedSelection, record_selections
 from parchgrad.selection import LayerSignal, RandomChannels, Selection, Selector
 
 __all__ = [
@@ -90,18 +89,28 @@ def centre_blob(*, sigma: float = 0.25) -> Method:
     return method
 
 
-def grad_cam(model: nn.Module, *, layer: str | None = None, internal_batch_size: int = 32) -> Method:
-    """Grad-CAM by Captum, brought to the size of the image by bilinear interpolation.
+def grad_cam(
+    model: nn.Module,
+    *,
+    layer: str | None = None,
+    gates: float = 0.0,
+    antialias: bool = False,
+    internal_batch_size: int = 32,
+) -> Method:
+    """Make Grad-CAM maps with Captum, resized to the image by bilinear interpolation.
 
     Source: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization".
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
         layer: name of a convolution; None takes the last one.
+        gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the published method.
+        antialias: whether gradients at the input of strided operations are smoothed; see `smooth_strides`.
         internal_batch_size: images in one pass.
 
     Raises:
         LayerError: if the model has no such convolution.
+        SettingError: if `gates` or `antialias` is out of range.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -112,10 +121,12 @@ def grad_cam(model: nn.Module, *, layer: str | None = None, internal_batch_size:
     if layer is not None and layer not in convolutions:
         raise LayerError(f"Grad-CAM was asked for at {layer!r}, but that is no convolution of the model; name one.")
     chosen = convolutions[layer or list(convolutions)[-1]]
+    # Also keeps blocks around it out of these gradients.
+    rules = ParchGrad(model, None, gates=gates, antialias=antialias)
 
     def method(images: Tensor, target: Tensor) -> Tensor:
         maps = []
-        with plain_gradients(model):
+        with rules:
             for part, classes in zip(
                 torch.split(images, internal_batch_size), torch.split(target, internal_batch_size), strict=True
             ):
@@ -127,16 +138,18 @@ def grad_cam(model: nn.Module, *, layer: str | None = None, internal_batch_size:
     return method
 
 
-def make_controls(
-    model: nn.Module, *, layers: LayerChoice = "default", quantile: float = 0.1, seed: int = 0
-) -> dict[str, Method]:
-    """Make all of the controls, by the names in `CONTROLS`.
+def make_controls(model: nn.Module, *, edit: Edit = Edit(), quantile: float = 0.1, seed: int = 0) -> dict[str, Method]:
+    """Make all controls of an edit, by the names in `CONTROLS`.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        layers: convolutions of the random channels; see `choose_layers`.
+        edit: the edit; its settings hold for the random channels too, and the other controls are plain.
         quantile: share of the channels that are kept at random, in (0, 1].
-        seed: seed of the draws.
+        seed: random seed.
+
+    Raises:
+        SettingError: if `edit` has no selector.
+        ParchGradError: if a setting does not fit the model; see `Explainer`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -146,7 +159,7 @@ def make_controls(
     found = (
         maps_of(Explainer(model, None)),
         random_map(seed=seed),
-        random_channels(model, quantile=quantile, layers=layers, seed=seed),
+        random_channels(model, quantile=quantile, edit=edit, seed=seed),
         grad_cam(model),
         centre_blob(),
     )
@@ -157,26 +170,24 @@ def random_channels(
     model: nn.Module,
     *,
     quantile: float = 0.1,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
+    edit: Edit = Edit(),
     method: str = "gradient",
     seed: int = 0,
 ) -> Method:
-    """Channels drawn at random, anew for each image: one draw for all would be good or bad by luck.
+    """Replace an edit's selector by channels drawn at random for each image, a control for which channels it keeps.
 
-    The draw follows from the seed and the image alone, so that a noisy image has another one.
+    One draw for all images would be good or bad by luck. It follows from the seed and the image alone, so that a noisy
+    image gets another one.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
         quantile: share of the channels that are kept, in (0, 1].
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
+        edit: the edit; what suits its selector is kept.
         method: see `Explainer`.
-        seed: of the draws.
+        seed: random seed.
 
     Raises:
+        SettingError: if `edit` has no selector.
         ParchGradError: if a setting does not fit the model; see `Explainer`.
 
     Example:
@@ -184,10 +195,12 @@ def random_channels(
         >>> random_channels(model)(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
         torch.Size([2, 4, 4])
     """
+    _selector_of(edit)
+    settled = edit.resolved()
 
     def explainer(draw: int) -> Explainer:
-        selector = RandomChannels(quantile=quantile, seed=draw)
-        return Explainer(model, selector, layers=layers, gamma=gamma, conserve=conserve, method=method)
+        drawn = replace(settled, selector=RandomChannels(quantile=quantile, seed=draw))
+        return Explainer.from_edit(model, drawn, method=method)
 
     explainer(seed)  # Checks the settings before the first image.
 
@@ -204,160 +217,103 @@ def random_channels(
     return explain
 
 
-def masks_of_another_class(
-    model: nn.Module,
-    selector: Selector,
-    *,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
-    distance: int | None = None,
-) -> Method:
-    """A control for what a selection knows of the class: the gradient of the class with the selection for another.
+def masks_of_another_class(model: nn.Module, edit: Edit, *, distance: int | None = None) -> Method:
+    """Edit the gradient of a class with the selection for another class, a control for what a selection knows.
 
-    Where the selection carries what tells the class, the maps are worse than by its own.
+    If the selection depends on the class, these maps are worse than those with its own.
 
     Args:
-        model: classifier in evaluation mode, logits (B, K), of two classes at least.
-        selector: which channels matter, and which places.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
+        model: classifier in evaluation mode, logits (B, K), with two classes or more.
+        edit: the edit, with a selector.
         distance: how many class indices away the other class is, cyclically; None takes half of all classes, since
             neighbours are often alike.
 
     Raises:
-        SettingError: if a setting is out of range, or from a model of one class.
+        SettingError: if `edit` has no selector, a setting is out of range, or the model has one class.
         LayerError: if the layers are not in the model.
 
     Example:
         >>> import parchgrad as pg
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
-        >>> method = masks_of_another_class(model, pg.GradientEnergy(quantile=0.5))
+        >>> method = masks_of_another_class(model, Edit(selector=pg.GradientEnergy(quantile=0.5)))
         >>> method(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
         torch.Size([2, 4, 4])
     """
-    edit = _Edit(model=model, layers=layers, gamma=gamma, conserve=conserve)
-    edit.explainer(selector)  # Checks the settings before the first image.
+    _explainer(model, edit, _selector_of(edit))  # Checks the settings before the first image.
 
     def method(images: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
             classes = model(images[:1]).shape[1]
         if classes < 2:
-            raise SettingError(
-                "The model has one class, so that there is no other whose masks could be taken; choose a model of "
-                "several."
-            )
+            raise SettingError("The model has one class, so there is no other class to take masks of. Use two or more.")
         step = classes // 2 if distance is None else distance
-        foreign = edit.record(selector, images, (target + step) % classes)
-        return edit.replay(selector, foreign, images, target)
+        foreign = record_selections(model, edit, images, (target + step) % classes)
+        return _replay(model, edit, foreign, images, target)
 
     return method
 
 
-def shuffled_masks(
-    model: nn.Module,
-    selector: Selector,
-    *,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
-    seed: int = 0,
-) -> Method:
-    """A control for how many channels are kept: as many in each row and layer as the selector keeps, at random.
+def shuffled_masks(model: nn.Module, edit: Edit, *, seed: int = 0) -> Method:
+    """Permute the channel weights of each row, a control for how many channels an edit keeps.
 
-    The draw follows from the seed and the image alone, so that a noisy image has another one. What a selector does to
-    places stays as it is.
+    The permutation follows from the seed and the image alone, so that a noisy image gets another one. The weights of
+    places stay as they are.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        selector: how many channels.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
-        seed: of the random masks.
+        edit: the edit, with a selector.
+        seed: random seed.
 
     Raises:
-        SettingError: if a setting is out of range.
+        SettingError: if `edit` has no selector, or a setting is out of range.
         LayerError: if the layers are not in the model.
 
     Example:
         >>> import parchgrad as pg
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
-        >>> method = shuffled_masks(model, pg.GradientEnergy(quantile=0.5))
+        >>> method = shuffled_masks(model, Edit(selector=pg.GradientEnergy(quantile=0.5)))
         >>> method(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).shape
         torch.Size([2, 4, 4])
     """
-    edit = _Edit(model=model, layers=layers, gamma=gamma, conserve=conserve)
-    edit.explainer(selector)  # Checks the settings before the first image.
+    _explainer(model, edit, _selector_of(edit))  # Checks the settings before the first image.
 
     def method(images: Tensor, target: Tensor) -> Tensor:
-        own = edit.record(selector, images, target)
         generators = [_generator_of(image, seed) for image in images]
-        shuffled = [
-            (layer, replace(found, channel_mask=_shuffle_rows(found.channel_mask, generators))) for layer, found in own
-        ]
-        return edit.replay(selector, shuffled, images, target)
+        shuffled = record_selections(model, edit, images, target)
+        for place, record in enumerate(shuffled):
+            weights = _shuffle_rows(record.selection.channel_weights, generators)
+            shuffled[place] = replace(record, selection=replace(record.selection, channel_weights=weights))
+        return _replay(model, edit, shuffled, images, target)
 
     return method
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Edit:
-    """Everything about a partitioned gradient but its selector."""
-
-    model: nn.Module
-    layers: LayerChoice
-    gamma: float
-    conserve: Conserve
-
-    def explainer(self, selector: Selector) -> Explainer:
-        return Explainer(
-            self.model,
-            selector,
-            layers=self.layers,
-            gamma=self.gamma,
-            conserve=self.conserve,
-            # Selections are had, and given, for all rows of a pass.
-            internal_batch_size=None,
-        )
-
-    def record(self, selector: Selector, images: Tensor, target: Tensor) -> list[tuple[str, Selection]]:
-        """What is selected in each layer, in the order of the backward pass."""
-        listener = _Listener(selector)
-        self.explainer(listener).attribute(images, target)
-        return listener.found
-
-    def replay(
-        self, selector: Selector, found: Sequence[tuple[str, Selection]], images: Tensor, target: Tensor
-    ) -> Tensor:
-        """The maps by what was selected in another pass."""
-        return heatmap(self.explainer(_Replayer(selector, found)).attribute(images, target))
+def _selector_of(edit: Edit) -> Selector:
+    if edit.selector is None:
+        raise SettingError("`edit` has no selector, so there are no masks to replace. Give one such as pg.Evidence().")
+    return edit.selector
 
 
-class _Listener(DelegatingSelector):
-    """Notes what is selected; the norms that a `Recorder` takes beside are of no use here."""
+def _explainer(model: nn.Module, edit: Edit, selector: Selector) -> Explainer:
+    # Selections are recorded, and replayed, for all rows of a pass.
+    return Explainer.from_edit(model, replace(edit, selector=selector), internal_batch_size=None)
 
-    def __init__(self, selector: Selector) -> None:
-        super().__init__(selector)
-        self.found: list[tuple[str, Selection]] = []
 
-    def partition(self, signal: LayerSignal) -> Selection:
-        selection = super().partition(signal)
-        self.found.append((signal.layer, selection))
-        return selection
+def _replay(model: nn.Module, edit: Edit, found: Sequence[RecordedSelection], images: Tensor, target: Tensor) -> Tensor:
+    """The maps by what was selected in another pass."""
+    return heatmap(_explainer(model, edit, _Replayer(_selector_of(edit), found)).attribute(images, target))
 
 
 class _Replayer(DelegatingSelector):
-    """Gives what was selected in another pass, of a convolution that was called twice one after the other."""
+    """Selects what was selected in another pass; a convolution that is called twice has two selections."""
 
-    def __init__(self, selector: Selector, found: Sequence[tuple[str, Selection]]) -> None:
+    def __init__(self, selector: Selector, found: Sequence[RecordedSelection]) -> None:
         super().__init__(selector)
         self._given = list(found)
 
-    def partition(self, signal: LayerSignal) -> Selection:
-        place = next(place for place, (layer, _) in enumerate(self._given) if layer == signal.layer)
-        return self._given.pop(place)[1]
+    def select(self, signal: LayerSignal) -> Selection:
+        place = next(place for place, record in enumerate(self._given) if record.layer == signal.layer)
+        return self._given.pop(place).selection
 
 
 def _generator_of(image: Tensor, seed: int) -> torch.Generator:
@@ -366,7 +322,7 @@ def _generator_of(image: Tensor, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(content, seed))
 
 
-def _shuffle_rows(mask: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Move the kept channels of each row of (B, C) to places drawn from a generator of its own."""
-    places = torch.stack([torch.randperm(mask.shape[1], generator=generator) for generator in generators])
-    return mask.gather(1, places.to(mask.device))
+def _shuffle_rows(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Permute each row of (B, C) by a generator of its own."""
+    places = torch.stack([torch.randperm(weights.shape[1], generator=generator) for generator in generators])
+    return weights.gather(1, places.to(weights.device))

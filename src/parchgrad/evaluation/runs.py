@@ -38,11 +38,11 @@ __all__ = ["Row", "TargetChoice", "check_run_folder", "evaluate", "read_rows"]
 Row = dict[str, Any]
 """Scores of one map by name, beside the names of the model, the setting and the image."""
 TargetChoice = Literal["label", "predicted"]
-_FORMAT = 1
+_FORMAT = 2
 # What a row holds beside the scores, by kind; what has no value is null.
 _TEXTS = ("model", "setting", "image", "group", "method", "selector", "conserve", "masks")
 _WHOLE_NUMBERS = ("index", "label", "target", "predicted")
-_NUMBERS = ("probability", "seconds", "quantile")
+_NUMBERS = ("probability", "seconds", "quantile", "softness", "gates")
 _NEEDED = ("model", "setting", "index", "seconds")
 # How every row starts, as `_score` and `json.dumps` make it.
 _ROW_START = b'{"model": '
@@ -237,12 +237,14 @@ def _checked_row(value: object) -> Row:
         elif field == "layers":
             fits = isinstance(found, str) or _is_number(found)
             fits = fits or (isinstance(found, list) and all(isinstance(name, str) for name in found))
+        elif field == "antialias":
+            fits = isinstance(found, bool)
         elif field in _NUMBERS or field in SCORES:
             fits = _is_number(found)
         else:
             # What another release adds is left alone, but for scores at ratios that are none.
             score, _, ratio = field.partition("@")
-            fits = score not in SCORES or (_is_number(found) and 0 <= float(ratio) <= 1)
+            fits = score not in SCORES or (_is_number(found) and _is_level(score, float(ratio)))
         if not fits:
             raise ValueError(f"{field[:40]!r} has no such value")
     return row
@@ -251,6 +253,11 @@ def _checked_row(value: object) -> Row:
 def _is_number(value: object) -> bool:
     # Put so that NaN fails too; a truth value is an int.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_level(score: str, level: float) -> bool:
+    """Whether a score can be reported at this share, or noise level, which may exceed 1."""
+    return 0 <= level <= 1 or (SCORES[score].family == "stability" and 1 < level < math.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,7 +393,7 @@ def _keep_examples(
     known = {entry.title: entry.make for entry in entries}
     for title in choice.settings:
         # Rows of an earlier evaluation say its settings, but not how a method of the caller's own is made.
-        if title not in known and not math.isnan(described[title].get("quantile", math.nan)):
+        if title not in known and not math.isnan(described[title].get("gates", math.nan)):
             known[title] = _entry_of(_setting_of(described[title]), statistics, seed).make
     if known.keys() >= set(choice.settings):
         methods = {title: known[title](model) for title in choice.settings}
@@ -520,6 +527,10 @@ def _join_run(folder: Path, described: Mapping[str, Any]) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({reason_of(error)}); choose another folder.") from error
     different = [key for key, value in wanted.items() if not isinstance(found, dict) or found.get(key) != value]
+    if "format" in different:
+        raise SettingError(
+            f"The run in {str(folder)!r} is in the format of another release of ParchGrad. Choose another folder."
+        )
     if different:
         raise SettingError(
             f"The run in {str(folder)!r} differs in {', '.join(different)}; choose another folder, or the settings "

@@ -15,11 +15,12 @@ from parchgrad.evaluation.methods import Method
 from parchgrad.evaluation.perturbation import RATIOS, Replacement
 from parchgrad.evaluation.sanity import RandomisationOrder
 from parchgrad.evaluation.sparsity import gini
+from parchgrad.evaluation.stability import NOISES, check_noises, stability
 
 __all__ = ["FAMILIES", "HEADLINES", "SCORES", "Direction", "Family", "Score", "ScoreSettings", "at_ratio", "score_maps"]
 
 Direction = Literal["higher", "lower", "neither"]
-Family = Literal["perturbation", "insertion", "localisation", "sparsity", "sensitivity", "randomisation"]
+Family = Literal["perturbation", "insertion", "localisation", "sparsity", "sensitivity", "randomisation", "stability"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
@@ -31,8 +32,8 @@ class Score:
         title: what it is called where people read it.
         better: which direction is better; `"neither"` for what only describes.
         family: the scores that are had together.
-        by_ratio: whether it is also had at each share of replaced pixels, or of weights drawn anew, of which it is the
-            mean.
+        by_ratio: whether it is the mean over several shares of replaced pixels, shares of weights drawn anew or noise
+            levels, and is also reported at each of them.
     """
 
     title: str
@@ -70,6 +71,9 @@ SCORES: Mapping[str, Score] = {
     "randomisation_similarity": Score(
         title="random weights, SSIM", better="neither", family="randomisation", by_ratio=True
     ),
+    "stability_cosine": Score(title="stability, cosine", better="higher", family="stability", by_ratio=True),
+    "stability_spearman": Score(title="stability, Spearman", better="higher", family="stability", by_ratio=True),
+    "stability_norm_ratio": Score(title="stability, norm ratio", better="lower", family="stability", by_ratio=True),
 }
 """The scores by their names in results."""
 
@@ -83,6 +87,7 @@ HEADLINES = (
     "insertion",
     "deletion",
     "max_sensitivity",
+    "stability_cosine",
     "randomisation_spearman",
 )
 """The scores that are drawn; the first that there are values of chooses the examples."""
@@ -93,8 +98,8 @@ class ScoreSettings:
     """How the scores are had.
 
     Attributes:
-        families: which of them; `"insertion"`, `"sensitivity"` and `"randomisation"` cost most and are left out unless
-            asked for.
+        families: groups of scores to compute; `"insertion"`, `"sensitivity"`, `"randomisation"` and `"stability"` cost
+            most and are left out unless named.
         ratios: shares of the pixels that are replaced, in [0, 1].
         replacement: what is put in their place; see `replacement_images`. Insertion and deletion keep their own.
         steps: of insertion and deletion, at least 1.
@@ -104,6 +109,8 @@ class ScoreSettings:
         randomised: shares of the modules whose weights are drawn anew, in (0, 1].
         order: in which modules are randomised: `"top_down"`, `"bottom_up"` or `"independent"`.
         draws: how often, at least once; similarities are averaged.
+        noises: noise levels of the stability scores, as shares of the image's range, positive.
+        noise_draws: number of noisy copies per image and noise level for the stability scores, at least 1.
         seed: breaks ties, draws noise and weights.
         internal_batch_size: images in one pass, at least 1.
 
@@ -121,6 +128,8 @@ class ScoreSettings:
     randomised: tuple[float, ...] = (0.1, 0.5, 1.0)
     order: RandomisationOrder = "top_down"
     draws: int = 1
+    noises: tuple[float, ...] = NOISES
+    noise_draws: int = 4
     seed: int = 0
     internal_batch_size: int = 32
 
@@ -128,12 +137,13 @@ class ScoreSettings:
         for family in self.families:
             if family not in FAMILIES:
                 raise SettingError(f"There are no scores {family!r}; the families are: {', '.join(FAMILIES)}.")
-        for name in ("internal_batch_size", "steps", "samples", "draws"):
+        for name in ("internal_batch_size", "steps", "samples", "draws", "noise_draws"):
             check_whole_number(name, getattr(self, name), 1)
         if not self.ratios or not all(0 <= ratio <= 1 for ratio in self.ratios):
             raise SettingError(f"ratios are {self.ratios}, but they must be shares of the pixels, in [0, 1].")
         if not self.randomised or not all(0 < share <= 1 for share in self.randomised):
             raise SettingError(f"randomised is {self.randomised}, but it must be shares of the modules, in (0, 1].")
+        check_noises(self.noises)
         if not 0 <= self.tolerance < math.inf or not self.radius > 0:
             raise SettingError(
                 f"tolerance is {self.tolerance} and radius {self.radius}, but they must be 0 or more, and positive."
@@ -146,7 +156,7 @@ class ScoreSettings:
 
 
 def at_ratio(name: str, ratio: float) -> str:
-    """Name of a score at one share of replaced pixels, or of weights drawn anew.
+    """Name a score at one share of replaced pixels, share of weights drawn anew, or noise level.
 
     Example:
         >>> at_ratio("aopc_morf", 0.1)
@@ -170,7 +180,7 @@ def score_maps(
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        method: what made the maps; asked again for max-sensitivity alone.
+        method: what made the maps; called again for max-sensitivity and stability alone.
         images: shape (B, C, H, W).
         target: class that was explained, shape (B,).
         heat: maps (B, H, W).
@@ -237,6 +247,8 @@ def score_maps(
                 "The family 'randomisation' asks for maps of other weights, but make_method is missing; give it."
             )
         found |= _randomisation_scores(model, make_method, images, target, chosen)
+    if "stability" in chosen.families:
+        found |= _stability_scores(method, images, target, chosen)
     return found
 
 
@@ -265,6 +277,27 @@ def _randomisation_scores(
         values = flat.reshape(settings.draws, len(settings.randomised), -1).mean(dim=0)
         found[name] = values.mean(dim=0)
         found |= {at_ratio(name, share): value for share, value in zip(settings.randomised, values, strict=True)}
+    return found
+
+
+def _stability_scores(method: Method, images: Tensor, target: Tensor, settings: ScoreSettings) -> dict[str, Tensor]:
+    measured = stability(
+        method,
+        images,
+        target,
+        noises=settings.noises,
+        draws=settings.noise_draws,
+        seed=settings.seed,
+        internal_batch_size=settings.internal_batch_size,
+    )
+    found: dict[str, Tensor] = {}
+    for name, values in (
+        ("stability_cosine", measured.cosine),
+        ("stability_spearman", measured.spearman),
+        ("stability_norm_ratio", measured.norm_ratio),
+    ):
+        found[name] = values.mean(dim=0)
+        found |= {at_ratio(name, noise): value for noise, value in zip(settings.noises, values, strict=True)}
     return found
 
 

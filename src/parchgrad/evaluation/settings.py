@@ -2,15 +2,17 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from torch import nn
 
-from parchgrad.attribution import Explainer
+from parchgrad.attribution import Explainer, replaces_rectifiers
 from parchgrad.checks import check_kind, is_number
+from parchgrad.edit import Edit
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.methods import (
     Method,
@@ -22,73 +24,102 @@ from parchgrad.evaluation.methods import (
     random_map,
     shuffled_masks,
 )
-from parchgrad.layers import LayerChoice
+from parchgrad.layers import parse_layers
 from parchgrad.partition import Conserve
-from parchgrad.selection import SELECTORS_BY_NAME, STATISTICAL_SELECTORS, default_quantile, make_selector
+from parchgrad.selection import (
+    SELECTORS_BY_NAME,
+    STATISTICAL_SELECTORS,
+    EditDefaults,
+    check_softness,
+    default_edit,
+    default_setting,
+    make_selector,
+)
 from parchgrad.statistics import ChannelStatistics
 
 __all__ = ["Grid", "Masks", "Setting", "make_method"]
 
 Masks = Literal["own", "another", "shuffled"]
 
-_CONTROL_METHODS: Mapping[str, Callable[[nn.Module, int], Method]] = {
-    "random_map": lambda model, seed: random_map(seed=seed),
-    "grad_cam": lambda model, seed: grad_cam(model),
-    "centre_blob": lambda model, seed: centre_blob(),
+_CONTROL_METHODS: Mapping[str, Callable[[nn.Module, "Setting", int], Method]] = {
+    "random_map": lambda model, setting, seed: random_map(seed=seed),
+    "grad_cam": lambda model, setting, seed: grad_cam(
+        model, gates=setting.gates or 0.0, antialias=bool(setting.antialias)
+    ),
+    "centre_blob": lambda model, setting, seed: centre_blob(),
 }
+_WITHOUT_GRADIENT = ("random_map", "centre_blob")
 _MASK_TITLES: Mapping[Masks, str] = {"another": "masks of another class", "shuffled": "shuffled masks"}
 _TITLES = {"grad_cam": "Grad-CAM", "smoothgrad": "SmoothGrad"}
-
-
-class _EditSettings(TypedDict):
-    layers: LayerChoice
-    gamma: float
-    conserve: Conserve
+_LAYER_SETS = ("all", "published")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One way of explaining.
 
+    A setting that is None becomes what suits the selector, so that settings are equal if they do the same. Without a
+    selector, only `method`, `gates` and `antialias` count, and the others stay None.
+
     Attributes:
-        method: of the explainer, such as `"gradient"`, `"smoothgrad"` or a Captum class name; or a control:
+        method: method of the explainer, such as `"gradient"`, `"smoothgrad"` or a Captum class name; or a control:
             `"random_map"`, `"grad_cam"`, `"centre_blob"`.
-        selector: short name of the selector, such as `"energy"`; None for the plain method, which ignores what follows.
-        quantile: share of the channels to keep, in (0, 1].
+        selector: short name of the selector, such as `"energy"`; None for the plain method.
+        quantile: share of the channels at or above the threshold, in (0, 1].
+        softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut, which `"random"` always is.
         layers: which convolutions are edited; see `choose_layers`.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
+        gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
+        conserve: what a layer keeps; see `partition_gradient`.
+        gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the true derivative.
+        antialias: whether gradients at the input of strided operations are smoothed; see `smooth_strides`.
         masks: `"own"` are the selector's for the class that is explained; as controls of the gradient `"another"` are
             those for another class, and `"shuffled"` keep as many channels at random.
 
     Raises:
-        SettingError: if there is no such selector, or a control is given one, or masks are given to what has none.
+        SettingError: if there is no such selector, a setting is out of range, or a control is given one that it does
+            not have.
+
+    Example:
+        >>> Setting(selector="evidence") == Setting(selector="evidence", softness=1.0, layers=0.75, conserve="energy")
+        True
+        >>> Setting(selector="energy", softness=0).gates
+        0.0
     """
 
     method: str = "gradient"
     selector: str | None = None
-    quantile: float = 0.1
-    layers: str | float | tuple[str, ...] = "default"
+    quantile: float | None = None
+    softness: float | None = None
+    layers: str | float | tuple[str, ...] | None = None
     gamma: float = math.inf
-    conserve: Conserve = "independent"
+    conserve: Conserve | None = None
+    gates: float | None = None
+    antialias: bool | None = None
     masks: Masks = "own"
 
     def __post_init__(self) -> None:
         check_kind("method", self.method, str, "give its name")
-        for name in ("quantile", "gamma"):
-            if not is_number(getattr(self, name)):
-                raise SettingError(
-                    f"{name} is {getattr(self, name)!r}, but it must be a number; write it without quotes."
-                )
+        for name in ("quantile", "softness", "gamma", "gates"):
+            value = getattr(self, name)
+            if value is None and name != "gamma":
+                continue
+            if not is_number(value):
+                raise SettingError(f"{name} is {value!r}, but it must be a number; write it without quotes.")
             # numpy's numbers have no JSON, which rows are written in.
-            object.__setattr__(self, name, float(getattr(self, name)))
+            self._set(**{name: float(value)})
         if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
+            self._set(layers=tuple(self.layers))
         known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
         if self.selector is not None and self.selector not in known:
             raise SettingError(f"selector is {self.selector!r}, but it must be none or one of {', '.join(known)}.")
         if self.selector is not None and self.method in _CONTROL_METHODS:
             raise SettingError(f"The control {self.method!r} has no selector; leave {self.selector!r} out.")
+        if self.softness is not None:
+            check_softness(self.softness)
+        # Checks the settings that they have in common.
+        Edit(selector=None, gamma=self.gamma, conserve=self.conserve, gates=self.gates, antialias=self.antialias)
+        if self.method in _WITHOUT_GRADIENT and (self.gates or self.antialias):
+            raise SettingError(f"The control {self.method!r} has no gradient. Leave out `gates` and `antialias`.")
         if self.masks not in get_args(Masks):
             raise SettingError(f"masks is {self.masks!r}, but it must be one of {', '.join(get_args(Masks))}.")
         if self.masks != "own" and (self.selector is None or self.method != "gradient"):
@@ -96,39 +127,103 @@ class Setting:
                 f"masks is {self.masks!r}, which is a control for the gradient with a selector alone; choose these, or "
                 "leave it out."
             )
+        self._resolve()
+
+    def _resolve(self) -> None:
+        """Put what suits the selector in place of every None."""
+        if self.selector is None:
+            self._set(quantile=None, softness=None, layers=None, gamma=math.inf, conserve=None)
+            self._fill(gates=0.0, antialias=False)
+            return
+        if self.selector == "random":
+            self._set(softness=None)
+        self._fill(**{name: default_setting(self.selector, name) for name in ("quantile", "softness")})
+        self._fill(**asdict(self._suits))
+        self._set(layers=_settled(self.layers))
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _fill(self, **values: Any) -> None:
+        self._set(**{name: value for name, value in values.items() if getattr(self, name) is None})
+
+    @property
+    def _suits(self) -> EditDefaults:
+        """What suits the selector, its softness and the method."""
+        if self.selector is None:
+            return EditDefaults(gates=0.0, antialias=False)
+        found = default_edit(self.selector, softness=self.softness)
+        return replace(found, gates=0.0) if replaces_rectifiers(self.method) else found
 
     @property
     def title(self) -> str:
         """What the setting is called where people read it; settings that differ have titles that do.
 
+        What suits the selector is left out, but for the quantile and the layers.
+
         Example:
             >>> Setting(selector="energy", layers="all").title
             'gradient, energy 0.1, all layers'
+            >>> Setting(method="grad_cam", gates=2).title
+            'Grad-CAM, gates 2'
         """
-        name = _TITLES.get(self.method, self.method.replace("_", " "))
-        if self.selector is None:
-            return name
-        layers = "+".join(self.layers) if isinstance(self.layers, tuple) else f"{self.layers}"
-        parts = [name, f"{self.selector} {self.quantile:g}", f"{layers} layers"]
-        parts += [f"gamma {self.gamma:g}"] if math.isfinite(self.gamma) else []
-        parts += [f"conserve {self.conserve}"] if self.conserve != "independent" else []
+        parts = [_TITLES.get(self.method, self.method.replace("_", " "))]
+        suits = self._suits
+        if self.selector is not None:
+            parts.append(f"{self.selector} {_number(self.quantile)}")
+            if self.softness != default_setting(self.selector, "softness"):
+                parts.append(f"softness {_number(self.softness)}")
+            parts.append(f"{_layers_words(self.layers)} layers")
+            parts += [f"gamma {_number(self.gamma)}"] if math.isfinite(self.gamma) else []
+            parts += [f"conserve {self.conserve}"] if self.conserve != suits.conserve else []
+        parts += [f"gates {_number(self.gates)}"] if self.gates != suits.gates else []
+        parts += [f"antialias {'on' if self.antialias else 'off'}"] if self.antialias != suits.antialias else []
         parts += [_MASK_TITLES[self.masks]] if self.masks != "own" else []
         return ", ".join(parts)
+
+
+def _settled(layers: Any) -> Any:
+    """Give layer choices that are alike the same form."""
+    if is_number(layers):
+        return float(layers)
+    return (layers,) if isinstance(layers, str) and layers not in _LAYER_SETS else layers
+
+
+def _number(value: float | None) -> str:
+    """A number in as few digits as tell it from all others."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _layers_words(layers: str | float | tuple[str, ...] | None) -> str:
+    if not isinstance(layers, tuple):
+        return f"{layers}"
+    return "+".join(name if _reads_as_pattern(name) else repr(name) for name in layers)
+
+
+def _reads_as_pattern(name: str) -> bool:
+    """Whether a pattern can be told from a ratio, a set and several patterns."""
+    plain = re.fullmatch(r"[\w.*?!\[\]-]+", name) is not None and name not in _LAYER_SETS
+    return plain and isinstance(parse_layers(name), str)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """All combinations of settings, and the controls that always come with them.
 
-    Any sequence or array of one axis is taken, and kept as a tuple.
+    Any sequence or array of one axis is taken, and kept as a tuple. None stands for what suits each selector.
 
     Attributes:
         methods: see `Setting.method`.
         selectors: see `Setting.selector`.
-        quantiles: see `Setting.quantile`; None is the one that a selector has on its own.
+        quantiles: see `Setting.quantile`.
+        softnesses: see `Setting.softness`.
         layers: see `Setting.layers`.
         gammas: see `Setting.gamma`.
         conserves: see `Setting.conserve`.
+        gates: see `Setting.gates`; they apply without a selector too.
+        antialiases: see `Setting.antialias`; they apply without a selector too.
         masks: see `Setting.masks`.
 
     Raises:
@@ -136,11 +231,14 @@ class Grid:
     """
 
     methods: tuple[str, ...] = ("gradient",)
-    selectors: tuple[str | None, ...] = ("energy",)
+    selectors: tuple[str | None, ...] = ("evidence",)
     quantiles: tuple[float | None, ...] = (None,)
-    layers: tuple[str | float | tuple[str, ...], ...] = ("default",)
+    softnesses: tuple[float | None, ...] = (None,)
+    layers: tuple[str | float | tuple[str, ...] | None, ...] = (None,)
     gammas: tuple[float, ...] = (math.inf,)
-    conserves: tuple[Conserve, ...] = ("independent",)
+    conserves: tuple[Conserve | None, ...] = (None,)
+    gates: tuple[float | None, ...] = (None,)
+    antialiases: tuple[bool | None, ...] = (None,)
     masks: tuple[Masks, ...] = ("own",)
 
     def __post_init__(self) -> None:
@@ -156,22 +254,32 @@ class Grid:
             >>> [setting.title for setting in Grid().settings()][:3]
             ['gradient', 'random map', 'Grad-CAM']
             >>> [setting.title for setting in Grid().settings()][4:]
-            ['gradient, random 0.1, default layers', 'gradient, energy 0.1, default layers']
+            ['gradient, random 0.1, 0.75 layers, gates 8', 'gradient, evidence 0.1, 0.75 layers']
         """
         found = [Setting(), *(Setting(method=name) for name in _CONTROL_METHODS)]
-        edits = list(itertools.product(self.quantiles, self.layers, self.gammas, self.conserves))
         for method, selector in itertools.product(self.methods, self.selectors):
             found.append(Setting(method=method))
-            if selector is None or method in _CONTROL_METHODS:
+            if method in _WITHOUT_GRADIENT:
                 continue
-            for quantile, layers, gamma, conserve in edits:
+            if selector is None or method in _CONTROL_METHODS:
+                found += [
+                    Setting(method=method, gates=gates, antialias=antialias)
+                    for gates, antialias in itertools.product(self.gates, self.antialiases)
+                ]
+                continue
+            for quantile, softness, layers, gamma, conserve, gates, antialias in itertools.product(
+                self.quantiles, self.softnesses, self.layers, self.gammas, self.conserves, self.gates, self.antialiases
+            ):
                 edit = Setting(
                     method=method,
                     selector=selector,
-                    quantile=default_quantile(selector) if quantile is None else quantile,
+                    quantile=quantile,
+                    softness=softness,
                     layers=layers,
                     gamma=gamma,
                     conserve=conserve,
+                    gates=gates,
+                    antialias=antialias,
                 )
                 found.append(replace(edit, selector="random"))
                 found += [replace(edit, masks=masks) for masks in self.masks if masks == "own" or method == "gradient"]
@@ -197,9 +305,9 @@ def make_method(
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        setting: what is asked for.
-        statistics: for the selectors that need some.
-        seed: of random maps and random channels.
+        setting: the setting.
+        statistics: channel statistics, for the selectors that need them.
+        seed: random seed of random maps and random channels.
 
     Raises:
         ParchGradError: if the setting does not fit the model; see `Explainer`.
@@ -211,19 +319,29 @@ def make_method(
         torch.Size([1, 4, 4])
     """
     if setting.method in _CONTROL_METHODS:
-        return _CONTROL_METHODS[setting.method](model, seed)
-    edit = _EditSettings(
-        layers=list(setting.layers) if isinstance(setting.layers, tuple) else setting.layers,
-        gamma=setting.gamma,
-        conserve=setting.conserve,
-    )
-    if setting.selector == "random" and setting.masks == "own":
-        return random_channels(model, quantile=setting.quantile, method=setting.method, seed=seed, **edit)
+        return _CONTROL_METHODS[setting.method](model, setting, seed)
     selector = None
     if setting.selector is not None:
-        selector = make_selector(setting.selector, quantile=setting.quantile, statistics=statistics, seed=seed)
-    if selector is not None and setting.masks == "another":
-        return masks_of_another_class(model, selector, **edit)
-    if selector is not None and setting.masks == "shuffled":
-        return shuffled_masks(model, selector, **edit, seed=seed)
-    return maps_of(Explainer(model, selector, **edit, method=setting.method))
+        selector = make_selector(
+            setting.selector,
+            quantile=setting.quantile,
+            softness=setting.softness,
+            statistics=statistics,
+            seed=seed,
+        )
+    edit = Edit(
+        selector=selector,
+        layers=setting.layers,
+        gamma=setting.gamma,
+        conserve=setting.conserve,
+        gates=setting.gates,
+        antialias=setting.antialias,
+    )
+    if setting.masks == "another":
+        return masks_of_another_class(model, edit)
+    if setting.masks == "shuffled":
+        return shuffled_masks(model, edit, seed=seed)
+    if setting.selector == "random":
+        quantile = cast(float, setting.quantile)
+        return random_channels(model, quantile=quantile, edit=edit, method=setting.method, seed=seed)
+    return maps_of(Explainer.from_edit(model, edit, method=setting.method))

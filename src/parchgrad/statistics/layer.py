@@ -1,8 +1,8 @@
 """Statistics of one convolution, as read-only containers whose arrays are checked."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,21 @@ from parchgrad.errors import StatisticsError
 from parchgrad.statistics.compact import check_share
 from parchgrad.statistics.tests import TTest, check_test, class_log_p
 
-__all__ = ["AnyLayerStatistics", "LayerStatistics", "RankedLayerStatistics"]
+__all__ = ["PARTS_READ", "PICKLES", "AnyLayerStatistics", "LayerStatistics", "RankedLayerStatistics"]
+
+PICKLES: Mapping[str, str] = {
+    "log_p": "cls_p_values.pkl",
+    "shapiro_p": "shapiro_p_values.pkl",
+    "mean": "gap_mean.pkl",
+    "std": "gap_std.pkl",
+}
+"""Files of the original research code by the field of `RankedLayerStatistics` that they fill."""
+
+PARTS_READ: Mapping[Literal["class", "instance"], tuple[str, ...]] = {
+    "class": ("log_p", "shapiro_p"),
+    "instance": ("shapiro_p", "mean", "std"),
+}
+"""Fields of `RankedLayerStatistics` that each selector reads."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -126,13 +140,14 @@ class RankedLayerStatistics:
     """Statistics of one convolution whose class tests are done: log p in place of the moments of each class.
 
     What compact files and files of the original research code hold. Such statistics serve the selectors like any
-    other, but cannot be merged, nor tested in another way.
+    other, but cannot be merged, nor tested in another way. A part that only one selector reads may be missing.
 
     Attributes:
-        mean: mean of the GAP per channel, shape (C,).
-        std: unbiased standard deviation per channel, shape (C,).
+        mean: mean of the GAP per channel, shape (C,); None if missing.
+        std: unbiased standard deviation per channel, shape (C,); None if missing.
         shapiro_p: Shapiro-Wilk p-value per channel, in [0, 1], shape (C,).
-        log_p: natural log of the p-value per channel and class, shape (C, K), float32; 0 where it is not held.
+        log_p: natural log of the p-value per channel and class, shape (C, K), float32; 0 where it is not held. None if
+            missing.
         test: the test that it comes from.
         share: share of the channels whose log p is held for each class, the best ones, in (0, 1].
 
@@ -148,21 +163,23 @@ class RankedLayerStatistics:
         (2, 3)
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | None = None
+    std: Tensor | None = None
     shapiro_p: Tensor
-    log_p: Tensor
+    log_p: Tensor | None = None
     test: TTest
     share: float = 1.0
 
     def __post_init__(self) -> None:
         check_test(self.test)
         check_share(self.share)
-        _copy_to_float64(self, ["mean", "std", "shapiro_p"])
-        _copy_to_float64(self, ["log_p"])
-        object.__setattr__(self, "log_p", self.log_p.float())
-        classes = self.log_p.shape[-1] if self.log_p.dim() == 2 else 0
-        if self.channels < 1 or (self.log_p.dim() == 2 and classes < 1):
+        _copy_to_float64(self, [name for name in PICKLES if getattr(self, name) is not None])
+        size: tuple[int, ...] = ()
+        if self.log_p is not None:
+            object.__setattr__(self, "log_p", self.log_p.float())
+            size = self.log_p.shape
+        classes = size[1] if len(size) == 2 else 0
+        if self.channels < 1 or (len(size) == 2 and classes < 1):
             raise StatisticsError(f"There are {self.channels} channels and {classes} classes; there must be some.")
         per_channel = (self.channels,)
         for name, shape, lowest, highest in (
@@ -171,36 +188,50 @@ class RankedLayerStatistics:
             ("shapiro_p", per_channel, 0.0, 1.0),
             ("log_p", (self.channels, classes), -torch.inf, 0.0),
         ):
-            _check_shape(name, getattr(self, name), shape, self.channels, classes)
-            _check_values(name, getattr(self, name), lowest, highest)
+            value = getattr(self, name)
+            if value is not None:
+                _check_shape(name, value, shape, self.channels, classes)
+                _check_values(name, value, lowest, highest)
 
     @property
     def channels(self) -> int:
         """Number of channels C."""
-        return self.mean.numel()
+        return self.shapiro_p.numel()
 
     @property
     def classes(self) -> int:
-        """Number of classes K."""
-        return self.log_p.shape[1]
+        """Number of classes K; 0 if `log_p` is missing."""
+        return 0 if self.log_p is None else self.log_p.shape[1]
+
+    def require(self, selector: Literal["class", "instance"]) -> None:
+        """Raise `StatisticsError` if a part that the selector reads is missing, and name its file."""
+        missing = [PICKLES[part] for part in PARTS_READ[selector] if getattr(self, part) is None]
+        if missing:
+            what = "p-values per class" if selector == "class" else "the mean and standard deviation per channel"
+            raise StatisticsError(
+                f"The statistics lack {what}: they were imported without {' and '.join(map(repr, missing))}; "
+                f"import them from a folder that holds {'it' if len(missing) == 1 else 'both'}, or collect new "
+                "statistics."
+            )
 
     def class_log_p(self, test: TTest = "welch") -> Tensor:
         """Log p as it is held, shape (C, K), in float64.
 
         Raises:
-            StatisticsError: if `test` is another than the one it comes from.
+            StatisticsError: if `test` is another than the one it comes from, or `log_p` is missing.
         """
         check_test(test)
+        self.require("class")
         if test != self.test:
             raise StatisticsError(
                 f"The statistics hold p-values of the {self.test} test only, but {test!r} is asked for; "
                 f"use test={self.test!r}, or collect the statistics again."
             )
-        return self.log_p.double()
+        return cast(Tensor, self.log_p).double()
 
     def restricted(self, classes: Sequence[int]) -> "RankedLayerStatistics":
         """Keep the columns of some classes."""
-        changes = {"log_p": self.log_p[:, list(classes)]}
+        changes = {"log_p": self.class_log_p(self.test)[:, list(classes)]}
         return RankedLayerStatistics(**{entry.name: getattr(self, entry.name) for entry in fields(self)} | changes)
 
 

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from parchgrad.errors import StatisticsError, reason_of
 from parchgrad.files import refuse_special
 from parchgrad.layers import find_convolutions
-from parchgrad.statistics.layer import RankedLayerStatistics
+from parchgrad.statistics.layer import PARTS_READ, PICKLES, RankedLayerStatistics
 from parchgrad.statistics.store import ChannelStatistics
 
 __all__ = ["import_pickles", "pickle_files", "read_tensor_list"]
-
-_FILES = ("cls_p_values", "shapiro_p_values", "gap_mean", "gap_std")
 
 # What pickling a list of tensors needs: constants, containers, the memo, and calls of the globals admitted below.
 _OPCODE_NAMES = """
@@ -35,67 +33,89 @@ _MOST_OPCODES, _MOST_OF_STORAGE = 100_000, 1000
 
 
 def import_pickles(folder: str | Path, model: nn.Module, *, name: str) -> ChannelStatistics:
-    """Read `cls_p_values.pkl`, `shapiro_p_values.pkl`, `gap_mean.pkl` and `gap_std.pkl` of the original research code.
+    """Read the pickles of the original research code.
 
-    Each holds a list with a tensor for every convolution in module order: (C, K), and three times (C,). They hold
-    p-values rather than moments: such statistics serve the selectors, but cannot be merged, and channels whose p has
-    underflowed to zero tie. Nothing tells whether the weights are the model's.
+    Each file holds a list with one tensor per convolution, in module order. `ClassWise` needs `cls_p_values.pkl`, each
+    (C, K), and `shapiro_p_values.pkl`, each (C,). `InstanceWise` needs `shapiro_p_values.pkl`, `gap_mean.pkl` and
+    `gap_std.pkl`, each (C,). One of these sets must be complete; the statistics hold what the folder holds.
+
+    Statistics from pickles cannot be merged, and channels whose p-value has underflowed to zero tie. The files do not
+    tell which weights they were made with.
 
     Args:
-        folder: the folder that holds the four files, or one that holds them in a folder `pickles`.
-        model: the network they are of.
-        name: its name, for the record.
+        folder: a folder that holds the files, or has a folder `pickles` that does.
+        model: the network that the pickles were made on.
+        name: name of the network, kept in the metadata.
 
     Raises:
-        StatisticsError: if a file is missing, holds anything but a list of tensors, or does not fit the model.
+        StatisticsError: if neither set is complete, a file holds anything but a list of tensors, or does not fit the
+            model.
         ModelError: if the model holds no convolution.
     """
-    files = pickle_files(folder)
-    lists = {file.stem: read_tensor_list(file) for file in files}
+    files = dict(zip(PICKLES, pickle_files(folder), strict=True))
+    place = files["shapiro_p"].parent
+    missing = [part for part, file in files.items() if not file.exists()]
+    if all(set(parts) & set(missing) for parts in PARTS_READ.values()):
+        by_class, by_instance = (", ".join(repr(PICKLES[part]) for part in parts) for parts in PARTS_READ.values())
+        raise StatisticsError(
+            f"{str(place)!r} lacks {', '.join(repr(PICKLES[part]) for part in missing)}; selecting by class needs "
+            f"{by_class}; selecting by image needs {by_instance}; complete one of these sets, or check the path."
+        )
+    lists = {part: read_tensor_list(file) for part, file in files.items() if part not in missing}
     convolutions = find_convolutions(model)
-    for file, tensors in lists.items():
+    for part, tensors in lists.items():
         if len(tensors) != len(convolutions):
             raise StatisticsError(
-                f"'{file}.pkl' holds {len(tensors)} layers, but {name} has {len(convolutions)} convolutions; "
-                "name the model that the pickles are of."
+                f"{PICKLES[part]!r} holds {len(tensors)} layers, but {name} has {len(convolutions)} convolutions; "
+                "name the model that the pickles were made on."
             )
     layers = {}
-    for layer, convolution, p, *others in zip(convolutions, convolutions.values(), *lists.values(), strict=True):
-        if p.dim() != 2 or len(p) != convolution.out_channels:
+    for index, (layer, convolution) in enumerate(convolutions.items()):
+        # Undefined p-values, as of a constant channel, count as 1; undefined moments as 0.
+        held = {
+            part: tensors[index].double().nan_to_num(0.0 if part in ("mean", "std") else 1.0)
+            for part, tensors in lists.items()
+        }
+        if held["shapiro_p"].shape != (convolution.out_channels,):
             raise StatisticsError(
-                f"Layer {layer!r} has p-values of shape {tuple(p.shape)}, but {convolution.out_channels} channels; "
-                "name the model that the pickles are of."
+                f"{PICKLES['shapiro_p']!r} has p-values of shape {tuple(held['shapiro_p'].shape)} for layer {layer!r}, "
+                f"which has {convolution.out_channels} channels in {name}; name the model that the pickles were made "
+                "on."
             )
-        # What is not defined, as of a constant channel, counts as p = 1; a normality test that failed, as normal.
-        known = p.double().nan_to_num(1.0)
-        if bool(((known < 0) | (known > 1)).any()):
-            raise StatisticsError(
-                f"'cls_p_values.pkl' holds values outside [0, 1] for layer {layer!r}; give the file that the research "
-                "code wrote."
-            )
-        shapiro_p, mean, std = (part.double().nan_to_num(fill) for part, fill in zip(others, (1, 0, 0), strict=True))
-        # What has underflowed ranks before the smallest number there is.
-        kind = torch.finfo(p.dtype)
-        underflowed = math.log(kind.smallest_normal) + math.log(kind.eps) - 1
-        log_p = torch.where(known > 0, known.log(), underflowed)
+        if "log_p" in held:
+            held["log_p"] = _log_p(held["log_p"], lists["log_p"][index].dtype, layer)
         try:
-            layers[layer] = RankedLayerStatistics(mean=mean, std=std, shapiro_p=shapiro_p, log_p=log_p, test="welch")
+            layers[layer] = RankedLayerStatistics(**held, test="welch", share=1.0)
         except StatisticsError as error:
             raise StatisticsError(f"Layer {layer!r} in the pickles does not fit: {error}") from error
-    return ChannelStatistics(layers, {"model": name, "data": f"pickles in {files[0].parent.resolve().parent.name}"})
+    return ChannelStatistics(layers, {"model": name, "data": f"pickles in {place.resolve().parent.name}"})
+
+
+def _log_p(p: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
+    """Natural log of p-values that were stored in this dtype."""
+    if bool(((p < 0) | (p > 1)).any()):
+        raise StatisticsError(
+            f"{PICKLES['log_p']!r} holds values outside [0, 1] for layer {layer!r}; pass the file that the research "
+            "code wrote."
+        )
+    # A p-value that underflowed to zero ranks before the smallest positive number.
+    kind = torch.finfo(dtype)
+    underflowed = math.log(kind.smallest_normal) + math.log(kind.eps) - 1
+    return torch.where(p > 0, p.log(), underflowed)
 
 
 def pickle_files(folder: str | Path) -> list[Path]:
-    """The four files of a folder, or of a folder `pickles` in it, whether they are there or not.
+    """List the four files of a folder, or of a folder `pickles` in it, whether they exist or not.
 
     Example:
         >>> [file.name for file in pickle_files("resnet50")]
         ['cls_p_values.pkl', 'shapiro_p_values.pkl', 'gap_mean.pkl', 'gap_std.pkl']
     """
     root = Path(folder)
-    if not (root / f"{_FILES[0]}.pkl").exists() and (root / "pickles").is_dir():
+    # Both selectors need this file.
+    if not (root / PICKLES["shapiro_p"]).exists() and (root / "pickles").is_dir():
         root = root / "pickles"
-    return [root / f"{file}.pkl" for file in _FILES]
+    return [root / file for file in PICKLES.values()]
 
 
 def read_tensor_list(path: Path) -> list[Tensor]:

@@ -8,7 +8,7 @@ from importlib import resources
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +19,7 @@ from parchgrad.errors import OutputError, SettingError, StatisticsError, Statist
 from parchgrad.files import writing
 from parchgrad.layers import Convolution, bare_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
-from parchgrad.statistics.layer import AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
+from parchgrad.statistics.layer import PICKLES, AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
 from parchgrad.statistics.tests import TTest
 from parchgrad.tensor_files import read_tensors
 
@@ -175,7 +175,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
 
     @property
     def classes(self) -> int:
-        """Number of classes K that the statistics hold, the same in every layer."""
+        """Number of classes K that the statistics hold, the same in every layer; 0 without p-values per class."""
         return next(iter(self.layers.values())).classes
 
     @property
@@ -241,6 +241,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         Raises:
             StatisticsError: if a class is not held.
         """
+        self.require("class")
         place = {index: column for column, index in enumerate(self.class_indices or range(self.classes))}
         wanted = list(classes)
         missing = next((index for index in wanted if index not in place), None)
@@ -250,6 +251,20 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
                 f"The statistics hold {held}, and not class {missing}; give statistics of all classes."
             )
         return [place[index] for index in wanted]
+
+    def require(self, selector: Literal["class", "instance"]) -> None:
+        """Check that every layer holds what the selector reads; only imported statistics may lack some of it.
+
+        Args:
+            selector: `"class"` for `ClassWise`, which reads p-values per class; `"instance"` for `InstanceWise`, which
+                reads the mean and standard deviation per channel.
+
+        Raises:
+            StatisticsError: if a part is missing; it names the file of the research code that holds it.
+        """
+        for layer in self.values():
+            if isinstance(layer, RankedLayerStatistics):
+                layer.require(selector)
 
     def compact(self, *, share: float = 0.5, test: TTest = "welch") -> "ChannelStatistics":
         """Keep the log p of the best channels of each class in place of all moments, for a file 40 times smaller.
@@ -263,7 +278,8 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
 
         Raises:
             SettingError: if `share` is out of range or `test` unknown.
-            StatisticsError: if the statistics are compact already, and of another test.
+            StatisticsError: if the statistics are compact already, and of another test, or lack p-values per
+                class.
         """
         self.warn_of_fallback(test)
         layers = {
@@ -459,8 +475,10 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
 
 def _ranked_parts(layer: RankedLayerStatistics) -> dict[str, Tensor]:
     """What a file holds of a layer: float32, and log p in a compact form where little is lost by it."""
-    parts = {name: getattr(layer, name).float() for name in ("mean", "std", "shapiro_p")}
-    return parts | (compact_log_p(layer.log_p) if layer.share < 1 else {"log_p": layer.log_p})
+    held = {name: value for name in PICKLES if (value := getattr(layer, name)) is not None}
+    if "log_p" in held and layer.share < 1:
+        held |= compact_log_p(held.pop("log_p"))
+    return {name: value.float() if name in PICKLES else value for name, value in held.items()}
 
 
 def _is_list_of(value: object, kind: type) -> bool:
@@ -488,7 +506,7 @@ def _layer_from(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], path: s
     share = entry.get("share", 1.0)
     parts: tuple[str, ...] = tuple(field.name for field in fields(LayerStatistics))
     if ranked:
-        parts = ("mean", "std", "shapiro_p", *(COMPACT_PARTS if share != 1 else ("log_p",)))
+        parts = ("shapiro_p", *(COMPACT_PARTS if share != 1 else ()))
     missing = next((part for part in parts if f"{layer}/{part}" not in tensors), None)
     if missing is not None:
         raise StatisticsError(f"Layer {layer!r} in {str(path)!r} lacks {missing!r}; collect the statistics again.")
@@ -497,8 +515,10 @@ def _layer_from(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], path: s
         if not ranked:
             return LayerStatistics(**found)
         compact = {part: found.pop(part) for part in COMPACT_PARTS if part in found}
+        # Statistics imported from the research code may lack what one of the selectors reads.
+        found |= {part: tensors[f"{layer}/{part}"] for part in PICKLES if f"{layer}/{part}" in tensors}
         if compact:
-            found["log_p"] = expand_log_p(compact, found["mean"].numel())
+            found["log_p"] = expand_log_p(compact, found["shapiro_p"].numel())
         return RankedLayerStatistics(**found, test=entry["test"], share=share)
     except (StatisticsError, SettingError) as error:
         raise StatisticsError(f"Layer {layer!r} in {str(path)!r} does not fit: {error}") from error

@@ -55,12 +55,12 @@ class Animation:
 
 
 def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames: int = 2) -> Animation:
-    """Lay a photograph, its plain map and the maps of sweeps side by side, moving through the values in a loop.
+    """Lay an image, its plain map and the maps of sweeps side by side, moving through the values in a loop.
 
     Between two values each map fades into the next, the last into the first; all maps share one scale.
 
     Args:
-        sweeps: by the titles of their panels; of one photograph, method and class, over the same values of one setting.
+        sweeps: by the titles of their panels; of one image, method and class, over the same values of one setting.
         panel_size: side of a square panel in pixels, at least 32; others have its area.
         fading_frames: frames between two values, a whole number from 0 on.
 
@@ -75,7 +75,7 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
         >>> import parchgrad as pg
         >>> from parchgrad.visual.sweeps import quantile_sweep
         >>> shapes, image = pg.load_model("shapes"), Image.new("RGB", (64, 64), "grey")
-        >>> found = quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.5, 0.1))
+        >>> found = quantile_sweep(shapes, image, quantiles=(0.5, 0.1))
         >>> moving = animate({"ParchGrad": found}, panel_size=64)
         >>> len(moving.frames), moving.frames[0].shape
         (6, (102, 224, 3))
@@ -157,7 +157,7 @@ def save_animation(
         >>> import parchgrad as pg
         >>> from parchgrad.visual.sweeps import quantile_sweep
         >>> shapes, image = pg.load_model("shapes"), Image.new("RGB", (64, 64), "grey")
-        >>> found = quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.5, 0.1))
+        >>> found = quantile_sweep(shapes, image, quantiles=(0.5, 0.1))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save_animation({"ParchGrad": found}, Path(folder, "sweep.gif"), most_bytes=100_000)
         ...     Path(folder, "sweep.gif").stat().st_size <= 100_000
@@ -194,7 +194,7 @@ def _next_size(size: int, share: float) -> int:
 
 def _check_together(sweeps: Mapping[str, Sweep]) -> Sweep:
     if not sweeps:
-        raise InputError("An animation of no sweep at all was asked for; give one at least.")
+        raise InputError("`sweeps` is empty. Pass at least one sweep.")
     first, *others = sweeps.values()
     for other in others:
         if (other.setting, other.values, other.target.index) != (first.setting, first.values, first.target.index):

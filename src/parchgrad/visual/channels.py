@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from parchgrad.checks import check_kind
+from parchgrad.edit import Edit
 from parchgrad.errors import InputError, SettingError
-from parchgrad.layers import LayerChoice
-from parchgrad.partition import Conserve
 from parchgrad.recording import record_selections
-from parchgrad.selection import Selector
 from parchgrad.statistics.tests import class_log_p
 from parchgrad.visual.charts import LIGHT, Theme, histogram_chart, style_axes
 
@@ -122,16 +121,16 @@ def _p_text(log_p: float) -> str:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeptChannels:
-    """Which channels were kept in the layers of a network, for one class or two.
+    """Which channels were kept in the layers of a network, for one class or two: those with a weight above 0.
 
     Attributes:
         layers: names of the convolutions, from input to output; one that is passed twice has two entries.
         channels: number of channels of each, (L,).
         categories: names of the T explained classes, one or two.
-        untouched: where no channel was selected, so that the layer is left as it is and its whole gradient passes,
+        untouched: where all channels weigh the same, so that the layer is left as it is and its whole gradient passes,
             boolean, (T, L).
-        count: channels that were kept and had a gradient, (T, L); in untouched layers all that had one, since they
-            pass.
+        count: channels with a weight above 0 and a gradient, (T, L); in untouched layers all that had a gradient, since
+            they pass.
         energy_share: share of the layer's gradient energy, the sum of squares, in the kept channels, (T, L); 1 in
             untouched layers, and NaN where the layer has no gradient.
         overlap: channels kept for both classes as a share of those kept for either, (L,); NaN where none are kept or
@@ -151,7 +150,10 @@ class KeptChannels:
 
         Layers that are untouched stand at the top of the first two rows, by hollow marks.
         """
-        rows = {"channels kept": self.count / self.channels, "energy kept": self.energy_share}
+        rows = {
+            "channels with\nweight > 0": self.count / self.channels,
+            "share of energy\nin these": self.energy_share,
+        }
         count = len(rows) + (self.overlap is not None)
         figure = Figure(layout="constrained")
         figure.set_facecolor("none")
@@ -163,7 +165,7 @@ class KeptChannels:
                 marks |= _draw_layers(axes, category, shares, self.untouched[number], number, theme)
         if self.overlap is not None:
             style_axes(last, theme, y_label="overlap")
-            label = "kept for both, of those kept for either"
+            label = "weight > 0 for both, of those for either"
             marks |= _draw_layers(last, label, self.overlap, np.zeros(len(self.layers), dtype=bool), 2, theme)
         last.set_xlabel("convolution, from the first edited one to the last", color=theme.ink, fontsize=9.5)
         for axes in figure.axes:
@@ -198,47 +200,41 @@ def _draw_layers(
     handles = {label: filled}
     if untouched.any():
         hollow = {**style, "markersize": size + 1.5, "markerfacecolor": "none", "markeredgewidth": 1.0}
-        (handles[f"{label}: nothing selected, all passes"],) = axes.plot(
-            places[untouched], np.ones(untouched.sum()), **hollow
-        )
+        (handles[f"{label}: layer left as it is"],) = axes.plot(places[untouched], np.ones(untouched.sum()), **hollow)
     return handles
 
 
 def kept_channels(
     model: nn.Module,
-    selector: Selector,
     inputs: Tensor,
     targets: Sequence[int],
+    edit: Edit = Edit(),
     *,
     categories: Sequence[str] | None = None,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
 ) -> KeptChannels:
-    """Find which channels are kept in each layer for one class, or for two of which the overlap is asked.
+    """Find the channels that weigh more than 0 in each layer, for one class or two, and how far two overlap.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        selector: which channels matter.
         inputs: one preprocessed image, shape (1, C, *S).
         targets: one class index, or two.
-        categories: their names; None takes "class" and the index.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: see `partition_gradient`.
-        conserve: see `partition_gradient`.
+        edit: what is done to the gradient, with a selector.
+        categories: names of the classes; None takes "class" and the index.
 
     Raises:
         InputError: if there is not one image.
-        SettingError: if there are not one or two different classes, or as many names.
+        SettingError: if there are not one or two different classes, or as many names, or `edit` has no selector.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
         >>> import parchgrad as pg
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
-        >>> found = kept_channels(model, pg.GradientEnergy(quantile=0.25), torch.rand(1, 3, 4, 4), [0, 1])
+        >>> edit = Edit(selector=pg.GradientEnergy(quantile=0.25, softness=0))
+        >>> found = kept_channels(model, torch.rand(1, 3, 4, 4), [0, 1], edit)
         >>> found.layers, found.count.tolist()
         (('0',), [[2], [2]])
     """
+    check_kind("edit", edit, Edit, "pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
     if inputs.shape[0] != 1:
         raise InputError(
             f"The inputs have shape {tuple(inputs.shape)}, but kept channels are of one image (1, C, *S); give "
@@ -254,11 +250,9 @@ def kept_channels(
         raise SettingError(f"Both targets are {int(targets[0])}, but two classes are compared; give different ones.")
     # One row for each class: the image twice.
     batch = inputs.expand(len(targets), *inputs.shape[1:])
-    found = record_selections(
-        model, selector, batch, list(targets), layers=layers, gamma=gamma, conserve=conserve
-    )[::-1]  # fmt: skip
+    found = record_selections(model, edit, batch, list(targets))[::-1]
     untouched = [record.untouched.cpu().numpy() for record in found]
-    # All that has a gradient passes where nothing was selected.
+    # All that has a gradient passes in an untouched layer.
     passing = [record.kept | (record.untouched.unsqueeze(1) & (record.channel_norms > 0)) for record in found]
     kept = [mask.cpu().numpy() for mask in passing]
     energy = [_energy(record.channel_norms) for record in found]

@@ -127,13 +127,13 @@ def relative(values: ArrayLike) -> Picture:
 
 
 def shared_top(maps: Iterable[ArrayLike], *, percentile: float = _PERCENTILE) -> float:
-    """Find where one scale for several maps ends: the median of the maps' percentiles.
+    """Find where one scale for several maps ends: the 90th percentile of the ends that each map would have alone.
 
-    The largest of them would leave the spread maps dark, the smallest would clip most of the sharp ones.
+    Their median would clip the details of concentrated maps; their maximum would let one outlier darken all others.
 
     Args:
         maps: maps (H, W), signed or not; those that are zero everywhere do not count.
-        percentile: of each map's magnitude, in (0, 100].
+        percentile: of each map's magnitude, where its own scale would end, in (0, 100].
 
     Returns:
         The end of the scale, in multiples of a map's mean magnitude; 1 where no map counts.
@@ -144,12 +144,12 @@ def shared_top(maps: Iterable[ArrayLike], *, percentile: float = _PERCENTILE) ->
 
     Example:
         >>> shared_top([[[1.0, 1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0, 4.0]], [[0.0, 1.0, 0.0, 1.0]]], percentile=100)
-        2.0
+        3.6
     """
     _check_percentile(percentile)
     tops = [np.percentile(magnitude, percentile) or magnitude.max() for magnitude in map(np.abs, map(relative, maps))]
     counting = [top for top in tops if top > 0]
-    return float(np.median(counting)) if counting else 1.0
+    return float(np.percentile(counting, 90)) if counting else 1.0
 
 
 def blend(photograph: ArrayLike, heat: ArrayLike, *, top: float | None = None, opacity: float = 1.0) -> Picture:

@@ -1,7 +1,7 @@
-"""Sweeps: one photograph explained at several values of one setting."""
+"""Sweeps: one image explained at several values of one setting."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -10,13 +10,13 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from parchgrad.attribution import Explainer, heatmap
+from parchgrad.checks import check_kind
+from parchgrad.edit import Edit
 from parchgrad.errors import SettingError
-from parchgrad.layers import LayerChoice
 from parchgrad.models import Classifier, Prediction, check_classifier
-from parchgrad.partition import Conserve
 from parchgrad.recording import Recorder
 from parchgrad.selection import Selector
 from parchgrad.visual.maps import strip
@@ -31,7 +31,7 @@ ALPHAS = (0.1, 0.05, 0.01, 1e-3, 1e-4, 1e-6)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sweep:
-    """One photograph explained at several values of one setting.
+    """One image explained at several values of one setting.
 
     Attributes:
         setting: `"quantile"` or `"alpha"`.
@@ -39,14 +39,12 @@ class Sweep:
         picture: what the network saw, (H, W, 3) in [0, 1].
         heats: heat map at each value, (V, H, W).
         plain: heat map of the same method without ParchGrad, (H, W).
-        kept: share of the channels that were kept and had a gradient, on average over the layers in which any was
-            selected, at each value; NaN where there is no such layer.
-        untouched: number of layers in which no channel was selected, so that they were left as they are, at each value.
+        kept: share of the channels with a weight above 0 and a gradient, mean over the layers that were edited, at each
+            value; NaN where none was.
+        untouched: number of layers left as they are, since all their channels weigh the same, at each value.
         target: the explained class.
-        selector: name of the selector's class.
+        edit: what was done to the gradient, resolved; its selector is that of the first value.
         layers: names of the edited convolutions.
-        gamma: see `Explainer`.
-        conserve: see `Explainer`.
         method: the attribution method.
     """
 
@@ -58,26 +56,24 @@ class Sweep:
     kept: tuple[float, ...]
     untouched: tuple[int, ...]
     target: Prediction
-    selector: str
+    edit: Edit
     layers: tuple[str, ...]
-    gamma: float
-    conserve: Conserve
     method: str
 
     def titles(self) -> tuple[str, ...]:
-        """Say each value in words, with the share of the channels where that is not the value itself."""
+        """Name each value, with alpha the share of the channels that weigh more than 0, and layers left plain."""
         return tuple(map(self._title, self.values, self.kept, self.untouched))
 
     def _title(self, value: float, kept: float, untouched: int) -> str:
         said = f"{self.setting} {value:g}"
         if untouched == len(self.layers):
             return f"{said}: plain, no channel passes"
-        said += f": {kept:.1%} kept" if self.setting == "alpha" else ""
+        said += f": {kept:.1%} weigh > 0" if self.setting == "alpha" else ""
         # What is left as it is looks like the plain map, and should not pass for another.
         return said + (f", {untouched} of {len(self.layers)} layers plain" if untouched else "")
 
     def figure(self, *, columns: int = 4) -> Figure:
-        """Draw the photograph, the plain map and those of the sweep, all by one scale, in lines of `columns`."""
+        """Draw the image, the plain map and those of the sweep, all by one scale, in lines of `columns`."""
         maps: Mapping[str, NDArray[Any]] = {
             f"{self.method.replace('_', ' ')}, plain": self.plain,
             # Half of a long title would run into the next panel.
@@ -90,26 +86,20 @@ class Sweep:
 def quantile_sweep(
     classifier: Classifier,
     image: Image.Image,
-    selector: Selector,
+    edit: Edit = Edit(),
     *,
     quantiles: Iterable[float] = QUANTILES,
     target: int | None = None,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
     method: str = "gradient",
 ) -> Sweep:
-    """Explain a photograph at several quantiles, the shares of the channels that are kept.
+    """Explain an image at several quantiles, the shares of the channels at or above the threshold.
 
     Args:
         classifier: the network.
-        image: photograph of any size and mode.
-        selector: which channels matter; its own quantile is replaced.
+        image: image of any size and mode.
+        edit: what is done to the gradient; the quantile of its selector is replaced.
         quantiles: in (0, 1].
         target: the class to explain; None is the predicted one.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: how many times stronger than the rest the kept signal becomes, in (0, inf].
-        conserve: how the layer's variance is kept.
         method: an attribution method; see `Explainer`.
 
     Raises:
@@ -119,39 +109,30 @@ def quantile_sweep(
     Example:
         >>> import parchgrad as pg
         >>> shapes = pg.load_model("shapes")
-        >>> image = Image.new("RGB", (64, 64), "grey")
-        >>> quantile_sweep(shapes, image, pg.GradientEnergy(), quantiles=(0.5, 0.1)).heats.shape
+        >>> quantile_sweep(shapes, Image.new("RGB", (64, 64), "grey"), quantiles=(0.5, 0.1)).heats.shape
         (2, 64, 64)
     """
-    edit = _Edit(layers=layers, gamma=gamma, conserve=conserve, method=method)
     values = _values("quantile", quantiles)
-    selectors = [_with_quantile(selector, value) for value in values]
-    return _sweep("quantile", values, selectors, classifier, image, target, edit)
+    return _sweep("quantile", values, _with_quantile, classifier, image, edit, target=target, method=method)
 
 
 def alpha_sweep(
     classifier: Classifier,
     image: Image.Image,
-    selector: Selector,
+    edit: Edit,
     *,
     alphas: Iterable[float] = ALPHAS,
     target: int | None = None,
-    layers: LayerChoice = "default",
-    gamma: float = math.inf,
-    conserve: Conserve = "independent",
     method: str = "gradient",
 ) -> Sweep:
-    """Explain a photograph at several significance levels, the largest p-values of channels that are kept.
+    """Explain an image at several significance levels, the p-values at the threshold.
 
     Args:
         classifier: the network.
-        image: photograph of any size and mode.
-        selector: `ClassWise` or `InstanceWise`; its own quantile or alpha is replaced.
+        image: image of any size and mode.
+        edit: what is done to the gradient, with `ClassWise` or `InstanceWise`, whose quantile or alpha is replaced.
         alphas: in (0, 1).
         target: the class to explain; None is the predicted one.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: how many times stronger than the rest the kept signal becomes, in (0, inf].
-        conserve: how the layer's variance is kept.
         method: an attribution method; see `Explainer`.
 
     Raises:
@@ -161,49 +142,38 @@ def alpha_sweep(
     Example:
         >>> import parchgrad as pg
         >>> lite0, held = pg.load_model("efficientnet_lite0"), pg.ChannelStatistics.bundled("efficientnet_lite0")
-        >>> selector = pg.InstanceWise(held, quantile=0.1)
-        >>> found = alpha_sweep(lite0, Image.new("RGB", (64, 64)), selector, alphas=(0.1, 0.01), layers=["conv_head"])
+        >>> edit = Edit(selector=pg.InstanceWise(held, quantile=0.1), layers=["conv_head"])
+        >>> found = alpha_sweep(lite0, Image.new("RGB", (64, 64)), edit, alphas=(0.1, 0.01))
         >>> found.kept[0] >= found.kept[1]
         True
     """
-    edit = _Edit(layers=layers, gamma=gamma, conserve=conserve, method=method)
     values = _values("alpha", alphas)
-    selectors = [_with_alpha(selector, value) for value in values]
-    return _sweep("alpha", values, selectors, classifier, image, target, edit)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Edit:
-    """Everything about an explanation but its selector."""
-
-    layers: LayerChoice
-    gamma: float
-    conserve: Conserve
-    method: str
-
-    def explainer(self, model: nn.Module, selector: Selector | None) -> Explainer:
-        return Explainer(
-            model, selector, layers=self.layers, gamma=self.gamma, conserve=self.conserve, method=self.method
-        )
+    return _sweep("alpha", values, _with_alpha, classifier, image, edit, target=target, method=method)
 
 
 def _sweep(
     setting: str,
     values: tuple[float, ...],
-    selectors: Sequence[Selector],
+    vary: Callable[[Selector | None, float], Selector],
     classifier: Classifier,
     image: Image.Image,
+    edit: Edit,
+    *,
     target: int | None,
-    edit: _Edit,
+    method: str,
 ) -> Sweep:
     check_classifier(classifier)
+    check_kind("edit", edit, Edit, "pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
+    selectors = [vary(edit.selector, value) for value in values]
+    # Resolved once: what suits a selector might depend on the value.
+    first = Explainer.from_edit(classifier.model, replace(edit, selector=selectors[0]), method=method)
     inputs = classifier.preprocess(image).unsqueeze(0).to(next(classifier.model.parameters()))
-    plain = edit.explainer(classifier.model, None)
+    plain = Explainer(classifier.model, None, method=method)
     index = int(plain.predict(inputs)) if target is None else target
     heats, kept, untouched = [], [], []
     for selector in selectors:
         recorder = Recorder(selector)
-        explainer = edit.explainer(classifier.model, recorder)
+        explainer = Explainer.from_edit(classifier.model, replace(first.edit, selector=recorder), method=method)
         heats.append(_heat(explainer.attribute(inputs, index)))
         selected = [record for record in recorder.found if not record.untouched.all()]
         shares = [record.kept.float().mean() for record in selected]
@@ -221,11 +191,9 @@ def _sweep(
         kept=tuple(kept),
         untouched=tuple(untouched),
         target=next(prediction for prediction in predictions if prediction.index == index),
-        selector=type(selectors[0]).__name__,
-        layers=explainer.layers,
-        gamma=edit.gamma,
-        conserve=edit.conserve,
-        method=edit.method,
+        edit=first.edit,
+        layers=first.layers,
+        method=method,
     )
 
 
@@ -235,14 +203,14 @@ def _values(setting: str, values: Iterable[float]) -> tuple[float, ...]:
         found = tuple(map(float, values))
     except (TypeError, ValueError) as error:
         raise SettingError(
-            f"{setting}s is {values!r}, but it must be a list of numbers; give (0.5, 0.2, 0.1)."
+            f"{setting}s is {values!r}, but it must be a list of numbers. Pass (0.5, 0.2, 0.1)."
         ) from error
     if not found:
-        raise SettingError(f"A sweep over no {setting} at all was asked for; give one value at least.")
+        raise SettingError(f"`{setting}s` is empty. Pass at least one value.")
     written = [f"{value:g}" for value in found]
     twice = next((text for text in written if written.count(text) > 1), None)
     if twice is not None:
-        raise SettingError(f"{setting} {twice} stands twice in a sweep; give each value once.")
+        raise SettingError(f"{setting} {twice} is given twice. Pass each value once.")
     return found
 
 
@@ -251,26 +219,30 @@ def _heat(attribution: Tensor) -> NDArray[Any]:
     return heat
 
 
-def _with_quantile(selector: Selector, quantile: float) -> Selector:
+def _with_quantile(selector: Selector | None, quantile: float) -> Selector:
     names = _settings_of(selector)
     if "quantile" not in names:
-        raise SettingError(f"{type(selector).__name__} has no quantile that could be swept; choose another selector.")
+        raise SettingError(f"{_name_of(selector)} has no quantile to sweep. Choose another selector.")
     return _replace(selector, quantile=quantile, **({"alpha": None} if "alpha" in names else {}))
 
 
-def _with_alpha(selector: Selector, alpha: float) -> Selector:
+def _with_alpha(selector: Selector | None, alpha: float) -> Selector:
     if "alpha" not in _settings_of(selector):
         raise SettingError(
-            f"{type(selector).__name__} ranks without p-values and has no alpha that could be swept; choose ClassWise "
-            "or InstanceWise, or sweep the quantile."
+            f"{_name_of(selector)} ranks without p-values and has no alpha to sweep. Choose ClassWise or InstanceWise, "
+            "or sweep the quantile."
         )
     return _replace(selector, quantile=None, alpha=alpha)
 
 
-def _settings_of(selector: Selector) -> set[str]:
+def _name_of(selector: Selector | None) -> str:
+    return "An edit without a selector" if selector is None else type(selector).__name__
+
+
+def _settings_of(selector: Selector | None) -> set[str]:
     return {member.name for member in fields(selector)} if is_dataclass(selector) else set()
 
 
-def _replace(selector: Selector, **settings: float | None) -> Selector:
+def _replace(selector: Selector | None, **settings: float | None) -> Selector:
     changed: Selector = replace(cast(Any, selector), **settings)
     return changed

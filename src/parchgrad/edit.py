@@ -1,0 +1,78 @@
+"""One object for an edit: which channels, at which layers, and how the gradient is passed on."""
+
+import math
+from dataclasses import dataclass, replace
+
+from parchgrad.errors import SettingError
+from parchgrad.layers import LayerChoice
+from parchgrad.partition import Conserve, check_edit_settings
+from parchgrad.rules import check_antialias, check_gates
+from parchgrad.selection import Evidence, Selector
+
+__all__ = ["DEFAULT_SELECTOR", "Edit"]
+
+DEFAULT_SELECTOR: Selector = Evidence()
+"""The selector with the best results in the study."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit:
+    """What is done to a gradient on its way back.
+
+    None takes what suits the selector, or, without a selector, leaves the gradient plain.
+
+    Attributes:
+        selector: how far each channel matters; None leaves all channels as they are.
+        layers: which convolutions are edited; see `choose_layers`.
+        gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
+        conserve: what a layer keeps: `"energy"`, `"independent"`, `"exact"` or `"none"`; see `partition_gradient`.
+        gates: width of the soft gates of every rectifier, in standard deviations; 0 is the true derivative. See
+            `soft_gate`.
+        antialias: whether gradients at the input of strided operations are smoothed; see `smooth_strides`.
+
+    Raises:
+        SettingError: if a setting is out of range.
+
+    Example:
+        >>> edit = Edit(gates=2.0).resolved()
+        >>> edit.layers, edit.conserve, edit.gates, edit.antialias
+        (0.75, 'energy', 2.0, True)
+    """
+
+    selector: Selector | None = DEFAULT_SELECTOR
+    layers: LayerChoice | None = None
+    gamma: float = math.inf
+    conserve: Conserve | None = None
+    gates: float | None = None
+    antialias: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.selector is not None and not isinstance(self.selector, Selector):
+            raise SettingError(
+                f"selector is {self.selector!r}, but it must be a Selector such as GradientEnergy(), or None."
+            )
+        check_edit_settings(self.gamma, "energy" if self.conserve is None else self.conserve)
+        if self.gates is not None:
+            check_gates(self.gates)
+        if self.antialias is not None:
+            check_antialias(self.antialias)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the gradient stays as it is."""
+        return self.selector is None and not self.gates and not self.antialias
+
+    def resolved(self) -> "Edit":
+        """Put what suits the selector in place of every None."""
+        if self.selector is None:
+            return replace(
+                self, layers=None, conserve="none", gates=self.gates or 0.0, antialias=self.antialias or False
+            )
+        suits = self.selector.defaults
+        return replace(
+            self,
+            layers=suits.layers if self.layers is None else self.layers,
+            conserve=suits.conserve if self.conserve is None else self.conserve,
+            gates=suits.gates if self.gates is None else self.gates,
+            antialias=suits.antialias if self.antialias is None else self.antialias,
+        )

@@ -1,0 +1,393 @@
+"""How rectifiers and strided operations pass the gradient on: soft gates and smooth strides.
+
+Both act on the way back alone; the values of the forward pass stay as they are. A mode of torch sees the calls of a
+forward pass, by modules and by functions, so that the model need not be touched.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that everyone gives it
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from parchgrad.checks import is_number
+from parchgrad.errors import SettingError
+from parchgrad.partition import at_least_float32, in_ordinary_range, restored_range, row_norms, without_autocast
+
+__all__ = [
+    "BackwardRules",
+    "check_antialias",
+    "check_gates",
+    "has_active_rules",
+    "has_replaced_rectifiers",
+    "is_pass_through",
+    "refuse_second_derivatives",
+    "smooth_strides",
+    "soft_gate",
+]
+
+
+def check_gates(gates: float) -> None:
+    """Raise `SettingError` unless the width of the gates is a finite number, 0 or more."""
+    if not is_number(gates) or not 0 <= gates < math.inf:
+        raise SettingError(f"gates is {gates!r}, but it must be a width of 0 or more. 0 is the true derivative.")
+
+
+def check_antialias(antialias: bool) -> None:
+    """Raise `SettingError` unless `antialias` is a boolean."""
+    if not isinstance(antialias, bool):
+        raise SettingError(f"antialias is {antialias!r}, but it must be True or False.")
+
+
+def soft_gate(values: Tensor, width: float, *, low: float = 0.0, high: float = math.inf) -> Tensor:
+    """Soften the derivative of a rectifier: it rises linearly around its kinks instead of jumping.
+
+    The gate is `clamp((z - low) / (width * sd) + 1/2, 0, 1) * clamp((high - z) / (width * sd) + 1/2, 0, 1)` with `sd`
+    the standard deviation of `z` over the row. Rows without any deviation get the true derivative.
+
+    Source: this package; the idea of a smoother rectifier is that of Dombrowski et al. (2019), "Explanations can be
+    manipulated and geometry is to blame".
+
+    Args:
+        values: what enters the rectifier, `z`, shape (B, ...).
+        width: width of the ramps in standard deviations, 0 or more; 0 is the true derivative.
+        low: the lower kink.
+        high: the upper kink; infinite for a rectifier without one.
+
+    Returns:
+        Derivative in [0, 1], of the shape and dtype of `values`.
+
+    Example:
+        >>> soft_gate(torch.tensor([[-1.0, 0.0, 1.0]]), 2.0), soft_gate(torch.tensor([[-1.0, 0.0, 1.0]]), 0.0)
+        (tensor([[0.0000, 0.5000, 1.0000]]), tensor([[0., 0., 1.]]))
+    """
+    wide = at_least_float32(values)
+    sides = ([wide - low if low else wide] if low > -math.inf else []) + ([high - wide] if high < math.inf else [])
+    if width == 0:
+        return _true_derivative(sides, values)
+    spread = _row_deviation(wide)
+    # hardsigmoid(x) is clamp(x / 6 + 1/2, 0, 1) in one go.
+    steepness = (6 / (width * spread)).reshape(-1, *[1] * (wide.dim() - 1))
+    gate = torch.ones_like(wide) if not sides else F.hardsigmoid(sides[0] * steepness, inplace=True)
+    for side in sides[1:]:
+        gate = gate.mul_(F.hardsigmoid(side * steepness, inplace=True))
+    # Reading a number is no wait on the CPU.
+    if values.device.type != "cpu" or not bool((spread > 0).all()):
+        gate = torch.where(steepness.isfinite(), gate, _true_derivative(sides, wide))
+    softened: Tensor = gate.to(values.dtype)
+    return softened
+
+
+def _true_derivative(sides: Sequence[Tensor], like: Tensor) -> Tensor:
+    inside = torch.ones_like(like, dtype=torch.bool)
+    for side in sides:
+        inside = inside & (side > 0)
+    derivative: Tensor = inside.to(like.dtype)
+    return derivative
+
+
+def _row_deviation(values: Tensor) -> Tensor:
+    """Unbiased standard deviation of each row, shape (B,); 0 of a single value."""
+    flat = values.flatten(1)
+    count = flat.shape[1]
+    if count < 2:
+        return flat.new_zeros(len(flat))
+    # torch's own standard deviation takes twice as long on a CPU.
+    mean = flat.sum(dim=1) / count
+    variance = (row_norms(values).square() - count * mean.square()).clamp_min(0) / (count - 1)
+    return variance.sqrt()
+
+
+def smooth_strides(gradient: Tensor, strides: Sequence[int]) -> Tensor:
+    """Spread the gradient at the input of a strided operation evenly, row by row, with the norm that it had.
+
+    A stride of n sends the gradient back to the input unevenly, in a grid of n. Convolving it with the triangular
+    kernel of half-width n, channel by channel with edges replicated, takes the grid away.
+
+    Source: this package; Zhang (2019), "Making convolutional networks shift-invariant again", filters the forward pass.
+
+    Args:
+        gradient: shape (B, C, *S), or (C, *S) of a single sample.
+        strides: stride in each spatial dimension, at least 1.
+
+    Returns:
+        A new tensor of the shape and dtype of `gradient`.
+
+    Example:
+        >>> smooth_strides(torch.tensor([[[0.0, 0.0, 4.0, 0.0, 0.0]]]), (2,)).round(decimals=3)
+        tensor([[[0.0000, 1.6330, 3.2660, 1.6330, 0.0000]]])
+    """
+    if gradient.dim() == len(strides) + 1:
+        # A single sample, without a batch dimension.
+        return smooth_strides(gradient.unsqueeze(0), strides).squeeze(0)
+    wide, unit = in_ordinary_range(at_least_float32(gradient))
+    channels = wide.shape[1]
+    kernel = wide.new_ones([1] * len(strides))
+    for dimension, stride in enumerate(strides):
+        triangle = stride - torch.arange(1 - stride, stride, device=wide.device).abs()
+        shape = [-1 if other == dimension else 1 for other in range(len(strides))]
+        kernel = kernel * (triangle.to(wide) / stride**2).reshape(shape)
+    # The last dimension comes first in torch's padding.
+    margins = [side for stride in reversed(strides) for side in (stride - 1, stride - 1)]
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(strides) - 1]
+    with without_autocast(gradient.device.type):
+        padded = F.pad(wide, margins, mode="replicate")
+        smooth = convolve(padded, kernel.expand(channels, 1, *kernel.shape), groups=channels)
+    before, after = row_norms(wide), row_norms(smooth)
+    scale = torch.where(after == 0, 1.0, before / after)
+    smooth = smooth * scale.reshape(-1, *[1] * (smooth.dim() - 1))
+    return restored_range(smooth, unit).to(gradient.dtype)
+
+
+class _Rectifier(NamedTuple):
+    """Derivative of a rectifier: `slope` below its lower kink, 1 between the kinks, 0 above the upper one."""
+
+    low: float = 0.0
+    high: float = math.inf
+    slope: float | Tensor = 0.0
+
+    def derivative(self, values: Tensor, width: float) -> Tensor:
+        gate = soft_gate(values, width, low=self.low, high=self.high)
+        if isinstance(self.slope, Tensor) or self.slope != 0:
+            slope = self.slope.detach() if isinstance(self.slope, Tensor) else self.slope
+            gate = gate * (1 - slope) + slope
+        return gate
+
+
+def _relu(input: Tensor, inplace: bool = False) -> _Rectifier:
+    return _Rectifier()
+
+
+def _relu6(input: Tensor, inplace: bool = False) -> _Rectifier:
+    return _Rectifier(high=6.0)
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> _Rectifier:
+    return _Rectifier(low=min_val, high=max_val)
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> _Rectifier:
+    return _Rectifier(slope=negative_slope)
+
+
+def _prelu(input: Tensor, weight: Tensor) -> _Rectifier:
+    # A slope for each channel, in the second dimension.
+    return _Rectifier(slope=weight if weight.numel() == 1 else weight.reshape(-1, *[1] * (input.dim() - 2)))
+
+
+# The arguments of each function are read by one that takes the same and knows its kinks.
+_RECTIFIERS: Mapping[Any, Callable[..., _Rectifier]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), _relu),
+    F.relu6: _relu6,
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
+    **dict.fromkeys((torch.prelu, Tensor.prelu), _prelu),
+}
+_RECTIFIER_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU)
+
+
+def _convolution_stride(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, *_: Any, **__: Any
+) -> Any:
+    return stride
+
+
+def _pooling_stride(input: Tensor, kernel_size: Any, stride: Any = None, *_: Any, **__: Any) -> Any:
+    return stride or kernel_size
+
+
+_STRIDED: Mapping[Any, tuple[int, Callable[..., Any]]] = {
+    **{function: (count, _convolution_stride) for count, function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
+    **{
+        function: (count, _pooling_stride)
+        for count, functions in enumerate(
+            (
+                (F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices, F.avg_pool1d),
+                (F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices, F.avg_pool2d),
+                (F.max_pool3d, torch.max_pool3d, F.max_pool3d_with_indices, F.avg_pool3d),
+            ),
+            1,
+        )
+        for function in functions
+    },
+}
+
+
+class BackwardRules(TorchFunctionMode):
+    """While active, rectifiers get soft gates and strided operations smooth strides on the way back.
+
+    Of nested rules the innermost apply; rules that ask for nothing keep those around them out.
+
+    Attributes:
+        gates: width of the gates in standard deviations of what enters a rectifier; 0 leaves the true derivative.
+        antialias: whether strides are smoothed.
+
+    Example:
+        >>> x = torch.tensor([[-1.0, 0.0, 1.0]], requires_grad=True)
+        >>> with BackwardRules(gates=2.0, antialias=False):
+        ...     output = nn.ReLU()(x)
+        >>> output, torch.autograd.grad(output.sum(), x)[0]
+        (tensor([[0., 0., 1.]], grad_fn=<_SoftRectifierBackward>), tensor([[0.0000, 0.5000, 1.0000]]))
+    """
+
+    def __init__(self, *, gates: float, antialias: bool) -> None:
+        """Take the settings."""
+        super().__init__()
+        self.gates = gates
+        self.antialias = antialias
+
+    def __enter__(self) -> "BackwardRules":
+        """Become the rules of this thread."""
+        _ACTIVE.set((*_ACTIVE.get(), self))
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        """Give way to the rules around."""
+        super().__exit__(*failure)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        # Passes that were interrupted may be left in any order.
+        _ACTIVE.set(tuple(other for other in _ACTIVE.get() if other is not self))
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function, and put in place of its node one that follows the rules."""
+        named = kwargs or {}
+        if self.gates and function in _RECTIFIERS and self._applies(args, named):
+            return _rectify(function, args, named, self.gates)
+        if self.antialias and function in _STRIDED and self._applies(args, named):
+            dimensions, read = _STRIDED[function]
+            strides = _per_dimension(read(*args, **named), dimensions)
+            if max(strides) > 1:
+                args, named = _with_input(args, named, _SmoothStride.apply(_input_of(args, named), strides))
+        return function(*args, **named)
+
+    def _applies(self, args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+        # Read outside of the mode, so that this is no call that it sees.
+        values = _input_of(args, named)
+        return values.requires_grad and torch.is_grad_enabled() and values.dim() > 1 and _ACTIVE.get()[-1:] == (self,)
+
+
+# Modes that torch stacks in a thread, innermost last.
+_ACTIVE: ContextVar[tuple[BackwardRules, ...]] = ContextVar("parchgrad_rules", default=())
+
+
+def has_active_rules() -> bool:
+    """Whether any rules act in this thread or task."""
+    return bool(_ACTIVE.get())
+
+
+def _input_of(args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    values: Tensor = args[0] if args else named["input"]
+    return values
+
+
+def _with_input(
+    args: Sequence[Any], named: Mapping[str, Any], values: Tensor
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    return ((values, *args[1:]), named) if args else ((), {**named, "input": values})
+
+
+def _per_dimension(value: Any, dimensions: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dimensions if len(values) == 1 else values
+
+
+def _rectify(function: Any, args: Sequence[Any], named: Mapping[str, Any], width: float) -> Tensor:
+    """Call a rectifier as it is, and return its result under a node with a soft derivative.
+
+    The rectifier's own node saves what it always saves, so that checkpointing counts the same in its second pass.
+    """
+    values = _input_of(args, named)
+    # Before the call, which may overwrite the values.
+    derivative = _RECTIFIERS[function](*args, **named).derivative(values.detach(), width)
+    alias: Tensor = _Alias.apply(values)
+    args, named = _with_input(args, named, alias)
+    result: Tensor = function(*args, **named)
+    if result is alias:
+        return cast(Tensor, _SoftRectifierInPlace.apply(values, derivative))
+    return cast(Tensor, _SoftRectifier.apply(values, [result], derivative))
+
+
+def refuse_second_derivatives() -> None:
+    """Raise `SettingError` in a backward pass that is itself recorded."""
+    if torch.is_grad_enabled():
+        raise SettingError(
+            "Second derivatives (create_graph=True) through ParchGrad are not defined, since the edit is no function "
+            "of the input alone; take first derivatives only."
+        )
+
+
+class _Alias(torch.autograd.Function):
+    """The same memory under a node of its own, to be overwritten without a trace in what it leads back to."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _SoftRectifier(torch.autograd.Function):
+    """A rectifier that was computed already. Its result comes in a list, into which autograd does not look."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, hidden: list[Tensor], derivative: Tensor) -> Tensor:
+        ctx.derivative = derivative
+        return hidden[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        return gradient * ctx.derivative, None, None
+
+
+class _SoftRectifierInPlace(torch.autograd.Function):
+    """A rectifier that has overwritten its input already."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, derivative: Tensor) -> Tensor:
+        ctx.derivative = derivative
+        ctx.mark_dirty(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        return gradient * ctx.derivative, None
+
+
+class _SmoothStride(torch.autograd.Function):
+    """The input of a strided operation, whose gradient is smoothed."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, strides: tuple[int, ...]) -> Tensor:
+        ctx.strides = strides
+        return source.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        return smooth_strides(gradient, ctx.strides), None
+
+
+def is_pass_through(node: Any) -> bool:
+    """Whether a node of the graph only smooths what comes back through it."""
+    # By its name: torch.compile cannot trace a look-up of the node's class.
+    return bool(node.name() == "_SmoothStrideBackward")
+
+
+def has_replaced_rectifiers(model: nn.Module) -> bool:
+    """Whether a Captum method has put hooks on the model's rectifiers, to replace their backward pass itself."""
+    for module in model.modules():
+        if isinstance(module, _RECTIFIER_MODULES):
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            if any(str(getattr(hook, "__module__", "")).startswith("captum.") for hook in hooks):
+                return True
+    return False
