@@ -509,7 +509,7 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
     code, printed, _ = run(capsys, "report", "runs/efficientnet_lite0", "--out", "report", "--score", "gini")
     assert code == 0
     assert "efficientnet_lite0, 3 images" in printed
-    assert "gradient, evidence 0.1, conv_head layers" in printed
+    assert "gradient, evidence 0.2, conv_head layers" in printed
     assert sorted(path.name for path in Path("report").iterdir()) == ["report.csv", "report.html", "report.md"]
     for arguments, words in (
         (("report", "runs/efficientnet_lite0", "--out", "report"), "exists already"),
@@ -566,7 +566,9 @@ def test_the_help_of_evaluate_says_the_defaults():
     energy, evidence = (default_edit(name) for name in ("energy", "evidence"))
     softness, other = (default_setting(name, "softness") for name in ("energy", "evidence"))
     assert shown["selector"] == Grid().selectors[0] == "evidence"
-    assert {default_setting(name, "quantile") for name in ("energy", "evidence", "class")} == {float(shown["quantile"])}
+    shares = [default_setting(name, "quantile") for name in ("energy", "class", "evidence")]
+    assert shown["quantile"] == f"{shares[0]:g}, for evidence {shares[2]:g}"
+    assert shares[0] == shares[1]
     assert shown["softness"] == f"{softness:g}, for evidence {other:g}"
     assert shown["layers"] == f"{energy.layers:g}, for evidence {evidence.layers:g}"
     assert shown["conserve"] == energy.conserve == evidence.conserve

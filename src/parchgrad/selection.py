@@ -337,6 +337,7 @@ class Evidence(_RankingSelector):
         (tensor([[ True, False]]), tensor([[0.1000, 0.1000, 1.0000]]))
     """
 
+    quantile: float = 0.2
     softness: float = 1.0
     positions: float = 0.4
 

@@ -32,7 +32,7 @@ from tests.conftest import random_statistics
         ),
         (
             Setting(selector="evidence"),
-            {"quantile": 0.1, "softness": 1.0, "layers": 0.75, "conserve": "energy", "gates": 8.0, "antialias": True},
+            {"quantile": 0.2, "softness": 1.0, "layers": 0.75, "conserve": "energy", "gates": 8.0, "antialias": True},
         ),
         (
             Setting(selector="class", softness=0),
@@ -88,8 +88,8 @@ def test_a_setting_is_the_edit_of_an_explainer(network, name, softness):
         (Setting(), "gradient"),
         (Setting(gates=2), "gradient, gates 2"),
         (Setting(method="grad_cam", antialias=True), "Grad-CAM, antialias on"),
-        (Setting(selector="evidence"), "gradient, evidence 0.1, 0.75 layers"),
-        (Setting(selector="evidence", softness=0), "gradient, evidence 0.1, softness 0, 0.75 layers"),
+        (Setting(selector="evidence"), "gradient, evidence 0.2, 0.75 layers"),
+        (Setting(selector="evidence", softness=0), "gradient, evidence 0.2, softness 0, 0.75 layers"),
         (
             Setting(selector="energy", softness=0, gates=8, antialias=True),
             "gradient, energy 0.1, softness 0, 0.5 layers, gates 8, antialias on",
@@ -191,8 +191,8 @@ def test_a_grid_takes_what_suits_each_selector_and_one_twin_for_those_alike():
     assert titles[4:] == [
         "gradient, random 0.1, 0.5 layers",
         "gradient, energy 0.1, 0.5 layers",
-        "gradient, random 0.1, 0.75 layers, gates 8",
-        "gradient, evidence 0.1, 0.75 layers",
+        "gradient, random 0.2, 0.75 layers, gates 8",
+        "gradient, evidence 0.2, 0.75 layers",
         "gradient, activation 0.1, 0.5 layers",
     ]
 

@@ -74,7 +74,7 @@ def evaluate(
         typer.Option(
             help="Share of the channels at or above the threshold, in (0, 1].",
             rich_help_panel=_COMPARED,
-            show_default="0.1",
+            show_default="0.1, for evidence 0.2",
         ),
     ] = None,
     softness: Annotated[

@@ -254,7 +254,7 @@ class Grid:
             >>> [setting.title for setting in Grid().settings()][:3]
             ['gradient', 'random map', 'Grad-CAM']
             >>> [setting.title for setting in Grid().settings()][4:]
-            ['gradient, random 0.1, 0.75 layers, gates 8', 'gradient, evidence 0.1, 0.75 layers']
+            ['gradient, random 0.2, 0.75 layers, gates 8', 'gradient, evidence 0.2, 0.75 layers']
         """
         found = [Setting(), *(Setting(method=name) for name in _CONTROL_METHODS)]
         for method, selector in itertools.product(self.methods, self.selectors):
