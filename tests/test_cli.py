@@ -668,7 +668,7 @@ def test_every_option_of_a_sweep_reaches_it(capsys, coffee, tmp_path, monkeypatc
 
 
 def test_a_selector_has_its_own_share_unless_told(capsys, coffee, tmp_path):
-    for place, (options, share) in enumerate(((["--quantile", "0.3"], 0.3), ([], 0.1))):
+    for place, (options, share) in enumerate(((["--quantile", "0.3"], 0.3), ([], 0.2))):
         out = tmp_path / str(place)
         assert (
             run(capsys, "explain", coffee, "--selector", "evidence", "--model", "shapes", *options, "--out", out)[0]

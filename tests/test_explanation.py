@@ -98,7 +98,7 @@ def test_files_hold_everything(explanations, tmp_path):
     assert settings["method_options"] == {"abs": False}
     assert (settings["internal_batch_size"], settings["layers_choice"]) == (8, 0.75)
     assert "CenterCrop" in settings["preprocessing"]
-    assert settings["selector"] == {"name": "Evidence", "quantile": 0.1, "softness": 1.0, "positions": 0.4}
+    assert settings["selector"] == {"name": "Evidence", "quantile": 0.2, "softness": 1.0, "positions": 0.4}
     assert (settings["gamma"], settings["conserve"], settings["method"]) == ("inf", "energy", "gradient")
     edit = pg.Edit().resolved()
     assert (settings["gates"], settings["antialias"]) == (edit.gates, edit.antialias)

@@ -119,7 +119,7 @@ class User:
     def ask(self, network="shapes", selector="energy", layers="all", quantile=0.25, **settings):
         """What stands there at once; the settings of `expected` where none are given."""
         chosen = {"method": "gradient", "prune": True, "gamma": 1, "signed": False, "opacity": 1}
-        chosen |= {"softness": 0.5, "gates": 8, "antialias": True} | settings
+        chosen |= {"softness": 0.5, "gates": 1, "antialias": True} | settings
         found = self._client.predict(
             network=network,
             target=self._target,
@@ -636,11 +636,11 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         # A slider, by the keyboard.
         slider = page.one("#quantile input[type=range]")
         page.changes(lambda: slider.send_keys(Keys.ARROW_RIGHT))
-        page.wait(lambda: "best 11%" in page.text("#result"))
+        page.wait(lambda: "best 21%" in page.text("#result"))
         (found,) = pictures(f'class="pg-map" src="{page.map()}"')
-        wanted = expected(lite0, cup, 281, 0.11, name="evidence", layers=0.75)[1]
+        wanted = expected(lite0, cup, 281, 0.21, name="evidence", layers=0.75)[1]
         assert np.abs(found - wanted).max() < 0.003
-        assert "quantile=0.11" in page.text("#code")
+        assert "quantile=0.21" in page.text("#code")
 
         # How steady the map is, until it is another one.
         page.one("#measure").click()
@@ -679,16 +679,16 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
             selector.send_keys(Keys.ENTER)
 
         select("gradient energy")
-        page.wait(lambda: "gradient energy, best 11%" in page.text("#result"))
-        page.wait(lambda: "GradientEnergy(quantile=0.11)" in page.text("#code"))
+        page.wait(lambda: "gradient energy, best 21%" in page.text("#result"))
+        page.wait(lambda: "GradientEnergy(quantile=0.21)" in page.text("#code"))
         assert "Explainer(classifier.model, selector, gates=2)" in page.text("#code")
         assert page.one("#softness input[type=number]").get_attribute("value") == "0.5"
         select("random")
-        page.wait(lambda: "random channels (control), best 11%" in page.text("#result"))
+        page.wait(lambda: "random channels (control), best 21%" in page.text("#result"))
         # They have no softness to set.
         assert not page.one("#softness").is_displayed()
         select("evidence")
-        page.wait(lambda: "pg.Evidence(quantile=0.11)" in page.text("#code"))
+        page.wait(lambda: "pg.Evidence(quantile=0.21)" in page.text("#code"))
         assert "Explainer(classifier.model, selector, gates=2)" in page.text("#code")
         assert page.one("#softness").is_displayed()
 

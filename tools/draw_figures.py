@@ -20,7 +20,6 @@ from parchgrad.demo import demonstrate, example_photographs
 from parchgrad.evaluation.methods import grad_cam, maps_of
 from parchgrad.statistics.collect import collect_gaps
 from parchgrad.visual import save_figure
-from parchgrad.visual.animation import save_animation
 from parchgrad.visual.channels import gap_histogram, kept_channels
 from parchgrad.visual.maps import tint
 from parchgrad.visual.sweeps import quantile_sweep
@@ -54,17 +53,6 @@ def draw_hero() -> None:
     for axis, index in zip(axes[:, 0], target.tolist(), strict=True):
         axis.set_ylabel(classifier.categories[index], fontsize=13)
     save_figure(figure, IMAGES / "hero.jpg", dots_per_inch=80)
-
-
-def draw_film() -> None:
-    """An espresso, its plain gradient, and two maps that move through the share of channels."""
-    classifier, espresso = pg.load_model("efficientnet_lite0"), Image.fromarray(data.coffee())
-    selectors = {"gradient energy": pg.GradientEnergy(), "evidence": pg.Evidence()}
-    sweeps = {
-        title: quantile_sweep(classifier, espresso, pg.Edit(selector=selector), quantiles=(0.7, 0.4, 0.2, 0.1))
-        for title, selector in selectors.items()
-    }
-    save_animation(sweeps, IMAGES / "film.gif")
 
 
 def draw_demonstration() -> None:
@@ -118,7 +106,6 @@ def draw_responses() -> None:
 
 if __name__ == "__main__":
     draw_hero()
-    draw_film()
     draw_demonstration()
     draw_noise()
     draw_sweep()
