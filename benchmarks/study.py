@@ -179,8 +179,8 @@ def make_questions() -> list[Question]:
         Question(
             title="The default beside its peers",
             text="The default is `pg.Explainer(model)`: soft `Evidence` on the upper three quarters of the "
-            "convolutions, norm kept, with soft gates and smooth strides. Its settings were chosen on the even images "
-            "of CIFAR-10 and EfficientNet-Lite0, never on shapes or on EfficientNet-Lite1. `softness 0, conserve "
+            "convolutions, norm kept, with soft gates and smooth strides. Nothing was chosen on shapes or on "
+            "EfficientNet-Lite1. `softness 0, conserve "
             "independent` are the hard cuts as they were before.",
             reference=DEFAULT,
             settings=(*CONTROLS, RULES_ALONE, RANDOM, HARD, HARD_ENERGY, ENERGY, ACTIVATION, CLASS_WISE, PUBLISHED),

@@ -217,10 +217,9 @@ def _check_normality_threshold(threshold: float | None) -> None:
         raise SettingError(f"normality_threshold is {threshold!r}, but it must lie in (0, 1], or be None for no gate.")
 
 
-def _defaults(softness: float, **suits: float) -> EditDefaults:
+def _defaults(softness: float, suits: EditDefaults = EditDefaults()) -> EditDefaults:
     """What suits a selector that ranks: a hard cut is the published method, with the true derivatives around it."""
-    found = EditDefaults(**suits)  # type: ignore[arg-type]  # all that is passed are numbers
-    return found if softness else replace(found, gates=0.0, antialias=False)
+    return suits if softness else replace(suits, gates=0.0, antialias=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +349,7 @@ class Evidence(_RankingSelector):
     def defaults(self) -> EditDefaults:
         """The settings that suit this selector (see `Selector.defaults`)."""
         # Wide gates forget the class unless the evidence brings it back.
-        return _defaults(self.softness, layers=0.75, gates=8.0)
+        return _defaults(self.softness, EditDefaults(layers=0.75, gates=8.0))
 
     def observe(self, output: Tensor) -> _Centred:
         """Take the mean over space off the output; of a single place there is none to take."""
