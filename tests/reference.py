@@ -100,6 +100,26 @@ def gate(values, width, low=0.0, high=math.inf):
     return found
 
 
+def soft_winners(gradient, values, windows, width):
+    """The gradient (C, *O) at the maxima of one row (C, *S), shared window by window."""
+    size, stride, padding, dilation = windows
+    spread = values.std(ddof=1)
+    found = np.zeros_like(values)
+    for window in np.ndindex(gradient.shape):
+        shares = {}
+        for offset in np.ndindex(*size):
+            axes = zip(window[1:], stride, padding, offset, dilation, strict=True)
+            place = tuple(number * step - margin + at * spacing for number, step, margin, at, spacing in axes)
+            if all(0 <= at < length for at, length in zip(place, values.shape[1:], strict=True)):
+                place = (window[0], *place)
+                shares[place] = values[place]
+        highest = max(shares.values())
+        shares = {place: max(0.0, 1 + (value - highest) / (width * spread)) for place, value in shares.items()}
+        for place, share in shares.items():
+            found[place] += gradient[window] * share / sum(shares.values())
+    return found
+
+
 def smooth_line(values, stride):
     """A line convolved with the triangle of half-width `stride`, edges replicated."""
     found = []

@@ -1072,6 +1072,24 @@ def rectified_by_hand(module, values, width):
     return Node.apply(values)
 
 
+def pooled_by_hand(module, values, width):
+    """The module's maxima, with the gradient shared as the reference shares it."""
+    windows = [(value, value) if isinstance(value, int) else value for value in (module.kernel_size, module.stride)]
+    windows += [(value, value) for value in (module.padding, module.dilation)]
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(_, values):
+            return module(values)
+
+        @staticmethod
+        def backward(_, gradient):
+            rows = zip(gradient.numpy(), values.detach().numpy(), strict=True)
+            return torch.from_numpy(np.stack([reference.soft_winners(*row, windows, width) for row in rows]))
+
+    return Node.apply(values)
+
+
 def network_by_hand(model, value, selector, layers, gates, antialias, gamma=math.inf, conserve="energy"):
     """A chain of modules, run with the reference's formulas on the way back."""
     for name, module in model.named_children():
@@ -1082,6 +1100,8 @@ def network_by_hand(model, value, selector, layers, gates, antialias, gamma=math
             value = on_the_way_back(value, smooth)
         if isinstance(module, (nn.ReLU, nn.ReLU6, nn.LeakyReLU)):
             value = rectified_by_hand(module, value, gates)
+        elif gates and isinstance(module, nn.MaxPool2d):
+            value = pooled_by_hand(module, value, gates)
         else:
             value = module(value)
         if selector is not None and name in layers:

@@ -12,8 +12,16 @@ from torch import nn
 from torch.nn import functional
 
 from parchgrad import rules
-from parchgrad.errors import SettingError
-from parchgrad.rules import BackwardRules, check_antialias, check_gates, smooth_strides, soft_gate
+from parchgrad.errors import ModelError, SettingError
+from parchgrad.rules import (
+    BackwardRules,
+    Windows,
+    check_antialias,
+    check_gates,
+    smooth_strides,
+    soft_gate,
+    soft_winners,
+)
 from tests import reference
 
 
@@ -393,9 +401,10 @@ def test_every_strided_operation_keeps_its_values_and_sends_back_a_smooth_gradie
     (found,) = torch.autograd.grad(first_of(output).square().sum(), leaf)
     torch.testing.assert_close(found, smooth_by_hand(plain, strides))
     assert not torch.allclose(found, plain)
-    with BackwardRules(gates=2.0, antialias=False):
-        (found,) = torch.autograd.grad(first_of(call(leaf)).square().sum(), leaf)
-    assert torch.equal(found, plain)
+    if way not in POOLED:
+        with BackwardRules(gates=2.0, antialias=False):
+            (found,) = torch.autograd.grad(first_of(call(leaf)).square().sum(), leaf)
+        assert torch.equal(found, plain)
 
 
 @pytest.mark.parametrize(
@@ -403,9 +412,7 @@ def test_every_strided_operation_keeps_its_values_and_sends_back_a_smooth_gradie
     [
         nn.Conv2d(4, 5, 3).double(),
         nn.Conv1d(4, 5, 3, padding="same").double(),
-        nn.MaxPool2d(3, stride=1),
         nn.AvgPool2d(3, stride=1),
-        lambda x: functional.max_pool2d(x, 3, (1, 1), 1),
         nn.AdaptiveAvgPool2d(2),
         nn.Upsample(scale_factor=2),
     ],
@@ -419,15 +426,131 @@ def test_operations_without_a_stride_are_left_alone(call):
     assert torch.equal(torch.autograd.grad(output.square().sum(), leaf)[0], plain)
 
 
+# Soft winners
+
+
+# How the windows lie: size, stride, padding, dilation.
+POOLED = {
+    "nn.MaxPool1d": ((3,), (2,), (0,), (1,)),
+    "nn.MaxPool2d": ((2, 2), (2, 2), (0, 0), (1, 1)),
+    "nn.MaxPool2d with indices": ((3, 2), (2, 1), (0, 0), (1, 1)),
+    "nn.MaxPool3d": ((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1)),
+    "F.max_pool1d": ((2,), (2,), (0,), (1,)),
+    "F.max_pool2d by name": ((3, 3), (2, 2), (1, 1), (1, 1)),
+    "F.max_pool1d_with_indices": ((3,), (3,), (0,), (1,)),
+    "F.max_pool3d_with_indices": ((3, 3, 3), (2, 2, 2), (0, 0, 0), (1, 1, 1)),
+    "torch.max_pool1d": ((2,), (2,), (0,), (1,)),
+    "torch.max_pool2d": ((3, 3), (2, 2), (0, 0), (1, 1)),
+    "torch.max_pool3d": ((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1)),
+}
+POOLS = {
+    **{way: (STRIDED[way][0], windows) for way, windows in POOLED.items()},
+    "without a stride": (nn.MaxPool2d(3, stride=1, padding=1), ((3, 3), (1, 1), (1, 1), (1, 1))),
+    "dilated": (nn.MaxPool2d(2, stride=(2, 1), dilation=(3, 2)), ((2, 2), (2, 1), (0, 0), (3, 2))),
+    "with gaps": (nn.MaxPool1d(2, stride=4), ((2,), (4,), (0,), (1,))),
+    "beyond the end": (nn.MaxPool2d((2, 3), (2, 3), (0, 1), ceil_mode=True), ((2, 3), (2, 3), (0, 1), (1, 1))),
+}
+
+
+def winners_by_hand(gradient, values, windows, width):
+    rows = zip(gradient.double().numpy(), values.detach().double().numpy(), strict=True)
+    return torch.from_numpy(np.stack([reference.soft_winners(*row, windows, width) for row in rows]))
+
+
+@pytest.mark.parametrize("width", [0.3, 4.0])
+@pytest.mark.parametrize("way", POOLS)
+def test_max_pooling_keeps_its_values_and_shares_its_gradient(way, width):
+    call, windows = POOLS[way]
+    leaf = torch.randn(2, 3, *[7] * len(windows[0]), dtype=torch.float64, requires_grad=True)
+    wanted = call(leaf)
+    with BackwardRules(gates=width, antialias=False):
+        output = call(leaf)
+    assert all(map(torch.equal, output, wanted)) if isinstance(output, tuple) else torch.equal(output, wanted)
+    gradient = torch.randn_like(first_of(wanted))
+    found, plain = (torch.autograd.grad(first_of(one), leaf, gradient)[0] for one in (output, wanted))
+    torch.testing.assert_close(found, winners_by_hand(gradient, leaf, windows, width))
+    assert not torch.allclose(found, plain)
+    # Nothing is lost, and by a ramp of no width to speak of the winner takes all.
+    torch.testing.assert_close(found.flatten(1).sum(dim=1), gradient.flatten(1).sum(dim=1))
+    narrow = soft_winners(gradient, leaf.detach(), first_of(wanted).detach(), Windows(*windows), 1e-9)
+    torch.testing.assert_close(narrow, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_winners_of_lower_precision(dtype):
+    leaf = torch.randn(2, 3, 6, 6).to(dtype).requires_grad_()
+    with BackwardRules(gates=2.0, antialias=False):
+        output = functional.max_pool2d(leaf, 2)
+    gradient = torch.randn_like(output)
+    (found,) = torch.autograd.grad(output, leaf, gradient)
+    expected = winners_by_hand(gradient, leaf, ((2, 2), (2, 2), (0, 0), (1, 1)), 2.0)
+    assert found.dtype == dtype
+    assert (found.double() - expected).abs().max() <= 10 * TOLERANCE[dtype]
+
+
+def test_winners_move_with_the_values_alone():
+    windows = Windows((3, 3), (2, 2), (1, 1), (1, 1))
+
+    def shares(values):
+        maxima = functional.max_pool2d(values, 3, 2, 1)
+        return soft_winners(torch.ones_like(maxima), values, maxima, windows, 1.0)
+
+    values = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    # A step of 1e-6 would move the gradient from one place to another where the winner takes all.
+    step = 1e-6 * torch.randn_like(values)
+    assert (shares(values + step) - shares(values)).abs().max() < 1e-4
+    for scale in (2.0**-100, 2.0**60):
+        assert torch.equal(shares(scale * values), shares(values))
+
+
+def test_equal_values_share_equally():
+    values = torch.full((2, 1, 4, 4), 3.0)
+    values[1, 0, 0] = torch.tensor([5.0, 5.0, 3.0, 3.0])
+    leaf = values.requires_grad_()
+    with BackwardRules(gates=0.5, antialias=False):
+        output = functional.max_pool2d(leaf, 2)
+    found = torch.autograd.grad(output.sum(), leaf)[0][:, 0]
+    assert (found[0] == 0.25).all()
+    assert found[1, :2].tolist() == [[0.5, 0.5, 0.25, 0.25], [0, 0, 0.25, 0.25]]
+
+
+def test_maxima_may_be_overwritten_and_what_was_pooled_may_not():
+    source = torch.randn(2, 3, 6, 6, requires_grad=True)
+    with BackwardRules(gates=2.0, antialias=False):
+        expected = torch.autograd.grad(functional.relu(functional.max_pool2d(source * 1, 2)).sum(), source)[0]
+        found = torch.autograd.grad(functional.relu_(functional.max_pool2d(source * 1, 2)).sum(), source)[0]
+        values = source * 1
+        output = functional.max_pool2d(values, 2)
+        values.add_(1)
+    assert torch.equal(found, expected)
+    with pytest.raises(ModelError, match="max pooling"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 6, 6), (3, 6, 6)])
+def test_winners_without_rows_or_of_a_single_sample(shape):
+    leaf = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with BackwardRules(gates=2.0, antialias=False):
+        output = functional.max_pool2d(leaf, 2)
+    gradient = torch.randn_like(output)
+    (found,) = torch.autograd.grad(output, leaf, gradient)
+    if leaf.dim() == 3:
+        expected = winners_by_hand(gradient.unsqueeze(0), leaf.unsqueeze(0), ((2, 2), (2, 2), (0, 0), (1, 1)), 2.0)[0]
+        torch.testing.assert_close(found, expected)
+    else:
+        assert found.shape == shape
+
+
 # Nesting
 
 
 def test_the_innermost_rules_apply():
     leaf = torch.randn(2, 4, 9, 9, dtype=torch.float64, requires_grad=True)
-    pool = nn.MaxPool2d(2)
+    pool = nn.AvgPool2d(2)
+    seed = torch.randn(2, 4, 4, 4, dtype=torch.float64)
 
     def maps():
-        return torch.autograd.grad(functional.relu(leaf).sum(), leaf)[0], torch.autograd.grad(pool(leaf).sum(), leaf)[0]
+        return torch.autograd.grad(functional.relu(leaf).sum(), leaf)[0], torch.autograd.grad(pool(leaf), leaf, seed)[0]
 
     def is_as(width, antialias):
         gate, stride = maps()

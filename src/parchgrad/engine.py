@@ -426,7 +426,8 @@ class _Session:
         selector = cast(Selector, owner.edit.selector)
         # Some selectors look at the gradient alone.
         if type(selector).observe is not Selector.observe:
-            with torch.no_grad():
+            # The rules around need not see what it computes.
+            with torch.no_grad(), torch._C.DisableTorchFunction():
                 observation = selector.observe(output.detach())
         edit = _LayerEdit(forward, layer, observation)
         geometry = plain_geometry(convolution)

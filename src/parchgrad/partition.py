@@ -142,8 +142,12 @@ def channel_scales(
         tensor([[2.6000, 0.0000]])
     """
     weights = channel_weights.to(norms.dtype)
+    if math.isinf(gamma) and conserve == "energy":
+        # Rows of equal weights need no case of their own: a norm divided by itself is exactly 1.
+        scale = torch.where(weights.any(dim=1, keepdim=True), _norm_keeping(weights, norms), 1.0)
+        return scale.to(gradient.dtype)
     scale = weights
-    if math.isfinite(gamma) or conserve in ("independent", "exact"):
+    if math.isfinite(gamma) or conserve != "none":
         sums = _group_sums(gradient, norms, weights)
         if math.isinf(gamma):
             scale = weights * _pruning_scale(sums, conserve=conserve).unsqueeze(1)
@@ -151,12 +155,17 @@ def channel_scales(
             kept_scale, rest_scale = _damping_scales(sums, gamma=gamma, conserve=conserve)
             scale = torch.lerp(rest_scale.unsqueeze(1), kept_scale.unsqueeze(1), weights.to(kept_scale))
     if conserve == "energy":
-        before, after = (torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in (norms, scale * norms))
-        scale = scale * torch.where(after == 0, 1.0, before / after)
+        scale = _norm_keeping(scale, norms)
     one_sided = (weights == 1).all(dim=1, keepdim=True) | (weights == 0).all(dim=1, keepdim=True)
     # A gradient that is broken in a pruned channel must not come out finite: zero times infinity is NaN.
     broken = norms.sum(dim=1, keepdim=True).mul_(0)
     return (torch.where(one_sided, 1.0, scale) + broken).to(gradient.dtype)
+
+
+def _norm_keeping(scales: Tensor, norms: Tensor) -> Tensor:
+    """Stretch the factors of each row so that its norm stays, where anything of it is left."""
+    before, after = (torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in (norms, scales * norms))
+    return scales * torch.where(after == 0, 1.0, before / after)
 
 
 def channel_norms(gradient: Tensor) -> Tensor:
@@ -206,7 +215,7 @@ def in_ordinary_range(values: Tensor, norms: Tensor | None = None) -> tuple[Tens
     # Reading a number is no wait on the CPU; elsewhere a copy costs less than the wait.
     if values.device.type == "cpu":
         lengths = torch.linalg.vector_norm(channel_norms(values) if norms is None else norms, dim=1)
-        if bool(((lengths > _ORDINARY_NORMS[0]) & (lengths < _ORDINARY_NORMS[1])).all()):
+        if torch.equal(lengths, lengths.clamp(*_ORDINARY_NORMS)):
             return values, None
     peak = torch.linalg.vector_norm(values.flatten(1), math.inf, dim=1)
     exponent = torch.frexp(torch.where(peak.isfinite(), peak, 0.0)).exponent.clamp_(-126, 126)

@@ -1,9 +1,10 @@
-"""How rectifiers and strided operations pass the gradient on: soft gates and smooth strides.
+"""How rectifiers, max pooling and strided operations pass the gradient on: soft gates and smooth strides.
 
 Both act on the way back alone; the values of the forward pass stay as they are. A mode of torch sees the calls of a
 forward pass, by modules and by functions, so that the model need not be touched.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parchgrad.checks import is_number
-from parchgrad.errors import SettingError
-from parchgrad.partition import at_least_float32, in_ordinary_range, restored_range, row_norms, without_autocast
+from parchgrad.errors import ModelError, SettingError
+from parchgrad.partition import at_least_float32, channel_norms, in_ordinary_range, restored_range, row_norms
 
 __all__ = [
     "BackwardRules",
+    "Windows",
     "check_antialias",
     "check_gates",
     "has_active_rules",
@@ -28,6 +30,7 @@ __all__ = [
     "refuse_second_derivatives",
     "smooth_strides",
     "soft_gate",
+    "soft_winners",
 ]
 
 
@@ -69,14 +72,13 @@ def soft_gate(values: Tensor, width: float, *, low: float = 0.0, high: float = m
     sides = ([wide - low if low else wide] if low > -math.inf else []) + ([high - wide] if high < math.inf else [])
     if width == 0:
         return _true_derivative(sides, values)
-    spread = _row_deviation(wide)
     # hardsigmoid(x) is clamp(x / 6 + 1/2, 0, 1) in one go.
-    steepness = (6 / (width * spread)).reshape(-1, *[1] * (wide.dim() - 1))
+    steepness = _row_variance(wide, scale=(width / 6) ** 2).rsqrt_().reshape(-1, *[1] * (wide.dim() - 1))
     gate = torch.ones_like(wide) if not sides else F.hardsigmoid(sides[0] * steepness, inplace=True)
     for side in sides[1:]:
         gate = gate.mul_(F.hardsigmoid(side * steepness, inplace=True))
     # Reading a number is no wait on the CPU.
-    if values.device.type != "cpu" or not bool((spread > 0).all()):
+    if values.device.type != "cpu" or not bool((steepness < math.inf).all()):
         gate = torch.where(steepness.isfinite(), gate, _true_derivative(sides, wide))
     softened: Tensor = gate.to(values.dtype)
     return softened
@@ -90,16 +92,93 @@ def _true_derivative(sides: Sequence[Tensor], like: Tensor) -> Tensor:
     return derivative
 
 
-def _row_deviation(values: Tensor) -> Tensor:
-    """Unbiased standard deviation of each row, shape (B,); 0 of a single value."""
+def _row_variance(values: Tensor, *, scale: float) -> Tensor:
+    """Unbiased variance of each row times a factor, shape (B,); 0 of a single value."""
     flat = values.flatten(1)
     count = flat.shape[1]
     if count < 2:
         return flat.new_zeros(len(flat))
-    # torch's own standard deviation takes twice as long on a CPU.
-    mean = flat.sum(dim=1) / count
-    variance = (row_norms(values).square() - count * mean.square()).clamp_min(0) / (count - 1)
-    return variance.sqrt()
+    # torch's own variance takes twice as long on a CPU.
+    total = flat.sum(dim=1)
+    squares = row_norms(values).square_()
+    return squares.addcmul_(total, total, value=-1 / count).clamp_min_(0).mul_(scale / (count - 1))
+
+
+class Windows(NamedTuple):
+    """The windows of a pooling operation; each tuple holds a number per spatial dimension."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def margins(self, lengths: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Padding, in torch's order, that makes inputs of these lengths end with the last of so many windows."""
+        margins: list[int] = []
+        for length, count, size, stride, padding, dilation in zip(lengths, counts, *self, strict=True):
+            needed = (count - 1) * stride + (size - 1) * dilation + 1
+            # The last dimension comes first.
+            margins = [padding, needed - padding - length, *margins]
+        return margins
+
+    def places(self, counts: Sequence[int]) -> list[tuple[Any, ...]]:
+        """Index of the first value of every window of a padded input, of the second, and so on."""
+        offsets = [range(0, size * step, step) for size, step in zip(self.size, self.dilation, strict=True)]
+        return [
+            (
+                ...,
+                *[
+                    slice(start, start + (count - 1) * stride + 1, stride)
+                    for start, count, stride in zip(starts, counts, self.stride, strict=True)
+                ],
+            )
+            for starts in itertools.product(*offsets)
+        ]
+
+
+def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Windows, width: float) -> Tensor:
+    """Share the gradient of max pooling among the values of each window that come close to its maximum.
+
+    A value `z` of a window with the maximum `m` gets a share proportional to `clamp(1 + (z - m) / (width * sd), 0, 1)`
+    with `sd` the standard deviation of the pooled values over the row. The true gradient goes to the winner alone, and
+    jumps to another place when two values swap ranks. Equal values get equal shares.
+
+    Source: this package.
+
+    Args:
+        gradient: gradient at the maxima, shape (B, C, *O).
+        values: what was pooled, shape (B, C, *S).
+        maxima: maximum of each window, shape (B, C, *O).
+        windows: how the windows lie.
+        width: width of the ramp in standard deviations, above 0.
+
+    Returns:
+        Gradient at the values, of their shape and dtype.
+
+    Example:
+        >>> values = torch.tensor([[[1.0, 3.0, 9.0, 9.0]]])
+        >>> maxima = torch.tensor([[[3.0, 9.0]]])
+        >>> windows = Windows(size=(2,), stride=(2,), padding=(0,), dilation=(1,))
+        >>> soft_winners(torch.tensor([[[1.0, 2.0]]]), values, maxima, windows, 1.0).round(decimals=3)
+        tensor([[[0.3390, 0.6610, 1.0000, 1.0000]]])
+    """
+    if values.dim() == len(windows.size) + 1:
+        # A single sample, without a batch dimension.
+        gradient, values, maxima = (part.unsqueeze(0) for part in (gradient, values, maxima))
+        return soft_winners(gradient, values, maxima, windows, width).squeeze(0)
+    wide, counts = at_least_float32(values), maxima.shape[2:]
+    # Where all values are the same, each is a winner.
+    steepness = _row_variance(wide, scale=width**2).rsqrt_().nan_to_num_(0.0, posinf=0.0)
+    steepness = steepness.reshape(-1, *[1] * (wide.dim() - 1))
+    margins, places = windows.margins(values.shape[2:], counts), windows.places(counts)
+    padded = F.pad(wide * steepness, margins, value=-math.inf)
+    floor = (maxima * steepness).sub_(1)
+    weights = [(padded[place] - floor).relu_() for place in places]
+    shared = gradient / torch.stack(weights).sum(dim=0)
+    found = torch.zeros_like(padded)
+    for place, weight in zip(places, weights, strict=True):
+        found[place].addcmul_(weight, shared)
+    return F.pad(found, [-margin for margin in margins]).to(values.dtype)
 
 
 def smooth_strides(gradient: Tensor, strides: Sequence[int]) -> Tensor:
@@ -124,23 +203,31 @@ def smooth_strides(gradient: Tensor, strides: Sequence[int]) -> Tensor:
     if gradient.dim() == len(strides) + 1:
         # A single sample, without a batch dimension.
         return smooth_strides(gradient.unsqueeze(0), strides).squeeze(0)
-    wide, unit = in_ordinary_range(at_least_float32(gradient))
-    channels = wide.shape[1]
-    kernel = wide.new_ones([1] * len(strides))
-    for dimension, stride in enumerate(strides):
-        triangle = stride - torch.arange(1 - stride, stride, device=wide.device).abs()
-        shape = [-1 if other == dimension else 1 for other in range(len(strides))]
-        kernel = kernel * (triangle.to(wide) / stride**2).reshape(shape)
+    wide = at_least_float32(gradient)
+    norms = channel_norms(wide)
+    wide, unit = in_ordinary_range(wide, norms)
     # The last dimension comes first in torch's padding.
     margins = [side for stride in reversed(strides) for side in (stride - 1, stride - 1)]
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(strides) - 1]
-    with without_autocast(gradient.device.type):
-        padded = F.pad(wide, margins, mode="replicate")
-        smooth = convolve(padded, kernel.expand(channels, 1, *kernel.shape), groups=channels)
-    before, after = row_norms(wide), row_norms(smooth)
+    smooth = F.pad(wide, margins, mode="replicate")
+    for dimension, stride in enumerate(strides, 2):
+        # The triangular kernel is a box twice; its factor goes into the norm.
+        smooth = _summed(_summed(smooth, dimension, stride), dimension, stride)
+    before = torch.linalg.vector_norm(norms, dim=1) if unit is None else row_norms(wide)
+    after = row_norms(smooth)
     scale = torch.where(after == 0, 1.0, before / after)
-    smooth = smooth * scale.reshape(-1, *[1] * (smooth.dim() - 1))
+    smooth.mul_(scale.reshape(-1, *[1] * (smooth.dim() - 1)))
     return restored_range(smooth, unit).to(gradient.dtype)
+
+
+def _summed(values: Tensor, dimension: int, count: int) -> Tensor:
+    """Sum so many neighbours along a dimension, which becomes shorter by that many less one."""
+    if count == 1:
+        return values
+    length = values.shape[dimension] - count + 1
+    total = values.narrow(dimension, 0, length) + values.narrow(dimension, 1, length)
+    for place in range(2, count):
+        total += values.narrow(dimension, place, length)
+    return total
 
 
 class _Rectifier(NamedTuple):
@@ -187,7 +274,10 @@ _RECTIFIERS: Mapping[Any, Callable[..., _Rectifier]] = {
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
     **dict.fromkeys((torch.prelu, Tensor.prelu), _prelu),
 }
-_RECTIFIER_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU)
+_GATED_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+)
 
 
 def _convolution_stride(
@@ -200,30 +290,43 @@ def _pooling_stride(input: Tensor, kernel_size: Any, stride: Any = None, *_: Any
     return stride or kernel_size
 
 
+def _pooling_windows(
+    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, *_: Any, **__: Any
+) -> tuple[Any, ...]:
+    return kernel_size, stride or kernel_size, padding, dilation
+
+
+# By the number of spatial dimensions.
+_MAX_POOLING: Mapping[Any, int] = {
+    function: count
+    for count, functions in enumerate(
+        (
+            (F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices),
+            (F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices),
+            (F.max_pool3d, torch.max_pool3d, F.max_pool3d_with_indices),
+        ),
+        1,
+    )
+    for function in functions
+}
 _STRIDED: Mapping[Any, tuple[int, Callable[..., Any]]] = {
     **{function: (count, _convolution_stride) for count, function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
     **{
         function: (count, _pooling_stride)
-        for count, functions in enumerate(
-            (
-                (F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices, F.avg_pool1d),
-                (F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices, F.avg_pool2d),
-                (F.max_pool3d, torch.max_pool3d, F.max_pool3d_with_indices, F.avg_pool3d),
-            ),
-            1,
-        )
-        for function in functions
+        for count, function in enumerate((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), 1)
     },
+    **{function: (count, _pooling_stride) for function, count in _MAX_POOLING.items()},
 }
 
 
 class BackwardRules(TorchFunctionMode):
-    """While active, rectifiers get soft gates and strided operations smooth strides on the way back.
+    """While active, rectifiers and max pooling get soft gates and strided operations smooth strides on the way back.
 
     Of nested rules the innermost apply; rules that ask for nothing keep those around them out.
 
     Attributes:
-        gates: width of the gates in standard deviations of what enters a rectifier; 0 leaves the true derivative.
+        gates: width of the gates in standard deviations of what enters a rectifier or max pooling; 0 leaves the true
+            derivatives.
         antialias: whether strides are smoothed.
 
     Example:
@@ -264,6 +367,8 @@ class BackwardRules(TorchFunctionMode):
             strides = _per_dimension(read(*args, **named), dimensions)
             if max(strides) > 1:
                 args, named = _with_input(args, named, _SmoothStride.apply(_input_of(args, named), strides))
+        if self.gates and function in _MAX_POOLING and self._applies(args, named):
+            return _pool(function, args, named, self.gates)
         return function(*args, **named)
 
     def _applies(self, args: Sequence[Any], named: Mapping[str, Any]) -> bool:
@@ -311,6 +416,16 @@ def _rectify(function: Any, args: Sequence[Any], named: Mapping[str, Any], width
     if result is alias:
         return cast(Tensor, _SoftRectifierInPlace.apply(values, derivative))
     return cast(Tensor, _SoftRectifier.apply(values, [result], derivative))
+
+
+def _pool(function: Any, args: Sequence[Any], named: Mapping[str, Any], width: float) -> Any:
+    """Call max pooling as it is, and return its result under a node that shares the gradient."""
+    dimensions = _MAX_POOLING[function]
+    windows = Windows(*[_per_dimension(value, dimensions) for value in _pooling_windows(*args, **named)])
+    result = function(*args, **named)
+    maxima, *indices = result if isinstance(result, tuple) else (result,)
+    softened = _SoftWinners.apply(_input_of(args, named), [maxima], windows, width)
+    return (softened, *indices) if indices else softened
 
 
 def refuse_second_derivatives() -> None:
@@ -363,6 +478,24 @@ class _SoftRectifierInPlace(torch.autograd.Function):
         return gradient * ctx.derivative, None
 
 
+class _SoftWinners(torch.autograd.Function):
+    """Max pooling that was computed already. Its maxima come in a list, into which autograd does not look."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, hidden: list[Tensor], windows: Windows, width: float) -> Tensor:
+        # Not by save_for_backward: checkpointing counts what is saved. The maxima may be overwritten later.
+        ctx.values, ctx.maxima, ctx.version = values.detach(), hidden[0].clone(), values._version
+        ctx.windows, ctx.width = windows, width
+        return hidden[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        if ctx.values._version != ctx.version:
+            raise ModelError("The input of max pooling was changed in place after it was pooled; work on a copy of it.")
+        return soft_winners(gradient, ctx.values, ctx.maxima, ctx.windows, ctx.width), None, None, None
+
+
 class _SmoothStride(torch.autograd.Function):
     """The input of a strided operation, whose gradient is smoothed."""
 
@@ -386,7 +519,7 @@ def is_pass_through(node: Any) -> bool:
 def has_replaced_rectifiers(model: nn.Module) -> bool:
     """Whether a Captum method has put hooks on the model's rectifiers, to replace their backward pass itself."""
     for module in model.modules():
-        if isinstance(module, _RECTIFIER_MODULES):
+        if isinstance(module, _GATED_MODULES):
             hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
             if any(str(getattr(hook, "__module__", "")).startswith("captum.") for hook in hooks):
                 return True

@@ -186,7 +186,7 @@ def soft_weights(scores: Tensor, threshold: Tensor | float, softness: float) -> 
         return scores >= threshold
     # By a tiny threshold every positive score is far above it.
     positive = torch.as_tensor(threshold, dtype=scores.dtype).clamp_min(torch.finfo(scores.dtype).tiny)
-    weights = (scores / positive).sub_(1 - softness).div_(2 * softness).clamp_(0, 1)
+    weights = (scores / (2 * softness * positive)).sub_((1 - softness) / (2 * softness)).clamp_(0, 1)
     return weights.masked_fill_(scores.amax(dim=1, keepdim=True) <= 0, 1)
 
 
@@ -361,8 +361,8 @@ class Evidence(_RankingSelector):
         centred = wide - mean
         norms = torch.linalg.vector_norm(centred, dim=2)
         # A channel that is the same everywhere leaves the rounding of its mean.
-        rounding = mean[:, :, 0].abs() * (4 * torch.finfo(wide.dtype).eps * math.sqrt(wide.shape[2]))
-        return _Centred(centred, norms.masked_fill(norms <= rounding, math.inf))
+        rounding = mean.squeeze(2).abs_().mul_(4 * torch.finfo(wide.dtype).eps * math.sqrt(wide.shape[2]))
+        return _Centred(centred, norms.masked_fill_(norms <= rounding, math.inf))
 
     def select(self, signal: LayerSignal) -> Selection:
         """Rank by `sum_S relu(e) * g * c / |c|` with `e = sum_C g * c`, places by `e` (see `Selector.select`)."""
@@ -370,7 +370,7 @@ class Evidence(_RankingSelector):
         products = at_least_float32(_flat(signal.gradient)) * centred
         evidence = products.sum(dim=1)
         with without_autocast(products.device.type):
-            scores = torch.matmul(products, evidence.relu().unsqueeze(2)).squeeze(2) / norms
+            scores = torch.bmm(products, evidence.relu().unsqueeze(2)).squeeze(2).div_(norms)
         places = self._place_weights(evidence)
         if places is not None:
             places = places.reshape(len(places), *signal.gradient.shape[2:])
@@ -382,12 +382,10 @@ class Evidence(_RankingSelector):
             return None
         threshold = kth_largest(evidence, self.positions)
         if self.softness == 0:
-            kept = (evidence >= threshold).to(evidence.dtype)
-        else:
-            spread = evidence.std(dim=1, keepdim=True)
-            # Where the evidence is the same everywhere no place is damped.
-            kept = (evidence - threshold).div_(self.softness * spread).add_(0.5).nan_to_num_(1.0).clamp_(0, 1)
-        return kept.mul_(1 - _DAMPING).add_(_DAMPING)
+            return (evidence >= threshold).to(evidence.dtype).mul_(1 - _DAMPING).add_(_DAMPING)
+        steepness = (1 - _DAMPING) / self.softness / evidence.std(dim=1, keepdim=True)
+        # Where the evidence is the same everywhere no place is damped.
+        return (evidence - threshold).mul_(steepness).add_((1 + _DAMPING) / 2).nan_to_num_(1.0).clamp_(_DAMPING, 1)
 
 
 # What is left of the gradient at places without evidence: nothing at all would leave some maps empty.
