@@ -43,6 +43,7 @@ from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Setting
 from parchgrad.evaluation.summary import valid_mean
 from parchgrad.files import writing
+from parchgrad.rules import smooth_strides
 from parchgrad.statistics.collect import Labels
 from parchgrad.statistics.tests import TTest
 from parchgrad.visual import save_figure
@@ -73,7 +74,7 @@ NAMES = {"energy": "GradientEnergy", "evidence": "Evidence", "class": "ClassWise
 STUDENT, NO_GATE, ANEW = "class, Student's test", "class, no normality gate", "class, statistics collected anew"
 CHANNELS_ALONE, POSITIONS_ALONE = "evidence, channels alone", "evidence, positions alone"
 SMOOTHGRAD = "SmoothGrad, 16 passes"
-SOFT_POOLING = "evidence, soft max pooling"
+ONE_WINNER = "evidence, one winner in max pooling"
 AXES = {
     "quantile": "share of the channels at or above the threshold",
     "layers": "layers",
@@ -195,7 +196,7 @@ def make_questions() -> list[Question]:
                 *(HARD_ENERGY, ENERGY, ACTIVATION, HARD, DEFAULT),
             ),
             own=lambda track: [SMOOTHGRAD],
-            tracks=TUNED,
+            tracks=SINGLE_IMAGES,
         ),
         *(
             Question(
@@ -205,7 +206,7 @@ def make_questions() -> list[Question]:
                 settings=tuple(
                     replace(setting, softness=softness) for softness in SOFTNESSES if softness != setting.softness
                 ),
-                tracks=TUNED,
+                tracks=TUNED if setting == DEFAULT else SMALL,
             )
             for setting in (DEFAULT, ENERGY, CLASS_WISE)
         ),
@@ -222,7 +223,7 @@ def make_questions() -> list[Question]:
             text="The plain gradient with either, and with both.",
             reference=PLAIN,
             settings=(*(Setting(gates=gates) for gates in GATES[1:]), Setting(antialias=True), RULES_ALONE),
-            tracks=TUNED,
+            tracks=SMALL,
             axis="gates",
         ),
         Question(
@@ -234,13 +235,14 @@ def make_questions() -> list[Question]:
                 replace(DEFAULT, gates=0.0),
                 replace(DEFAULT, gates=0.0, antialias=False),
             ),
+            tracks=SINGLE_IMAGES,
         ),
         Question(
             title="What should a layer keep?",
             text="`conserve`: the norm (`energy`), the variance of the sum (`independent`, `exact`), or nothing.",
             reference=DEFAULT,
             settings=tuple(replace(DEFAULT, conserve=conserve) for conserve in ("independent", "exact", "none")),
-            tracks=TUNED,
+            tracks=SMALL,
         ),
         Question(
             title="Softness, gates and conservation together",
@@ -262,7 +264,7 @@ def make_questions() -> list[Question]:
                 reference=setting,
                 settings=tuple(replace(setting, layers=layers) for layers in LAYERS if layers != setting.layers),
                 axis="layers",
-                tracks=SINGLE_IMAGES,
+                tracks=SINGLE_IMAGES if setting == DEFAULT else SMALL,
             )
             for setting in (DEFAULT, ENERGY)
         ),
@@ -275,7 +277,7 @@ def make_questions() -> list[Question]:
                 replace(DEFAULT, quantile=quantile) for quantile in QUANTILES if quantile != DEFAULT.quantile
             ),
             axis="quantile",
-            tracks=SINGLE_IMAGES,
+            tracks=SMALL,
         ),
         Question(
             title="Which part of Evidence does it?",
@@ -283,7 +285,7 @@ def make_questions() -> list[Question]:
             reference=DEFAULT,
             settings=(),
             own=lambda track: [CHANNELS_ALONE, POSITIONS_ALONE],
-            tracks=TUNED,
+            tracks=SMALL,
         ),
         Question(
             title="Does it help methods of many passes, and Grad-CAM?",
@@ -296,7 +298,7 @@ def make_questions() -> list[Question]:
                 for setting in (PLAIN, RULES_ALONE, DEFAULT)
                 if method != "grad_cam" or setting != DEFAULT
             ),
-            tracks=SMALL,
+            tracks=("shapes",),
         ),
         Question(
             title="Prune or damp?",
@@ -312,17 +314,17 @@ def make_questions() -> list[Question]:
                 "weights shuffled.",
                 reference=setting,
                 settings=(replace(setting, masks="another"), replace(setting, masks="shuffled")),
-                tracks=TUNED,
+                tracks=SINGLE_IMAGES if setting == DEFAULT else SMALL,
             )
             for setting in (DEFAULT, ENERGY, CLASS_WISE)
         ),
         Question(
-            title="Max pooling: one winner, or a soft one?",
-            text="On the way back through max pooling all the gradient goes to the winner. Here it is shared by a "
-            "softmax over the window, with the deviation of the row as its temperature.",
+            title="Max pooling: one winner, or soft ones?",
+            text="The default, but in max pooling the largest value gets all the gradient. Of the networks here only "
+            "that for shapes pools so.",
             reference=DEFAULT,
             settings=(),
-            own=lambda track: [SOFT_POOLING],
+            own=lambda track: [ONE_WINNER],
             tracks=("shapes",),
         ),
         Question(
@@ -362,12 +364,12 @@ def variants_of(held: Mapping[int, pg.ChannelStatistics]) -> dict[str, Callable[
         CHANNELS_ALONE: lambda model: maps_of(pg.Explainer(model, pg.Evidence(positions=1))),
         POSITIONS_ALONE: lambda model: maps_of(pg.Explainer(model, pg.Evidence(quantile=1))),
         SMOOTHGRAD: lambda model: maps_of(pg.Explainer(model, None, method="smoothgrad", samples=16)),
-        SOFT_POOLING: lambda model: maps_of(pg.Explainer(with_soft_pooling(model))),
+        ONE_WINNER: lambda model: maps_of(pg.Explainer(with_one_winner(model))),
     }
 
 
-class SoftMaxPool(nn.Module):
-    """Max pooling by windows side by side, whose gradient is shared by a softmax over the window."""
+class OneWinnerPool(nn.Module):
+    """Max pooling by windows side by side with a smooth stride, whose gradient goes to the winner alone."""
 
     def __init__(self, size: int) -> None:
         """Take the side of the window."""
@@ -376,23 +378,23 @@ class SoftMaxPool(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the maximum of each window."""
+        if inputs.requires_grad:
+            values = inputs.clone()
+            values.register_hook(lambda gradient: smooth_strides(gradient, (self.size, self.size)))
+            inputs = values
         height, width = (side // self.size * self.size for side in inputs.shape[2:])
         windows = inputs[:, :, :height, :width].unfold(2, self.size, self.size).unfold(3, self.size, self.size)
-        values = windows.flatten(4)
-        spread = inputs.detach().flatten(1).std(dim=1).clamp_min(1e-12).reshape(-1, 1, 1, 1, 1)
-        shares = (values.detach() / spread).softmax(dim=4)
-        shared = (values * shares).sum(dim=4)
-        # The value is the maximum's, the gradient the shared one's.
-        return shared + (values.amax(dim=4) - shared).detach()
+        # Not by max pooling, whose gradient would be shared.
+        return windows.flatten(4).max(dim=4).values
 
 
-def with_soft_pooling(model: nn.Module) -> nn.Module:
-    """A copy of a network whose max pooling shares its gradient."""
+def with_one_winner(model: nn.Module) -> nn.Module:
+    """A copy of a network whose max pooling sends its gradient to the winner alone."""
     changed = copy.deepcopy(model)
     for parent in list(changed.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.MaxPool2d):
-                setattr(parent, name, SoftMaxPool(int(child.kernel_size)))
+                setattr(parent, name, OneWinnerPool(int(child.kernel_size)))
     return changed.eval()
 
 
@@ -422,7 +424,7 @@ def shapes_track(share: float, half: int) -> Track:
         name="shapes",
         title="Generated shapes, the network that comes with the package",
         model=pg.load_model("shapes").model,
-        data=GeneratedShapes(count=part_of(200, share), seed=100 + half),
+        data=GeneratedShapes(count=part_of(100, share), seed=100 + half),
         target="label",
         scores=("weighted_mass_inside", "aopc", *STEADY, "mass_inside", "gini"),
         families=("perturbation", "localisation", "sparsity", "stability"),
@@ -438,7 +440,8 @@ def cifar10_track(folder: Path, share: float, half: int) -> Track:
     """Half of CIFAR-10's test images here, explained for the predicted class."""
     images, training = labelled(folder / "test"), labelled(folder / "train")
     chosen = Subset(images, range(half, len(images), 2))
-    drawn = sorted(shuffled(len(chosen))[: part_of(500, share)])
+    # The first 150 of the odd ones were looked at before the quantile was settled.
+    drawn = sorted(shuffled(len(chosen))[150:][: part_of(200, share)])
     return Track(
         name="cifar10",
         title="CIFAR-10, ResNet-20",
@@ -461,7 +464,7 @@ def image_tracks(folder: Path, share: float, half: int, lite: int) -> list[Track
     suffix = "" if lite == 0 else "-lite1"
     photographs = Photographs(folder, classifier, with_class=True)
     chosen = Subset(photographs, range(half, len(photographs), 2))
-    drawn = Subset(chosen, sorted(shuffled(len(chosen))[: part_of(80 if lite == 0 else 48, share)]))
+    drawn = Subset(chosen, sorted(shuffled(len(chosen))[: part_of(40 if lite == 0 else 32, share)]))
     others = [2 * place + 1 - half for place in shuffled(len(chosen))]
     alone = Track(
         name=f"photographs{suffix}",
@@ -475,7 +478,7 @@ def image_tracks(folder: Path, share: float, half: int, lite: int) -> list[Track
         unseen=Subset(Photographs(folder, classifier, with_class=False), others),
         labels="predicted",
         sizes=tuple(part_of(size, share) for size in (100, 250, 500)),
-        sanity=part_of(20 if lite == 0 else 12, share),
+        sanity=part_of(20, share),
         noise_draws=1,
     )
     tiled = replace(
@@ -485,7 +488,9 @@ def image_tracks(folder: Path, share: float, half: int, lite: int) -> list[Track
         data=make_mosaics(
             classifier.model,
             LabelledImages(chosen, categories=classifier.categories),
-            count=part_of(24 if lite == 0 else 12, share),
+            count=part_of(16 if lite == 0 else 12, share),
+            # EfficientNet-Lite1 is rarely as sure as that.
+            confidence=0.9 if lite == 0 else 0.5,
             batch_size=8,
         ),
         target="label",

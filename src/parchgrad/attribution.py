@@ -95,9 +95,9 @@ class Explainer:
                 selector.
             gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
             conserve: what a layer keeps: `"energy"`, `"independent"`, `"exact"` or `"none"`; see `partition_gradient`.
-            gates: width of the soft gates of every rectifier, in standard deviations of what enters it; 0 is the true
-                derivative. Off for the methods that replace the rectifiers' backward pass themselves: `DeepLift`,
-                `DeepLiftShap`, `GuidedBackprop`, `GuidedGradCam` and `Deconvolution`.
+            gates: width of the soft gates of every rectifier and of the ramps of max pooling, in standard deviations
+                of what enters; 0 is the true derivative. Off for the methods that replace the rectifiers' backward
+                pass themselves: `DeepLift`, `DeepLiftShap`, `GuidedBackprop`, `GuidedGradCam` and `Deconvolution`.
             antialias: whether the gradient at the input of convolutions and pooling with a stride is smoothed.
             method: `"gradient"`, `"input_x_gradient"`, `"integrated_gradients"`, `"smoothgrad"`, or the class name of
                 any Captum gradient attribution that explains the input, such as `"DeepLift"`.

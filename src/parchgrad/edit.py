@@ -26,8 +26,8 @@ class Edit:
         layers: which convolutions are edited; see `choose_layers`.
         gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
         conserve: what a layer keeps: `"energy"`, `"independent"`, `"exact"` or `"none"`; see `partition_gradient`.
-        gates: width of the soft gates of every rectifier, in standard deviations; 0 is the true derivative. See
-            `soft_gate`.
+        gates: width of the soft gates of rectifiers and of the ramps of max pooling, in standard deviations; 0 is the
+            true derivative. See `soft_gate` and `soft_winners`.
         antialias: whether gradients at the input of strided operations are smoothed; see `smooth_strides`.
 
     Raises:

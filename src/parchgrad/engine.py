@@ -123,9 +123,10 @@ class ParchGrad:
             gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
             conserve: what a layer keeps: `"energy"`, `"independent"`, `"exact"` or `"none"`; see `partition_gradient`.
             gates: width of the soft gates of every rectifier (ReLU, ReLU6, Hardtanh, LeakyReLU, PReLU; as modules or
-                functions), in standard deviations of what enters it; 0 is the true derivative. They apply in passes
-                through the model itself, not through a part of it that is called on its own, and stay off where a
-                Captum method replaces the rectifiers' backward pass itself.
+                functions) and of the ramp over which values share the gradient of max pooling, in standard deviations
+                of what enters; 0 is the true derivative. Both apply in passes through the model itself, not through a
+                part of it that is called on its own, and stay off where a Captum method replaces the backward pass of
+                rectifiers itself.
             antialias: whether the gradient at the input of convolutions and pooling with a stride is smoothed.
             target: class per row, or one for all, in place of the class read off the backward signal.
             logits: picks the logits out of an output that is a tuple, a dict or an object of some other kind, such as

@@ -122,18 +122,13 @@ class Windows(NamedTuple):
         return margins
 
     def places(self, counts: Sequence[int]) -> list[tuple[Any, ...]]:
-        """Index of the first value of every window of a padded input, of the second, and so on."""
+        """Index of the first value of each of so many windows in a padded input, of the second, and so on."""
         offsets = [range(0, size * step, step) for size, step in zip(self.size, self.dilation, strict=True)]
-        return [
-            (
-                ...,
-                *[
-                    slice(start, start + (count - 1) * stride + 1, stride)
-                    for start, count, stride in zip(starts, counts, self.stride, strict=True)
-                ],
-            )
-            for starts in itertools.product(*offsets)
-        ]
+        found: list[tuple[Any, ...]] = []
+        for starts in itertools.product(*offsets):
+            spans = zip(starts, counts, self.stride, strict=True)
+            found.append((..., *[slice(start, start + (count - 1) * step + 1, step) for start, count, step in spans]))
+        return found
 
 
 def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Windows, width: float) -> Tensor:
@@ -167,12 +162,11 @@ def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Wind
         gradient, values, maxima = (part.unsqueeze(0) for part in (gradient, values, maxima))
         return soft_winners(gradient, values, maxima, windows, width).squeeze(0)
     wide, counts = at_least_float32(values), maxima.shape[2:]
+    reach = _row_variance(wide, scale=width**2).sqrt_()
     # Where all values are the same, each is a winner.
-    steepness = _row_variance(wide, scale=width**2).rsqrt_().nan_to_num_(0.0, posinf=0.0)
-    steepness = steepness.reshape(-1, *[1] * (wide.dim() - 1))
+    reach = torch.where((reach > 0) & (reach < math.inf), reach, 1.0).reshape(-1, *[1] * (wide.dim() - 1))
     margins, places = windows.margins(values.shape[2:], counts), windows.places(counts)
-    padded = F.pad(wide * steepness, margins, value=-math.inf)
-    floor = (maxima * steepness).sub_(1)
+    padded, floor = F.pad(wide, margins, value=-math.inf), maxima - reach
     weights = [(padded[place] - floor).relu_() for place in places]
     shared = gradient / torch.stack(weights).sum(dim=0)
     found = torch.zeros_like(padded)
