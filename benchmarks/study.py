@@ -206,7 +206,7 @@ def make_questions() -> list[Question]:
                 settings=tuple(
                     replace(setting, softness=softness) for softness in SOFTNESSES if softness != setting.softness
                 ),
-                tracks=TUNED if setting == DEFAULT else SMALL,
+                tracks=SMALL,
             )
             for setting in (DEFAULT, ENERGY, CLASS_WISE)
         ),
@@ -215,7 +215,7 @@ def make_questions() -> list[Question]:
             text="`gates` around every rectifier, in standard deviations of what enters it; 0 is the true derivative.",
             reference=DEFAULT,
             settings=tuple(replace(DEFAULT, gates=gates) for gates in GATES if gates != DEFAULT.gates),
-            tracks=TUNED,
+            tracks=SMALL,
             axis="gates",
         ),
         Question(
@@ -235,7 +235,7 @@ def make_questions() -> list[Question]:
                 replace(DEFAULT, gates=0.0),
                 replace(DEFAULT, gates=0.0, antialias=False),
             ),
-            tracks=SINGLE_IMAGES,
+            tracks=SMALL,
         ),
         Question(
             title="What should a layer keep?",
@@ -264,7 +264,7 @@ def make_questions() -> list[Question]:
                 reference=setting,
                 settings=tuple(replace(setting, layers=layers) for layers in LAYERS if layers != setting.layers),
                 axis="layers",
-                tracks=SINGLE_IMAGES if setting == DEFAULT else SMALL,
+                tracks=SMALL,
             )
             for setting in (DEFAULT, ENERGY)
         ),
@@ -314,7 +314,7 @@ def make_questions() -> list[Question]:
                 "weights shuffled.",
                 reference=setting,
                 settings=(replace(setting, masks="another"), replace(setting, masks="shuffled")),
-                tracks=SINGLE_IMAGES if setting == DEFAULT else SMALL,
+                tracks=SMALL,
             )
             for setting in (DEFAULT, ENERGY, CLASS_WISE)
         ),

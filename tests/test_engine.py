@@ -382,7 +382,7 @@ def test_no_class_without_the_models_output(network):
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     with pg.ParchGrad(network, PinnedChannels(needs_class=True), **TRUE):
         part = network[:3](x).sum()
-        with pytest.raises(TargetError, match="did not start from the model's output"):
+        with pytest.raises(TargetError, match="did not start at the model's output"):
             part.backward()
     with pg.ParchGrad(network, PinnedChannels(needs_class=True), target=1, **TRUE):
         network[:3](x).sum().backward()
@@ -432,7 +432,7 @@ def test_the_class_of_an_earlier_backward_pass_is_not_reused(network):
     handle = network[5].register_forward_hook(lambda module, inputs, output: kept.append(output))
     with pg.ParchGrad(network, selector):
         network(x)[:, 4].sum().backward(retain_graph=True)
-        with pytest.raises(TargetError, match="did not start from the model's output"):
+        with pytest.raises(TargetError, match="did not start at the model's output"):
             kept[0].sum().backward()
     handle.remove()
     assert [signal.classes.tolist() for signal in selector.seen] == [[4, 4]]
@@ -685,6 +685,15 @@ def test_compiled_models_and_parts_are_refused(network):
     with pytest.raises(ModelError, match=r"compiled by torch\.compile"), block:
         pass
     assert hooks(network) == 0
+
+
+# PyTorch says that tracing is on its way out.
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_torchscript_is_refused(network):
+    traced = torch.jit.trace(network, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    for model in (traced, nn.Sequential(nn.Identity(), traced).eval()):
+        with pytest.raises(ModelError, match="TorchScript"):
+            pg.ParchGrad(model, None, gates=4.0)
 
 
 def test_a_block_in_which_the_model_is_not_called_warns(network):
@@ -948,7 +957,7 @@ def test_a_model_without_one_output_tensor_needs_a_target(network):
 
     model = Pair().eval()
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ModelError, match="returns a tuple"), pg.ParchGrad(model, PinnedChannels(needs_class=True)):
+    with pytest.raises(ModelError, match="Cannot infer the class from a tuple"), pg.ParchGrad(model, PinnedChannels(needs_class=True)):
         model(x)
     selector = PinnedChannels(needs_class=True)
     with pg.ParchGrad(model, selector, target=2):
@@ -1478,6 +1487,29 @@ def test_soft_gates_are_off_where_a_method_replaces_rectifiers(method):
         again = input_gradient(model, x, 1)
     with pg.ParchGrad(strided_network(), layers="all") as other:
         torch.testing.assert_close(again, input_gradient(other._model, x, 1), rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("place", [1, 2], ids=["relu", "pool"])
+def test_soft_gates_stay_where_a_method_only_looks_at_a_layer(place):
+    model = rectifiers_of_their_own()
+    x = torch.randn(2, 3, 17, 15, dtype=torch.float64)
+
+    def attribute():
+        method = captum.attr.LayerGradientXActivation(model, model[place])
+        return method.attribute(x.clone().requires_grad_(), target=1).detach()
+
+    with pg.ParchGrad(model, None, gates=4):
+        found = attribute()
+        # The same by autograd, without any hook of Captum's.
+        activation = model[: place + 1](x.clone().requires_grad_())
+    with pg.ParchGrad(model, None, gates=4):
+        pass_through = {}
+        handle = model[place].register_forward_hook(lambda module, inputs, output: pass_through.update(output=output))
+        score = model(x.clone().requires_grad_())[:, 1].sum()
+        handle.remove()
+        gradient = torch.autograd.grad(score, pass_through["output"])[0]
+    torch.testing.assert_close(found, gradient * activation.detach())
+    assert not torch.allclose(found, attribute())
 
 
 def test_threads_with_rules_of_their_own_do_not_see_each_other():

@@ -503,6 +503,25 @@ def test_winners_move_with_the_values_alone():
         assert torch.equal(shares(scale * values), shares(values))
 
 
+def test_padding_by_minus_infinity_is_the_padding_of_the_pool_itself():
+    leaf = torch.randn(2, 3, 7, 7, dtype=torch.float64).relu().requires_grad_()
+    with BackwardRules(gates=2.0, antialias=False):
+        padded = functional.pad(leaf, (1, 1, 1, 1), value=-math.inf)
+        output = functional.max_pool2d(padded, 3, 2)
+    seed = torch.randn_like(output)
+    (found,) = torch.autograd.grad(output, leaf, seed)
+    # Minus infinity counts as 0 in the deviation.
+    zeros = functional.pad(leaf.detach(), (1, 1, 1, 1))
+    width = 2.0 * (zeros.flatten(1).std(dim=1) / leaf.detach().flatten(1).std(dim=1)).reshape(2, 1, 1, 1)
+    for row in range(2):
+        expected = soft_winners(
+            *(part[row : row + 1].detach() for part in (seed, leaf, output)),
+            Windows((3, 3), (2, 2), (1, 1), (1, 1)),
+            float(width[row]),
+        )
+        torch.testing.assert_close(found[row : row + 1], expected)
+
+
 def test_equal_values_share_equally():
     values = torch.full((2, 1, 4, 4), 3.0)
     values[1, 0, 0] = torch.tensor([5.0, 5.0, 3.0, 3.0])

@@ -262,7 +262,7 @@ _INTRODUCTION = """\
 
 `make survey` writes this page anew. It finds every module that registers classifiers in torchvision and timm, builds
 the smallest network of each with random weights, and explains two pictures of noise by the gradient with
-`GradientEnergy(quantile=0.1)`: once with the default convolutions, once with all. A family *works* if
+`GradientEnergy(quantile=0.1, softness=0)`: once with the default convolutions, once with all. A family *works* if
 
 - the maps are finite, not zero, and not the plain ones;
 - they equal, in double precision, those of a second and slower way: a hook on every convolution's output that applies

@@ -87,8 +87,8 @@ class Explainer:
         """Check every setting against the model and the method.
 
         Args:
-            model: a classifier whose output are the logits, shape (B, K), in evaluation mode. Of a
-                DistributedDataParallel wrapper the module inside is meant.
+            model: a classifier that returns logits (B, K), in evaluation mode. A DistributedDataParallel wrapper stands
+                for the module inside it.
             selector: how far each channel matters; None is the plain method, and `layers`, `gamma` and `conserve` are
                 unused.
             layers: which convolutions are edited; see `choose_layers`. Here and below, None takes what suits the
@@ -354,7 +354,7 @@ def heatmap(attribution: Tensor) -> Tensor:
 
 
 def signed_heatmap(attribution: Tensor) -> Tensor:
-    """Average an attribution over colour channels with its sign: positive where it speaks for the class.
+    """Average an attribution over colour channels with its sign: positive where it raises the score.
 
     Colour channels of opposite sign cancel, as they do in the score.
 
@@ -396,7 +396,7 @@ def replaces_rectifiers(method: str) -> bool:
 
 @contextmanager
 def _told_if_independent(*, of_function: bool) -> Iterator[None]:
-    """Say in words where scores were made without the inputs."""
+    """Explain autograd's error when the score is detached."""
     try:
         yield
     except RuntimeError as error:

@@ -74,10 +74,11 @@ class ParchGrad:
     the block: those of most chosen convolutions stay None.
 
     The model is not changed, and on leaving the block no hook is left. One object may be entered several times and
-    from several threads; blocks of other threads are not affected. Of nested blocks only the innermost around a
-    convolution acts, with its own layers alone. First derivatives only: `create_graph=True` is refused.
+    from several threads; blocks of other threads are not affected. When blocks are nested, the innermost one that
+    covers a convolution applies, with its own layers. First derivatives only: `create_graph=True` is refused.
 
-    Checkpointing needs `use_reentrant=False`: the other way is edited only if the backward pass is in the block too.
+    Checkpointing needs `use_reentrant=False`. With `use_reentrant=True` a part is edited only if the backward pass is
+    in the block too, and never gets soft gates.
 
     What the backward signal shows is the seed: of a loss such as cross-entropy, whose largest positive gradient is at
     a competing class, give `target`.
@@ -114,8 +115,8 @@ class ParchGrad:
         """Choose the layers and check every setting; no hook is set before the block is entered.
 
         Args:
-            model: the module whose output are the logits, shape (B, K), or from whose output `logits` picks them. Of a
-                DistributedDataParallel wrapper the module inside is meant.
+            model: a module that returns logits (B, K), or an output from which `logits` picks them. A
+                DistributedDataParallel wrapper stands for the module inside it.
             selector: how far each channel matters; None leaves all channels as they are, so that without `gates` and
                 `antialias` the block is plain.
             layers: which convolutions are edited; see `choose_layers`. Here and below, None takes what suits the
@@ -201,7 +202,7 @@ class ParchGrad:
     ) -> None:
         """Remove the hooks, whatever happened in the block. Warns where the model was not called in it.
 
-        What a pass failed of is raised as it was, also where hooks of another thread came in torch's way.
+        Re-raises the original exception of a failed pass, also where hooks of another thread replaced it.
 
         Raises:
             ParchGradError: if the block is left in another thread or task than it was entered in, or was not entered.
@@ -236,7 +237,7 @@ class ParchGrad:
             warn(
                 f"{len(session.missed)} of {len(self.layers)} chosen convolutions were never called and not edited: "
                 f"{', '.join(session.missed[:3])}{', ...' if len(session.missed) > 3 else ''}; leave out those that "
-                "take no part, such as heads for training alone, and give a model of which no part was compiled.",
+                "take no part, such as heads for training alone, and give a model without compiled parts.",
                 ModelWarning,
             )
         raise_masked_failure(error)
@@ -244,6 +245,11 @@ class ParchGrad:
 
 def _check_not_compiled(model: nn.Module) -> None:
     """Raise `ModelError` if the model or a part of it was compiled: what is compiled may run past hooks set later."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ModelError(
+            "The model or a part of it is TorchScript, which runs past the hooks of its layers. Explain the model as "
+            "it was before torch.jit."
+        )
     # Looked up past nn.Module's own slow way of finding attributes.
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
         raise ModelError(
@@ -427,8 +433,7 @@ class _Session:
         selector = cast(Selector, owner.edit.selector)
         # Some selectors look at the gradient alone.
         if type(selector).observe is not Selector.observe:
-            # The rules around need not see what it computes.
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch.no_grad():
                 observation = selector.observe(output.detach())
         edit = _LayerEdit(forward, layer, observation)
         geometry = plain_geometry(convolution)
@@ -509,8 +514,8 @@ class _Forward:
                 output.register_hook(self.read)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         elif owner._targets is None:
             raise ModelError(
-                f"The model returns a {type(output).__name__}, off which no class can be read; give logits, a "
-                "function that picks them out of it, or give target."
+                f"Cannot infer the class from a {type(output).__name__}. Pass `logits=` to extract the logits, or "
+                "`target=` to name the class."
             )
 
     def read(self, gradient: Tensor) -> None:
@@ -525,8 +530,8 @@ class _Forward:
             classes = next((read for number, read in reversed(list(self._read)) if number == now), None)
         if classes is None:
             raise TargetError(
-                f"No class is known at layer {layer!r}, since the backward pass did not start from the model's output; "
-                "give target, or call the model itself."
+                f"Cannot tell which class layer {layer!r} explains: the backward pass did not start at the model's "
+                "output. Pass `target=`, or call the model itself."
             )
         if classes.numel() not in (1, rows):
             raise TargetError(

@@ -39,7 +39,7 @@ def _nothing_to_do() -> Callable[..., None]:
 
 
 class UnmaskedFailures:
-    """In the block, what a pass failed of is raised as it was; see `raise_masked_failure`.
+    """Re-raise the original exception of a pass that fails in the block; see `raise_masked_failure`.
 
     Example:
         >>> model = torch.nn.Conv1d(3, 1, 1)
@@ -59,12 +59,12 @@ class UnmaskedFailures:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Raise what the pass failed of, where another error stands in its place."""
+        """Re-raise the original exception where another error replaced it."""
         raise_masked_failure(error)
 
 
 def raise_masked_failure(error: BaseException | None) -> None:
-    """Raise what a pass failed of, if torch put another error in its place.
+    """Re-raise the original exception of a pass if torch replaced it.
 
     When a module's pass fails, torch goes over the module's hooks to call those that are always called. Where another
     thread sets or removes one meanwhile, that loop ends in an error of its own.

@@ -135,8 +135,9 @@ def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Wind
     """Share the gradient of max pooling among the values of each window that come close to its maximum.
 
     A value `z` of a window with the maximum `m` gets a share proportional to `clamp(1 + (z - m) / (width * sd), 0, 1)`
-    with `sd` the standard deviation of the pooled values over the row. The true gradient goes to the winner alone, and
-    jumps to another place when two values swap ranks. Equal values get equal shares.
+    with `sd` the standard deviation of the pooled values over the row, where minus infinity counts as 0. The true
+    gradient goes to the winner alone, and jumps to another place when two values swap ranks. Equal values get equal
+    shares.
 
     Source: this package.
 
@@ -162,16 +163,23 @@ def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Wind
         gradient, values, maxima = (part.unsqueeze(0) for part in (gradient, values, maxima))
         return soft_winners(gradient, values, maxima, windows, width).squeeze(0)
     wide, counts = at_least_float32(values), maxima.shape[2:]
-    reach = _row_variance(wide, scale=width**2).sqrt_()
+    variance = _row_variance(wide, scale=width**2)
+    # Reading a number is no wait on the CPU.
+    if values.device.type != "cpu" or not bool(variance.isfinite().all()):
+        # Some networks pad with minus infinity before they pool.
+        variance = _row_variance(wide.masked_fill(wide == -math.inf, 0), scale=width**2)
     # Where all values are the same, each is a winner.
-    reach = torch.where((reach > 0) & (reach < math.inf), reach, 1.0).reshape(-1, *[1] * (wide.dim() - 1))
+    reach = torch.where((variance > 0) & (variance < math.inf), variance.sqrt(), 1.0)
     margins, places = windows.margins(values.shape[2:], counts), windows.places(counts)
-    padded, floor = F.pad(wide, margins, value=-math.inf), maxima - reach
-    weights = [(padded[place] - floor).relu_() for place in places]
-    shared = gradient / torch.stack(weights).sum(dim=0)
-    found = torch.zeros_like(padded)
-    for place, weight in zip(places, weights, strict=True):
-        found[place].addcmul_(weight, shared)
+    padded = F.pad(wide, margins, value=-math.inf)
+    floor = maxima - reach.reshape(-1, *[1] * (wide.dim() - 1))
+    total, found = torch.zeros_like(floor), torch.zeros_like(padded)
+    # The shares are computed twice: there are as many as values in all windows, too many to keep.
+    for place in places:
+        total += (padded[place] - floor).relu_()
+    shared = gradient / total
+    for place in places:
+        found[place].addcmul_((padded[place] - floor).relu_(), shared)
     return F.pad(found, [-margin for margin in margins]).to(values.dtype)
 
 
@@ -316,7 +324,7 @@ _STRIDED: Mapping[Any, tuple[int, Callable[..., Any]]] = {
 class BackwardRules(TorchFunctionMode):
     """While active, rectifiers and max pooling get soft gates and strided operations smooth strides on the way back.
 
-    Of nested rules the innermost apply; rules that ask for nothing keep those around them out.
+    Of nested rules the innermost apply, also where they change nothing.
 
     Attributes:
         gates: width of the gates in standard deviations of what enters a rectifier or max pooling; 0 leaves the true
@@ -515,6 +523,8 @@ def has_replaced_rectifiers(model: nn.Module) -> bool:
     for module in model.modules():
         if isinstance(module, _GATED_MODULES):
             hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-            if any(str(getattr(hook, "__module__", "")).startswith("captum.") for hook in hooks):
+            places = [str(getattr(hook, "__module__", "")) for hook in hooks]
+            # Its methods of layers have their hooks from there, which only look.
+            if any(place.startswith("captum.") and place != "captum._utils.gradient" for place in places):
                 return True
     return False

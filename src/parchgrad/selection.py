@@ -185,8 +185,8 @@ def soft_weights(scores: Tensor, threshold: Tensor | float, softness: float) -> 
     if softness == 0:
         return scores >= threshold
     # By a tiny threshold every positive score is far above it.
-    positive = torch.as_tensor(threshold, dtype=scores.dtype).clamp_min(torch.finfo(scores.dtype).tiny)
-    weights = (scores / (2 * softness * positive)).sub_((1 - softness) / (2 * softness)).clamp_(0, 1)
+    width = (2 * softness * torch.as_tensor(threshold, dtype=scores.dtype)).clamp_min(torch.finfo(scores.dtype).tiny)
+    weights = (scores / width).sub_((1 - softness) / (2 * softness)).clamp_(0, 1)
     return weights.masked_fill_(scores.amax(dim=1, keepdim=True) <= 0, 1)
 
 
@@ -302,6 +302,19 @@ class _Centred(NamedTuple):
     norms: Tensor
 
 
+def _centred(output: Tensor) -> _Centred:
+    """Take the mean over space off an output (B, C, S); of a single place there is none to take."""
+    if output.shape[2] == 1:
+        norms = output[:, :, 0].abs()
+        return _Centred(output.clone(), norms.masked_fill(norms == 0, math.inf))
+    mean = output.mean(dim=2, keepdim=True)
+    centred = output - mean
+    norms = torch.linalg.vector_norm(centred, dim=2)
+    # A channel that is the same everywhere leaves the rounding of its mean.
+    rounding = mean.squeeze(2).abs_().mul_(4 * torch.finfo(output.dtype).eps * math.sqrt(output.shape[2]))
+    return _Centred(centred, norms.masked_fill_(norms <= rounding, math.inf))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence(_RankingSelector):
     """Keep the channels that raise the score where the layer as a whole does, and damp the other places.
@@ -352,17 +365,10 @@ class Evidence(_RankingSelector):
         return _defaults(self.softness, EditDefaults(layers=0.75, gates=8.0))
 
     def observe(self, output: Tensor) -> _Centred:
-        """Take the mean over space off the output; of a single place there is none to take."""
-        wide = at_least_float32(_flat(output))
-        if wide.shape[2] == 1:
-            norms = wide[:, :, 0].abs()
-            return _Centred(wide.clone(), norms.masked_fill(norms == 0, math.inf))
-        mean = wide.mean(dim=2, keepdim=True)
-        centred = wide - mean
-        norms = torch.linalg.vector_norm(centred, dim=2)
-        # A channel that is the same everywhere leaves the rounding of its mean.
-        rounding = mean.squeeze(2).abs_().mul_(4 * torch.finfo(wide.dtype).eps * math.sqrt(wide.shape[2]))
-        return _Centred(centred, norms.masked_fill_(norms <= rounding, math.inf))
+        """Take the mean over space off the output (see `Selector.observe`)."""
+        # Soft gates listen to every call of the forward pass; this one is hidden from them, which saves time.
+        with torch._C.DisableTorchFunction():
+            return _centred(at_least_float32(_flat(output)))
 
     def select(self, signal: LayerSignal) -> Selection:
         """Rank by `sum_S relu(e) * g * c / |c|` with `e = sum_C g * c`, places by `e` (see `Selector.select`)."""
