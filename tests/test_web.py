@@ -226,7 +226,7 @@ def test_what_was_on_its_way_when_the_network_changed_is_no_error(address):
     user._stamp = "of before"
     page = user.show(network="shapes", selector="class")
     assert len(pictures(page)) == 2
-    assert "gradient energy, best 25%" in page
+    assert "gradient energy, quantile 0.25" in page
     assert "needs statistics, but shapes has none; this is gradient energy." in user.status
     assert user.offered["value"] == "energy"
     # The list, which fell back, asks for the same again.
@@ -636,7 +636,7 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         # A slider, by the keyboard.
         slider = page.one("#quantile input[type=range]")
         page.changes(lambda: slider.send_keys(Keys.ARROW_RIGHT))
-        page.wait(lambda: "best 21%" in page.text("#result"))
+        page.wait(lambda: "quantile 0.21" in page.text("#result"))
         (found,) = pictures(f'class="pg-map" src="{page.map()}"')
         wanted = expected(lite0, cup, 281, 0.21, name="evidence", layers=0.75)[1]
         assert np.abs(found - wanted).max() < 0.003
@@ -679,12 +679,12 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
             selector.send_keys(Keys.ENTER)
 
         select("gradient energy")
-        page.wait(lambda: "gradient energy, best 21%" in page.text("#result"))
+        page.wait(lambda: "gradient energy, quantile 0.21" in page.text("#result"))
         page.wait(lambda: "GradientEnergy(quantile=0.21)" in page.text("#code"))
         assert "Explainer(classifier.model, selector, gates=2)" in page.text("#code")
         assert page.one("#softness input[type=number]").get_attribute("value") == "0.5"
         select("random")
-        page.wait(lambda: "random channels (control), best 21%" in page.text("#result"))
+        page.wait(lambda: "random channels (control), quantile 0.21" in page.text("#result"))
         # They have no softness to set.
         assert not page.one("#softness").is_displayed()
         select("evidence")

@@ -28,6 +28,12 @@ from parchgrad.visual.teaching import checkerboard_figure, sum_directions
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
+def save_on_white(figure: Figure, name: str) -> None:
+    """Write a figure of the pages, which may be dark."""
+    figure.set_facecolor("white")
+    save_figure(figure, IMAGES / name)
+
+
 def draw_hero() -> None:
     """Four photographs, explained by the default and by what people use, each map on its own scale."""
     classifier = pg.load_model("efficientnet_lite0")
@@ -64,8 +70,8 @@ def draw_demonstration() -> None:
 
 def draw_noise() -> None:
     """Why many weak channels turn the sum of few strong ones, and what strides leave."""
-    save_figure(sum_directions().figure(), IMAGES / "method-directions.png")
-    save_figure(checkerboard_figure(), IMAGES / "method-checkerboard.png")
+    save_on_white(sum_directions().figure(), "method-directions.png")
+    save_on_white(checkerboard_figure(), "method-checkerboard.png")
 
 
 def draw_sweep() -> None:
@@ -85,7 +91,7 @@ def draw_kept_channels() -> None:
     targets = [classifier.find_category(category) for category in categories]
     edit = pg.Edit(selector=pg.GradientEnergy(), layers="all")
     kept = kept_channels(classifier.model, both.unsqueeze(0), targets, edit, categories=categories)
-    save_figure(kept.figure(), IMAGES / "method-kept.png")
+    save_on_white(kept.figure(), "method-kept.png")
 
 
 def draw_responses() -> None:
@@ -101,7 +107,7 @@ def draw_responses() -> None:
     gaps = collect_gaps(shapes.model, (images for images, _ in batches), layer)[:, channel]
     in_class = torch.tensor([found for _, found in pairs]) == label
     figure = gap_histogram(gaps, in_class.numpy(), channel=f"{layer}, channel {channel}", category=category)
-    save_figure(figure, IMAGES / "method-responses.png")
+    save_on_white(figure, "method-responses.png")
 
 
 if __name__ == "__main__":

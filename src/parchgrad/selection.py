@@ -198,7 +198,9 @@ def check_softness(softness: float) -> None:
 
 def _check_quantile(quantile: float) -> None:
     if not is_number(quantile) or not 0 < quantile <= 1:
-        raise SettingError(f"quantile is {quantile!r}, but it must lie in (0, 1]: the share of channels that is kept.")
+        raise SettingError(
+            f"quantile is {quantile!r}, but it must lie in (0, 1]: the share of channels at or above the threshold."
+        )
 
 
 def _check_threshold(quantile: float | None, alpha: float | None) -> None:

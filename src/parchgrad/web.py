@@ -56,7 +56,10 @@ try:
 
     from parchgrad.web_guard import RequestGuard
 except ImportError as error:
-    raise ParchGradError("The explorer needs Gradio; install it with: pip install 'parchgrad[web]'.") from error
+    raise ParchGradError(
+        "The explorer needs Gradio. Install the extra `web`: pip install 'parchgrad[web]', or pip install '.[web]' in "
+        "a checkout."
+    ) from error
 
 __all__ = ["WebSettings", "build_app", "is_loopback", "serve"]
 
@@ -268,7 +271,12 @@ class _Page:
                 elem_id="layers",
             )
         self.quantile = gr.Slider(
-            0.01, 1, value=first.quantile, step=0.01, label="Quantile: share of channels kept", elem_id="quantile"
+            0.01,
+            1,
+            value=first.quantile,
+            step=0.01,
+            label="Quantile: channels at or above the threshold",
+            elem_id="quantile",
         )
         self.softness = gr.Slider(
             0, 1, value=first.softness, step=0.05, label="Softness: 0 is a hard cut", elem_id="softness"
@@ -796,7 +804,7 @@ def _single_page(found: Exploration) -> str:
         maps=[_embed(picture) for picture in pictures],
         category=found.target.category,
         probability=found.target.probability,
-        setting=f"{_SELECTORS[view.selector].lower()}, best {view.quantile:.0%}{strength}",
+        setting=f"{_SELECTORS[view.selector].lower()}, quantile {view.quantile:g}{strength}",
     )
 
 
