@@ -957,7 +957,8 @@ def test_a_model_without_one_output_tensor_needs_a_target(network):
 
     model = Pair().eval()
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ModelError, match="Cannot infer the class from a tuple"), pg.ParchGrad(model, PinnedChannels(needs_class=True)):
+    selector = PinnedChannels(needs_class=True)
+    with pytest.raises(ModelError, match="Cannot infer the class from a tuple"), pg.ParchGrad(model, selector):
         model(x)
     selector = PinnedChannels(needs_class=True)
     with pg.ParchGrad(model, selector, target=2):

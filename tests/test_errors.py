@@ -121,10 +121,11 @@ def test_messages_are_read_off_the_source_with_places_and_halves(source):
     assert remedy == "Replace it by the file of ILSVRC's own archive."
     check = said["The attribution is of type «type», but a Tensor is needed; give a tensor (B, C, *S)."]
     assert (check.kind, check.module) == ("InputError", "attribution")
-    quantile = said["quantile is «quantile», but it must lie in (0, 1]: the share of channels at or above the threshold."]
+    remedy = "the share of channels at or above the threshold."
+    quantile = said[f"quantile is «quantile», but it must lie in (0, 1]: {remedy}"]
     assert quantile.halves() == (
         "quantile is «quantile».",
-        "It must lie in (0, 1]: the share of channels at or above the threshold.",
+        f"It must lie in (0, 1]: {remedy}",
     )
     assert "Exactly one of quantile and alpha must be given, but neither is / both are; give one." in said
     assert {m.module for m in source.messages if m.kind == "ModelWarning"} == {"engine"}
