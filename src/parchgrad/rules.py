@@ -156,7 +156,7 @@ def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Wind
         >>> maxima = torch.tensor([[[3.0, 9.0]]])
         >>> windows = Windows(size=(2,), stride=(2,), padding=(0,), dilation=(1,))
         >>> soft_winners(torch.tensor([[[1.0, 2.0]]]), values, maxima, windows, 1.0).round(decimals=3)
-        tensor([[[0.3390, 0.6610, 1.0000, 1.0000]]])
+        tensor([[[0.3400, 0.6600, 1.0000, 1.0000]]])
     """
     if values.dim() == len(windows.size) + 1:
         # A single sample, without a batch dimension.
