@@ -382,7 +382,7 @@ def test_no_class_without_the_models_output(network):
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     with pg.ParchGrad(network, PinnedChannels(needs_class=True), **TRUE):
         part = network[:3](x).sum()
-        with pytest.raises(TargetError, match="did not start at the model's output"):
+        with pytest.raises(TargetError, match="target="):
             part.backward()
     with pg.ParchGrad(network, PinnedChannels(needs_class=True), target=1, **TRUE):
         network[:3](x).sum().backward()
@@ -432,7 +432,7 @@ def test_the_class_of_an_earlier_backward_pass_is_not_reused(network):
     handle = network[5].register_forward_hook(lambda module, inputs, output: kept.append(output))
     with pg.ParchGrad(network, selector):
         network(x)[:, 4].sum().backward(retain_graph=True)
-        with pytest.raises(TargetError, match="did not start at the model's output"):
+        with pytest.raises(TargetError, match="target="):
             kept[0].sum().backward()
     handle.remove()
     assert [signal.classes.tolist() for signal in selector.seen] == [[4, 4]]
@@ -958,7 +958,7 @@ def test_a_model_without_one_output_tensor_needs_a_target(network):
     model = Pair().eval()
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     selector = PinnedChannels(needs_class=True)
-    with pytest.raises(ModelError, match="Cannot infer the class from a tuple"), pg.ParchGrad(model, selector):
+    with pytest.raises(ModelError, match="tuple"), pg.ParchGrad(model, selector):
         model(x)
     selector = PinnedChannels(needs_class=True)
     with pg.ParchGrad(model, selector, target=2):

@@ -80,7 +80,7 @@ def test_logits_that_are_computed_leave_a_block_without_a_class():
     x = INPUTS.clone().requires_grad_()
     with (
         pg.ParchGrad(model, statistical(), layers="all", logits=lambda output: pick(output) * 1),
-        pytest.raises(TargetError, match="did not start at the model's output"),
+        pytest.raises(TargetError, match="target="),
     ):
         torch.autograd.grad(pick(model(x))[:, 2].sum(), x)
 
@@ -139,7 +139,7 @@ def test_a_callable_target_sees_the_whole_output_where_nothing_is_picked():
     found = pg.Explainer(model, selector, layers="all").attribute(INPUTS, lambda output: output.scores[:, 2])
     expected = pg.Explainer(model, selector, layers="all", logits=pick).attribute(INPUTS, 2)
     torch.testing.assert_close(found, expected)
-    with pytest.raises(ModelError, match="Cannot infer the class from a Answer"):
+    with pytest.raises(ModelError, match="Answer"):
         pg.Explainer(model, statistical(), layers="all").attribute(INPUTS, lambda output: output.scores[:, 2])
 
 

@@ -212,7 +212,7 @@ def in_ordinary_range(values: Tensor, norms: Tensor | None = None) -> tuple[Tens
     """
     if values.numel() == 0:
         return values, None
-    # Reading a number is no wait on the CPU; elsewhere a copy costs less than the wait.
+    # On the CPU, reading a value back does not stall; on other devices a copy costs less than the stall.
     if values.device.type == "cpu":
         lengths = torch.linalg.vector_norm(channel_norms(values) if norms is None else norms, dim=1)
         if torch.equal(lengths, lengths.clamp(*_ORDINARY_NORMS)):

@@ -77,7 +77,7 @@ def soft_gate(values: Tensor, width: float, *, low: float = 0.0, high: float = m
     gate = torch.ones_like(wide) if not sides else F.hardsigmoid(sides[0] * steepness, inplace=True)
     for side in sides[1:]:
         gate = gate.mul_(F.hardsigmoid(side * steepness, inplace=True))
-    # Reading a number is no wait on the CPU.
+    # On the CPU, reading a value back does not stall.
     if values.device.type != "cpu" or not bool((steepness < math.inf).all()):
         gate = torch.where(steepness.isfinite(), gate, _true_derivative(sides, wide))
     softened: Tensor = gate.to(values.dtype)
@@ -164,7 +164,7 @@ def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Wind
         return soft_winners(gradient, values, maxima, windows, width).squeeze(0)
     wide, counts = at_least_float32(values), maxima.shape[2:]
     variance = _row_variance(wide, scale=width**2)
-    # Reading a number is no wait on the CPU.
+    # On the CPU, reading a value back does not stall.
     if values.device.type != "cpu" or not bool(variance.isfinite().all()):
         # Some networks pad with minus infinity before they pool.
         variance = _row_variance(wide.masked_fill(wide == -math.inf, 0), scale=width**2)
