@@ -538,8 +538,13 @@ def asked_of(track: Track, questions: Sequence[Question]) -> list[Question]:
     return [question for question in questions if not question.tracks or track.name in question.tracks]
 
 
+def titles_of(question: Question, track: Track) -> list[str]:
+    """The settings that a question compares on a track, the reference first."""
+    return [question.reference.title, *(setting.title for setting in question.settings), *question.own(track)]
+
+
 def run(track: Track, asked: Sequence[Question], folder: Path, progress: ProgressBars) -> list[Row]:
-    """Evaluate all settings that the questions ask about on a track; return the rows."""
+    """Evaluate all settings that the questions ask about on a track; return their rows."""
     held = {size: track.collect(track.model, size) for size in track.sizes}
     own = [title for question in asked for title in question.own(track)]
     variants = variants_of(held)
@@ -556,7 +561,9 @@ def run(track: Track, asked: Sequence[Question], folder: Path, progress: Progres
         batch_size=track.batch_size,
         on_progress=lambda done, total: progress.update(track.name, done, total),
     )
-    return read_rows(folder)
+    # The folder may hold settings that nobody asks about any more, on some of the images.
+    titles = {title for question in asked for title in titles_of(question, track)}
+    return [row for row in read_rows(folder) if row["setting"] in titles]
 
 
 def check_sanity(track: Track, folder: Path, progress: ProgressBars) -> list[Row]:
@@ -583,7 +590,7 @@ def check_sanity(track: Track, folder: Path, progress: ProgressBars) -> list[Row
 
 def answer(question: Question, track: Track, rows: Sequence[Row]) -> str:
     """The table of one question on one track, and what it says in a sentence."""
-    titles = [question.reference.title, *(setting.title for setting in question.settings), *question.own(track)]
+    titles = titles_of(question, track)
     found = summarise(
         sorted((row for row in rows if row["setting"] in titles), key=lambda row: titles.index(row["setting"])),
         scores=[name for name in track.scores if any(not math.isnan(row[name]) for row in rows)],

@@ -191,6 +191,35 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
     return notes
 
 
+def check_default(model: nn.Module, inputs: Tensor) -> None:
+    """Hold the maps of `pg.Explainer(model)`, soft gates and smooth strides among them, against what must be true.
+
+    Args:
+        model: in evaluation mode; left as it is.
+        inputs: two different pictures, shape (2, 3, H, W).
+
+    Raises:
+        FaultError: with what is not true.
+    """
+    wide, pictures, targets = copy.deepcopy(model).double(), inputs.double(), torch.tensor([1, 3])
+    found = pg.Explainer(wide).attribute(pictures, targets)
+    if not torch.isfinite(found).all():
+        raise FaultError("the map is not finite")
+    if not (found.flatten(1).abs().amax(dim=1) > 0).all():
+        raise FaultError("the map is zero")
+    plain = seeded_gradient(wide, pictures, targets)
+    if not difference(found, plain) > 1e-3:
+        raise FaultError("the map is the plain one")
+    with pg.ParchGrad(model):
+        logits = model(inputs.clone().requires_grad_())
+    if not torch.equal(logits, model(inputs.clone().requires_grad_())):
+        raise FaultError("the values of the network are others")
+    halves = [(pictures[row : row + 1], targets[row : row + 1]) for row in (0, 1)]
+    if difference(torch.cat([seeded_gradient(wide, *half) for half in halves]), plain) < 1e-6:
+        rows = torch.cat([pg.Explainer(wide).attribute(*half) for half in halves])
+        _agree(rows, found, 1e-6, "a batch against its pictures")
+
+
 def _agree(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     off = difference(found, expected)
     # Put so that NaN fails too.

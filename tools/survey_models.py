@@ -24,7 +24,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from survey_checks import FaultError, check_maps, enliven, workable_inputs
+from survey_checks import FaultError, check_default, check_maps, enliven, workable_inputs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -166,6 +166,10 @@ def survey_family(family: Family) -> Row:
         unused = re.match(r"(\d+) of \d+ chosen convolutions were never called", said)
         if unused is not None and layers == "all":
             notes.append(f"{unused[1]} in training alone")
+    try:
+        check_default(model, inputs)
+    except FaultError as fault:
+        return Row(**facts, outcome="fails", note=f"default: {fault}")
     return Row(**facts, outcome="works", note="; ".join(dict.fromkeys(notes)))
 
 
@@ -270,6 +274,8 @@ the smallest network of each with random weights, and explains two pictures of n
 - with all channels kept they are the plain gradient;
 - a batch gives the maps of its single pictures;
 - a seed of 2 to the power of -40 in place of 1 scales the map by as much;
+- by default, `Explainer(model)`, the map is finite, neither zero nor the plain one, the network's values are the same
+  bit for bit, and a batch gives the maps of its single pictures;
 - the weights are as they were, and no hook is left on the network.
 
 Gains, branches and classifiers that start at a constant get some noise first, since a network whose branches start at

@@ -302,7 +302,7 @@ class _Page:
                 list(_GATES.items()),
                 value=first.gates,
                 label="Soft gates",
-                info="Rectifiers switch gradually. Wider is smoother.",
+                info="Rectifiers and max pooling switch gradually. Wider is smoother.",
                 elem_id="gates",
             )
             self.antialias = gr.Checkbox(

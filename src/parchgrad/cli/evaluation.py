@@ -111,7 +111,8 @@ def evaluate(
     gates: Annotated[
         list[float] | None,
         typer.Option(
-            help="Width of the soft gates of every rectifier, in standard deviations; 0 is the true derivative.",
+            help="Width of the soft gates of rectifiers and max pooling, in standard deviations; 0 is the true "
+            "derivative.",
             rich_help_panel=_COMPARED,
             show_default="1, for evidence 8; 0 for a hard cut or without a selector",
         ),

@@ -116,7 +116,7 @@ Conservation: TypeAlias = Annotated[
 Gates: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        help="Width of the soft gates of rectifiers, in standard deviations; 0 is the true derivative.",
+        help="Width of the soft gates of rectifiers and max pooling, in standard deviations; 0 is the true derivative.",
         show_default=_SUITS,
     ),
 ]
