@@ -105,8 +105,8 @@ an image, so that their stability is that of the draw.
 STEADY = ("stability_cosine@0.0001", "stability_cosine@0.001", "stability_cosine@0.01", "stability_norm_ratio@0.01")
 SANITY = ScoreSettings(families=("randomisation", "sensitivity"), draws=2)
 SANE = (
-    *(PLAIN, RULES_ALONE, Setting(method="random_map"), GRAD_CAM, RANDOM),
-    *(HARD, HARD_ENERGY, ENERGY, CLASS_WISE, DEFAULT),
+    *(PLAIN, DEFAULT, RULES_ALONE, Setting(method="random_map"), GRAD_CAM),
+    *(HARD, HARD_ENERGY, ENERGY, CLASS_WISE),
 )
 
 
@@ -569,15 +569,16 @@ def run(track: Track, asked: Sequence[Question], folder: Path, progress: Progres
 def check_sanity(track: Track, folder: Path, progress: ProgressBars) -> list[Row]:
     """Compare maps with those of other weights and of noisy images, on a few images; return the rows."""
     stage = f"{track.name}, other weights"
-    size = track.sizes[-1]
+    size, is_small = track.sizes[-1], track.name in SMALL
     evaluate(
         track.model,
         DrawnSamples(track.data, count=track.sanity),
-        SANE,
+        # Random channels are explained one image at a time.
+        (*SANE, RANDOM) if is_small else SANE,
         folder,
         name=f"{track.name}, other weights",
         # What makes a method is asked anew for each model with other weights.
-        methods={ANEW: lambda model: class_wise(track.collect(model, size))(model)},
+        methods={ANEW: lambda model: class_wise(track.collect(model, size))(model)} if is_small else {},
         scores=SANITY,
         target=track.target,
         statistics=track.collect(track.model, size),
