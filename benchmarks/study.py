@@ -637,6 +637,8 @@ def draw(axis: str, track: Track, asked: Sequence[Question], rows: Sequence[Row]
     figure.set_facecolor("white")
     if axis == "quantile":
         figure.axes[0].set_xscale("log")
+        figure.axes[0].set_xticks(QUANTILES, [f"{value:g}" for value in QUANTILES], minor=False)
+        figure.axes[0].minorticks_off()
     save_figure(figure, path)
 
 

@@ -421,3 +421,17 @@ def test_an_explainer_says_what_it_is():
     assert repr(edited) == (
         "Explainer(Sequential, integrated_gradients, GradientEnergy(quantile=0.2, softness=0.5), 1 layers)"
     )
+
+
+def test_the_stability_is_that_of_one_class_though_noise_turns_the_prediction():
+    model = small_network()
+    inputs = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    # No class leads by much, so that noise decides.
+    model[7].bias.data -= model(inputs).detach().mean(dim=0)
+    explainer = pg.Explainer(model, layers="all")
+    predicted = explainer.predict(inputs)
+    span = (inputs.flatten(1).amax(1) - inputs.flatten(1).amin(1)).reshape(-1, 1, 1, 1)
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert (explainer.predict(inputs + 0.3 * span * noise) != predicted).any()
+    found = explainer.stability(inputs, noise=0.3, draws=4)
+    assert torch.equal(found, explainer.stability(inputs, predicted, noise=0.3, draws=4))

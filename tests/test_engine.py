@@ -1296,6 +1296,35 @@ def test_a_plain_block_inside_has_the_true_derivatives():
     assert not torch.allclose(edited, expected)
 
 
+def test_without_gradients_nothing_stands_in_the_way_of_the_model():
+    # Under any mode of torch's, the encoder would leave its fast way, whose values differ in their last digits.
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Conv1d(3, 8, 3, stride=2), Transposed(), encoder, nn.Flatten(), nn.LazyLinear(4)).eval()
+    x = torch.randn(2, 3, 17)
+    with torch.no_grad():
+        expected = model(x)
+        with pg.ParchGrad(model, layers="all"):
+            assert torch.equal(model(x), expected)
+            # Nor does a part on its own need a warning.
+            model[0](x)
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+def test_a_chosen_convolution_with_a_stride_gives_no_gradient_to_its_weight():
+    model, x = strided_network(), torch.randn(2, 3, 17, 15, dtype=torch.float64, requires_grad=True)
+    for weight in model.parameters():
+        weight.requires_grad_()
+    strided = [module for module in pg.find_convolutions(model).values() if max(module.stride) > 1]
+    with pg.ParchGrad(model, layers="all"):
+        model(x)[:, 0].sum().backward()
+    assert strided
+    assert all(module.weight.grad is None for module in strided)
+
+
 def test_a_part_called_on_its_own_has_the_true_derivatives_and_warns_once():
     model, x = strided_network(), torch.randn(2, 3, 17, 15, dtype=torch.float64, requires_grad=True)
     every = pg.FixedChannels({"0": torch.ones(6)})

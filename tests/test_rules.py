@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+import parchgrad as pg
 from parchgrad import rules
 from parchgrad.errors import ModelError, SettingError
 from parchgrad.rules import (
@@ -604,3 +605,38 @@ def test_rules_left_in_another_order_leave_none_behind():
     second.__exit__(None, None, None)
     assert not rules.has_active_rules()
     assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_a_single_window_over_the_whole_map_keeps_its_derivative(dimensions):
+    leaf = torch.randn(2, 3, *(5, 4, 6)[:dimensions], dtype=torch.float64, requires_grad=True)
+    name = f"max_pool{dimensions}d"
+    with BackwardRules(gates=8.0, antialias=True):
+        output = getattr(functional, name)(leaf, leaf.shape[2:])
+    (found,) = torch.autograd.grad(output.sum(), leaf)
+    (expected,) = torch.autograd.grad(getattr(functional, f"adaptive_{name}")(leaf, 1).sum(), leaf)
+    assert torch.equal(found, expected)
+
+
+def test_a_stride_as_long_as_the_input_leaves_no_grid():
+    gradient = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    assert torch.equal(smooth_strides(gradient, (6, 7)), gradient)
+    torch.testing.assert_close(smooth_strides(gradient, (2, 5)), smooth_strides(gradient, (2, 1)))
+    # Also where the convolution is a chosen one.
+    model = nn.Sequential(nn.Conv2d(3, 4, 6, stride=6), nn.Flatten()).double().eval()
+    leaf = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    everything = pg.FixedChannels({"0": torch.ones(4)})
+    with pg.ParchGrad(model, everything, layers="all", gates=0, antialias=True):
+        (found,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(found, torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)[0])
+
+
+def test_a_window_of_minus_infinity_alone_passes_nothing_on():
+    leaf = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
+    with BackwardRules(gates=2.0, antialias=False):
+        masked = leaf.masked_fill(torch.arange(6) >= 4, -math.inf)
+        output = functional.max_pool1d(masked, 2).amax(dim=2)
+    (found,) = torch.autograd.grad(output.sum(), leaf)
+    assert found.isfinite().all()
+    assert not found[..., 4:].any()
+    torch.testing.assert_close(found.sum(), torch.tensor(2.0, dtype=torch.float64))

@@ -54,6 +54,8 @@ def draw_hero() -> None:
         axes[0, place].set_title(title, fontsize=13)
         for axis, cell in zip(axes[:, place], cells, strict=True):
             axis.imshow(cell)
+            # Maps are half transparent.
+            axis.set_facecolor("black")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     for axis, index in zip(axes[:, 0], target.tolist(), strict=True):

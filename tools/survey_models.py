@@ -34,7 +34,7 @@ from parchgrad.layers import choose_layers, find_convolutions
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 LIBRARIES = ("torchvision", "timm")
 OUTCOMES = ("works", "refused", "fails")
-LAYERS = (0.5, "all")
+LAYERS = (0.75, "all")
 SECONDS = 600
 
 

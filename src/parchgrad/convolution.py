@@ -115,13 +115,11 @@ class _Kept(NamedTuple):
 
     Attributes:
         channels: k channels of each of A groups of the convolution, shape (R, A * k).
-        occupied: false where a place is only filled up, shape (R, A * k); None if none is.
         groups: which groups of the convolution these are, shape (R, A); None if all take part.
         order: the rows so that they go through the masks again and again, shape (B,); None if they do so already.
     """
 
     channels: Tensor
-    occupied: Tensor | None
     groups: Tensor | None
     order: Tensor | None
 
@@ -152,7 +150,7 @@ def _find_kept(channel_mask: Tensor, groups: int, positions: int) -> _Kept | Non
 
     if masks.shape[0] == 1 and groups == 1:
         found = masks.flatten().nonzero().T
-        return _Kept(found, None, None, order) if found.shape[1] and is_faster(found.shape[1]) else None
+        return _Kept(found, None, order) if found.shape[1] and is_faster(found.shape[1]) else None
     by_group = masks.reshape(-1, groups, per_group)
     counts = by_group.sum(dim=2)
     sizes = torch.stack((counts.amax(), (counts > 0).sum(dim=1).amax(), counts.sum(dim=1).amin()))
@@ -166,8 +164,9 @@ def _find_kept(channel_mask: Tensor, groups: int, positions: int) -> _Kept | Non
         chosen = (counts > 0).byte().topk(active, dim=1).indices
         by_group = by_group.gather(1, chosen.unsqueeze(2).expand(-1, -1, per_group))
         first = chosen * per_group
-    occupied, places = by_group.byte().topk(most, dim=2)
-    return _Kept((places + first.unsqueeze(-1)).flatten(1), occupied.bool().flatten(1), chosen, order)
+    # Where a mask has fewer, channels outside of it, whose factor is 0, fill the places up.
+    places = by_group.byte().topk(most, dim=2).indices
+    return _Kept((places + first.unsqueeze(-1)).flatten(1), chosen, order)
 
 
 def _distinct_masks(mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -191,10 +190,8 @@ def _scales_of(scales: Tensor, kept: _Kept) -> Tensor:
     rows = scales.shape[0]
     ordered = scales if kept.order is None else scales[kept.order]
     if kept.channels.shape[0] == 1:
-        taken = ordered.index_select(1, kept.channels[0])
-    else:
-        taken = ordered.gather(1, kept.channels.repeat(rows // kept.channels.shape[0], 1))
-    return taken if kept.occupied is None else taken * kept.occupied.repeat(rows // kept.occupied.shape[0], 1)
+        return ordered.index_select(1, kept.channels[0])
+    return ordered.gather(1, kept.channels.repeat(rows // kept.channels.shape[0], 1))
 
 
 def _take_channels(gradient: Tensor, kept: _Kept) -> Tensor:

@@ -64,10 +64,10 @@ class ParchGrad:
 
     Inside the block every forward pass of the model that records gradients is edited on its way back: at each chosen
     convolution the selector weighs the channels, those that do not matter are pruned (or damped), the others are
-    re-scaled. Every rectifier of the model gets a soft gate and every strided operation a smooth stride, as far as
-    `gates` and `antialias` say so; the model's values stay the same bit for bit. The class of each row is read off the
-    backward signal at the model's output, so batches that a method expands on its own (steps, noise samples) get the
-    right class per row.
+    re-scaled. Every rectifier of the model gets a soft gate, every strided convolution, average or max pooling a smooth
+    stride, as far as `gates` and `antialias` say so; the model's values stay the same bit for bit. The class of each
+    row is read off the backward signal at the model's output, so batches that a method expands on its own (steps, noise
+    samples) get the right class per row.
 
     The edit is in what passes on to a convolution's input; the gradient at its own output stays as it came. With
     `gamma` infinite only the kept channels are sent back, where that is faster. Gradients of weights have no meaning in
@@ -368,7 +368,8 @@ class _Session:
         _FORWARDS.set((*_FORWARDS.get(), forward))
         gates, antialias = self._gates(), bool(self.owner.edit.antialias)
         # Without rules of its own, an inner block keeps those of a block around it out.
-        if (gates or antialias or has_active_rules()) and self._decides_over(self.owner._model):
+        records = torch.is_grad_enabled() and (gates or antialias or has_active_rules())
+        if records and self._decides_over(self.owner._model):
             if gates or antialias:
                 _refuse_transforms()
             forward.rules = BackwardRules(gates=gates, antialias=antialias)
@@ -404,7 +405,8 @@ class _Session:
             forward = _Forward(self, owner)
             # Checkpointing with use_reentrant=False calls parts again, but goes back through the first call's nodes.
             is_repeated = layer in self._recorded and current_backward_pass() >= 0
-            if (owner.edit.gates or owner.edit.antialias) and not is_repeated:
+            has_rules = owner.edit.gates or owner.edit.antialias
+            if has_rules and output.grad_fn is not None and not is_repeated:
                 self._warn_once(
                     "A part of the model was called on its own, where soft gates do not apply, and smooth strides at "
                     "edited convolutions alone. "

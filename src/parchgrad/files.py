@@ -105,8 +105,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _exists(path: Path) -> OutputError:
     return OutputError(
-        f"{str(path)!r} exists already; choose another place, or overwrite it: force=True, or --force on the "
-        "command line."
+        f"{str(path)!r} exists already; choose another place, or overwrite it with --force (in Python force=True)."
     )
 
 

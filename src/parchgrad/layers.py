@@ -222,9 +222,10 @@ def _matching(convolutions: Iterable[str], patterns: Sequence[str]) -> list[str]
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
+            near = _near(pattern, ["all", "published", *names])
             raise LayerError(
                 f"The layer pattern {pattern!r} matches none of the {len(names)} convolutions; "
-                f"near names: {', '.join(_near(pattern, names))}."
+                f"near names: {', '.join(near)}."
             )
         chosen += matches
     return chosen

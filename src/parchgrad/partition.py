@@ -56,7 +56,7 @@ def check_channel_weights(channel_weights: Tensor, gradient: Tensor) -> None:
     if not is_weight or channel_weights.shape != gradient.shape[:2]:
         raise SettingError(
             f"channel_weights is {channel_weights.dtype} of shape {tuple(channel_weights.shape)}. The gradient of "
-            f"shape {tuple(gradient.shape)} needs weights in [0, 1] or a boolean mask, shape "
+            f"shape {tuple(gradient.shape)} needs weights or a boolean mask, shape "
             f"{tuple(gradient.shape[:2])}."
         )
 

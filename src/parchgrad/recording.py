@@ -22,7 +22,8 @@ class RecordedSelection:
     Attributes:
         layer: name of the convolution.
         selection: what was selected.
-        channel_norms: norm over space of each channel's gradient, before it was edited, shape (B, C).
+        channel_norms: norm over space of each channel's gradient, before it was edited, shape (B, C). Rows of extreme
+            size are divided by a power of two.
     """
 
     layer: str

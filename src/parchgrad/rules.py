@@ -137,7 +137,7 @@ def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Wind
     A value `z` of a window with the maximum `m` gets a share proportional to `clamp(1 + (z - m) / (width * sd), 0, 1)`
     with `sd` the standard deviation of the pooled values over the row, where minus infinity counts as 0. The true
     gradient goes to the winner alone, and jumps to another place when two values swap ranks. Equal values get equal
-    shares.
+    shares. A window of minus infinity alone passes nothing on.
 
     Source: this package.
 
@@ -172,12 +172,12 @@ def soft_winners(gradient: Tensor, values: Tensor, maxima: Tensor, windows: Wind
     reach = torch.where((variance > 0) & (variance < math.inf), variance.sqrt(), 1.0)
     margins, places = windows.margins(values.shape[2:], counts), windows.places(counts)
     padded = F.pad(wide, margins, value=-math.inf)
-    floor = maxima - reach.reshape(-1, *[1] * (wide.dim() - 1))
+    floor = maxima.masked_fill(maxima == -math.inf, 0) - reach.reshape(-1, *[1] * (wide.dim() - 1))
     total, found = torch.zeros_like(floor), torch.zeros_like(padded)
     # The shares are computed twice: there are as many as values in all windows, too many to keep.
     for place in places:
         total += (padded[place] - floor).relu_()
-    shared = gradient / total
+    shared = gradient / total.masked_fill_(total == 0, 1)
     for place in places:
         found[place].addcmul_((padded[place] - floor).relu_(), shared)
     return F.pad(found, [-margin for margin in margins]).to(values.dtype)
@@ -187,7 +187,8 @@ def smooth_strides(gradient: Tensor, strides: Sequence[int]) -> Tensor:
     """Spread the gradient at the input of a strided operation evenly, row by row, with the norm that it had.
 
     A stride of n sends the gradient back to the input unevenly, in a grid of n. Convolving it with the triangular
-    kernel of half-width n, channel by channel with edges replicated, takes the grid away.
+    kernel of half-width n, channel by channel with edges replicated, takes the grid away. A stride as long as the input
+    leaves no grid, and is taken for 1.
 
     Source: this package; Zhang (2019), "Making convolutional networks shift-invariant again", filters the forward pass.
 
@@ -205,6 +206,9 @@ def smooth_strides(gradient: Tensor, strides: Sequence[int]) -> Tensor:
     if gradient.dim() == len(strides) + 1:
         # A single sample, without a batch dimension.
         return smooth_strides(gradient.unsqueeze(0), strides).squeeze(0)
+    strides = [stride if stride < length else 1 for stride, length in zip(strides, gradient.shape[2:], strict=True)]
+    if max(strides) == 1:
+        return gradient.clone()
     wide = at_least_float32(gradient)
     norms = channel_norms(wide)
     wide, unit = in_ordinary_range(wide, norms)
@@ -426,6 +430,9 @@ def _pool(function: Any, args: Sequence[Any], named: Mapping[str, Any], width: f
     windows = Windows(*[_per_dimension(value, dimensions) for value in _pooling_windows(*args, **named)])
     result = function(*args, **named)
     maxima, *indices = result if isinstance(result, tuple) else (result,)
+    if maxima.shape[-dimensions:].numel() == 1:
+        # Over the whole map, as adaptive pooling may do it.
+        return result
     softened = _SoftWinners.apply(_input_of(args, named), [maxima], windows, width)
     return (softened, *indices) if indices else softened
 

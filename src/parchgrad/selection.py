@@ -167,7 +167,8 @@ def soft_weights(scores: Tensor, threshold: Tensor | float, softness: float) -> 
 
     The weight is `clamp((score / threshold - (1 - softness)) / (2 * softness), 0, 1)`: half at the threshold, 0 up to
     `1 - softness` of it, 1 from `1 + softness` of it. With `softness=0` it is 1 from the threshold on, ties included.
-    Where the threshold is not positive, all positive scores weigh 1; in a row without any positive score all do.
+    With `softness` above 0, all positive scores weigh 1 where the threshold is not positive, and all scores do in a row
+    without a positive one.
 
     Args:
         scores: larger is better, shape (B, C).
@@ -654,7 +655,7 @@ class ClassWise(_StatisticalSelector):
         """Weights of the channels for each class that the statistics hold, in [0, 1], or a boolean mask; shape (K, C).
 
         All channels of a class about which nothing is known weigh the same: p is 1 for every channel. Channels that
-        compact statistics do not hold weigh 0.
+        compact statistics do not hold weigh 0, also where a soft ramp would reach them.
         """
         held = self.statistics[layer]
         log_p = held.class_log_p(self.test).T

@@ -379,7 +379,7 @@ def models(
     shown = [entry for entry in entries if pattern or entry.offline or entry.library != "timm"]
     table = make_table("name", "library", "weights")
     for entry in shown:
-        table.add_row(entry.name, entry.library, "installed with a package" if entry.offline else "downloaded once")
+        table.add_row(entry.name, entry.library, "installed with a package" if entry.offline else "to be downloaded")
     console.print(table)
     if len(shown) < len(entries):
         hint = f"and {len(entries) - len(shown)} more from timm; give a pattern: parchgrad models 'convnext*'"
@@ -541,7 +541,7 @@ def _say_sweeps(path: Path, sweeps: "Mapping[str, Sweep]") -> None:
     console.print(table)
     console.print(
         "Share of the channels with a weight above 0 and a gradient, mean over the edited layers. Soft weights reach "
-        "below the threshold.\n",
+        "below the threshold; at softness 1 every channel with a positive score has some.\n",
         highlight=False,
     )
 
