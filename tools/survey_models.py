@@ -34,7 +34,7 @@ from parchgrad.layers import choose_layers, find_convolutions
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 LIBRARIES = ("torchvision", "timm")
 OUTCOMES = ("works", "refused", "fails")
-LAYERS = (0.75, "all")
+LAYERS = (0.5, "all")
 SECONDS = 600
 
 
@@ -266,7 +266,8 @@ _INTRODUCTION = """\
 
 `make survey` writes this page anew. It finds every module that registers classifiers in torchvision and timm, builds
 the smallest network of each with random weights, and explains two pictures of noise by the gradient with
-`GradientEnergy(quantile=0.1, softness=0)`: once with the default convolutions, once with all. A family *works* if
+`GradientEnergy(quantile=0.1, softness=0)`: once with the upper half of the convolutions, once with all. A family
+*works* if
 
 - the maps are finite, not zero, and not the plain ones;
 - they equal, in double precision, those of a second and slower way: a hook on every convolution's output that applies
@@ -274,8 +275,6 @@ the smallest network of each with random weights, and explains two pictures of n
 - with all channels kept they are the plain gradient;
 - a batch gives the maps of its single pictures;
 - a seed of 2 to the power of -40 in place of 1 scales the map by as much;
-- by default, `Explainer(model)`, the map is finite, neither zero nor the plain one, the network's values are the same
-  bit for bit, and a batch gives the maps of its single pictures;
 - the weights are as they were, and no hook is left on the network.
 
 Gains, branches and classifiers that start at a constant get some noise first, since a network whose branches start at
@@ -285,8 +284,8 @@ A family is *refused*, in the words given, if it has no convolutions whose chann
 method explains it (`selector=None`). A family that *works* may still be half a transformer: the edit reaches its
 convolutions alone, and of some there are few.
 
-The tables give millions of parameters, pixels a side, how many convolutions there are and how many are edited by
-default, and notes:
+The tables give millions of parameters, pixels a side, how many convolutions there are and how many the upper half of
+them are, and notes:
 
 - *n in training alone*: convolutions of auxiliary heads, which have no part in what is explained; a warning says so.
 - *n ties*: convolutions left out of the comparison, since two channels would have to be told apart by rounding alone.
