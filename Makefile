@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test test-lowest lint check docs pictures notebooks bench soak study survey mutants fuzz clean
+.PHONY: help demo test test-system test-all test-lowest lint check docs pictures notebooks bench soak study survey mutants fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -28,8 +28,8 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 $(LOWEST)/.dev: pyproject.toml tools/lowest_versions.py
 	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet packaging tomli
-	$(LOWEST)/bin/python tools/lowest_versions.py dev > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	$(LOWEST)/bin/python tools/lowest_versions.py test > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[test]'
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
@@ -43,11 +43,16 @@ $(VENV)/.mutants: $(VENV)/.dev
 demo: $(VENV)/.demo  ## explain four photographs, offline, and write outputs/demo/index.html
 	$(BIN)/parchgrad demo --force
 
-test: $(VENV)/.dev  ## run every test
-	$(PYTEST)
+test: $(VENV)/.dev  ## run the tests of all that the package does
+	$(PYTEST) --ignore=tests/system
 
-test-lowest: $(LOWEST)/.dev  ## run every test with the lowest versions that pyproject.toml admits, on Python 3.10 if found
-	$(subst $(VENV),$(LOWEST),$(PYTEST))
+test-system: $(VENV)/.dev  ## run the tests that start browsers, processes and crowds, or try whole pages and networks
+	$(PYTEST) tests/system
+
+test-all: test test-system  ## run every test
+
+test-lowest: $(LOWEST)/.dev  ## run the tests with the lowest versions that pyproject.toml admits, on Python 3.10 if found
+	$(subst $(VENV),$(LOWEST),$(PYTEST)) --ignore=tests/system
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -72,7 +77,7 @@ bench: $(VENV)/.dev  ## measure imports, speed and memory beside Captum, and sta
 	$(BIN)/python benchmarks/collection.py --memory
 
 soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one model, and thousands of explanations
-	PARCHGRAD_SOAK_SECONDS=60 $(BIN)/python -m pytest tests/test_crowd.py tests/test_concurrency.py tests/test_leaks.py
+	PARCHGRAD_SOAK_SECONDS=60 $(BIN)/python -m pytest tests/system/test_crowd.py tests/system/test_concurrency.py tests/system/test_leaks.py
 
 study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
@@ -87,7 +92,7 @@ mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test
 
 FUZZ ?= 4000
 fuzz: $(VENV)/.dev  ## try every parser of files with FUZZ spoilt ones, others each time; ten minutes for 4000
-	HYPOTHESIS_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest tests/test_hostile_files.py --durations=0 \
+	HYPOTHESIS_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest tests/system/test_hostile_files.py --durations=0 \
 	  --hypothesis-seed=$$($(BIN)/python -c 'import secrets; print(secrets.randbelow(10**9))')
 
 check: lint test  ## all that a change must pass

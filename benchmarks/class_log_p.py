@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from parchgrad.statistics.moments import moments_of_labels
-from parchgrad.statistics.tests import class_log_p
+from parchgrad.statistics.t_tests import class_log_p
 
 CHANNELS, CLASSES, PER_CLASS = 4800, 1000, 20
 DISTINCT = 480

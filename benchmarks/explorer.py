@@ -33,9 +33,9 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 import parchgrad as pg
-from parchgrad.demo import example_photographs
-from parchgrad.exploration import EXAMPLES, Explorer, Photograph, View, tinted
-from parchgrad.layers import parse_layers
+from parchgrad.core.layers import parse_layers
+from parchgrad.explorer.views import EXAMPLES, Explorer, Photograph, View, tinted
+from parchgrad.workflows.demonstration import example_photographs
 
 NETWORK = "efficientnet_lite0"
 MEGABYTES = 2
@@ -182,7 +182,7 @@ class User:
         settings |= {"network": self._crowd.network, "layers": self._crowd.layers, "opacity": 1} | changed
         result = ""
         # A network that is not there yet comes by itself.
-        while not result or "is being loaded;" in result:
+        while not result or "Results appear when it is ready" in result:
             job = self._client.submit(target=None, stamp="", quantile=quantile, **settings, api_name="/show")
             while not job.done():
                 self.place = max(self.place, job.status().rank or 0)
@@ -193,7 +193,7 @@ class User:
     def _bad_file(self) -> str:
         self._client.predict(handle_file(str(self._folder / "bad.png")), api_name="/take")
         said = self._show(0.1)
-        return "bad file refused" if "'bad.png' is no image that can be read" in said else "WRONG: bad file taken"
+        return "bad file refused" if "'bad.png' is not a readable image" in said else "WRONG: bad file taken"
 
     def _bad_layers(self) -> str:
         self._take(EXAMPLES[0])
@@ -203,7 +203,7 @@ class User:
 
     def _bad_network(self) -> str:
         said = self._show(0.1, network="no_such_network")
-        known = "Neither torchvision nor timm knows a model 'no_such_network'"
+        known = "Neither torchvision nor timm has a model 'no_such_network'"
         return "bad network refused" if known in said else f"WRONG: bad network: {said[:200]}"
 
     def _traversal(self) -> str:

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from parchgrad import convolution as module
-from parchgrad.convolution import partitioned_input_gradient, plain_geometry
+from parchgrad.core import convolution as module
+from parchgrad.core.convolution import partitioned_input_gradient, plain_geometry
 
 # Channels in, channels out, kernel, stride, groups, size of the input.
 LAYERS = (

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import parchgrad as pg
+from parchgrad._io.files import writing
 from parchgrad.cli.shared import ProgressBars
+from parchgrad.core.rules import smooth_strides
 from parchgrad.data.images import read_image
 from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import GeneratedShapes
@@ -38,14 +40,13 @@ from parchgrad.errors import StatisticsWarning
 from parchgrad.evaluation.grid_pointing import make_mosaics
 from parchgrad.evaluation.methods import Method, maps_of
 from parchgrad.evaluation.report import Summary, csv_table, markdown_table, summarise, title_of
-from parchgrad.evaluation.runs import Row, TargetChoice, evaluate, read_rows
+from parchgrad.evaluation.rows import Row, read_rows
+from parchgrad.evaluation.runs import TargetChoice, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Setting
 from parchgrad.evaluation.summary import valid_mean
-from parchgrad.files import writing
-from parchgrad.rules import smooth_strides
-from parchgrad.statistics.collect import Labels
-from parchgrad.statistics.tests import TTest
+from parchgrad.statistics.batches import Labels
+from parchgrad.statistics.t_tests import TTest
 from parchgrad.visual import save_figure
 from parchgrad.visual.charts import Curve, curve_chart
 

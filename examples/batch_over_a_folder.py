@@ -23,7 +23,6 @@ from torch import Tensor
 import parchgrad as pg
 from parchgrad.data.folders import find_files
 from parchgrad.data.images import read_image
-from parchgrad.files import distinct_stems
 from parchgrad.visual import panel, save_figure
 
 PHOTOGRAPHS = ("astronaut", "camera", "cat", "coffee", "rocket")
@@ -35,6 +34,18 @@ def half_of_the_map(attribution: Tensor) -> float:
     """Share of the pixels, the strongest first, that hold half of the map of (3, H, W)."""
     sums = pg.heatmap(attribution.unsqueeze(0)).flatten().double().sort(descending=True).values.cumsum(dim=0)
     return (int((sums < sums[-1] / 2).sum()) + 1) / len(sums)
+
+
+def name_results(files: Sequence[Path], root: Path) -> dict[Path, str]:
+    """Name each file's results after its folders and itself; equal names, of a.jpg and a.png, are numbered."""
+    names: dict[Path, str] = {}
+    for file in files:
+        stem = name = "-".join(file.relative_to(root).with_suffix("").parts)
+        number = 2
+        while name in names.values():
+            name, number = f"{stem}-{number}", number + 1
+        names[file] = name
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = find_files(given.folder, SUFFIXES)
     if not files:
         sys.exit(f"There is no photograph in {given.folder}.")
-    # Folders go into the names; those that are equal then, of photo.jpg and photo.png, are numbered.
-    flat = [Path("-".join(file.relative_to(given.folder).parts)) for file in files]
-    names = dict(zip(files, distinct_stems(flat), strict=True))
+    names = name_results(files, given.folder)
     classifier = pg.load_model("efficientnet_lite0")
 
     rows, shown = [], []

@@ -7,85 +7,55 @@ import pytest
 
 import parchgrad
 from parchgrad import errors
+from parchgrad.data.images import read_image
 
-# From the bottom up; modules on one line may import each other.
-ORDER = [
-    {"_version", "errors", "files", "checks"},
-    {"tensor_files"},
-    {"hooks", "partition", "layers", "stability", "statistics.moments", "statistics.tests", "statistics.compact"},
-    {"statistics.checkpoint", "statistics.processes", "statistics.layer"},
-    {"statistics", "statistics.store"},
-    {"statistics.accumulate", "statistics.pickles", "selection"},
-    {"statistics.collect", "rules"},
-    {"convolution", "diagnosis", "edit"},
-    {"engine"},
-    {"heads"},
-    {"attribution"},
-    {"recording"},
-    {"data.images", "data.folders", "data.samples", "data.outlines", "shapes_network"},
-    {"data.shapes"},
-    {
-        "data",
-        "data.geometry",
-        "data.imagenet",
-        "data.perturbed",
-        "models",
-        "evaluation",
-        "evaluation.examples",
-        "evaluation.grid_pointing",
-        "evaluation.localisation",
-        "evaluation.perturbation",
-        "evaluation.methods",
-        "evaluation.sanity",
-        "evaluation.report",
-        "evaluation.runs",
-        "evaluation.scores",
-        "evaluation.settings",
-        "evaluation.sparsity",
-        "evaluation.stability",
-        "evaluation.summary",
-        "visual",
-        "visual.charts",
-        "visual.maps",
-        "visual.animation",
-        "visual.channels",
-        "visual.sweeps",
-        "visual.teaching",
-    },
-    {"collection", "configuration", "explanation", "demo", "reporting", "models.pretrained_models"},
-    {"hook_wrapper"},
-    {"attribution_methods"},
-    {"exploration", "web_guard"},
-    {"loading"},
-    {"web"},
-    {"cli.shared"},
-    {"cli.evaluation", "cli.explorer", "cli.photographs", "cli.statistics"},
-    {"cli"},
-]
+# The rooms from the bottom up. A module may import from its own room and from those below.
+ROOMS = (
+    ("_version", "errors"),
+    ("_io",),
+    ("core",),
+    ("explain",),
+    ("statistics",),
+    ("data",),
+    ("models",),
+    ("visual",),
+    ("evaluation",),
+    ("workflows",),
+    ("explorer", "legacy", "attribution_methods", "models.pretrained_models"),
+    ("cli",),
+)
 SOURCE = Path(parchgrad.__file__).parent
 
 
+def level_of(module):
+    """The place of a module's room, counted from the bottom."""
+    rooms = {room: level for level, tier in enumerate(ROOMS) for room in tier}
+    return rooms[module] if module in rooms else rooms[module.split(".")[0]]
+
+
 def imported_modules(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("parchgrad"):
-            module = node.module.removeprefix("parchgrad").removeprefix(".")
-            for alias in node.names:
-                inner = f"{module}.{alias.name}".removeprefix(".")
-                yield inner if inner in set().union(*ORDER) else module
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("parchgrad."):
+            yield node.module.removeprefix("parchgrad.")
+        elif isinstance(node, ast.ImportFrom) and node.module == "parchgrad":
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (a.name.removeprefix("parchgrad.") for a in node.names if a.name.startswith("parchgrad."))
+            yield from (alias.name.removeprefix("parchgrad.") for alias in node.names if "parchgrad." in alias.name)
 
 
-def test_imports_point_downwards_only():
-    level = {module: index for index, modules in enumerate(ORDER) for module in modules}
-    for path in sorted(SOURCE.rglob("*.py")):
-        module = (
-            ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__").removesuffix("__init__")
-        )
-        if module in ("", "__main__"):
-            continue
-        for imported in imported_modules(path):
-            assert level[imported] <= level[module], f"{module} imports {imported}, which stands above it"
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_downwards_only(path):
+    module = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+    if module not in ("__init__", "__main__"):
+        above = [other for other in imported_modules(path) if level_of(other) > level_of(module)]
+        assert not above, f"{module} imports {above}"
+
+
+def test_the_top_level_holds_rooms_and_little_else():
+    rooms = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()}
+    assert rooms == {room for tier in ROOMS for room in tier if (SOURCE / room).is_dir()}
+    modules = {path.stem for path in SOURCE.glob("*.py")}
+    assert modules == {"__init__", "__main__", "_version", "attribution_methods", "errors"}
 
 
 def test_nothing_prints_outside_the_command_line():
@@ -103,6 +73,15 @@ def test_lazy_names_are_the_public_names():
         parchgrad.nothing  # noqa: B018 - the access is the test
 
 
-def test_every_error_is_a_parchgrad_error():
+def test_every_error_is_a_parchgrad_error_and_of_a_built_in_kind():
     classes = [value for value in vars(errors).values() if isinstance(value, type)]
     assert all(issubclass(error, parchgrad.ParchGradError | UserWarning) for error in classes)
+    for error in set(classes) - {parchgrad.ParchGradError}:
+        assert issubclass(error, ValueError | ArithmeticError | OSError | ImportError | UserWarning), error
+
+
+def test_errors_are_caught_by_their_built_in_kind(tmp_path):
+    with pytest.raises(ValueError, match="quantile"):
+        parchgrad.GradientEnergy(quantile=2)
+    with pytest.raises(OSError, match="missing"):
+        read_image(tmp_path / "missing.png")

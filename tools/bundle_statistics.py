@@ -11,7 +11,7 @@ from pathlib import Path
 
 import parchgrad
 from parchgrad.cli.shared import ProgressBars
-from parchgrad.models import OFFLINE_MODEL
+from parchgrad.models.loading import OFFLINE_MODEL
 
 LAYERS = 0.5
 SHARE = 0.5

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 import parchgrad as pg
 from parchgrad.data.samples import Pairs
 from parchgrad.data.shapes import GeneratedShapes
-from parchgrad.demo import demonstrate, example_photographs
 from parchgrad.evaluation.methods import grad_cam, maps_of
 from parchgrad.statistics.collect import collect_gaps
 from parchgrad.visual import save_figure
@@ -24,6 +23,7 @@ from parchgrad.visual.channels import gap_histogram, kept_channels
 from parchgrad.visual.maps import tint
 from parchgrad.visual.sweeps import quantile_sweep
 from parchgrad.visual.teaching import checkerboard_figure, sum_directions
+from parchgrad.workflows.demonstration import demonstrate, example_photographs
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 

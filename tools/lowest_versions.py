@@ -56,8 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=re.split(r"\n\s*\n", __doc__)[0])
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="of pyproject.toml, such as dev")
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-    for requirement in requirements(project, parser.parse_args().extras):
-        print(lowest(requirement))
+    # Several extras may require the same.
+    for line in dict.fromkeys(map(lowest, requirements(project, parser.parse_args().extras))):
+        print(line)
 
 
 if __name__ == "__main__":

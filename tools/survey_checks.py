@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import parchgrad as pg
-from parchgrad.layers import LayerChoice, choose_layers
+from parchgrad.core.layers import LayerChoice, choose_layers
 
 SIZES = (64, 96, 128)
 QUANTILE = 0.1

@@ -28,8 +28,8 @@ from survey_checks import FaultError, check_default, check_maps, enliven, workab
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from parchgrad.core.layers import choose_layers, find_convolutions
 from parchgrad.errors import ModelWarning, ParchGradError
-from parchgrad.layers import choose_layers, find_convolutions
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 LIBRARIES = ("torchvision", "timm")
@@ -147,7 +147,7 @@ def survey_family(family: Family) -> Row:
         facts["edited"] = len(choose_layers(skeleton, LAYERS[0]))
         facts["convolutions"] = len(find_convolutions(skeleton))
     except ParchGradError as error:
-        said, _, _ = str(error).partition(";")
+        said, _, _ = str(error).partition(". ")
         return Row(**facts, outcome="refused", note=said)
     del skeleton
     torch.manual_seed(0)

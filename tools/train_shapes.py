@@ -22,12 +22,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import parchgrad
+from parchgrad._io.files import writing
 from parchgrad.data.samples import Sample
 from parchgrad.data.shapes import GENERATOR_VERSION, SHAPE_CATEGORIES, GeneratedShapes
 from parchgrad.evaluation.localisation import mosaic
-from parchgrad.files import writing
-from parchgrad.models import SHAPES_MODEL
-from parchgrad.shapes_network import ShapesNetwork
+from parchgrad.models.loading import SHAPES_MODEL
+from parchgrad.models.shapes_network import ShapesNetwork
 
 TARGET = Path(parchgrad.__file__).parent / "weights" / f"{SHAPES_MODEL}.safetensors"
 TRAINING_SEED, TEST_SEED, NETWORK_SEED = 1, 2, 3

@@ -50,11 +50,11 @@ class Message:
     def halves(self) -> tuple[str, str]:
         """What was wrong, and the remedy; the latter is empty where there is none."""
         whole = self.text.removesuffix(".")
-        for mark in ("; ", ", but "):
-            wrong, found, remedy = whole.rpartition(mark)
-            if found:
-                return f"{wrong}.", f"{remedy[0].upper()}{remedy[1:]}."
-        return f"{whole}.", ""
+        wrong, *remedies = re.split(r"(?<=[^.])\. (?=[A-Z`«])", whole, maxsplit=1)
+        if not remedies:
+            wrong, *remedies = re.split(", but (?!only)", whole, maxsplit=1)
+        remedy = "".join(f"{text[0].upper()}{text[1:]}." for text in remedies)
+        return f"{wrong}.", remedy
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class Source:
         for module, tree in self._trees.items():
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef) and (
-                    module == "checks" or any(map(self._returns_error, ast.walk(node)))
+                    module == "_io.checks"
+                    or any(map(self._returns_error, ast.walk(node)))
                 ):
                     yield node.name, node
 

@@ -6,33 +6,34 @@ from typing import TYPE_CHECKING
 from parchgrad._version import __version__
 
 if TYPE_CHECKING:
-    from parchgrad.attribution import Explainer, heatmap, signed_heatmap
-    from parchgrad.collection import collect_from_folder
-    from parchgrad.edit import Edit
-    from parchgrad.engine import ParchGrad
-    from parchgrad.errors import ParchGradError
-    from parchgrad.explanation import Explanation, explain_images
-    from parchgrad.heads import RegionScore
-    from parchgrad.hook_wrapper import get_hook_wrapper
-    from parchgrad.layers import choose_layers, find_convolutions
-    from parchgrad.models import Classifier, load_model
-    from parchgrad.models.pretrained_models import get_pretrained_model
-    from parchgrad.partition import partition_gradient
-    from parchgrad.selection import (
-        ClassWise,
+    from parchgrad.core.edit import Edit
+    from parchgrad.core.engine import ParchGrad
+    from parchgrad.core.layers import choose_layers, find_convolutions
+    from parchgrad.core.partition import partition_gradient
+    from parchgrad.core.selectors import (
         Evidence,
         FixedChannels,
         GradientEnergy,
         GradientTimesActivation,
-        InstanceWise,
         LayerSignal,
         RandomChannels,
         Selection,
         Selector,
     )
+    from parchgrad.errors import ParchGradError
+    from parchgrad.explain.explainer import Explainer
+    from parchgrad.explain.heatmap import heatmap, signed_heatmap
+    from parchgrad.explain.scores import RegionScore
+    from parchgrad.legacy.hook_wrapper import get_hook_wrapper
+    from parchgrad.legacy.pretrained_models import get_pretrained_model
+    from parchgrad.models.classifier import Classifier
+    from parchgrad.models.loading import load_model
     from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
     from parchgrad.statistics.accumulate import merge_statistics
     from parchgrad.statistics.collect import collect_statistics
+    from parchgrad.statistics.selectors import ClassWise, InstanceWise
+    from parchgrad.workflows.collection import collect_from_folder
+    from parchgrad.workflows.photographs import Explanation, explain_images
 
 __all__ = [
     "ChannelStatistics",
@@ -72,33 +73,34 @@ __all__ = [
 
 # Names are imported when first used: torch, Captum and timm take seconds, which `parchgrad --help` need not wait for.
 _MODULES = {
-    "attribution": ("Explainer", "heatmap", "signed_heatmap"),
-    "edit": ("Edit",),
-    "engine": ("ParchGrad",),
-    "errors": ("ParchGradError",),
-    "explanation": ("Explanation", "explain_images"),
-    "heads": ("RegionScore",),
-    "hook_wrapper": ("get_hook_wrapper",),
-    "layers": ("choose_layers", "find_convolutions"),
-    "models": ("Classifier", "load_model"),
-    "models.pretrained_models": ("get_pretrained_model",),
-    "partition": ("partition_gradient",),
-    "selection": (
-        "ClassWise",
+    "core.edit": ("Edit",),
+    "core.engine": ("ParchGrad",),
+    "core.layers": ("choose_layers", "find_convolutions"),
+    "core.partition": ("partition_gradient",),
+    "core.selectors": (
         "Evidence",
         "FixedChannels",
         "GradientEnergy",
         "GradientTimesActivation",
-        "InstanceWise",
         "LayerSignal",
         "RandomChannels",
         "Selection",
         "Selector",
     ),
-    "collection": ("collect_from_folder",),
+    "errors": ("ParchGradError",),
+    "explain.explainer": ("Explainer",),
+    "explain.heatmap": ("heatmap", "signed_heatmap"),
+    "explain.scores": ("RegionScore",),
+    "legacy.hook_wrapper": ("get_hook_wrapper",),
+    "legacy.pretrained_models": ("get_pretrained_model",),
+    "models.classifier": ("Classifier",),
+    "models.loading": ("load_model",),
     "statistics": ("ChannelStatistics", "LayerStatistics", "RankedLayerStatistics"),
     "statistics.accumulate": ("merge_statistics",),
     "statistics.collect": ("collect_statistics",),
+    "statistics.selectors": ("ClassWise", "InstanceWise"),
+    "workflows.collection": ("collect_from_folder",),
+    "workflows.photographs": ("Explanation", "explain_images"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

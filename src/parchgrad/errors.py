@@ -1,4 +1,4 @@
-"""Everything that parchgrad raises on purpose: one tree, so that one `except` catches it."""
+"""Errors and warnings of parchgrad. Every error derives from `ParchGradError` and from a built-in exception."""
 
 import sys
 import warnings
@@ -7,6 +7,7 @@ __all__ = [
     "ImageError",
     "InputError",
     "LayerError",
+    "MissingExtraError",
     "ModelError",
     "ModelWarning",
     "NonFiniteError",
@@ -22,111 +23,117 @@ __all__ = [
     "warn",
 ]
 
-# Letters of a reason in an error's sentence, and of the sentence; what a file holds may be of any length.
+# Maximum length of a quoted reason and of a whole message: text from a file may be of any length.
 _LONGEST_REASON = 200
 _LONGEST = 1000
-# Code of other modules that stands between the user's line and ours.
+# Packages whose frames `warn` skips to find the user's line.
 _BETWEEN = {"parchgrad", "dataclasses", "contextlib"}
 
 
 class ParchGradError(Exception):
-    """Base of all errors of this package; the message names what was wrong, where, and the remedy.
+    """Base class of this package's errors. Messages say what is wrong and how to fix it.
 
-    It is one line of readable length, whatever the file holds that it quotes.
+    A message is always one line of limited length, even if it quotes a file.
     """
 
     def __str__(self) -> str:
         line = on_one_line(super().__str__())
-        # The end has the remedy.
+        # The remedy is at the end.
         return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
-class SettingError(ParchGradError):
-    """A setting is out of its range, unknown, or contradicts another.
+class SettingError(ParchGradError, ValueError):
+    """A setting is out of range, unknown, or contradicts another.
 
-    Usually a share is given in percent, a number as a text, a name has a typing error, or an option belongs to another
-    method.
+    Common causes: a share given in percent, a number given as a string, a misspelt name, or another method's option.
     """
 
 
-class LayerError(ParchGradError):
-    """The chosen layers do not exist in the model, or are no convolutions.
+class LayerError(ParchGradError, ValueError):
+    """The chosen layers do not exist in the model, or are not convolutions.
 
-    Usually a pattern is written for another architecture, or modules are taken from a copy of the model.
+    Common causes: a pattern written for another architecture, or modules taken from a copy of the model.
     """
 
 
-class ModelError(ParchGradError):
-    """The model cannot be explained as it is: unknown name, training mode, no convolution, odd output.
+class ModelError(ParchGradError, ValueError):
+    """The model cannot be explained as it is: unknown name, training mode, no convolution, unexpected output.
 
-    Usually `model.eval()` was not called, a classifier is given in place of its `.model`, or the output is a dictionary
-    or a map.
+    Common causes: `model.eval()` was not called, a classifier was passed instead of its `.model`, or the model returns
+    a dict or a spatial map.
     """
 
 
-class InputError(ParchGradError):
-    """What is looked at cannot be: a tensor, a map, a file of settings or the rows of a run.
+class InputError(ParchGradError, ValueError):
+    """A tensor, a map, a settings file or the rows of a run cannot be used.
 
-    Usually the batch dimension is missing, the channels stand last, whole numbers were not preprocessed, or something
-    was divided by zero.
+    Common causes: a missing batch dimension, channels in the last dimension, integer inputs that were not preprocessed,
+    or a division by zero.
     """
 
 
-class NonFiniteError(ParchGradError):
-    """Scores or maps are NaN or infinite, though the input is not; the message names the layer where it began."""
+class NonFiniteError(ParchGradError, ArithmeticError):
+    """Scores or maps are NaN or infinite although the input is finite; the message names the layer where it began."""
 
 
-class TargetError(ParchGradError):
+class TargetError(ParchGradError, ValueError):
     """The class to explain does not exist, or does not fit the batch.
 
-    Usually the model has other classes than the labels, which are counted from 0, or there is not one for each row.
+    Common causes: labels that count from 1 or belong to another data set, or not one target per row.
     """
 
 
-class StatisticsError(ParchGradError):
+class StatisticsError(ParchGradError, ValueError):
     """Channel statistics are missing, malformed, or belong to another model.
 
-    Usually they were collected before the model was trained further, on other layers, or on data of other classes.
+    Common causes: they were collected before further training, on other layers, or on data with other classes.
     """
 
 
 class ModelWarning(UserWarning):
-    """A model was not run in the way in which it is edited.
+    """A model ran in a way that bypasses some or all of the edit.
 
-    Usually the block holds no call of the model itself, or layers are chosen that take no part in its pass.
+    Common causes: the block never calls the model itself, or a chosen layer is not part of its forward pass.
     """
 
 
 class StatisticsWarning(UserWarning):
-    """Channel statistics serve, but in another way than was asked for.
+    """Channel statistics can be used, but not exactly as requested.
 
-    Usually the data hold a single image of some classes.
+    Common cause: the data contain a single image of some classes.
     """
 
 
-class WeightsError(ParchGradError):
+class WeightsError(ParchGradError, OSError):
     """Pretrained weights are missing, damaged, or cannot be downloaded.
 
-    Usually there is no network, or an extra of the package is not installed.
+    Common causes: no network connection, or an extra of the package that is not installed.
     """
 
 
-class ImageError(ParchGradError):
-    """A file is no readable image, or images do not stand where they should.
+class MissingExtraError(ParchGradError, ImportError):
+    """A package is missing that comes with an extra; the message has the command that installs it.
 
-    Usually a path is wrong, a download was cut off, or photographs are in no class folders.
+    Common cause: `pip install parchgrad`, which brings only what explaining your own network needs.
     """
 
 
-class OutputError(ParchGradError):
-    """A result cannot be written where it was asked for.
+class ImageError(ParchGradError, OSError):
+    """A file is not a readable image, or an image folder has the wrong layout.
 
-    Usually there is an earlier result, or the folder may not be written to.
+    Common causes: a wrong path, an incomplete download, or images that are not in class folders.
+    """
+
+
+class OutputError(ParchGradError, OSError):
+    """A result cannot be written to the requested path.
+
+    Common causes: an earlier result is in the way, or the folder is not writable.
     """
 
 
 def reason_of(error: BaseException) -> str:
-    r"""What another library's error says, as a part of a sentence: on one line, short, without what steers a terminal.
+    r"""Shorten another library's error to a phrase on one line, without control characters.
 
     Example:
         >>> reason_of(ValueError("bad\x1b[31m header:\n  byte 7."))
@@ -140,7 +147,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def on_one_line(text: str) -> str:
-    r"""Put spaces in place of line breaks, and of what would steer a terminal.
+    r"""Replace line breaks and control characters by spaces.
 
     Example:
         >>> on_one_line("red \x1b[31m")
@@ -150,16 +157,16 @@ def on_one_line(text: str) -> str:
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn of the line outside of this package that led here, where Python shows the same words once.
+    """Warn at the user's line outside this package, where Python shows the same text only once.
 
     Example:
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
-        ...     warn("Nothing was edited; call the model.", ModelWarning)
+        ...     warn("Nothing was edited. Call the model.", ModelWarning)
         >>> str(caught[0].message)
-        'Nothing was edited; call the model.'
+        'Nothing was edited. Call the model.'
     """
-    # From Python 3.12 on `skip_file_prefixes` would do.
+    # Python 3.12 has `skip_file_prefixes` for this.
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1

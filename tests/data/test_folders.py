@@ -56,7 +56,7 @@ def test_two_classes_of_one_folder_are_said(tmp_path):
     for name in ("cat", "dog"):
         os.symlink(tmp_path / "elsewhere", tmp_path / "root" / name)
     photographs = PhotographFolder(tmp_path / "root", to_colour)
-    with pytest.raises(ImageError, match=r"class folders 'cat' and 'dog' in .* are one folder; remove the link"):
+    with pytest.raises(ImageError, match=r"class folders 'cat' and 'dog' in .* are the same"):
         photographs.with_classes({"cat": 0})
 
 
@@ -99,7 +99,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(ImageError, match="There is no folder"):
         PhotographFolder(tmp_path / "none", to_colour)
-    with pytest.raises(ImageError, match="holds no photographs"):
+    with pytest.raises(ImageError, match="contains no images"):
         PhotographFolder(tmp_path, to_colour)
 
 
@@ -124,19 +124,19 @@ def test_how_folders_are_matched(folders, expected):
 @pytest.mark.parametrize(
     ("folders", "words"),
     [
-        (["crane", "tabby"], "'crane' is none"),
-        (["n1", "Tabby"], "mix ways of naming"),
-        (["Tabby", "tabby"], "two are one class"),
-        (["x", "y"], "'x' is none"),
+        (["crane", "tabby"], "'crane'"),
+        (["n1", "Tabby"], "mix naming"),
+        (["Tabby", "tabby"], "same class"),
+        (["x", "y"], "'x'"),
         # As many as the classes, but one name, or numbers from one, say that the order is another.
-        (["Tabby", "b", "c", "d", "e"], "'b' is none"),
-        (["1", "2", "3", "4", "5"], "'5' is none"),
+        (["Tabby", "b", "c", "d", "e"], "'b'"),
+        (["1", "2", "3", "4", "5"], "'5'"),
         # Sorted as text, not as numbers.
-        (["c1", "c10", "c2", "c3", "c4"], "'c1' is none"),
+        (["c1", "c10", "c2", "c3", "c4"], "'c1'"),
     ],
 )
 def test_folders_that_do_not_tell_their_class(folders, words):
-    with pytest.raises(ImageError, match=f"class folders do not tell the model's 5 classes .*{words}"):
+    with pytest.raises(ImageError, match=f"class folders do not match the model's 5 classes .*{words}"):
         match_classes(folders, CATEGORIES, SYNSETS)
 
 
@@ -163,5 +163,5 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(ImageError, match=r"a\.png' cannot be read \(Permission denied\); check its permissions"):
+    with pytest.raises(ImageError, match=r"a\.png' \(Permission denied\)"):
         _ = PhotographFolder(tmp_path, to_colour).fingerprint

@@ -92,7 +92,7 @@ def test_whatever_a_decoder_raises_is_one_sentence(tmp_path, monkeypatch):
 
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "convert", fail)
-    with pytest.raises(ImageError, match=r"Unimplemented pixel format.*; give a whole JPEG"):
+    with pytest.raises(ImageError, match=r"Unimplemented pixel format"):
         read_image(tmp_path / "a.png")
 
 
@@ -137,7 +137,7 @@ def test_the_camera_was_turned(tmp_path, orientation, form):
 def test_files_that_are_no_images(tmp_path, monkeypatch):
     text = tmp_path / "text.jpg"
     text.write_text("no image")
-    with pytest.raises(ImageError, match="is no image that can be read"):
+    with pytest.raises(ImageError, match="is not a readable image"):
         read_image(text)
     with pytest.raises(ImageError, match="There is no file"):
         read_image(tmp_path / "missing.jpg")
@@ -148,7 +148,7 @@ def test_files_that_are_no_images(tmp_path, monkeypatch):
         path = tmp_path / f"cut.{suffix}"
         noise.save(path)
         path.write_bytes(path.read_bytes()[:2000])
-        with pytest.raises(ImageError, match="; give a whole JPEG, PNG"):
+        with pytest.raises(ImageError, match="Cannot read"):
             read_image(path)
     large = tmp_path / "large.png"
     noise.save(large)
@@ -157,7 +157,9 @@ def test_files_that_are_no_images(tmp_path, monkeypatch):
         read_image(large)
 
 
-FORMATS = ["jpg", "png", "tif", "webp", "mpo", *(["avif"] if features.check("avif") else [])]
+FORMATS = ["jpg", "png", "tif", "webp", "mpo"]
+if "avif" in features.features and features.check("avif"):
+    FORMATS.append("avif")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -238,13 +240,13 @@ def claiming(width, height):
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
 # What is written, and what is said of it.
 WRONG = {
-    "nothing": (b"", "is no image that can be read"),
-    "a text": (b"no picture", "is no image that can be read"),
+    "nothing": (b"", "is not a readable image"),
+    "a text": (b"no picture", "is not a readable image"),
     "a bomb": (claiming(60_000, 60_000), "has too many pixels"),
     "a row": (claiming(20_000, 4), "20000 x 4 pixels is too narrow"),
     "a column": (claiming(3, 30_000), "3 x 30000 pixels is too narrow"),
     "a program": (POSTSCRIPT, "an EPS file, which is a program"),
-    "hardly a pixel": (claiming(50, 50), "; give a whole JPEG, PNG"),
+    "hardly a pixel": (claiming(50, 50), "Cannot read"),
 }
 
 
@@ -289,7 +291,7 @@ def test_what_never_ends_is_not_read(tmp_path):
             read(tmp_path / "loop" / "a.jpg")
     for kind in ("pipe", "loop"):
         photographs = PhotographFolder(tmp_path / kind, lambda image: image)
-        with pytest.raises(ImageError, match="cannot be read"):
+        with pytest.raises(ImageError, match="Cannot read"):
             print(photographs.fingerprint)
 
 

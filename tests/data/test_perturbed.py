@@ -249,17 +249,17 @@ def test_every_setting_and_the_data_change_the_fingerprint():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Jigsaw(digits(), grid=0, shuffles=1), "grid is 0, but it must be a whole number of at least 1"),
-        (lambda: Jigsaw(digits(), grid=2.0, shuffles=1), "grid is 2.0"),
-        (lambda: Jigsaw(digits(), grid=True, shuffles=0), "grid is True"),
-        (lambda: Jigsaw(digits(), grid=2, shuffles=-1), "shuffles is -1"),
-        (lambda: Jigsaw(digits(), grid=2, shuffles=1, seed=-1), "seed is -1"),
-        (lambda: Jigsaw(digits(), grid=1, shuffles=3), "cannot be shuffled 3 times"),
-        (lambda: Blur(digits(), magnitude=-0.1), "magnitude is -0.1"),
-        (lambda: Blur(digits(), magnitude=float("nan")), "magnitude is nan"),
-        (lambda: PerturbedMNIST(digits(), epsilon=1.1, canvas=9), "epsilon is 1.1"),
-        (lambda: PerturbedMNIST(digits(), epsilon=float("nan"), canvas=9), "epsilon is nan"),
-        (lambda: PerturbedMNIST(digits(), epsilon=0.1, canvas=0), "canvas is 0"),
+        (lambda: Jigsaw(digits(), grid=0, shuffles=1), "grid` is 0"),
+        (lambda: Jigsaw(digits(), grid=2.0, shuffles=1), "grid` is 2.0"),
+        (lambda: Jigsaw(digits(), grid=True, shuffles=0), "grid` is True"),
+        (lambda: Jigsaw(digits(), grid=2, shuffles=-1), "shuffles` is -1"),
+        (lambda: Jigsaw(digits(), grid=2, shuffles=1, seed=-1), "seed` is -1"),
+        (lambda: Jigsaw(digits(), grid=1, shuffles=3), "shuffles` is 3"),
+        (lambda: Blur(digits(), magnitude=-0.1), "magnitude` is -0.1"),
+        (lambda: Blur(digits(), magnitude=float("nan")), "magnitude` is nan"),
+        (lambda: PerturbedMNIST(digits(), epsilon=1.1, canvas=9), "epsilon` is 1.1"),
+        (lambda: PerturbedMNIST(digits(), epsilon=float("nan"), canvas=9), "epsilon` is nan"),
+        (lambda: PerturbedMNIST(digits(), epsilon=0.1, canvas=0), "canvas` is 0"),
     ],
 )
 def test_settings_out_of_range(make, words):
@@ -274,13 +274,13 @@ def pairs(image, label=0):
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
-        (Jigsaw(digits(), grid=2, shuffles=1), "2 x 2 cells does not divide the 7 x 7 pixels of '0'"),
-        (Blur(digits(), magnitude=1.75), "reaches beyond '0'"),
-        (PerturbedMNIST(digits(), epsilon=0.1, canvas=6), "7 x 7 pixels, more than the canvas of 6"),
-        (PerturbedMNIST(pairs(torch.zeros(1, 3, 3)), epsilon=0.1, canvas=6), "'0' holds no digit"),
-        (PerturbedMNIST(pairs(torch.ones(1, 3, 3)), epsilon=0.1, canvas=6), "'0' holds no digit"),
-        (PerturbedMNIST(pairs(torch.eye(3).unsqueeze(0) * 2), epsilon=0.1, canvas=6), "'0' holds no digit"),
-        (PerturbedMNIST(pairs(torch.eye(3).unsqueeze(0) - 0.1), epsilon=0.1, canvas=6), "'0' holds no digit"),
+        (Jigsaw(digits(), grid=2, shuffles=1), "grid` is 2, .* 7 x 7 pixels of '0'"),
+        (Blur(digits(), magnitude=1.75), "magnitude` is 1.75, .* '0'"),
+        (PerturbedMNIST(digits(), epsilon=0.1, canvas=6), "canvas` is 6, .* 7 x 7 pixels"),
+        (PerturbedMNIST(pairs(torch.zeros(1, 3, 3)), epsilon=0.1, canvas=6), "'0' is not a digit"),
+        (PerturbedMNIST(pairs(torch.ones(1, 3, 3)), epsilon=0.1, canvas=6), "'0' is not a digit"),
+        (PerturbedMNIST(pairs(torch.eye(3).unsqueeze(0) * 2), epsilon=0.1, canvas=6), "'0' is not a digit"),
+        (PerturbedMNIST(pairs(torch.eye(3).unsqueeze(0) - 0.1), epsilon=0.1, canvas=6), "'0' is not a digit"),
     ],
 )
 def test_items_that_do_not_fit(dataset, words):

@@ -18,9 +18,9 @@ def pairs(image, label=0):
     [
         (pairs(torch.rand(1, 2, 2), 2), "label of item 0 is 2, but there are 2 classes"),
         (pairs(torch.rand(1, 2, 2), -1), "label of item 0 is -1"),
-        (pairs(torch.rand(1, 2, 2), 0.5), r"label of item 0 is 0\.5, but a class index"),
-        (pairs(torch.rand(1, 2, 2), torch.zeros(2)), "but a class index"),
-        (LabelledImages([torch.rand(1, 2, 2)], categories=("a",)), "Item 0 is no pair"),
+        (pairs(torch.rand(1, 2, 2), 0.5), r"label of item 0 is 0\.5, .* class index"),
+        (pairs(torch.rand(1, 2, 2), torch.zeros(2)), "class index"),
+        (LabelledImages([torch.rand(1, 2, 2)], categories=("a",)), "Item 0 "),
     ],
 )
 def test_items_that_do_not_fit(dataset, words):
@@ -31,9 +31,9 @@ def test_items_that_do_not_fit(dataset, words):
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (Image.new("RGB", (2, 2)), "is of type Image, no tensor; give the data set a transform"),
-        (torch.zeros(2, 2), r"has shape \(2, 2\) and torch\.float32"),
-        (torch.zeros(1, 2, 2, dtype=torch.uint8), r"and torch\.uint8"),
+        (Image.new("RGB", (2, 2)), "is of type Image"),
+        (torch.zeros(2, 2), r"has shape \(2, 2\) and dtype torch\.float32"),
+        (torch.zeros(1, 2, 2, dtype=torch.uint8), r"torch\.uint8"),
     ],
 )
 def test_images_that_do_not_fit(image, words):
@@ -76,7 +76,7 @@ def test_data_sets_that_cannot_be_used():
         LabelledImages(Stream(), categories=("a",))
     tensors = TensorDataset(torch.zeros(1, 1, 2, 2), torch.zeros(1).long())
     for categories in (None, (), "cat"):
-        with pytest.raises(SettingError, match="TensorDataset does not tell the names of its classes"):
+        with pytest.raises(SettingError, match="TensorDataset has no class names"):
             LabelledImages(tensors, categories=categories)
 
 

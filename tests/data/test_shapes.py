@@ -214,19 +214,19 @@ def test_iteration_ends_and_workers_draw_the_same():
     loader = DataLoader(dataset, batch_size=5, num_workers=2, collate_fn=lambda batch: [item.image for item in batch])
     assert torch.equal(torch.stack([image for batch in loader for image in batch]), one_by_one)
     for index in (-1, 12):
-        with pytest.raises(IndexError, match=f"no picture {index}"):
+        with pytest.raises(IndexError, match=f"index` is {index}"):
             dataset[index]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"count": 0}, "count is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 1.5}, r"seed is 1\.5"),
-        ({"size": 31}, "size is 31, .* from 32"),
-        ({"distractors": -1}, "distractors is -1"),
-        ({"rivals": 10}, "rivals is 10, .* from 0 to 9"),
+        ({"count": 0}, "count` is 0"),
+        ({"seed": -1}, "seed` is -1"),
+        ({"seed": 1.5}, r"seed` is 1\.5"),
+        ({"size": 31}, "size` is 31, .* from 32"),
+        ({"distractors": -1}, "distractors` is -1"),
+        ({"rivals": 10}, "rivals` is 10, .* from 0 to 9"),
     ],
 )
 def test_settings_out_of_range(changes, words):

@@ -75,9 +75,9 @@ def test_fingerprints_tell_draws_apart(model):
 
 
 def test_mosaics_that_cannot_be_made(model):
-    with pytest.raises(InputError, match=r"20 images of 5 classes .* which make 5; ask for fewer, take"):
+    with pytest.raises(InputError, match=r"`count` is 20, .* 5 mosaics .* 20 images of 5 classes"):
         make_mosaics(model, Bright(), count=20)
-    with pytest.raises(InputError, match="do not fill mosaics of 2 x 2"):
+    with pytest.raises(InputError, match="does not fill mosaics of 2 x 2"):
         Mosaics(Bright(), torch.zeros(3, 5, dtype=torch.long), rows=2, columns=2)
     with pytest.raises(IndexError):
         make_mosaics(model, Bright(), count=1)[4]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
+from parchgrad.core.selectors import Selection
 from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.methods import (
     CONTROLS,
@@ -22,7 +23,6 @@ from parchgrad.evaluation.methods import (
     random_map,
     shuffled_masks,
 )
-from parchgrad.selection import Selection
 from tests.conftest import random_statistics
 
 
@@ -77,7 +77,7 @@ def test_grad_cam_has_the_gates_of_its_equation():
     expected = functional.interpolate(coarse, (8, 8), mode="bilinear").squeeze(1)
     torch.testing.assert_close(grad_cam(model, layer="0", gates=2.0)(images, target), expected)
     assert not torch.allclose(grad_cam(model, layer="0")(images, target), expected)
-    with pytest.raises(SettingError, match="gates is -1"):
+    with pytest.raises(SettingError, match="`gates` is -1"):
         grad_cam(model, gates=-1.0)
 
 
@@ -245,7 +245,7 @@ def test_masks_of_another_class_are_swapped_and_the_gradient_is_kept(network):
     other = pg.heatmap(pg.Explainer.from_edit(network, damped).attribute(images, right))
     torch.testing.assert_close(masks_of_another_class(network, damped, distance=5)(images, right), other)
     single = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 1)).eval()
-    with pytest.raises(SettingError, match="no other"):
+    with pytest.raises(SettingError, match="two classes"):
         masks_of_another_class(single, energy())(torch.rand(1, 3, 8, 8), torch.tensor([0]))
 
 

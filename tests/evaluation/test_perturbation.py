@@ -170,7 +170,7 @@ def test_replacements_by_hand_and_against_scipy():
     torch.testing.assert_close(noise.mean((2, 3)), images.mean((2, 3)), atol=0.1, rtol=0)
     torch.testing.assert_close(noise.std((2, 3)), images.std((2, 3)), atol=0.1, rtol=0)
     assert torch.equal(noise, replacement_images(images, "noise", seed=4))
-    with pytest.raises(SettingError, match="replacement is 'inpaint'"):
+    with pytest.raises(SettingError, match="`replacement` is 'inpaint'"):
         replacement_images(images, "inpaint")
 
 
@@ -198,17 +198,17 @@ def test_nothing_of_the_model_changes_and_nothing_is_recorded(network):
 
 def test_settings_and_shapes_that_do_not_fit(network):
     images, target, heat = torch.randn(2, 3, 8, 8).double(), torch.tensor([0, 1]), torch.rand(2, 8, 8)
-    with pytest.raises(SettingError, match="ratios are"):
+    with pytest.raises(SettingError, match="`ratios`"):
         respond(network, images, target, heat, ratios=(0.5, 1.5))
-    with pytest.raises(SettingError, match="ratios are"):
+    with pytest.raises(SettingError, match="`ratios`"):
         respond(network, images, target, heat, ratios=())
-    with pytest.raises(SettingError, match="order is 'random'"):
+    with pytest.raises(SettingError, match="`order` is 'random'"):
         respond(network, images, target, heat, order="random")
-    with pytest.raises(SettingError, match="steps is 0"):
+    with pytest.raises(SettingError, match="steps` is 0"):
         deletion(network, images, target, heat, steps=0)
     with pytest.raises(SettingError, match="at least two"):
         area_under_curve(respond(network, images, target, heat, ratios=(0.5,)))
-    with pytest.raises(InputError, match="do not go together"):
+    with pytest.raises(InputError, match=r"`images` .* `heat`"):
         respond(network, images, target, heat[:, :4])
     with pytest.raises(InputError, match="one class index for each"):
         respond(network, images, torch.tensor([0]), heat)

@@ -70,7 +70,7 @@ def test_parts_of_a_mosaic_are_drawn_together_and_scores_without_values_are_said
     assert cell.comparison.images == 30
     for row in rows:
         row.update(dict.fromkeys(("aopc", "aopc_lerf", "mass_inside", "gini", "aopc@0.1"), math.nan))
-    with pytest.raises(InputError, match="No score of the rows has a value"):
+    with pytest.raises(InputError, match="No score in `rows` has a value"):
         summarise(rows)
 
 
@@ -142,7 +142,7 @@ def test_single_ratios_may_be_asked_for():
     found = summarise(made_up_rows(), scores=["aopc@0.1"])
     assert found.scores == ("aopc@0.1",)
     assert title_of("aopc@0.1") == "AOPC, MoRF minus LeRF at 0.1 ↑"
-    with pytest.raises(SettingError, match=r"no score 'aopc@0.2'; they hold: aopc, aopc_lerf"):
+    with pytest.raises(SettingError, match=r"`rows` has no score 'aopc@0\.2'.* aopc, aopc_lerf"):
         summarise(made_up_rows(), scores=["aopc@0.2"])
     with pytest.raises(SettingError, match="no score 'index'"):
         summarise(made_up_rows(), scores=["index"])
@@ -152,7 +152,7 @@ def test_rows_that_cannot_be_summarised():
     with pytest.raises(InputError, match="no model"):
         summarise([])
     rows = made_up_rows()
-    with pytest.raises(InputError, match="of m, n, but one model"):
+    with pytest.raises(InputError, match="`rows` is of m, n"):
         summarise([*rows, {**rows[0], "model": "n"}])
-    with pytest.raises(SettingError, match="no setting 'plain'"):
+    with pytest.raises(SettingError, match="`baseline` is 'plain'"):
         summarise(rows, baseline="plain")

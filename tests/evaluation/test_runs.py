@@ -21,7 +21,8 @@ from parchgrad.evaluation.methods import (
     grad_cam,
     maps_of,
 )
-from parchgrad.evaluation.runs import evaluate, read_rows
+from parchgrad.evaluation.rows import read_rows
+from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
 from parchgrad.evaluation.settings import Setting
 from tests.conftest import random_statistics, small_network
@@ -122,7 +123,7 @@ def test_the_predicted_class_may_be_explained(tmp_path):
     rows = run(tmp_path, target="predicted")
     assert all(row["target"] == row["predicted"] for row in rows)
     assert any(row["label"] != row["target"] for row in rows)
-    with pytest.raises(SettingError, match="target is 'best'"):
+    with pytest.raises(SettingError, match="`target` is 'best'"):
         run(tmp_path, target="best")
 
 
@@ -206,29 +207,29 @@ def order(row):
 
 def test_a_run_of_something_else_is_not_mixed_in(tmp_path, monkeypatch):
     run(tmp_path)
-    with pytest.raises(SettingError, match="differs in seed; choose another folder"):
+    with pytest.raises(SettingError, match="different seed"):
         run(tmp_path, seed=1)
     other = Noise(5)
     other.fingerprint = "other noise"
-    with pytest.raises(SettingError, match="differs in data, images;"):
+    with pytest.raises(SettingError, match="different data, images\\."):
         run(tmp_path, data=other)
-    with pytest.raises(SettingError, match="differs in target"):
+    with pytest.raises(SettingError, match="different target"):
         run(tmp_path, target="predicted")
     held = random_statistics({"0": 6, "2": 6})
-    with pytest.raises(SettingError, match="differs in statistics"):
+    with pytest.raises(SettingError, match="different statistics"):
         run(tmp_path, statistics=held)
     with monkeypatch.context() as patched:
         patched.setattr("parchgrad.evaluation.runs.__version__", "0.0.1")
-        with pytest.raises(SettingError, match="differs in parchgrad"):
+        with pytest.raises(SettingError, match="different parchgrad"):
             run(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr("parchgrad.evaluation.runs._FORMAT", 1)
-        with pytest.raises(SettingError, match="in the format of another release of ParchGrad"):
+        with pytest.raises(SettingError, match="the format of another"):
             run(tmp_path)
     changed = small_network()
     with torch.no_grad():
         changed[0].bias[0] += 1e-6
-    with pytest.raises(SettingError, match="differs in weights"):
+    with pytest.raises(SettingError, match="different weights"):
         evaluate(changed, Noise(), SETTINGS, tmp_path, scores=SCORES)
 
 
@@ -238,7 +239,7 @@ def test_damaged_rows_and_folders_are_said(tmp_path):
         file.write("not a row\n")
     with pytest.raises(InputError, match=r"Line 22 of .*rows-0.jsonl"):
         read_rows(tmp_path)
-    with pytest.raises(InputError, match="no run"):
+    with pytest.raises(InputError, match="nowhere'"):
         read_rows(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
@@ -260,7 +261,7 @@ def test_methods_of_ones_own_run_beside_the_settings(tmp_path):
         [{key: value for key, value in row.items() if key not in describing} for row in own],
         [{key: value for key, value in row.items() if key not in describing} for row in named],
     )
-    with pytest.raises(SettingError, match="Two methods are called 'gradient'"):
+    with pytest.raises(SettingError, match=r"Two methods .* 'gradient'"):
         evaluate(small_network(), Noise(), [Setting()], tmp_path / "twice", methods={"gradient": grad_cam})
 
 
@@ -291,14 +292,14 @@ def test_what_would_end_badly_is_said_first(tmp_path):
         evaluate(training, Noise(), [Setting(method="centre_blob")], tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in training.state_dict().items())
     for process in ((2, 2), (0, 0), (-1, 2)):
-        with pytest.raises(SettingError, match="counted from zero"):
+        with pytest.raises(SettingError, match="`process`"):
             run(tmp_path, process=process)
 
     class Beyond(Noise):
         def __getitem__(self, index):
             return Sample(image=torch.randn(3, 8, 8), label=5, name=f"{index}")
 
-    with pytest.raises(InputError, match="is of class 5, but the model has 5 classes"):
+    with pytest.raises(InputError, match="has label 5, but the model has 5 classes"):
         run(tmp_path, data=Beyond())
 
 
@@ -338,7 +339,7 @@ def test_a_row_is_read(tmp_path):
 def test_rows_that_are_none_are_said(tmp_path, row):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "rows-0.jsonl").write_text(f"{row}\n")
-    with pytest.raises(InputError, match="no row of a run"):
+    with pytest.raises(InputError, match="not a row of a run"):
         read_rows(tmp_path)
 
 
@@ -354,9 +355,9 @@ def test_images_of_several_sizes_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("change", "settings", "words"),
     [
-        ({"group": 3}, [Setting()], "'group' has no such value"),
+        ({"group": 3}, [Setting()], "'group'"),
         ({"label": torch.tensor(1)}, [Setting()], "Object of type Tensor is not JSON serializable"),
-        ({}, [Setting(selector="energy", gamma=1e101)], "'gamma' has no such value"),
+        ({}, [Setting(selector="energy", gamma=1e101)], "'gamma'"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_written(tmp_path, change, settings, words):
@@ -364,6 +365,6 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, change, settings,
         def __getitem__(self, index):
             return replace(super().__getitem__(index), **change)
 
-    with pytest.raises(InputError, match=rf"image 'noise 0' cannot be kept \({words}\); give samples"):
+    with pytest.raises(InputError, match=rf"image 'noise 0' \({words}"):
         run(tmp_path, data=Odd(), settings=settings)
     assert read_rows(tmp_path) == []

@@ -134,7 +134,7 @@ def test_named_modules_are_randomised_with_all_inside_them():
     for name in ("1", "nowhere"):
         with pytest.raises(LayerError, match=repr(name)):
             list(randomised_models(model, modules=[name]))
-    with pytest.raises(SettingError, match="order is 'sideways'"):
+    with pytest.raises(SettingError, match="`order` is 'sideways'"):
         list(randomised_models(model, order="sideways"))
 
 
@@ -215,5 +215,5 @@ def test_max_sensitivity_of_a_linear_map_lies_within_its_bound_and_follows_the_s
     doubled = max_sensitivity(method, images, target, radius=0.2, samples=20, seed=3)
     torch.testing.assert_close(doubled, 2 * found, rtol=1e-4, atol=0)
     for options in ({"radius": 0}, {"samples": 0}):
-        with pytest.raises(SettingError, match="positive radius"):
+        with pytest.raises(SettingError, match=r"`radius` is .* `samples` is"):
             max_sensitivity(method, images, target, **options)

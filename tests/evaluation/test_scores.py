@@ -91,9 +91,9 @@ def test_only_the_families_asked_for_are_had(network):
     images, target, heat = torch.randn(1, 3, 8, 8).double(), torch.tensor([0]), torch.rand(1, 8, 8)
     found = score_maps(network, lambda *_: heat, images, target, heat, [None], ScoreSettings(families=("sparsity",)))
     assert list(found) == ["gini"]
-    with pytest.raises(SettingError, match="no scores 'faithfulness'"):
+    with pytest.raises(SettingError, match="`families` contains 'faithfulness'"):
         ScoreSettings(families=("faithfulness",))
-    with pytest.raises(SettingError, match="internal_batch_size is 0"):
+    with pytest.raises(SettingError, match="internal_batch_size` is 0"):
         ScoreSettings(internal_batch_size=0)
     for name, value in (
         ("draws", 0),
@@ -113,7 +113,7 @@ def test_only_the_families_asked_for_are_had(network):
     ):
         with pytest.raises(SettingError, match=name):
             ScoreSettings(**{name: value})
-    with pytest.raises(SettingError, match="make_method is missing"):
+    with pytest.raises(SettingError, match="`make_method` is None"):
         score_maps(
             network, gradient_of(network), images, target, heat, [None], ScoreSettings(families=("randomisation",))
         )

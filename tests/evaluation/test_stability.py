@@ -11,7 +11,7 @@ import parchgrad as pg
 from parchgrad.errors import InputError, SettingError
 from parchgrad.evaluation.methods import maps_of
 from parchgrad.evaluation.stability import stability
-from parchgrad.stability import cosine, noisy_copies
+from parchgrad.explain.stability import cosine, noisy_copies
 from tests.conftest import small_network
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -52,17 +52,17 @@ def assert_same(first, second, rtol=1e-12):
     [
         ("class/mean", lambda part: part[:, :0], "no channels or no classes"),
         ("class/mean", lambda part: part[:0], "no channels or no classes"),
-        ("keys", lambda part: part[1:], "sample is not of 20 images"),
-        ("keys", lambda part: part.double(), "sample is not of 20 images"),
-        ("rows", lambda part: part[1:], "sample is not of 20 images"),
-        ("rows", lambda part: part[:, 1:], "sample is not of 20 images"),
-        ("images", lambda part: part + 1, "sample is not of 21 images"),
-        ("class/weight", lambda part: -part, "class/weight has another shape, or is negative"),
-        ("all/mean", lambda part: part[:, :1], "all/mean has another shape"),
-        ("all/mean", lambda part: part * torch.nan, "all/mean holds what is no finite number"),
-        ("class/mean", lambda part: part * torch.inf, "class/mean holds what is no finite number"),
-        ("rows", lambda part: part * torch.nan, "rows holds what is no finite number"),
-        ("all/mean", lambda part: part.long(), "all/mean holds what is no finite number"),
+        ("keys", lambda part: part[1:], "sample .* 20 images"),
+        ("keys", lambda part: part.double(), "sample .* 20 images"),
+        ("rows", lambda part: part[1:], "sample .* 20 images"),
+        ("rows", lambda part: part[:, 1:], "sample .* 20 images"),
+        ("images", lambda part: part + 1, "sample .* 21 images"),
+        ("class/weight", lambda part: -part, "class/weight has the wrong shape or is negative"),
+        ("all/mean", lambda part: part[:, :1], "all/mean has the wrong shape"),
+        ("all/mean", lambda part: part * torch.nan, "all/mean is not floating-point or not finite"),
+        ("class/mean", lambda part: part * torch.inf, "class/mean is not floating-point or not finite"),
+        ("rows", lambda part: part * torch.nan, "rows is not floating-point or not finite"),
+        ("all/mean", lambda part: part.long(), "all/mean is not floating-point or not finite"),
     ],
 )
 def test_a_damaged_state_is_not_gone_on_from(name, change, words):
@@ -156,15 +156,15 @@ def changed(statistics, **changes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda part: changed(part, weight_digests={"a": "1", "b": "3"}), "Layer 'b' has other weights in part 2"),
+        (lambda part: changed(part, weight_digests={"a": "1", "b": "3"}), "layer 'b' .* part 2"),
         (
             lambda part: changed(part, metadata={"labels": "predicted"}),
-            "with labels 'predicted', the first with 'given'",
+            "labels 'predicted', .* 'given'",
         ),
-        (lambda part: changed(part, layers={"a": part["a"]}, sample=None), "other layers than the first"),
-        (lambda part: part.restrict(["a", "b"]), "lack what merging needs"),
-        (lambda part: part.compact(), "lack what merging needs"),
-        (lambda part: parts()[0], "Parts 1 and 2 hold the same images"),
+        (lambda part: changed(part, layers={"a": part["a"]}, sample=None), "layers of part 2"),
+        (lambda part: part.restrict(["a", "b"]), "cannot be merged"),
+        (lambda part: part.compact(), "cannot be merged"),
+        (lambda part: parts()[0], "Parts 1 and 2 "),
     ],
 )
 def test_parts_that_do_not_belong_together(change, words):
@@ -194,13 +194,13 @@ def test_merging_real_collections_of_one_data_set_in_two_files(tmp_path):
     merged = pg.merge_statistics(iter(parts))
     again = pg.collect_statistics(model, data[20:], seed=5, batch_size=3)
     for twice in ([merged, parts[1]], [parts[1], merged], [*parts, again]):
-        with pytest.raises(StatisticsError, match="hold the same images"):
+        with pytest.raises(StatisticsError, match="contain the same images"):
             merge_statistics(twice)
     assert_same(merged, whole, rtol=1e-10)
     # Known by the rows of its images, where the data cannot be told: batches, and a part of a whole.
     batches = pg.collect_statistics(model, DataLoader(data[20:], batch_size=8), seed=1)
     for twice in ([parts[1], batches], [pg.collect_statistics(model, data[:20], seed=0), whole]):
-        with pytest.raises(StatisticsError, match="hold the same images"):
+        with pytest.raises(StatisticsError, match="contain the same images"):
             merge_statistics(twice)
 
 

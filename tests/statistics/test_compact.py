@@ -41,11 +41,11 @@ def test_few_values_are_exact_and_many_are_close():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"classes": torch.tensor(3)}, "bits for another number of channels"),
-        ({"classes": torch.tensor(-2)}, "bits for another number of channels"),
-        ({"level": torch.zeros(3, dtype=torch.uint8)}, "another number of values than bits"),
-        ({"levels": torch.zeros(3)}, "another type or shape"),
-        ({"held": torch.zeros(10)}, "another type or shape"),
+        ({"classes": torch.tensor(3)}, "bit mask"),
+        ({"classes": torch.tensor(-2)}, "bit mask"),
+        ({"level": torch.zeros(3, dtype=torch.uint8)}, "bit mask"),
+        ({"levels": torch.zeros(3)}, "wrong type or shape"),
+        ({"held": torch.zeros(10)}, "wrong type or shape"),
     ],
 )
 def test_parts_that_do_not_fit(change, words):
@@ -74,11 +74,11 @@ def test_a_compact_file_selects_the_same_channels(tmp_path):
         assert (expected - found).abs().max() < 0.05
     torch.testing.assert_close(compact["b"].mean, full["b"].mean, rtol=1e-6, atol=0)
     wider = pg.ClassWise(compact, quantile=0.6, test="student")
-    with pytest.raises(StatisticsError, match=r"rank the best 50% of the channels only, but quantile is 0\.6"):
+    with pytest.raises(StatisticsError, match=r"quantile. is 0\.6, .* 50%"):
         wider.check({"a": 40})
-    with pytest.raises(StatisticsError, match="p-values of the student test only, but 'welch' is asked for"):
+    with pytest.raises(StatisticsError, match=r"test. is 'welch', .* 'student'"):
         compact["a"].class_log_p()
-    with pytest.raises(StatisticsError, match="student test only"):
+    with pytest.raises(StatisticsError, match="'student' test"):
         compact.compact(test="welch")
     assert compact.restrict(classes=[4, 2])["a"].classes == 2
 
@@ -96,7 +96,7 @@ def test_ranked_statistics_without_moments_are_compacted(tmp_path):
 
 def test_shares_out_of_range():
     for share in (0, 1.5):
-        with pytest.raises(SettingError, match="share is"):
+        with pytest.raises(SettingError, match="share` is"):
             random_statistics({"a": 4}).compact(share=share)
 
 
@@ -105,13 +105,13 @@ def test_a_damaged_compact_file_names_the_layer(tmp_path):
     random_statistics({"a": 40}, classes=6).compact().save(path)
     tensors, metadata = load_file(path), header(path)
     save_file({**tensors, "a/level": tensors["a/level"][:-1].clone()}, path, metadata)
-    with pytest.raises(StatisticsError, match=r"Layer 'a' in .* does not fit: log p has another number of values"):
+    with pytest.raises(StatisticsError, match=r"Layer 'a' in .* does not fit: .* bit mask"):
         pg.ChannelStatistics.load(path)
     for field, value in (("test", "t"), ("share", "half"), ("share", 2)):
         layers = metadata["layers"].replace('"welch"', f'"{value}"') if field == "test" else metadata["layers"]
         layers = layers.replace("0.5", f'"{value}"' if isinstance(value, str) else str(value))
         save_file(tensors, path, {**metadata, "layers": layers})
-        with pytest.raises(StatisticsError, match=r"Layer 'a' in .* (does not fit|is described wrongly)"):
+        with pytest.raises(StatisticsError, match=r"ayer 'a' in .* (does not fit|is invalid)"):
             pg.ChannelStatistics.load(path)
 
 
@@ -135,5 +135,5 @@ def test_a_few_bits_do_not_fill_the_memory(tmp_path):
     nothing = torch.zeros(40 * 10**6 // 8, dtype=torch.uint8)
     zeros = {"a/classes": torch.tensor(10**6), "a/held": nothing, "a/level": nothing[:0]}
     save_file({**load_file(path), **zeros}, path, header(path))
-    with pytest.raises(StatisticsError, match=r"40 channels and 1000000 classes, but values of 0 entries alone"):
+    with pytest.raises(StatisticsError, match=r"40 channels and 1000000 classes, but only 0 values"):
         pg.ChannelStatistics.load(path)

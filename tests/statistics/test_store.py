@@ -45,10 +45,10 @@ def test_what_is_given_is_copied():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("std", torch.ones(5), r"std has shape \(5,\), but 4 channels and 3 classes need \(4,\)"),
-        ("class_mean", torch.ones(3, 4), r"class_mean has shape \(3, 4\)"),
-        ("count", torch.ones(2), "count has shape"),
-        ("mean", torch.full((4,), torch.nan), "mean holds values that are not finite"),
+        ("std", torch.ones(5), r"std. has shape \(5,\), but 4 channels and 3 classes need \(4,\)"),
+        ("class_mean", torch.ones(3, 4), r"class_mean. has shape \(3, 4\)"),
+        ("count", torch.ones(2), "count. has shape"),
+        ("mean", torch.full((4,), torch.nan), "mean` contains NaN"),
         (
             "class_mean",
             torch.full((4, 3), -1e61, dtype=torch.float64),
@@ -59,10 +59,10 @@ def test_what_is_given_is_copied():
             torch.full((4, 3), 1e121, dtype=torch.float64),
             r"outside \[0.0, 1e\+120\]",
         ),
-        ("class_variance", torch.full((4, 3), torch.inf), "class_variance holds values"),
-        ("std", torch.full((4,), -1.0), r"std holds values outside \[0\.0, 1e\+60\]"),
-        ("class_count", torch.full((3,), -1.0), "class_count holds values outside"),
-        ("shapiro_p", torch.full((4,), 7.0), r"shapiro_p holds values outside \[0\.0, 1\.0\]"),
+        ("class_variance", torch.full((4, 3), torch.inf), "class_variance` contains NaN"),
+        ("std", torch.full((4,), -1.0), r"std. has values outside \[0\.0, 1e\+60\]"),
+        ("class_count", torch.full((3,), -1.0), "class_count` has values outside"),
+        ("shapiro_p", torch.full((4,), 7.0), r"shapiro_p. has values outside \[0\.0, 1\.0\]"),
     ],
 )
 def test_arrays_that_do_not_fit(name, value, words):
@@ -73,7 +73,7 @@ def test_arrays_that_do_not_fit(name, value, words):
 def test_layers_must_agree_on_the_classes():
     with pytest.raises(StatisticsError, match="at least one layer"):
         ChannelStatistics({})
-    with pytest.raises(StatisticsError, match="'b' has statistics of 3 classes, the first layer of 5"):
+    with pytest.raises(StatisticsError, match=r"'b' has statistics of 3 classes, .* 5"):
         ChannelStatistics({"a": random_statistics({"a": 2})["a"], "b": LayerStatistics(**arrays())})
 
 
@@ -114,7 +114,7 @@ def test_restricting_keeps_order_and_makes_a_small_file(tmp_path):
     assert small.metadata == statistics.metadata
     small.save(tmp_path / "small.safetensors")
     assert (tmp_path / "small.safetensors").stat().st_size < path.stat().st_size
-    with pytest.raises(StatisticsError, match=r"do not hold layer 'tail'; they hold features\.10, features\.2, head"):
+    with pytest.raises(StatisticsError, match=r"no layer 'tail'.* features\.10, features\.2, head"):
         statistics.restrict(["tail"])
 
 
@@ -135,7 +135,7 @@ def test_ranked_statistics_without_some_parts_are_kept_as_they_are(tmp_path, mis
         if found is not None:
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     if "log_p" in missing:
-        with pytest.raises(StatisticsError, match="'b' has statistics of 3 classes, the first layer of 0"):
+        with pytest.raises(StatisticsError, match=r"'b' has statistics of 3 classes, .* 0"):
             ChannelStatistics({"a": statistics["a"], "b": full["b"]})
 
 
@@ -149,9 +149,9 @@ def rewrite(path, tensors=None, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": "weights"}, "holds no channel statistics"),
-        ({"format": None}, "holds no channel statistics"),
-        ({"format_version": "0"}, "has format version '0', this release reads '1'"),
+        ({"format": "weights"}, "contains no channel statistics"),
+        ({"format": None}, "contains no channel statistics"),
+        ({"format_version": "0"}, "format version '0', but this release reads '1'"),
         ({"layers": None}, "field 'layers'"),
         ({"layers": "["}, "field 'layers'"),
         ({"layers": "[" * 100_000}, "field 'layers'"),
@@ -173,7 +173,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     _, path = saved(tmp_path)
     tensors = load_file(path)
     rewrite(path, {**tensors, "head/std": torch.ones(7)})
-    with pytest.raises(StatisticsError, match=r"Layer 'head' in .* does not fit: std has shape \(7,\)"):
+    with pytest.raises(StatisticsError, match=r"Layer 'head' in .* does not fit: .std. has shape \(7,\)"):
         ChannelStatistics.load(path)
     rewrite(path, {name: value for name, value in tensors.items() if name != "features.2/mean"})
     with pytest.raises(StatisticsError, match=r"Layer 'features\.2' in .* lacks 'mean'"):
@@ -186,7 +186,7 @@ def test_files_of_another_kind(tmp_path):
     with pytest.raises(StatisticsError, match="is a folder"):
         ChannelStatistics.load(tmp_path)
     torch.save({"a": torch.zeros(2)}, tmp_path / "pickle.pth")
-    with pytest.raises(StatisticsError, match="cannot be read as channel statistics"):
+    with pytest.raises(StatisticsError, match="as channel statistics"):
         ChannelStatistics.load(tmp_path / "pickle.pth")
 
 
@@ -216,23 +216,23 @@ def test_restricting_to_classes_keeps_their_tests(tmp_path):
     again = some.restrict(["b"], classes=[3])
     assert (list(again), again.class_indices) == (["b"], (3,))
     assert again.columns([3]) == [0]
-    with pytest.raises(StatisticsError, match="hold only some classes, and not class 2"):
+    with pytest.raises(StatisticsError, match="only some classes, but not class 2"):
         some.restrict(classes=[2])
-    with pytest.raises(StatisticsError, match="hold classes 0 to 4, and not class 9"):
+    with pytest.raises(StatisticsError, match="classes 0 to 4, but not class 9"):
         statistics.restrict(classes=[9])
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_classes": 9}, "class_indices must say"),
-        ({"class_indices": (0, 1)}, "must be 3 ascending classes"),
-        ({"class_indices": (0, 1, 1)}, "must be 3 ascending classes"),
+        ({"model_classes": 9}, "class_indices="),
+        ({"class_indices": (0, 1)}, "class_indices` must be 3 ascending classes"),
+        ({"class_indices": (0, 1, 1)}, "class_indices` must be 3 ascending classes"),
         ({"class_indices": (2, 0, 1)}, r"but 3 are given: \(2, 0, 1\)"),
         ({"class_indices": (0, 1, 7), "model_classes": 5}, "from 0 to 4"),
         ({"sample": RowSample(keys=torch.arange(2), rows={})}, "images of layer 'conv' must be rows of shape"),
         ({"sample": RowSample(keys=torch.arange(2), rows={"conv": torch.ones(3, 4)})}, r"of shape \(2, 4\)"),
-        ({"sample": RowSample(keys=torch.arange(1), rows={"conv": torch.full((1, 4), torch.nan)})}, "not finite"),
+        ({"sample": RowSample(keys=torch.arange(1), rows={"conv": torch.full((1, 4), torch.nan)})}, "NaN or infinite"),
     ],
 )
 def test_classes_and_samples_that_do_not_fit(changes, words):
@@ -268,12 +268,12 @@ def with_other_weights():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (with_other_weights(), "The weights of layer '2' are not those"),
-        (small_network(channels=5), "layer '0' have 6 channels, the layer has 5"),
-        (torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3)), "layer '0' are not those"),
+        (with_other_weights(), "other weights of layer '2'"),
+        (small_network(channels=5), "layer '0' have 6 channels, but the layer has 5"),
+        (torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3)), "other weights of layer '0'"),
         (
             torch.nn.Sequential(torch.nn.Identity(), torch.nn.Conv2d(3, 6, 3)),
-            "which Sequential does not have",
+            "Sequential has no layer",
         ),
     ],
 )
@@ -306,5 +306,5 @@ def test_bundled_statistics_fit_the_network_that_they_are_of():
     assert (statistics.classes, statistics.metadata["labels"]) == (1000, "predicted")
     files = Path(pg.__file__).parent.glob("statistics/bundled/*")
     assert sum(file.stat().st_size for file in files) <= 12e6
-    with pytest.raises(StatisticsError, match="for 'resnet18', only for efficientnet_lite0; collect"):
+    with pytest.raises(StatisticsError, match="for 'resnet18', only for efficientnet_lite0"):
         ChannelStatistics.bundled("resnet18")

@@ -153,18 +153,18 @@ def test_ffmpeg_writes_the_same_frames(sweeps, tmp_path):
 
 def test_without_ffmpeg_a_film_is_refused(sweeps, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(OutputError, match="needs the program ffmpeg"):
+    with pytest.raises(OutputError, match="needs ffmpeg"):
         save_animation(sweeps, tmp_path / "sweep.mp4")
     assert list(tmp_path.iterdir()) == []
     # Before anything is rendered.
-    with pytest.raises(OutputError, match="needs the program ffmpeg"):
+    with pytest.raises(OutputError, match="needs ffmpeg"):
         save_animation({}, tmp_path / "sweep.mp4")
-    with pytest.raises(OutputError, match="needs the program ffmpeg"):
+    with pytest.raises(OutputError, match="needs ffmpeg"):
         check_format(tmp_path / "sweep.MP4")
     check_format("sweep.gif")
     check_format("sweep.WEBP")
     for wrong in ("sweep.avi", "sweep", ""):
-        with pytest.raises(OutputError, match=r"end it in \.gif, \.webp, \.mp4"):
+        with pytest.raises(OutputError, match=r"\.gif, \.webp, \.mp4"):
             check_format(wrong)
 
 
@@ -180,7 +180,7 @@ def test_panels_shrink_until_the_file_fits(sweeps, tmp_path, monkeypatch):
     again = save_animation(sweeps, tmp_path / "small.gif", most_bytes=150_000)
     assert again.frames[0].shape == small.frames[0].shape
     assert len(rendered) <= 4
-    with pytest.raises(OutputError, match=r"more than 1,000; sweep over fewer values, or allow more bytes"):
+    with pytest.raises(OutputError, match=r"more than 1,000.*`most_bytes`"):
         save_animation(sweeps, tmp_path / "none.gif", most_bytes=1000)
     assert not (tmp_path / "none.gif").exists()
 
@@ -226,24 +226,24 @@ def test_sweeps_that_do_not_belong_together(sweeps, tmp_path):
         sweep_of(data.cat(), pg.GradientEnergy(), quantiles=(0.5, 0.2)),
         sweep_of(data.cat(), pg.GradientEnergy(), target=4),
     ):
-        with pytest.raises(InputError, match="not over the same values"):
+        with pytest.raises(InputError, match="values or class"):
             animate({"a": first, "b": other})
-    with pytest.raises(InputError, match="different photographs"):
+    with pytest.raises(InputError, match="different images"):
         animate({"a": first, "b": sweep_of(data.coffee(), pg.GradientEnergy())})
-    with pytest.raises(InputError, match="methods gradient and input_x_gradient"):
+    with pytest.raises(InputError, match="methods 'gradient' and 'input_x_gradient'"):
         animate({"a": first, "b": replace(first, method="input_x_gradient")})
     for wrong in (8, 64.5, math.nan, "64"):
         with pytest.raises(
-            SettingError, match=f"panel_size is {wrong!r}, but it must be a whole number of at least 32"
+            SettingError, match=f"`panel_size` is {wrong!r}, but it must be a whole number of at least 32"
         ):
             animate(sweeps, panel_size=wrong)
     for wrong in (-1, 1.5, None):
-        with pytest.raises(SettingError, match=f"fading_frames is {wrong!r}, but it must be a whole number"):
+        with pytest.raises(SettingError, match=f"`fading_frames` is {wrong!r}, but it must be a whole number"):
             animate(sweeps, fading_frames=wrong)
-        with pytest.raises(SettingError, match=f"fading_frames is {wrong!r}, but it must be a whole number"):
+        with pytest.raises(SettingError, match=f"`fading_frames` is {wrong!r}, but it must be a whole number"):
             save_animation(sweeps, tmp_path / "sweep.gif", fading_frames=wrong)
     for wrong in (0, -5, math.nan):
-        with pytest.raises(SettingError, match=f"most_bytes is {wrong}, but it must be a positive number"):
+        with pytest.raises(SettingError, match=f"`most_bytes` is {wrong}"):
             save_animation(sweeps, tmp_path / "sweep.gif", most_bytes=wrong)
-    with pytest.raises(OutputError, match=r"end it in \.gif, \.webp, \.mp4"):
+    with pytest.raises(OutputError, match=r"\.gif, \.webp, \.mp4"):
         save_animation(sweeps, tmp_path / "sweep.avi")

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import parchgrad as pg
 from parchgrad.errors import InputError, LayerError, ModelError, SettingError, StatisticsError
-from parchgrad.recording import record_selections
+from parchgrad.explain.recording import record_selections
 from parchgrad.statistics.collect import collect_gaps
 from parchgrad.visual.channels import gap_histogram, kept_channels
 
@@ -61,16 +61,14 @@ def test_batches_go_to_the_device_of_the_model(network):
 def test_gaps_of_what_they_cannot_be_collected_of(network):
     images = torch.randn(7, 3, 9, 9, dtype=torch.float64)
     for wrong, near in (("third", "first"), ("*", "first, second"), ("secon?", "second"), (None, "")):
-        with pytest.raises(
-            LayerError, match=rf"must be the full name of one of the 2 convolutions; near names: .*{near}"
-        ):
+        with pytest.raises(LayerError, match=rf"must be the full name of one of the 2 convolutions.*{near}"):
             collect_gaps(network, [images], wrong)
-    with pytest.raises(InputError, match="no batch at all"):
+    with pytest.raises(InputError, match=r"batches. is empty"):
         collect_gaps(network, [], "second")
     for wrong in (images, TensorDataset(images), 3):
-        with pytest.raises(InputError, match="give a DataLoader, or a list of tensors"):
+        with pytest.raises(InputError, match="Pass a DataLoader or a list of tensors"):
             collect_gaps(network, wrong, "second")
-    with pytest.raises(InputError, match=r"holds torch\.uint8"):
+    with pytest.raises(InputError, match=r"torch\.uint8"):
         collect_gaps(network, [images.byte()], "second")
     for wrong in (["a"], [()]):
         with pytest.raises(StatisticsError, match="must be tensors"):
@@ -143,16 +141,16 @@ def test_gaps_may_be_tensors_of_any_kind():
 
 
 def test_images_that_cannot_be_compared():
-    with pytest.raises(InputError, match="do not match"):
+    with pytest.raises(InputError, match=r"`gaps` has shape .* `in_class` has shape"):
         gap_histogram(np.ones(4), np.ones(3, dtype=bool))
-    with pytest.raises(InputError, match="do not match"):
+    with pytest.raises(InputError, match=r"`gaps` has shape .* `in_class` has shape"):
         gap_histogram(np.ones(4), np.array([0, 1, 0, 1]))
     for wrong in (["a", "b", "c", "d"], [[1.0], [1.0, 2.0]], np.ones(4) * 1j):
-        with pytest.raises(InputError, match="GAPs of a histogram are no real numbers"):
+        with pytest.raises(InputError, match="`gaps`"):
             gap_histogram(wrong, np.arange(4) < 2)
     with pytest.raises(InputError, match="NaN or infinite"):
         gap_histogram([np.nan, 1, 2, 3], np.array([True, True, False, False]))
-    with pytest.raises(InputError, match="1 images of cat and 3 others"):
+    with pytest.raises(InputError, match=r"1 images of cat .* 3"):
         gap_histogram(np.ones(4), np.arange(4) < 1, category="cat")
 
 
@@ -269,14 +267,14 @@ def test_the_figure_shows_what_was_found(network):
 
 def test_one_image_and_one_or_two_classes(network):
     image = torch.zeros(2, 3, 9, 9, dtype=torch.float64)
-    with pytest.raises(InputError, match="of one image"):
+    with pytest.raises(InputError, match=r"`inputs` has shape \(2, 3, 9, 9\)"):
         kept_channels(network, image, [0])
     for targets, names in (([], None), ([0, 1, 2], None), ([0], ["a", "b"])):
-        with pytest.raises(SettingError, match="one class or two"):
+        with pytest.raises(SettingError, match="`targets` has"):
             kept_channels(network, image[:1], targets, categories=names)
-    with pytest.raises(SettingError, match="Both targets are 1"):
+    with pytest.raises(SettingError, match="Both `targets` are 1"):
         kept_channels(network, image[:1], [1, 1])
     with pytest.raises(SettingError, match="`edit` has no selector"):
         kept_channels(network, image[:1], [1], pg.Edit(selector=None))
-    with pytest.raises(SettingError, match=r"edit is of type GradientEnergy.*pass one such as Edit"):
+    with pytest.raises(SettingError, match="`edit` is of type GradientEnergy"):
         kept_channels(network, image[:1], [1], pg.GradientEnergy())

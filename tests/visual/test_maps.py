@@ -62,7 +62,7 @@ def test_panel_lays_out_rows_and_columns_with_one_colour_bar(tmp_path):
         assert (pixels[:4] > 250).all()
     save_figure(figure, tmp_path / "a.png")
     for name in ("a.xyz", "a"):
-        with pytest.raises(OutputError, match=r"names no picture format; end it in one of: .*\.png"):
+        with pytest.raises(OutputError, match=r"image suffix.*\.png"):
             save_figure(figure, tmp_path / name)
 
 
@@ -103,15 +103,15 @@ def test_rows_of_a_panel_are_as_high_as_their_pictures():
 
 
 def test_pictures_that_do_not_match():
-    with pytest.raises(InputError, match="do not match"):
+    with pytest.raises(InputError, match=r"`photograph` has shape \(4, 4, 3\), .* \(5, 4\)"):
         blend(np.zeros((4, 4, 3)), np.zeros((5, 4)))
-    with pytest.raises(InputError, match=r"from 0 to 255; scale it to \[0, 1\]"):
+    with pytest.raises(InputError, match="`photograph` ranges from 0 to 255"):
         blend(np.full((4, 4, 3), 255) * np.eye(4)[..., None], np.zeros((4, 4)))
-    with pytest.raises(SettingError, match="percentile is 150"):
+    with pytest.raises(SettingError, match="`percentile` is 150"):
         normalise(np.ones((2, 2)), percentile=150)
-    with pytest.raises(InputError, match="needs at least one"):
+    with pytest.raises(InputError, match="at least one of `photographs`"):
         panel([], {})
-    with pytest.raises(InputError, match="as many labels"):
+    with pytest.raises(InputError, match="`labels`"):
         panel([np.zeros((4, 4, 3))], {}, labels=["a", "b"])
     with pytest.raises(InputError, match="has 1 maps for 2 photographs"):
         panel([np.zeros((4, 4, 3))] * 2, {"gradient": [np.zeros((4, 4))]})
@@ -160,7 +160,7 @@ def test_opacity_goes_from_the_photograph_to_the_map():
     bright = np.array(matplotlib.colormaps["inferno"](1.0)[:3])
     half = 0.5 * (0.5 * grey + 0.5 * photograph[0, 1]) + 0.5 * bright
     np.testing.assert_allclose(blend(photograph, heat, opacity=0.5)[0, 1], half)
-    with pytest.raises(SettingError, match=r"opacity is 1.5, but it must lie in \[0, 1\]"):
+    with pytest.raises(SettingError, match=r"`opacity` is 1.5"):
         blend(photograph, heat, opacity=1.5)
 
 
@@ -184,16 +184,16 @@ def test_maps_of_a_panel_share_one_scale():
 
 @pytest.mark.parametrize("top", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_scale_ends_at_a_positive_number(top):
-    with pytest.raises(SettingError, match="must end at a positive number"):
+    with pytest.raises(SettingError, match="`top` is"):
         blend(np.zeros((2, 2, 3)), np.eye(2), top=top)
 
 
 def test_values_that_cannot_be_painted():
-    with pytest.raises(InputError, match=r"outside of \[0, 1\]"):
+    with pytest.raises(InputError, match="`values`"):
         paint(np.zeros((2, 2, 3)), 2 * np.eye(2))
     with pytest.raises(InputError, match="NaN or infinite"):
         relative([[np.inf, 1.0]])
-    with pytest.raises(InputError, match=r"one map \(H, W\)"):
+    with pytest.raises(InputError, match=r"shape \(2,\)"):
         relative([1.0, 2.0])
 
 
@@ -229,8 +229,8 @@ def test_photographs_may_be_rounded_and_must_be_numbers():
     assert np.array_equal(blend(rounded, heat), blend(picture, heat))
     for value in (np.nan, np.inf):
         rounded[0, 0] = value
-        with pytest.raises(InputError, match="The photograph holds NaN or infinite values; give every pixel a number"):
+        with pytest.raises(InputError, match="`photograph` contains NaN or infinite values"):
             blend(rounded, heat)
     rounded[0, 0] = 1.01
-    with pytest.raises(InputError, match=r"The photograph ranges from -1e-07 to 1\.01; scale it to \[0, 1\]"):
+    with pytest.raises(InputError, match=r"`photograph` ranges from -1e-07 to 1\.01"):
         blend(rounded, heat)

@@ -64,15 +64,15 @@ def test_settings_out_of_range():
         *({"strong": 0}, {"weak": 0}, {"weakness": 0}, {"spread": -1}, {"strong": 1.5}),
         *({name: value} for name in ("strong", "weak", "weakness", "spread") for value in (math.nan, math.inf)),
     ):
-        with pytest.raises(SettingError, match="there must be one gradient of each kind"):
+        with pytest.raises(SettingError, match="`strong` and `weak` must be"):
             sum_directions(**wrong)
     for kernel in (0, 1.5, math.nan):
-        with pytest.raises(SettingError, match="each must be a whole number of at least 1"):
+        with pytest.raises(SettingError, match="must all be whole numbers of at least 1"):
             checkerboard(kernel=kernel, stride=1)
     for magnitude in (0, -1.0, math.nan, math.inf):
-        with pytest.raises(SettingError, match="magnitude must be a positive number"):
+        with pytest.raises(SettingError, match="`magnitude` is"):
             checkerboard(kernel=3, stride=2, magnitude=magnitude)
-        with pytest.raises(SettingError, match="magnitude must be a positive number"):
+        with pytest.raises(SettingError, match="`magnitude` is"):
             checkerboard_figure(magnitudes=(1.0, magnitude))
-    with pytest.raises(SettingError, match="without geometries"):
+    with pytest.raises(SettingError, match="`geometries`"):
         checkerboard_figure(geometries=[])

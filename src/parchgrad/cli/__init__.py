@@ -1,10 +1,12 @@
-"""The command line. A thin front: it reads options, calls the library, and prints."""
+"""The command line: read options, call the library, print results."""
 
 import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,10 +18,10 @@ from parchgrad.cli.explorer import explore
 from parchgrad.cli.photographs import animate, demo, explain, models, sweep
 from parchgrad.cli.shared import console, error_console
 from parchgrad.cli.statistics import stats
-from parchgrad.errors import ModelWarning, ParchGradError, StatisticsWarning
+from parchgrad.errors import ModelWarning, ParchGradError, SettingError, StatisticsWarning, reason_of
 
 app = typer.Typer(
-    help="Sharper saliency maps of convolutional networks, honestly evaluated.",
+    help="Sharper saliency maps for convolutional networks, with honest evaluation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,12 +33,12 @@ app.add_typer(stats, name="stats")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; every error of this package ends it with one sentence and exit code 2."""
+    """Run the command line; print parchgrad's errors on one line and exit with code 2."""
     with _replacing_letters(), warnings.catch_warnings():
         warnings.showwarning = _show_warning(warnings.showwarning)
-        # Pillow's notices of odd metadata and of many pixels, neither of which makes a photograph unreadable.
+        # Pillow warns about odd metadata and large images, which are still readable.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        # Captum's notice that a method sets hooks, which are gone by the time it is read.
+        # Captum warns about its temporary hooks.
         warnings.filterwarnings("ignore", message="Setting (backward|forward)")
         try:
             app(arguments)
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _replacing_letters() -> Iterator[None]:
-    """Write letters that the terminal's encoding lacks, as names of files may hold, by their numbers."""
+    """Escape characters that the terminal's encoding lacks, for example in file names."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     strict = [stream for stream in streams if stream.errors == "strict"]
     for stream in strict:
@@ -61,12 +63,12 @@ def _replacing_letters() -> Iterator[None]:
 
 
 def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """Say this package's warnings in a line, each once, and leave others as they are."""
+    """Print this package's warnings on one line, each once, and pass on others."""
     said = set()
 
     def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
         if issubclass(category, StatisticsWarning | ModelWarning):
-            # Python says them again from another line, and whenever any library has changed the filters.
+            # Python repeats them from other lines, and whenever a library changes the filters.
             if str(message) in said:
                 return
             said.add(str(message))
@@ -88,5 +90,22 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module first, for example to register selectors.",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    if modules:
+        # As `python -m` does.
+        sys.path.insert(0, str(Path.cwd()))
+    for name in modules or ():
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise SettingError(
+                f"--import {name} failed ({reason_of(error)}). Pass a module in this folder or in an installed package."
+            ) from error

@@ -1,4 +1,4 @@
-"""Commands that measure: evaluate and report."""
+"""The commands evaluate and report."""
 
 import math
 import os
@@ -11,60 +11,62 @@ from rich.markup import escape
 
 from parchgrad.cli.shared import ProgressBars, console, error_console, make_table, parse_layers, place_of, printable
 
-# Panels of the help on evaluate.
-_ASKED = "What is evaluated"
-_COMPARED = "What is compared (each may be given several times, for all combinations)"
+# Panels in the help of evaluate.
+_ASKED = "Models, data and scores"
+_COMPARED = "Settings to compare (repeat options to evaluate all combinations)"
 
 
 def evaluate(
     settings: Annotated[
-        Path | None, typer.Argument(help=r"A TOML file: model, \[data], \[grid] and \[scores].")
+        Path | None, typer.Argument(help=r"TOML file with model, \[data], \[grid] and \[scores].")
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A torchvision or timm name, or 'shapes'; may be given several times.", rich_help_panel=_ASKED
-        ),
+        typer.Option(help="Model name from torchvision or timm, or 'shapes'; repeatable.", rich_help_panel=_ASKED),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="shapes, folder, imagenet, cifar10, cifar100, mnist or fashion_mnist.", rich_help_panel=_ASKED
+            help="Data set: shapes, folder, imagenet, cifar10, cifar100, mnist or fashion_mnist.",
+            rich_help_panel=_ASKED,
         ),
     ] = None,
     root: Annotated[str | None, typer.Option(help="Folder of the images.", rich_help_panel=_ASKED)] = None,
     annotations: Annotated[
         str | None, typer.Option(help="Folder of ILSVRC's XML files, for imagenet.", rich_help_panel=_ASKED)
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Images, drawn at random.", rich_help_panel=_ASKED)] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of images, chosen randomly.", rich_help_panel=_ASKED)
+    ] = None,
     mosaics: Annotated[
         int | None,
         typer.Option(
-            help="Mosaics for the grid pointing game, in place of single images; 0 for none.", rich_help_panel=_ASKED
+            help="Number of mosaics for the grid pointing game, instead of single images; 0 for none.",
+            rich_help_panel=_ASKED,
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Which class is explained: label or predicted.", rich_help_panel=_ASKED)
+        str | None, typer.Option(help="Class to explain: label or predicted.", rich_help_panel=_ASKED)
     ] = None,
     scores: Annotated[
         list[str] | None,
         typer.Option(
-            help="perturbation, insertion, localisation, sparsity, sensitivity, randomisation or stability; several "
-            "times if you like.",
+            help="Scores: perturbation, insertion, localisation, sparsity, sensitivity, randomisation or stability; "
+            "repeatable.",
             rich_help_panel=_ASKED,
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name.",
+            help="Method: gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name.",
             rich_help_panel=_COMPARED,
         ),
     ] = None,
     selector: Annotated[
         list[str] | None,
         typer.Option(
-            help="energy, activation, evidence, random, class, instance, or none.",
+            help="Selector: energy, activation, evidence, random, class, instance, or none.",
             rich_help_panel=_COMPARED,
             show_default="evidence",
         ),
@@ -88,7 +90,7 @@ def evaluate(
     layers: Annotated[
         list[str] | None,
         typer.Option(
-            help="'all', 'published', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'.",
+            help="Layers to edit: 'all', 'published', a ratio (0.5: the upper half), or patterns ('layer3.*,conv1').",
             rich_help_panel=_COMPARED,
             show_default="0.5, for evidence 0.75",
         ),
@@ -96,14 +98,14 @@ def evaluate(
     gamma: Annotated[
         list[float] | None,
         typer.Option(
-            help="How many times stronger than the rest the kept signal becomes; 'inf' prunes the rest.",
+            help="Factor of the kept signal relative to the rest; 'inf' prunes the rest.",
             rich_help_panel=_COMPARED,
         ),
     ] = None,
     conserve: Annotated[
         list[str] | None,
         typer.Option(
-            help="What a layer keeps: energy, independent, exact or none.",
+            help="What a layer conserves: energy, independent, exact or none.",
             rich_help_panel=_COMPARED,
             show_default="energy",
         ),
@@ -123,37 +125,37 @@ def evaluate(
             "--antialias/--no-antialias",
             help="Smooth gradients at the input of strided operations.",
             rich_help_panel=_COMPARED,
-            show_default="on, and off for a hard cut or without a selector",
+            show_default="on; off for a hard cut or without a selector",
         ),
     ] = None,
     masks: Annotated[
         list[str] | None,
         typer.Option(
-            help="own, and as controls another (those of another class) and shuffled.", rich_help_panel=_COMPARED
+            help="Masks: own, or the controls another (of another class) and shuffled.", rich_help_panel=_COMPARED
         ),
     ] = None,
     statistics: Annotated[
-        str | None, typer.Option(help="Channel statistics for the selectors class and instance.")
+        str | None, typer.Option(help="File of channel statistics, for the selectors class and instance.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images in one pass.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of random maps and random channels.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Number of images per pass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of random maps and random channels.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("outputs/evaluation"),
-    device: Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of the model: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
 ) -> None:
-    """Evaluate a grid of settings on a data set, the controls always among them.
+    """Evaluate a grid of settings on a data set, together with controls.
 
-    What is asked for stands in a file, in flags, or in both, where a flag goes before the file.
+    Settings come from a file, from flags, or from both; flags override the file.
 
-    Started again after it was stopped, it goes on where it was; finished settings are skipped.
+    Run the same command again to resume; finished settings are skipped.
 
     Several processes share the images: torchrun --nproc-per-node=2 -m parchgrad evaluate ...
     """
     first = os.environ.get("RANK", "0") == "0"
     with ExitStack() as shown:
-        # Of several processes one speaks.
+        # Only one of several processes prints.
         if first:
             shown.enter_context(error_console.status("Starting"))
-        from parchgrad.configuration import evaluate_all, read_settings
+        from parchgrad.workflows.evaluation import evaluate_all, read_settings
 
         flags: dict[str, Any] = {
             "model": model,
@@ -182,40 +184,40 @@ def evaluate(
         with ProgressBars(hidden=not first) as progress:
             runs = evaluate_all(asked, out, device=place, on_progress=progress.update)
     except KeyboardInterrupt:
-        error_console.print("Stopped. The same command goes on where it was.", highlight=False)
+        error_console.print("Stopped. Run the same command again to resume.", highlight=False)
         raise typer.Exit(130) from None
     if first:
         folders = " ".join(str(run) for run in runs)
-        console.print(f"Look at the results with: parchgrad report {escape(folders)}", highlight=False, soft_wrap=True)
+        console.print(f"View the results with: parchgrad report {escape(folders)}", highlight=False, soft_wrap=True)
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluations.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     out: Annotated[Path, typer.Option(help="Folder for the page and the tables.")] = Path("outputs/report"),
     score: Annotated[
-        list[str] | None, typer.Option(help="A score to show, such as aopc or aopc@0.1; may be given several times.")
+        list[str] | None, typer.Option(help="Score to show, such as aopc or aopc@0.1; repeatable.")
     ] = None,
     confidence: Annotated[float, typer.Option(help="Level of the intervals, in (0, 1).")] = 0.95,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier report.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing report.")] = False,
 ) -> None:
-    """Report what evaluations found: a page (report.html) and two tables (report.md, report.csv)."""
+    """Report the results of runs: a page (report.html) and two tables (report.md, report.csv)."""
     with error_console.status("Comparing"):
+        from parchgrad._io.files import check_outputs
         from parchgrad.evaluation.report import relative_time, title_of
         from parchgrad.evaluation.summary import FEWEST
-        from parchgrad.files import check_outputs
-        from parchgrad.reporting import HEADLINES, Report, make_report
+        from parchgrad.workflows.report_page import HEADLINES, Report, make_report
 
         check_outputs(Report.files(out), force=force)
         found = make_report(runs, scores=score, confidence=confidence)
         page = found.save(out, force=force)
-    # A sign too: a log has no colours.
+    # A sign as well as a colour, since logs have no colours.
     marks = {"better": ("[green]", " +"), "worse": ("[red]", " -"), "open": ("", "  ")}
     for summary, count in zip(found.summaries, found.counts, strict=True):
-        # The page has room for all, the terminal for a few.
+        # The page shows all scores, the terminal only a few.
         shown = summary.scores if score else [name for name in HEADLINES if name in summary.scores][:3]
         table = make_table("setting", *(printable(title_of(name)) for name in shown), "time")
         for column in table.columns[1:]:
-            # Titles of settings are folded before numbers are.
+            # Fold the titles of settings before the numbers.
             column.min_width, column.max_width, column.justify = 7, 12, "right"
         for setting in summary.settings:
             cells = [summary.cells[setting, name] for name in shown]
@@ -226,10 +228,10 @@ def report(
         console.print(table)
         console.print()
     console.print(
-        f"+ is better than the plain gradient, - worse, each by its {confidence:.0%} interval on {FEWEST} images at "
-        "least; arrows point where a score is better. time is that of a map, in multiples of the plain gradient's, "
-        "as measured while evaluating: what else the machine did is in it, and random channels are explained one image "
-        "at a time. The page has all scores, --score shows others here.",
+        f"+ is better than the plain gradient and - is worse, by the {confidence:.0%} interval over at least {FEWEST} "
+        "images. Arrows show which direction is better. Time is per map, relative to the plain gradient, as measured "
+        "during the evaluation; random channels are explained one image at a time. The page shows all scores; --score "
+        "selects those shown here.",
         highlight=False,
     )
-    console.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)
+    console.print(f"Open {escape(str(page))}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Commands on images: explain, sweep, animate, and the demonstration."""
+"""The commands explain, sweep, animate, models and demo."""
 
 import enum
 import logging
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 from rich.markup import escape
 
+from parchgrad._io.files import check_outputs, distinct_stems
 from parchgrad.cli.shared import (
     console,
     error_console,
@@ -19,32 +20,20 @@ from parchgrad.cli.shared import (
     parse_layers,
     place_of,
     printable,
-    say_share,
 )
 from parchgrad.errors import SettingError
-from parchgrad.files import check_outputs, distinct_stems
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from parchgrad.edit import Edit
-    from parchgrad.models import Classifier
+    from parchgrad.core.edit import Edit
+    from parchgrad.core.selectors import RegisteredSelector
+    from parchgrad.models.classifier import Classifier
     from parchgrad.visual.sweeps import Sweep
 
 
-class SelectorName(str, enum.Enum):
-    """The selectors by their short names."""
-
-    energy = "energy"
-    activation = "activation"
-    evidence = "evidence"
-    random = "random"
-    class_wise = "class"
-    instance = "instance"
-
-
 class ConserveName(str, enum.Enum):
-    """What a layer keeps."""
+    """What a layer conserves."""
 
     energy = "energy"
     independent = "independent"
@@ -53,35 +42,35 @@ class ConserveName(str, enum.Enum):
 
 
 class SettingName(str, enum.Enum):
-    """What a sweep moves through."""
+    """Setting that a sweep varies."""
 
     quantile = "quantile"
     alpha = "alpha"
 
 
 class FormatName(str, enum.Enum):
-    """Formats of moving pictures."""
+    """Formats of animations."""
 
     gif = "gif"
     webp = "webp"
     mp4 = "mp4"
 
 
-# Images that are held in memory with their maps.
+# Images held in memory together with their maps.
 _AT_ONCE = 8
-_SUITS = "what suits the selector"
+_SUITS = "depends on the selector"
 
-# Options that several commands have.
+# Options that several commands share.
 Photographs: TypeAlias = Annotated[list[Path], typer.Argument(help="Images: JPEG, PNG or anything Pillow reads.")]
-ModelName: TypeAlias = Annotated[str, typer.Option(help="A torchvision or timm name; see `parchgrad models`.")]
+ModelName: TypeAlias = Annotated[str, typer.Option(help="Model name from torchvision or timm; see `parchgrad models`.")]
 TargetName: TypeAlias = Annotated[
-    str | None, typer.Option(help="The class to explain, by name or index.", show_default="the predicted class")
+    str | None, typer.Option(help="Class to explain, by name or index.", show_default="predicted class")
 ]
 StatisticsFile: TypeAlias = Annotated[
     Path | None,
     typer.Option(
-        help="Channel statistics for the selectors class and instance; see `parchgrad stats`.",
-        show_default="those that come with the package, for efficientnet_lite0",
+        help="File of channel statistics, for the selectors class and instance; see `parchgrad stats`.",
+        show_default="bundled, for efficientnet_lite0",
     ),
 ]
 Quantile: TypeAlias = Annotated[
@@ -91,24 +80,25 @@ Quantile: TypeAlias = Annotated[
 Softness: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        help="How gradually channels gain weight around the threshold, in [0, 1]; 0 is the published hard cut.",
+        help="Width of the ramp around the threshold, in [0, 1]; 0 is the published hard cut.",
         show_default=_SUITS,
     ),
 ]
 LayersText: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="'all', a ratio (0.5: the upper half), patterns ('layer3.*,conv1'), or 'published' (the paper's set).",
+        help="Layers to edit: 'all', a ratio (0.5: the upper half), patterns ('layer3.*,conv1'), or 'published' (as in "
+        "the paper).",
         show_default=_SUITS,
     ),
 ]
 Gamma: TypeAlias = Annotated[
-    float, typer.Option(help="How much stronger than the rest the kept signal becomes; 'inf' prunes the rest.")
+    float, typer.Option(help="Factor of the kept signal relative to the rest; 'inf' prunes the rest.")
 ]
 Conservation: TypeAlias = Annotated[
     ConserveName | None,
     typer.Option(
-        help="What a layer keeps: the norm of its gradient (energy), or the variance of its sum over the channels, "
+        help="What a layer conserves: the norm of its gradient (energy), or the variance of the sum over its channels, "
         "estimated (independent, as published) or exact.",
         show_default=_SUITS,
     ),
@@ -129,18 +119,21 @@ Antialias: TypeAlias = Annotated[
     ),
 ]
 MethodName: TypeAlias = Annotated[
-    str, typer.Option(help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name.")
+    str,
+    typer.Option(help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name."),
 ]
 Values: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="The values, separated by commas: '0.5,0.2,0.1'.", show_default="six, from most channels to few"),
+    typer.Option(
+        help="Values, separated by commas: '0.5,0.2,0.1'.", show_default="six values, from many channels to few"
+    ),
 ]
-DeviceName: TypeAlias = Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")]
+DeviceName: TypeAlias = Annotated[str, typer.Option(help="Device of the model: 'cpu', 'cuda', 'cuda:1', 'mps'.")]
 Over: TypeAlias = Annotated[
     SettingName,
-    typer.Option(help="The quantile, or for class and instance the p-value at the threshold."),
+    typer.Option(help="Setting to vary: quantile, or alpha (the p-value at the threshold) for class and instance."),
 ]
-Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite existing results.")]
 
 
 def explain(
@@ -148,12 +141,14 @@ def explain(
     model: ModelName = "efficientnet_lite0",
     target: TargetName = None,
     selector: Annotated[
-        SelectorName,
+        str,
         typer.Option(
-            help="What makes a channel matter: its evidence for the class, gradient energy, gradient x activation, "
-            "chance (random), or by statistics its response to the class, or to this very image (instance)."
+            metavar="NAME",
+            help="How channels are ranked: evidence, energy (of the gradient), activation (gradient x activation), "
+            "random, or by statistics of their response to the class (class) or to this image (instance). Also "
+            "selectors registered with `parchgrad --import`.",
         ),
-    ] = SelectorName.evidence,
+    ] = "evidence",
     statistics: StatisticsFile = None,
     quantile: Quantile = None,
     softness: Softness = None,
@@ -168,16 +163,16 @@ def explain(
         bool,
         typer.Option(
             "--stability",
-            help="Measure how much each map changes under noise that nobody can see; takes five more maps per image.",
+            help="Measure how stable each map is under imperceptible noise; takes five more maps per image.",
         ),
     ] = False,
     signed: Annotated[
-        bool, typer.Option("--signed", help="Draw a second panel with signs: red for the class, blue against it.")
+        bool, typer.Option("--signed", help="Draw a second panel with signed maps: red for the class, blue against it.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/explain"),
     force: Force = False,
 ) -> None:
-    """Explain images: a panel (.png), the raw signed map (.npy) and every setting (.json) for each.
+    """Explain images: write a panel (.png), the raw signed map (.npy) and all settings (.json) for each.
 
     The defaults are the best known settings. For the published method use
     --selector class --layers published --softness 0 --conserve independent
@@ -198,15 +193,15 @@ def explain(
     )
     _check_statistics([selector], statistics)
     with error_console.status("Starting") as status:
-        from parchgrad.data.images import read_image
+        from parchgrad.data.images import read_image, stored_frame
 
-        # All that can be wrong is looked at before the first file is written, and files before the long imports.
+        # Check everything before writing the first file, and the input files before the slow imports.
         for path in images:
-            read_image(path)
+            stored_frame(path)
 
-        from parchgrad.explanation import UNSTABLE, Explanation, explain_images
-        from parchgrad.layers import find_convolutions
+        from parchgrad.core.layers import find_convolutions
         from parchgrad.visual import save_figure
+        from parchgrad.workflows.photographs import UNSTABLE, Explanation, explain_images
 
         stems = distinct_stems(images)
         signed_panels = [out / f"{stem}-signed.png" for stem in stems] if signed else []
@@ -221,7 +216,7 @@ def explain(
         try:
             for start in range(0, len(images), _AT_ONCE):
                 part = slice(start, start + _AT_ONCE)
-                # Results of images of one name are numbered, which is on record too.
+                # Results of images with the same name are numbered.
                 names = [
                     path.name if stem == path.stem else f"{path} ({stem})"
                     for path, stem in zip(images[part], stems[part], strict=True)
@@ -236,11 +231,9 @@ def explain(
                     measured = [] if found.stability is None else [f"{found.stability:.2f}"]
                     if found.stability is not None and found.stability < UNSTABLE:
                         unstable.append(found.name)
-                    table.add_row(
-                        printable(found.name), say_share(found.target), *measured, ", ".join(map(say_share, others))
-                    )
+                    table.add_row(printable(found.name), str(found.target), *measured, ", ".join(map(str, others)))
         except KeyboardInterrupt:
-            kept = f"{done} of {len(images)} images are explained in {escape(str(out))}. Pass the others alone."
+            kept = f"{done} of {len(images)} images are done, in {escape(str(out))}. Pass only the others to continue."
             error_console.print(f"Stopped. {kept}", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
 
@@ -252,7 +245,7 @@ def explain(
         named = ", ".join(map(printable, unstable[:3])) + (", ..." if len(unstable) > 3 else "")
         error_console.print(
             f"[bold yellow]Warning:[/] {len(unstable)} of {len(images)} maps ({named}) have a stability below "
-            f"{UNSTABLE:g}. Noise that nobody can see changes them, so they explain little. Try the default settings.",
+            f"{UNSTABLE:g}. Imperceptible noise changes them, so they explain little. Try the default settings.",
             highlight=False,
             soft_wrap=True,
         )
@@ -263,8 +256,8 @@ def sweep(
     model: ModelName = "efficientnet_lite0",
     target: TargetName = None,
     selector: Annotated[
-        SelectorName, typer.Option(help="What makes a channel matter; see `parchgrad explain --help`.")
-    ] = SelectorName.evidence,
+        str, typer.Option(metavar="NAME", help="How channels are ranked; see `parchgrad explain --help`.")
+    ] = "evidence",
     statistics: StatisticsFile = None,
     over: Over = SettingName.quantile,
     values: Values = None,
@@ -276,13 +269,13 @@ def sweep(
     antialias: Antialias = None,
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
-    columns: Annotated[int, typer.Option(help="Pictures in a line.", min=1)] = 4,
+    columns: Annotated[int, typer.Option(help="Number of pictures per row.", min=1)] = 4,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/sweep"),
     force: Force = False,
 ) -> None:
-    """Explain images at several quantiles or alphas: a panel (.png) for each.
+    """Explain images at several quantiles or alphas: write a panel (.png) for each.
 
-    All maps of a panel have one scale, in multiples of a map's mean.
+    All maps in a panel share one scale, in multiples of a map's mean.
     """
     paths = [out / f"{stem}.png" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
@@ -313,9 +306,11 @@ def animate(
     model: ModelName = "efficientnet_lite0",
     target: TargetName = None,
     selector: Annotated[
-        list[SelectorName] | None,
+        list[str] | None,
         typer.Option(
-            help="What makes a channel matter; given several times, panels side by side.", show_default="evidence"
+            metavar="NAME",
+            help="How channels are ranked; repeat the option to show several selectors side by side.",
+            show_default="evidence",
         ),
     ] = None,
     statistics: StatisticsFile = None,
@@ -330,17 +325,17 @@ def animate(
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
     form: Annotated[
-        FormatName, typer.Option("--format", help="The moving picture's format; mp4 needs ffmpeg.")
+        FormatName, typer.Option("--format", help="Format of the animation; mp4 needs ffmpeg.")
     ] = FormatName.gif,
-    most_kilobytes: Annotated[int, typer.Option(help="What a file may weigh; panels are made to fit.", min=1)] = 500,
+    most_kilobytes: Annotated[int, typer.Option(help="Size limit of a file; panels shrink to fit.", min=1)] = 500,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/animate"),
     force: Force = False,
 ) -> None:
-    """Let the maps of images fade through several quantiles or alphas: a moving picture for each.
+    """Animate the maps of images over several quantiles or alphas: write an animation for each.
 
-    All its maps have one scale, in multiples of a map's mean.
+    All maps in an animation share one scale, in multiples of a map's mean.
     """
-    selectors = list(dict.fromkeys(selector or [SelectorName.evidence]))
+    selectors = list(dict.fromkeys(selector or ["evidence"]))
     paths = [out / f"{stem}.{form.value}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
     asked = _Options(
@@ -362,37 +357,37 @@ def animate(
         check_format(paths[0])
         sweeps = _make_sweeps(images, selectors, asked, over, values, status.update)
         for path, row in zip(paths, sweeps, strict=True):
-            panels = {_TITLES[name]: found for name, found in zip(selectors, row, strict=True)}
+            panels = {_find_selector(name).title: found for name, found in zip(selectors, row, strict=True)}
             save_animation(panels, path, most_bytes=1000 * most_kilobytes, force=force)
             _say_sweeps(path, panels)
 
 
 def models(
-    pattern: Annotated[str | None, typer.Argument(help="Name pattern, such as 'resnet*'.")] = None,
+    pattern: Annotated[str | None, typer.Argument(help="Pattern of names, such as 'resnet*'.")] = None,
 ) -> None:
-    """List the models that can be loaded; timm's many only on request."""
-    from parchgrad.models import list_models
+    """List the available models; timm's only if a pattern is given."""
+    from parchgrad.models.loading import list_models
 
     entries = list_models(pattern or "*")
     if not entries:
-        raise SettingError(f"No model matches {pattern!r}; try `parchgrad models '*{pattern}*'`, or '*' for all.")
+        raise SettingError(f"No model matches {pattern!r}. Try `parchgrad models '*{pattern}*'`, or '*' for all.")
     shown = [entry for entry in entries if pattern or entry.offline or entry.library != "timm"]
     table = make_table("name", "library", "weights")
     for entry in shown:
-        table.add_row(entry.name, entry.library, "installed with a package" if entry.offline else "to be downloaded")
+        table.add_row(entry.name, entry.library, "installed" if entry.offline else "to be downloaded")
     console.print(table)
     if len(shown) < len(entries):
-        hint = f"and {len(entries) - len(shown)} more from timm; give a pattern: parchgrad models 'convnext*'"
+        hint = f"and {len(entries) - len(shown)} more from timm. Pass a pattern: parchgrad models 'convnext*'"
         console.print(hint, highlight=False, soft_wrap=True)
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("outputs/demo"),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier page.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing page.")] = False,
 ) -> None:
-    """Explain four photographs and play the grid pointing game on them; offline, one page to look at."""
+    """Explain four photographs and play the grid pointing game on them, offline; write a page."""
     with error_console.status("Explaining four photographs and their mosaic"):
-        from parchgrad.demo import CHANCE, Demonstration, demonstrate
+        from parchgrad.workflows.demonstration import CHANCE, Demonstration, demonstrate
 
         check_outputs(Demonstration.files(out), force=force)
         found = demonstrate()
@@ -401,27 +396,15 @@ def demo(
     for index, category in enumerate(found.categories):
         table.add_row(category, *(f"{shares[index]:.2f}" for shares in found.shares.values()))
     table.add_row("[bold]mean", *(f"[bold]{shares.mean():.2f}" for shares in found.shares.values()))
-    console.print("Share of the map in the cell that shows the class, 2 x 2 mosaic", style="bold")
+    console.print("Share of the map in the cell of its class, 2 x 2 mosaic", style="bold")
     console.print(table)
-    console.print(f"A map that knows nothing scores {CHANCE:.2f}. Higher is better.")
-    console.print(f"Look at {escape(str(page))}", highlight=False, soft_wrap=True)
-
-
-_STATISTICAL = (SelectorName.class_wise, SelectorName.instance)
-# What the panels of an animation are called.
-_TITLES = {
-    SelectorName.energy: "gradient energy",
-    SelectorName.activation: "gradient x activation",
-    SelectorName.evidence: "evidence",
-    SelectorName.random: "random channels",
-    SelectorName.class_wise: "class-wise",
-    SelectorName.instance: "instance-wise",
-}
+    console.print(f"Chance is {CHANCE:.2f}. Higher is better.")
+    console.print(f"Open {escape(str(page))}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What the commands share, as it was given; None takes what suits the selector."""
+    """Options that the commands share; None uses the selector's default."""
 
     model: str
     target: str | None
@@ -439,23 +422,23 @@ class _Options:
 
 def _make_sweeps(
     images: Sequence[Path],
-    names: Sequence[SelectorName],
+    names: Sequence[str],
     asked: _Options,
     over: SettingName,
     values: str | None,
     say: Callable[[str], None],
 ) -> "Iterator[list[Sweep]]":
-    """Sweep each image, one after the other, for each selector."""
-    unranked = [name.value for name in names if name not in _STATISTICAL]
+    """Sweep one image after another, for each selector."""
+    unranked = [name for name in names if not _find_selector(name).has("alpha")]
     if over is SettingName.alpha and unranked:
         raise SettingError(
-            f"--over is alpha, but the selector {unranked[0]} ranks without p-values. Pass --selector class or "
-            "instance, or --over quantile."
+            f"--over is alpha, but the selector {unranked[0]} has no p-values. Pass --selector class or instance, or "
+            "--over quantile."
         )
     _check_statistics(names, asked.statistics)
     from parchgrad.data.images import read_image
 
-    # What is quickest to find wrong comes first, the long imports after it.
+    # Check the images before the slow imports.
     pictures = [read_image(path) for path in images]
     given = None if values is None else _parse_values(values)
 
@@ -473,31 +456,38 @@ def _make_sweeps(
         yield [swept(picture, edit) for edit in edits]
 
 
-def _check_statistics(names: Sequence[SelectorName], statistics: Path | None) -> None:
-    if statistics is not None and not any(name in _STATISTICAL for name in names):
+def _find_selector(name: str) -> "RegisteredSelector":
+    """Look up a selector by name, the two of channel statistics included."""
+    import parchgrad.statistics  # noqa: F401 - it registers them
+    from parchgrad.core.selectors import find_selector
+
+    return find_selector(name)
+
+
+def _check_statistics(names: Sequence[str], statistics: Path | None) -> None:
+    if statistics is not None and not any(_find_selector(name).needs_statistics for name in names):
         raise SettingError(
-            f"--statistics is given, but the selector {names[0].value} uses none. Pass --selector class or instance."
+            f"--statistics is set, but the selector {names[0]} uses none. Pass --selector class or instance."
         )
 
 
 def _prepare(
-    asked: _Options, names: Sequence[SelectorName], say: Callable[[str], None]
+    asked: _Options, names: Sequence[str], say: Callable[[str], None]
 ) -> "tuple[Classifier, int | None, list[Edit]]":
-    """Load the network, find the class, and make an edit for each selector, with statistics where one needs them."""
-    from parchgrad.edit import Edit
-    from parchgrad.models import load_model
-    from parchgrad.selection import make_selector
+    """Load the network, look up the class, and make an edit for each selector, with statistics if needed."""
+    from parchgrad.core.edit import Edit
+    from parchgrad.models.loading import load_model
     from parchgrad.statistics import ChannelStatistics
 
-    # The hub, imported by now, logs every failed try; the error that follows says it once.
+    # huggingface_hub logs every failed attempt; the error that follows is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     held = None
-    if any(name in _STATISTICAL for name in names):
+    if any(_find_selector(name).needs_statistics for name in names):
         file = asked.statistics
         held = ChannelStatistics.bundled(asked.model) if file is None else ChannelStatistics.load(file)
     edits = [
         Edit(
-            selector=make_selector(name.value, quantile=asked.quantile, softness=asked.softness, statistics=held),
+            selector=_find_selector(name).make(quantile=asked.quantile, softness=asked.softness, statistics=held),
             layers=None if asked.layers is None else parse_layers(asked.layers),
             gamma=asked.gamma,
             conserve=None if asked.conserve is None else asked.conserve.value,
@@ -521,11 +511,11 @@ def _parse_values(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise SettingError(f"--values is {text!r}. Pass numbers separated by commas: 0.5,0.2,0.1.") from error
+        raise SettingError(f"--values is {text!r}. Pass numbers separated by commas, such as 0.5,0.2,0.1.") from error
 
 
 def _say_sweeps(path: Path, sweeps: "Mapping[str, Sweep]") -> None:
-    """Print the explained class, the picture's path, and the share of channels that each value kept."""
+    """Print the explained class, the path of the picture, and the share of channels kept at each value."""
     first = next(iter(sweeps.values()))
     table = make_table(first.setting, *sweeps)
     for column in table.columns:
@@ -533,15 +523,15 @@ def _say_sweeps(path: Path, sweeps: "Mapping[str, Sweep]") -> None:
     for place, value in enumerate(first.values):
         table.add_row(f"{value:g}", *(_kept_words(found, place) for found in sweeps.values()))
     console.print(
-        f"{escape(say_share(first.target))}, {escape(str(path))}, {path.stat().st_size / 1000:,.0f} kB",
+        f"{escape(str(first.target))}, {escape(str(path))}, {path.stat().st_size / 1000:,.0f} kB",
         style="bold",
         highlight=False,
         soft_wrap=True,
     )
     console.print(table)
     console.print(
-        "Share of the channels with a weight above 0 and a gradient, mean over the edited layers. Soft weights reach "
-        "below the threshold; at softness 1 every channel with a positive score has some.\n",
+        "Share of channels with a weight above 0 and a gradient, mean over the edited layers. Soft weights reach below "
+        "the threshold; at softness 1 every channel with a positive score has some weight.\n",
         highlight=False,
     )
 

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options, tables and progress bars."""
+"""Consoles, options, tables and progress bars that the commands share."""
 
 import os
 import signal
@@ -17,11 +17,11 @@ from parchgrad.errors import SettingError, on_one_line
 if TYPE_CHECKING:
     import torch
 
-    from parchgrad.models import Classifier, Prediction
+    from parchgrad.models.classifier import Classifier
 
-# The heavy imports stand inside the commands, so that --help answers at once.
+# Slow imports are inside the commands, so that --help is fast.
 
-# Windows has no hang-up of the terminal.
+# Windows has no SIGHUP.
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 console = Console()
@@ -29,10 +29,10 @@ error_console = Console(stderr=True)
 
 
 class ProgressBars:
-    """A bar for each stage, with the rate and the time left; on a resumed run both count from where it goes on."""
+    """A bar for each stage, with rate and remaining time, counted from where a resumed run continues."""
 
     def __init__(self, *, hidden: bool = False) -> None:
-        """Set the columns up; nothing is drawn before the block is entered, and nothing at all where hidden."""
+        """Set up the columns; nothing is drawn before the first update, or if hidden."""
         columns = (
             TextColumn("{task.description:22s}"),
             BarColumn(),
@@ -52,9 +52,9 @@ class ProgressBars:
             self._progress.stop()
 
     def update(self, stage: str, done: int, total: int | None) -> None:
-        """Take what the library tells of its progress."""
+        """Show the progress of a stage."""
         known = {"images": ("Images", "images/s"), "normality": ("Testing for normality", "channels/s")}
-        # Of an evaluation each model is a stage.
+        # In an evaluation, each model is a stage.
         label, unit = known.get(stage, (stage, "maps/s"))
         if stage not in self._tasks:
             self._progress.start()
@@ -65,35 +65,35 @@ class ProgressBars:
 
 
 def move_model(classifier: "Classifier", device: str) -> "torch.device":
-    """Move the model."""
+    """Move the model to a device and return the device."""
     place = place_of(device)
     classifier.model.to(place)
     return place
 
 
 def place_of(device: str) -> "torch.device":
-    """The device of that name, made sure of; of several processes each takes a GPU of its own."""
+    """Find a device and check that it works; "cuda" gives each of several processes its own GPU."""
     import torch
 
     try:
         place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
-        # Read as well, since on the device meta there are no numbers.
+        # Read a value too: the device meta has no data.
         torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError) as error:
         raise SettingError(
-            f"The device {device!r} cannot be used ({str(error).splitlines()[0]}); try 'cpu'."
+            f"--device is {device!r}, which does not work ({str(error).splitlines()[0]}). Try 'cpu'."
         ) from error
     return place
 
 
 def printable(text: str) -> str:
-    """A text of a file without what would steer a terminal."""
+    """Escape text from a file, including control characters and markup."""
     return escape(on_one_line(text))
 
 
 def parse_layers(text: str) -> str | float | list[str]:
-    """Read a layer choice as `parchgrad.layers.parse_layers` does, which is imported when it is needed."""
-    from parchgrad.layers import parse_layers as parse
+    """Call `parchgrad.core.layers.parse_layers`, imported lazily."""
+    from parchgrad.core.layers import parse_layers as parse
 
     return parse(text)
 
@@ -103,26 +103,21 @@ def make_table(*columns: str) -> Table:
     return Table(*columns, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
 
 
-def say_share(prediction: "Prediction") -> str:
-    """Say a class and its probability."""
-    return f"{prediction.category} {prediction.probability:.0%}"
-
-
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """Let every signal that asks for the end interrupt like Ctrl-C, so that what is to be done before it is done."""
+    """Make termination signals raise KeyboardInterrupt like Ctrl-C, so that cleanup runs."""
     if threading.current_thread() is not threading.main_thread():
-        # Python takes signals there alone.
+        # Python only allows signal handlers in the main thread.
         yield
         return
 
     def interrupt(number: int, frame: Any) -> None:
-        # Once: what cleans up is not to be cut off.
+        # Ignore further signals, which would interrupt the cleanup.
         for ending in _ENDING:
             signal.signal(ending, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    # Set even where it is ignored, as a shell does for what runs in the background; but nohup means its hang-up.
+    # Shells ignore SIGINT for background jobs, so override that, but respect the SIGHUP that nohup ignores.
     meant = [ending for ending in _ENDING if ending.name == "SIGHUP" and signal.getsignal(ending) == signal.SIG_IGN]
     earlier = {ending: signal.signal(ending, interrupt) for ending in _ENDING if ending not in meant}
     try:

@@ -1,4 +1,4 @@
-"""Commands on channel statistics: collect, show, merge, import-pickles."""
+"""The commands of `parchgrad stats`: collect, show, merge and import-pickles."""
 
 import enum
 import json
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from parchgrad.statistics import ChannelStatistics
 
 stats = typer.Typer(
-    help="Collect channel statistics, for the selectors class and instance; show, merge and import them.",
+    help="Collect, show, merge and import channel statistics, for the selectors class and instance.",
     no_args_is_help=True,
 )
 
@@ -34,14 +34,14 @@ _NO_CLASSES = "no p-values per class"
 
 
 class LabelsName(str, enum.Enum):
-    """Where the classes of a collection come from."""
+    """Source of the class labels."""
 
     given = "given"
     predicted = "predicted"
 
 
 class DtypeName(str, enum.Enum):
-    """Precision of the forward passes of a collection."""
+    """Precision of the forward passes."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -51,50 +51,53 @@ class DtypeName(str, enum.Enum):
 @stats.command()
 def collect(
     data: Annotated[
-        Path, typer.Option(help="A folder of photographs: a folder for each class, or any with predicted labels.")
+        Path, typer.Option(help="Folder of images: one folder per class, or any folder with predicted labels.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, such as lite0.safetensors.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file, such as lite0.safetensors.")],
     model: Annotated[
-        str, typer.Option(help="A torchvision or timm name; see `parchgrad models`.")
+        str, typer.Option(help="Model name from torchvision or timm; see `parchgrad models`.")
     ] = "efficientnet_lite0",
     labels: Annotated[
         LabelsName,
-        typer.Option(help="'given': the class folders tell; 'predicted': the model's own probabilities do."),
+        typer.Option(help="Labels: 'given' by the class folders, or 'predicted' probabilities of the model."),
     ] = LabelsName.given,
     layers: Annotated[
-        str, typer.Option(help="'all', 'default', a ratio (0.5: the upper half), or patterns: 'layer3.*,conv1'.")
+        str,
+        typer.Option(help="Layers: 'all', 'default', a ratio (0.5: the upper half), or patterns ('layer3.*,conv1')."),
     ] = "all",
-    batch_size: Annotated[int, typer.Option(help="Images in one pass.")] = 32,
-    workers: Annotated[int, typer.Option(help="Processes that read photographs; 0 reads between the passes.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Number of images per pass.")] = 32,
+    workers: Annotated[
+        int, typer.Option(help="Number of processes that read images; 0 reads in the main process.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="Device of the model: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
     dtype: Annotated[
-        DtypeName, typer.Option(help="Precision of the passes; below float32 by autocast.")
+        DtypeName, typer.Option(help="Precision of the forward passes; below float32 with autocast.")
     ] = DtypeName.float32,
-    seed: Annotated[int, typer.Option(help="Seed of the sample of images for the normality test.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="Batches between two checkpoints.")] = 250,
+    seed: Annotated[int, typer.Option(help="Random seed of the image sample for the normality test.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Number of batches between checkpoints.")] = 250,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave photographs out that cannot be read, and name them.")
+        bool, typer.Option("--skip-unreadable", help="Skip unreadable images with a warning.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Collect channel statistics in one pass over photographs.
+    """Collect channel statistics in one pass over a folder of images.
 
-    Started again after it was stopped, it goes on where it was.
+    Run the same command again to resume after it was stopped.
 
-    Several processes share the photographs: torchrun --nproc-per-node=2 -m parchgrad stats collect ...
+    Several processes share the images: torchrun --nproc-per-node=2 -m parchgrad stats collect ...
     """
     with ExitStack() as shown:
-        # Of several processes one speaks.
+        # Only one of several processes prints.
         if os.environ.get("RANK", "0") == "0":
             shown.enter_context(error_console.status("Starting"))
         import torch
 
-        from parchgrad.collection import collect_from_folder
+        from parchgrad._io.files import check_outputs
         from parchgrad.data.folders import PHOTOGRAPH_SUFFIXES, find_files
-        from parchgrad.files import check_outputs
-        from parchgrad.models import load_model
+        from parchgrad.models.loading import load_model
         from parchgrad.statistics.checkpoint import remove_checkpoints
         from parchgrad.statistics.processes import is_first_process
+        from parchgrad.workflows.collection import collect_from_folder
 
         check_outputs(
             [out], force=force, inputs=find_files(data, PHOTOGRAPH_SUFFIXES) if force and data.is_dir() else ()
@@ -104,8 +107,8 @@ def collect(
     precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     try:
-        # A cluster asks for the end by a signal, after which the checkpoint is written as after Ctrl-C. One of several
-        # processes may wait for others, which nothing but the signal itself ends.
+        # Clusters stop jobs with a signal; write a checkpoint as for Ctrl-C. With several processes, leave signals
+        # alone: a process that waits for others could not be stopped otherwise.
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         with (
             interrupted_by_signals() if alone else nullcontext(),
@@ -126,9 +129,9 @@ def collect(
                 on_progress=progress.update,
             )
     except KeyboardInterrupt:
-        # Each of several processes has one of its own, beside this name.
+        # Several processes have checkpoints with suffixes.
         kept = any(file.name.startswith(checkpoint.name) for file in checkpoint.parent.glob("*"))
-        left = "The same command goes on from its checkpoint." if kept else "Nothing was kept."
+        left = "Run the same command again to resume from the checkpoint." if kept else "There is no checkpoint."
         if is_first_process():
             error_console.print(f"Stopped. {left}", highlight=False)
         raise typer.Exit(130) from None
@@ -140,15 +143,15 @@ def collect(
 
 @stats.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A file that `parchgrad stats collect` wrote.")],
+    file: Annotated[Path, typer.Argument(help="File written by `parchgrad stats collect`.")],
     quantile: Annotated[float, typer.Option(help="Share of the channels to keep, in (0, 1].")] = 0.1,
-    target: Annotated[str | None, typer.Option(help="A class, by name or index: show its best channels.")] = None,
-    top: Annotated[int, typer.Option(help="How many of its best channels.", min=1)] = 3,
+    target: Annotated[str | None, typer.Option(help="Class, by name or index, whose best channels to show.")] = None,
+    top: Annotated[int, typer.Option(help="Number of best channels to show.", min=1)] = 3,
 ) -> None:
-    """Show what statistics hold: layer by layer the channels, how many pass the gate, and how many are selected."""
+    """Show statistics by layer: the number of channels, of those that pass the normality gate, and of selected ones."""
     with error_console.status("Reading"):
-        from parchgrad.selection import ClassWise, InstanceWise
         from parchgrad.statistics import ChannelStatistics
+        from parchgrad.statistics.selectors import ClassWise, InstanceWise
 
         held = ChannelStatistics.load(file)
         selector: ClassWise | InstanceWise = InstanceWise(held, quantile=quantile)
@@ -189,13 +192,13 @@ def show(
 
 @stats.command()
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Files of disjoint sets of images.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+    files: Annotated[list[Path], typer.Argument(help="Files collected on disjoint sets of images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Merge statistics that were collected apart, as if all images had been seen in one run."""
+    """Merge statistics of separate runs, as if collected in one run."""
     with error_console.status("Reading"):
-        from parchgrad.files import check_outputs
+        from parchgrad._io.files import check_outputs
         from parchgrad.statistics import ChannelStatistics
         from parchgrad.statistics.accumulate import merge_statistics
 
@@ -209,27 +212,25 @@ def merge(
 
 @stats.command()
 def import_pickles(
-    folder: Annotated[
-        Path, typer.Argument(help="The folder of a network, with a folder 'pickles' in it, or that one.")
-    ],
-    model: Annotated[str, typer.Option(help="The network that they are of, by its torchvision or timm name.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier file.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder 'pickles' of a network, or its parent.")],
+    model: Annotated[str, typer.Option(help="Network of the pickles, a torchvision or timm name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Import the pickles of the original research code; nothing in them is executed.
+    """Import pickles of the original research code, without executing anything in them.
 
     The selector class needs cls_p_values.pkl and shapiro_p_values.pkl.
 
     The selector instance needs shapiro_p_values.pkl, gap_mean.pkl and gap_std.pkl.
     """
     with error_console.status("Reading"):
-        from parchgrad.files import check_outputs
-        from parchgrad.models import load_model
-        from parchgrad.statistics.pickles import import_pickles as read_pickles
-        from parchgrad.statistics.pickles import pickle_files
+        from parchgrad._io.files import check_outputs
+        from parchgrad.legacy.pickles import import_pickles as read_pickles
+        from parchgrad.legacy.pickles import pickle_files
+        from parchgrad.models.loading import load_model
 
         check_outputs([out], force=force, inputs=pickle_files(folder))
-        # Names and channels are those of the architecture, whatever its weights.
+        # Only the architecture matters, not the weights.
         found = read_pickles(folder, load_model(model, pretrained=False).model, name=model)
     found.save(out, force=force)
     _say_saved(found, out)
@@ -237,7 +238,7 @@ def import_pickles(
 
 def _find_class(held: "ChannelStatistics", query: str) -> tuple[int, str]:
     """Column and name of a class by its index or name."""
-    from parchgrad.models import find_category
+    from parchgrad.models.classifier import find_category
 
     try:
         categories = [str(category) for category in json.loads(held.metadata["categories"])]
@@ -248,7 +249,7 @@ def _find_class(held: "ChannelStatistics", query: str) -> tuple[int, str]:
 
 
 def _decades(log_p: float) -> str:
-    """Log10 of a p-value; what no number can tell, since a class and its rest do not vary, as -inf."""
+    """Log10 of a p-value; -inf if neither the class nor the rest varies."""
     return f"{log_p / math.log(10):.1f}" if log_p > -1e9 else "-inf"
 
 
@@ -261,4 +262,4 @@ def _say_saved(found: "ChannelStatistics", out: Path) -> None:
         highlight=False,
     )
     console.print(f"Saved {escape(str(out))} ({out.stat().st_size / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
-    console.print(f"Look inside with: parchgrad stats show {escape(str(out))}", highlight=False, soft_wrap=True)
+    console.print(f"View it with: parchgrad stats show {escape(str(out))}", highlight=False, soft_wrap=True)

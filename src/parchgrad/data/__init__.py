@@ -1,1 +1,1 @@
-"""Evaluation data sets: reading images, and drawing some."""
+"""Evaluation data sets: image files and generated shapes."""

@@ -1,4 +1,4 @@
-"""Folders of photographs as data sets."""
+"""Folders of images as data sets."""
 
 import copy
 import hashlib
@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from parchgrad.checks import check_kind
+from parchgrad._io.checks import check_kind
+from parchgrad._io.files import refuse_special, without_addresses
 from parchgrad.data.images import read_image
 from parchgrad.errors import ImageError, reason_of
-from parchgrad.files import refuse_special, without_addresses
-from parchgrad.statistics.collect import LeftOut
+from parchgrad.statistics.batches import LeftOut
 
 __all__ = ["PHOTOGRAPH_SUFFIXES", "PhotographFolder", "find_files", "match_classes"]
 
@@ -36,22 +36,22 @@ PHOTOGRAPH_SUFFIXES = (
     ".avif",
     ".jp2",
 )
-"""Endings of the files that count as photographs."""
+"""Suffixes of the files that count as images."""
 
-# Files whose content tells the folder from another.
+# Files hashed to identify a folder.
 _PROBES = 64
 
 
 class PhotographFolder(Dataset[Any]):
-    """The photographs below a folder, in sorted order: with a folder for each class, or without classes.
+    """The images below a folder, in sorted order: with one folder per class, or without classes.
 
-    An item is the transformed photograph and its class; without classes, the photograph alone.
+    An item is the transformed image and its class; without classes, the image alone.
 
     Attributes:
         root: the folder.
-        files: the photographs.
-        folders: names of the class folders, sorted; empty where a photograph stands outside of any.
-        labels: class of each photograph; None without classes.
+        files: the image files.
+        folders: names of the class folders, sorted; empty if an image lies outside of any.
+        labels: class of each image; None without classes.
 
     Example:
         >>> import tempfile
@@ -67,40 +67,40 @@ class PhotographFolder(Dataset[Any]):
     def __init__(
         self, root: str | Path, transform: Callable[[Image.Image], Tensor], *, skip_unreadable: bool = False
     ) -> None:
-        """Find the photographs: every file with the suffix of an image format, hidden ones and folders left out.
+        """Find all files with the suffix of an image format, except hidden files and folders.
 
         Args:
             root: the folder.
-            transform: turns a photograph into what a network takes.
-            skip_unreadable: whether the item of a photograph that cannot be read is a `LeftOut`, not an error.
+            transform: turns an image into the network's input.
+            skip_unreadable: whether an unreadable image becomes a `LeftOut` item instead of an error.
 
         Raises:
-            ImageError: if there is no such folder, or no photograph in it, or a folder in it may not be read.
+            ImageError: if the folder does not exist, contains no images, or a folder in it cannot be read.
         """
-        check_kind("root", root, (str, PathLike), "give one folder", error=ImageError, wanted="the path of a folder")
+        check_kind("`root`", root, (str, PathLike), "Pass one folder", error=ImageError, wanted="the path of a folder")
         self.root, self._transform, self._skip_unreadable = Path(root), transform, skip_unreadable
         if not os.path.isdir(self.root):
-            raise ImageError(f"There is no folder {str(root)!r}; check the path.")
+            raise ImageError(f"There is no folder {str(root)!r}. Check the path.")
         self.files = find_files(self.root, PHOTOGRAPH_SUFFIXES)
         if not self.files:
-            raise ImageError(f"The folder {str(root)!r} holds no photographs; give one with JPEG or PNG files.")
+            raise ImageError(f"The folder {str(root)!r} contains no images. Choose one with JPEG or PNG files.")
         parts = [file.relative_to(self.root).parts for file in self.files]
         self.folders = () if any(len(names) == 1 for names in parts) else tuple(sorted({names[0] for names in parts}))
         self.labels: tuple[int, ...] | None = None
 
     def with_classes(self, class_of: Mapping[str, int]) -> "PhotographFolder":
-        """The same photographs, labelled by the class of the folder that they are in.
+        """Label the images by their class folder.
 
         Raises:
-            ImageError: if two class folders are one, by way of a link: it is looked into once.
+            ImageError: if two class folders are the same because of a link, since each folder is read once.
         """
         places: dict[str, str] = {}
-        # The second of them is none of `folders`, since its files were found in the first.
+        # `folders` has only the first of them, under which the files were found.
         for name in sorted(entry.name for entry in os.scandir(self.root) if entry.name[0] != "." and entry.is_dir()):
             other = places.setdefault(os.path.realpath(self.root / name), name)
             if other != name:
                 raise ImageError(
-                    f"The class folders {other!r} and {name!r} in {str(self.root)!r} are one folder; remove the link."
+                    f"The class folders {other!r} and {name!r} in {str(self.root)!r} are the same. Remove the link."
                 )
         labelled = copy.copy(self)
         labelled.labels = tuple(class_of[file.relative_to(self.root).parts[0]] for file in self.files)
@@ -108,9 +108,7 @@ class PhotographFolder(Dataset[Any]):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of names, sizes, classes, transform, the content of 64 files and three transformed photographs.
-
-        Another one means other data.
+        """Digest of names, sizes, classes, transform, the content of 64 files and three transformed images.
 
         Raises:
             ImageError: if one of these files cannot be read.
@@ -119,11 +117,11 @@ class PhotographFolder(Dataset[Any]):
         count = min(_PROBES, len(self))
         for index in range(count):
             digest.update(self._known(_content, self.files[index * (len(self) - 1) // max(1, count - 1)], b""))
-        # What a transform does, its name may not tell.
+        # Different transforms can have the same name.
         for index in sorted({0, len(self) // 2, len(self) - 1}):
             seen = self._photograph(index)
             values = seen.cpu().numpy().tobytes() if isinstance(seen, Tensor) else seen
-            # Why it cannot be read says where it stands, which is not to count.
+            # The reason contains the path, which must not affect the digest.
             values = None if isinstance(seen, LeftOut) else values
             digest.update(without_addresses(repr(values)).encode())
         for index, file in enumerate(self.files):
@@ -142,7 +140,7 @@ class PhotographFolder(Dataset[Any]):
         return photograph, self.labels[index]
 
     def _known(self, read: Callable[[Path], Any], file: Path, otherwise: Any) -> Any:
-        """What is read of a file, or this in place of it where files may be unreadable."""
+        """Read a file, or return `otherwise` if it is unreadable and may be skipped."""
         try:
             return read(file)
         except ImageError:
@@ -156,26 +154,26 @@ class PhotographFolder(Dataset[Any]):
         except ImageError as error:
             if not self._skip_unreadable:
                 raise
-            return LeftOut(str(error).rpartition("; ")[0])
+            return LeftOut(str(error).rpartition(". ")[0])
 
 
 def match_classes(
     folders: Sequence[str], categories: Sequence[str], synsets: Sequence[str] = ()
 ) -> tuple[dict[str, int], str]:
-    """Find the class that each class folder stands for.
+    """Match class folders to class indices.
 
-    Folders are named by WordNet id, by category, by index, or are as many as the classes and in their order.
+    Folders are named by WordNet id, category or index, or match the number and order of the classes.
 
     Args:
         folders: names of the folders, sorted.
         categories: names of the model's classes.
-        synsets: WordNet ids of the model's classes, where it has them.
+        synsets: WordNet ids of the model's classes, if any.
 
     Returns:
-        Class index by folder, and by what it was found.
+        Class index by folder, and how it was found.
 
     Raises:
-        ImageError: if none of these ways leads to all classes.
+        ImageError: if none of these ways matches every folder.
 
     Example:
         >>> match_classes(["great_dane", "pug"], ["Pug", "Tabby", "Great Dane"])
@@ -192,16 +190,16 @@ def match_classes(
             return found, way
     known = {name for _, places in ways for name in places}
     strange = [name for name in folders if name not in known and _plain(name) not in known]
-    # Order is trusted only where no name says otherwise: class10 is sorted before class2.
+    # Trust the order only if no name contradicts it: class10 sorts before class2.
     numbered = any(name.isdecimal() for name in folders) or list(folders) != sorted(folders, key=_natural)
     if len(folders) == len(categories) == len(strange) and not numbered:
         return _places(folders), "order"
-    why = "they mix ways of naming, or two are one class"
+    why = "they mix naming schemes, or two name the same class"
     if strange:
-        why = f"{strange[0]!r} is none by WordNet id, category or index"
+        why = f"{strange[0]!r} is not a WordNet id, category or index"
     raise ImageError(
-        f"The {len(folders)} class folders do not tell the model's {len(categories)} classes ({why}); rename the "
-        "folders, or use predicted labels, which need none."
+        f"The {len(folders)} class folders do not match the model's {len(categories)} classes ({why}). Rename the "
+        "folders, or use predicted labels."
     )
 
 
@@ -221,17 +219,17 @@ def _size(file: Path) -> int:
 
 
 def _cannot_read(place: str | Path, error: OSError) -> ImageError:
-    return ImageError(f"{str(place)!r} cannot be read ({reason_of(error)}); check its permissions.")
+    return ImageError(f"Cannot read {str(place)!r} ({reason_of(error)}). Check its permissions.")
 
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
-    """Find the files below a folder that end with one of the suffixes (lower case), sorted.
+    """Find the files below a folder with one of the suffixes (lower case), sorted.
 
-    Hidden files and folders are left out. Links are followed, but every folder is looked into once: where it stands,
-    or else by the first of the links to it.
+    Skip hidden files and folders. Follow links, but read every folder once: at its own place, or else through the
+    first link to it.
 
     Raises:
-        ImageError: if a folder may not be read.
+        ImageError: if a folder cannot be read.
 
     Example:
         >>> import tempfile
@@ -245,7 +243,7 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     seen = set[str]()
 
     def stop(error: OSError) -> None:
-        # What a folder holds that may not be read would be missing silently.
+        # os.walk would silently skip an unreadable folder.
         raise _cannot_read(error.filename, error) from error
 
     waiting = [str(root)]
@@ -263,18 +261,18 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
 
 
 def _places(names: Iterable[str]) -> dict[str, int]:
-    """Index by name, for the names that stand there once."""
+    """Map the names that occur once to their index."""
     listed = list(names)
     counts = Counter(listed)
     return {name: index for index, name in enumerate(listed) if counts[name] == 1}
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts the numbers in names as numbers."""
+    """Return a sort key that orders numbers in names numerically."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
 def _plain(name: str) -> str:
-    """A name as folders spell it, whatever the case."""
+    """Normalise case and separators of a name."""
     return "_".join(name.casefold().replace("-", " ").replace("_", " ").split())

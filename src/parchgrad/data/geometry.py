@@ -1,4 +1,4 @@
-"""Where a box of a photograph lies in the network's input: the geometry of a preprocessing, read off its steps."""
+"""Map boxes of an image to the network's input, by the geometry of the preprocessing steps."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import transforms as timm_transforms
 from torch import Tensor, nn
-from torchvision import transforms
-from torchvision.transforms import v2
-from torchvision.transforms._presets import ImageClassification
 
+from parchgrad._io.extras import needs_extra
+from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.errors import SettingError
-from parchgrad.models import Preprocessing
+
+with needs_extra("models"):
+    from timm.data import transforms as timm_transforms
+    from torchvision import transforms
+    from torchvision.transforms import v2
+    from torchvision.transforms._presets import ImageClassification
 
 __all__ = ["Placement", "find_placement", "turn_boxes"]
 
@@ -21,7 +24,7 @@ _CONTAINERS = (transforms.Compose, v2.Compose, nn.Sequential)
 _RESIZES = (transforms.Resize, v2.Resize)
 _CENTRE_CROPS = (transforms.CenterCrop, v2.CenterCrop, timm_transforms.CenterCropOrPad)
 
-# Steps that change the numbers alone, and the packages whose steps of these names do; not every version has them all.
+# Steps that leave the geometry unchanged, and their packages; by name, since not every version has them all.
 _NEUTRAL = {
     "ConvertImageDtype",
     "Grayscale",
@@ -41,15 +44,15 @@ _PACKAGES = {"timm", "torch", "torchvision"}
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How points of a photograph become points of the network's input: `scale * point + shift` along each axis.
+    """Map from points of an image to points of the network's input: `scale * point + shift` along each axis.
 
     Points lie between pixels: (0, 0) is the top left corner of the first pixel.
 
     Attributes:
-        scale: pixels of the input per pixel of the photograph, across and down.
-        shift: of the photograph's top left corner, in pixels of the input, across and down.
-        width: of the input.
-        height: of the input.
+        scale: input pixels per image pixel, (x, y).
+        shift: position of the image's top left corner in the input, in pixels, (x, y).
+        width: width of the input in pixels.
+        height: height of the input in pixels.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -58,20 +61,20 @@ class Placement:
     height: int
 
     def carry(self, boxes: Tensor) -> Tensor:
-        """Carry boxes of the photograph into the input and clip them; one that is wholly cropped away is left out.
+        """Map boxes of the image into the input and clip them; drop boxes outside of the crop.
 
         Args:
-            boxes: left, top, right, bottom in pixels of the photograph, right and bottom exclusive, shape (N, 4).
+            boxes: left, top, right, bottom in image pixels, right and bottom exclusive, shape (N, 4).
 
         Returns:
-            Boxes in pixels of the input, shape (M, 4) with M <= N, in the same order, dtype and device.
+            Boxes in input pixels, shape (M, 4) with M <= N, in the same order, dtype and device.
 
         Example:
             >>> half = Placement(scale=(0.5, 0.5), shift=(-10.0, 0.0), width=80, height=100)
             >>> half.carry(torch.tensor([[40.0, 20.0, 60.0, 300.0], [0.0, 0.0, 20.0, 20.0]]))
             tensor([[ 10.,  10.,  20., 100.]])
         """
-        # In float64, so that an edge on an edge of the crop is not rounded to the other side of it.
+        # In float64, so that rounding does not move a box edge across the edge of the crop.
         carried = boxes.double() * boxes.new_tensor(self.scale * 2, dtype=torch.float64)
         carried += boxes.new_tensor(self.shift * 2, dtype=torch.float64)
         limits = boxes.new_tensor((self.width, self.height) * 2, dtype=torch.float64)
@@ -80,18 +83,18 @@ class Placement:
 
 
 def find_placement(transform: Callable[[Image.Image], Tensor], *, width: int, height: int) -> Placement:
-    """Find where a preprocessing puts a photograph of a given size, with the rounding of the library that it is of.
+    """Find where a preprocessing places an image of a given size, with its library's rounding.
 
-    Known are torchvision's presets, `Resize` and `CenterCrop` of torchvision, `ResizeKeepRatio` and `CenterCropOrPad`
-    of timm, what changes no geometry, and any composition of them.
+    Supports torchvision's presets, `Resize` and `CenterCrop` of torchvision, `ResizeKeepRatio` and `CenterCropOrPad`
+    of timm, steps that keep the geometry, and any composition of these.
 
     Args:
-        transform: a preprocessing, as of `Classifier.preprocess`.
-        width: of the photograph, in pixels.
-        height: of the photograph, in pixels.
+        transform: a preprocessing, such as `Classifier.preprocess`.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
 
     Raises:
-        SettingError: if one of its steps is none of these, so that boxes cannot be carried through it.
+        SettingError: if a step is not supported.
 
     Example:
         >>> find_placement(ImageClassification(crop_size=224, resize_size=256), width=512, height=512)
@@ -104,13 +107,13 @@ def find_placement(transform: Callable[[Image.Image], Tensor], *, width: int, he
 
 
 def turn_boxes(boxes: Tensor, *, orientation: int, width: int, height: int) -> Tensor:
-    """Turn boxes of the stored pixels of a photograph as `read_image` turns the photograph.
+    """Rotate and flip boxes of an image's stored pixels as `read_image` does with the image.
 
     Args:
         boxes: left, top, right, bottom in stored pixels, right and bottom exclusive, shape (N, 4).
         orientation: the EXIF orientation, 1 to 8.
-        width: of the stored pixels.
-        height: of the stored pixels.
+        width: stored width in pixels.
+        height: stored height in pixels.
 
     Source: CIPA DC-008 (Exif 2.32), tag 0x0112.
 
@@ -129,7 +132,7 @@ def turn_boxes(boxes: Tensor, *, orientation: int, width: int, height: int) -> T
 
 
 def _steps(transform: Any) -> Iterator[Any]:
-    """The single steps of a transform, in order. Types are compared exactly: a subclass may do something else."""
+    """Yield the steps of a transform in order. Compare types exactly: a subclass may behave differently."""
     if type(transform) is Preprocessing:
         yield from _steps(transform.transform)
     elif type(transform) is ImageClassification:
@@ -143,12 +146,12 @@ def _steps(transform: Any) -> Iterator[Any]:
 
 
 def _follow(placement: Placement, step: Any) -> Placement:
-    """Place the photograph after one more step."""
+    """Return the placement after one more step."""
     kind, width, height = type(step), placement.width, placement.height
     if kind.__name__ in _NEUTRAL and kind.__module__.partition(".")[0] in _PACKAGES:
         return placement
     if kind in _RESIZES:
-        # Every interpolation gives the same size, and this one costs the least.
+        # The size does not depend on the interpolation, and this one is the cheapest.
         nearest = transforms.InterpolationMode.NEAREST
         return _stretch(placement, kind(step.size, interpolation=nearest, max_size=step.max_size))
     if kind is timm_transforms.ResizeKeepRatio and step.random_scale_prob == step.random_aspect_prob == 0:
@@ -156,20 +159,20 @@ def _follow(placement: Placement, step: Any) -> Placement:
     if kind in _CENTRE_CROPS:
         down, across = step.size
         if (across > width and placement.shift[0] < 0) or (down > height and placement.shift[1] < 0):
-            # What was cut off is gone, but a box would reach into the padding.
+            # Boxes would reach from the cropped part into the padding.
             raise SettingError(
-                "Boxes cannot be carried through a preprocessing that crops the photograph and then pads it; crop once."
+                "Cannot map boxes through a preprocessing that crops the image and then pads it. Crop once."
             )
         shift = (placement.shift[0] + _centre(width, across), placement.shift[1] + _centre(height, down))
         return replace(placement, shift=shift, width=across, height=down)
     raise SettingError(
-        f"Boxes cannot be carried through the preprocessing step {kind.__name__}; preprocess with Resize and "
-        "CenterCrop, as torchvision and timm do for evaluation."
+        f"Cannot map boxes through the preprocessing step {kind.__name__}. Preprocess with Resize and CenterCrop, as "
+        "torchvision and timm do for evaluation."
     )
 
 
 def _stretch(placement: Placement, resize: Callable[[Image.Image], Image.Image]) -> Placement:
-    """A resize maps the whole extent of the picture onto the whole extent of the new one, whose size it tells."""
+    """Return the placement after a resize, which maps the full extent of the image onto the new size."""
     width, height = resize(Image.new("1", (placement.width, placement.height))).size
     across, down = width / placement.width, height / placement.height
     (scale_x, scale_y), (shift_x, shift_y) = placement.scale, placement.shift
@@ -179,5 +182,5 @@ def _stretch(placement: Placement, resize: Callable[[Image.Image], Image.Image])
 
 
 def _centre(length: int, crop: int) -> int:
-    """By how much a centre crop moves the picture along an axis: it pads before, where the picture is too small."""
+    """Return the shift of a centre crop along an axis; positive where it pads a smaller image."""
     return (crop - length) // 2 if crop > length else -round((length - crop) / 2)

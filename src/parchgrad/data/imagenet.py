@@ -1,4 +1,4 @@
-"""ImageNet's validation photographs with the bounding boxes of ILSVRC's localisation task."""
+"""ImageNet's validation images with the bounding boxes of ILSVRC's localisation task."""
 
 import hashlib
 import re
@@ -7,40 +7,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from defusedxml import ElementTree
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from parchgrad._io.extras import needs_extra
+from parchgrad._io.files import refuse_special
 from parchgrad.data.folders import PhotographFolder, find_files, match_classes
 from parchgrad.data.geometry import find_placement, turn_boxes
 from parchgrad.data.images import stored_frame
 from parchgrad.data.samples import Sample
 from parchgrad.errors import ImageError, SettingError, reason_of
-from parchgrad.files import refuse_special
+
+with needs_extra("evaluation"):
+    from defusedxml import ElementTree
 
 __all__ = ["BoxedFolder"]
 
-# An annotation takes some hundred bytes for each object.
+# An annotation takes a few hundred bytes per object.
 _LARGEST_ANNOTATION = 2**20
 
 
 class BoxedFolder(Dataset[Sample]):
-    """Photographs in class folders, each with the boxes of its class from the XML file of the same name.
+    """Images in class folders, each with the boxes of its class from the XML file of the same name.
 
-    `a/b.JPEG` goes with `b.xml`, wherever below the folder of annotations that stands. Objects of another class than
-    the photograph's own are checked and left out; an XML file without a photograph is left out unread, and counted.
-    Boxes are carried through the preprocessing and clipped to what the network sees: shape (0, 4) where nothing of the
-    objects is left. An annotation is read with its item, and all of them are by `fingerprint`.
+    `a/b.JPEG` uses `b.xml`, anywhere below the folder of annotations. Objects of other classes than the image's are
+    checked and left out; XML files without an image are counted but not read. Boxes are mapped through the
+    preprocessing and clipped to the network's input: shape (0, 4) if no object is visible. Annotations are read with
+    their item, and all of them by `fingerprint`.
 
-    ILSVRC's coordinates count from 1 and include both ends; some of its boxes start at 0, which is read as 1. They are
-    coordinates of the stored pixels, as its own tools know no EXIF orientation: where a photograph has one, the boxes
-    are turned with it, unless only the turned photograph has the size that the annotation names.
+    ILSVRC's coordinates count from 1 and include both ends; some boxes start at 0, which is read as 1. They refer to
+    the stored pixels, since ILSVRC's tools ignore EXIF orientation. If an image has one, its boxes are rotated with
+    it, unless only the rotated image matches the annotated size.
 
     Attributes:
         categories: names of the classes.
-        unannotated: number of photographs without an XML file, whose boxes are None.
-        unused: number of XML files without a photograph.
+        unannotated: number of images without an XML file, whose boxes are None.
+        unused: number of XML files without an image.
 
     Source: Russakovsky et al. (2015), "ImageNet Large Scale Visual Recognition Challenge", section 3.2.
 
@@ -69,25 +72,25 @@ class BoxedFolder(Dataset[Sample]):
         synsets: Sequence[str],
         allow_unannotated: bool = False,
     ) -> None:
-        """Join the photographs with the XML files by name.
+        """Match images and XML files by name.
 
         Args:
-            root: folder with a folder of photographs for each class (see `match_classes`).
-            annotations: folder of the XML files, flat or with folders in it.
-            transform: turns a photograph into what the network takes: steps that `find_placement` knows.
+            root: folder with one folder of images per class (see `match_classes`).
+            annotations: folder of the XML files, flat or nested.
+            transform: turns an image into the network's input, with steps that `find_placement` supports.
             categories: names of the model's classes.
-            synsets: WordNet ids of the model's classes, by which the XML files name them.
-            allow_unannotated: whether a photograph may have no XML file.
+            synsets: WordNet ids of the model's classes, which the XML files use.
+            allow_unannotated: whether images may lack an XML file.
 
         Raises:
-            ImageError: if a folder is missing or empty, class folders do not tell the classes, a name stands twice, or
-                a photograph has no XML file and `allow_unannotated` is off, or none has.
-            SettingError: if the classes have no WordNet ids, or boxes cannot be carried through the transform.
+            ImageError: if a folder is missing or empty, class folders do not match the classes, a name occurs twice,
+                an image has no XML file and `allow_unannotated` is False, or none has.
+            SettingError: if the classes have no WordNet ids, or boxes cannot be mapped through the transform.
         """
         if not categories or len(synsets) != len(categories):
             raise SettingError(
-                f"There are {len(synsets)} WordNet ids for {len(categories)} classes, but each class needs its own; "
-                "take a model of ImageNet's classes."
+                f"There are {len(synsets)} WordNet ids for {len(categories)} classes, but each class needs one. "
+                "Use a model with ImageNet's classes."
             )
         find_placement(transform, width=512, height=512)
         photographs = PhotographFolder(root, transform)
@@ -101,19 +104,19 @@ class BoxedFolder(Dataset[Sample]):
         self.unused = len(xml_of) - (len(self) - self.unannotated)
         if self.unannotated == len(self):
             raise ImageError(
-                f"None of the {len(xml_of)} XML files in {str(annotations)!r} has the name of a photograph in "
-                f"{str(root)!r}; check both folders."
+                f"None of the {len(xml_of)} XML files in {str(annotations)!r} has the name of an image in "
+                f"{str(root)!r}. Check both folders."
             )
         if self.unannotated and not allow_unannotated:
             first = photographs.files[self._annotations.index(None)]
             raise ImageError(
-                f"{self.unannotated} photographs have no XML file, {str(first)!r} the first of them; add their files, "
-                "or allow photographs without boxes with allow_unannotated=True."
+                f"{self.unannotated} images have no XML file, the first one is {str(first)!r}. Add the files, or pass "
+                "`allow_unannotated=True`."
             )
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the photographs (see `PhotographFolder.fingerprint`), the classes and the content of all XML files.
+        """Digest of the images (see `PhotographFolder.fingerprint`), the classes and the content of all XML files.
 
         Raises:
             ImageError: if a file cannot be read.
@@ -135,7 +138,7 @@ class BoxedFolder(Dataset[Sample]):
         return Sample(image=image, label=label, name=name, boxes=boxes)
 
     def _boxes(self, file: Path, path: Path, label: int) -> Tensor:
-        """The boxes of a photograph's own class, in pixels of the network's input."""
+        """Return the boxes of the image's class, in pixels of the network's input."""
         boxes, named = _parse(path, self._synsets[label])
         width, height, orientation = stored_frame(file)
         turned = (height, width) if orientation >= 5 else (width, height)
@@ -143,35 +146,35 @@ class BoxedFolder(Dataset[Sample]):
             boxes = turn_boxes(boxes, orientation=orientation, width=width, height=height)
         elif named != turned:
             raise _wrong(
-                path, f"is of a photograph of {named[0]} x {named[1]} pixels, but {str(file)!r} has {width} x {height}"
+                path, f"is for an image of {named[0]} x {named[1]} pixels, but {str(file)!r} has {width} x {height}"
             )
         return find_placement(self._transform, width=turned[0], height=turned[1]).carry(boxes)
 
 
 def _xml_files(folder: Path) -> tuple[Path, ...]:
     if not folder.is_dir():
-        raise ImageError(f"There is no folder {str(folder)!r}; check the path.")
+        raise ImageError(f"There is no folder {str(folder)!r}. Check the path.")
     found = find_files(folder, (".xml",))
     if not found:
-        raise ImageError(f"The folder {str(folder)!r} holds no XML files; give the one with ILSVRC's annotations.")
+        raise ImageError(f"The folder {str(folder)!r} contains no XML files. Pass the one with ILSVRC's annotations.")
     return found
 
 
 def _by_stem(files: Sequence[Path]) -> dict[str, Path]:
-    """Files by name without suffix, which must tell them apart."""
+    """Map names without suffix to files; names must be unique."""
     found: dict[str, Path] = {}
     for file in files:
         other = found.setdefault(file.stem, file)
         if other is not file:
             raise ImageError(
-                f"{str(other)!r} and {str(file)!r} have the same name, so that boxes cannot be told by it; "
-                "remove one of them."
+                f"{str(other)!r} and {str(file)!r} have the same name, so boxes cannot be matched by name. "
+                "Remove one of them."
             )
     return found
 
 
 def _wrong(path: Path, reason: str) -> ImageError:
-    return ImageError(f"The annotation {str(path)!r} {reason}; replace it by the file of ILSVRC's own archive.")
+    return ImageError(f"The annotation {str(path)!r} {reason}. Replace it with the file from ILSVRC's archive.")
 
 
 def _read_annotation(path: Path) -> bytes:
@@ -180,22 +183,22 @@ def _read_annotation(path: Path) -> bytes:
         with path.open("rb") as file:
             content = file.read(_LARGEST_ANNOTATION + 1)
     except OSError as error:
-        raise ImageError(f"{str(path)!r} cannot be read ({reason_of(error)}); check its permissions.") from error
+        raise ImageError(f"Cannot read {str(path)!r} ({reason_of(error)}). Check its permissions.") from error
     if len(content) > _LARGEST_ANNOTATION:
-        raise _wrong(path, "is larger than a mebibyte")
+        raise _wrong(path, "is larger than 1 MiB")
     return content
 
 
 def _parse(path: Path, synset: str) -> tuple[Tensor, tuple[int, int]]:
-    """Boxes (N, 4) of one class, counted from 0 with the ends exclusive, and the size that the annotation names."""
+    """Return boxes (N, 4) of one class, from 0 with exclusive ends, and the annotated image size."""
     try:
         root = ElementTree.fromstring(_read_annotation(path), forbid_dtd=True)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        # Entity bombs and external entities come as a ValueError of defusedxml.
-        raise _wrong(path, f"is no plain XML ({reason_of(error)})") from error
+        # defusedxml raises ValueError for entity bombs and external entities.
+        raise _wrong(path, f"is not plain XML ({reason_of(error)})") from error
     named = _text(path, root, "filename")
     if named != path.stem:
-        raise _wrong(path, f"says that it is of {named!r}, not of {path.stem!r}")
+        raise _wrong(path, f"belongs to {named!r}, not to {path.stem!r}")
     size = _only(path, root, "size")
     width, height = _number(path, size, "width"), _number(path, size, "height")
     boxes = []
@@ -204,21 +207,21 @@ def _parse(path: Path, synset: str) -> tuple[Tensor, tuple[int, int]]:
             _number(path, _only(path, item, "bndbox"), tag) for tag in ("xmin", "ymin", "xmax", "ymax")
         )
         if right < max(left, 1) or bottom < max(top, 1):
-            raise _wrong(path, f"holds an empty box ({left}, {top}, {right}, {bottom})")
+            raise _wrong(path, f"has an empty box ({left}, {top}, {right}, {bottom})")
         if right > width or bottom > height:
-            raise _wrong(path, f"holds a box outside of its photograph ({left}, {top}, {right}, {bottom})")
+            raise _wrong(path, f"has a box outside of its image ({left}, {top}, {right}, {bottom})")
         if _text(path, item, "name") == synset:
             boxes.append((max(left - 1, 0), max(top - 1, 0), right, bottom))
     if not boxes:
-        raise _wrong(path, f"holds no object of the class {synset} in whose folder the photograph is")
+        raise _wrong(path, f"has no object of class {synset}, in whose folder the image is")
     return torch.tensor(boxes, dtype=torch.float32), (width, height)
 
 
 def _only(path: Path, parent: Any, tag: str) -> Any:
-    """The one child of this name."""
+    """Return the only child with this tag."""
     found = parent.findall(tag)
     if len(found) != 1:
-        raise _wrong(path, f"has {len(found)} elements <{tag}> in <{parent.tag}>, where one is needed")
+        raise _wrong(path, f"has {len(found)} <{tag}> elements in <{parent.tag}> instead of one")
     return found[0]
 
 
@@ -229,5 +232,5 @@ def _text(path: Path, parent: Any, tag: str) -> str:
 def _number(path: Path, parent: Any, tag: str) -> int:
     text = _text(path, parent, tag)
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise _wrong(path, f"has {text[:40]!r} as <{tag}>, where a whole number is needed")
+        raise _wrong(path, f"has {text[:40]!r} as <{tag}>, which must be a whole number")
     return int(text)

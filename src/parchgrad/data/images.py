@@ -1,4 +1,4 @@
-"""Photographs from files."""
+"""Read images from files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,32 +9,32 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
-from parchgrad.checks import check_kind
+from parchgrad._io.checks import check_kind
+from parchgrad._io.files import refuse_special
 from parchgrad.errors import ImageError, InputError, reason_of
-from parchgrad.files import refuse_special
 
 __all__ = ["check_proportions", "opened_image", "read_image", "stored_frame", "to_rgb"]
 
 _ORIENTATION = 0x0112
-# Pillow would have Ghostscript run these.
+# Pillow would run these in Ghostscript.
 _PROGRAMS = ("EPS",)
-# A network's preprocessing scales the shorter side up to its own: a row of pixels would take gigabytes.
+# Preprocessing scales the shorter side up to the input size: a single row of pixels would take gigabytes.
 _LONGEST = 1000
-# Premultiplied modes, which Pillow converts to these alone.
+# Premultiplied modes, which Pillow converts only to these.
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 # Bicubic and Lanczos scaling overshoot an edge by up to a fifth.
 _OVERSHOOT = 1.25
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read a photograph as RGB, turned the way its camera recorded, on white where it is transparent.
+    """Read an image as RGB, with EXIF orientation applied and transparency on white.
 
     Args:
-        path: any format that Pillow reads; of an animation the first frame.
+        path: file in any format that Pillow reads; of animations, the first frame.
 
     Raises:
-        ImageError: if there is no such file, or it is no complete image, or one of more than 178 million pixels, or
-            more than a thousand times as long as wide.
+        ImageError: if the file does not exist, is not a complete image, has more than 178 million pixels, or is more
+            than a thousand times as long as wide.
 
     Example:
         >>> import tempfile
@@ -47,7 +47,7 @@ def read_image(path: str | Path) -> Image.Image:
     with opened_image(path) as opened:
         check_proportions(opened)
         _check_numbers(opened, "it")
-        # In place, since a large photograph is held as few times as may be.
+        # In place, to avoid a copy of a large image.
         ImageOps.exif_transpose(opened, in_place=True)
         return to_rgb(opened)
 
@@ -60,32 +60,32 @@ def check_proportions(image: Image.Image) -> None:
         >>> check_proportions(Image.new("1", (2001, 2)))
         Traceback (most recent call last):
         ...
-        parchgrad.errors.ImageError: An image of 2001 x 2 pixels is too narrow to be looked at; cut a wider part out.
+        parchgrad.errors.ImageError: An image of 2001 x 2 pixels is too narrow. Crop it to a less extreme shape.
     """
     _check_image(image)
     short, long = sorted(image.size)
     if short == 0 or long > _LONGEST * short:
         raise ImageError(
-            f"An image of {image.width} x {image.height} pixels is too narrow to be looked at; cut a wider part out."
+            f"An image of {image.width} x {image.height} pixels is too narrow. Crop it to a less extreme shape."
         )
 
 
 def _check_image(image: object) -> None:
-    remedy = "open a file with parchgrad.data.images.read_image(path), and turn an array with PIL.Image.fromarray"
+    remedy = "Open a file with `parchgrad.data.images.read_image(path)`, or convert an array with `PIL.Image.fromarray`"
     check_kind("The image", image, Image.Image, remedy, error=InputError, wanted="a PIL image")
 
 
 def stored_frame(path: str | Path) -> tuple[int, int, int]:
-    """Width and height of a photograph's stored pixels, and the EXIF orientation by which `read_image` turns them.
+    """Read an image's stored width and height, and the EXIF orientation that `read_image` applies.
 
     Args:
-        path: any format that Pillow reads.
+        path: file in any format that Pillow reads.
 
     Returns:
-        Width, height, and the orientation from 1 (not turned) to 8.
+        Width, height, and the orientation from 1 (upright) to 8.
 
     Raises:
-        ImageError: if there is no such file, or it is no image.
+        ImageError: if the file does not exist or is not an image.
 
     Example:
         >>> import tempfile
@@ -99,7 +99,7 @@ def stored_frame(path: str | Path) -> tuple[int, int, int]:
     with opened_image(path) as opened:
         check_proportions(opened)
         orientation = opened.getexif().get(_ORIENTATION, 1)
-        # Of a turned TIFF Pillow gives the size that it will have.
+        # For a rotated TIFF, Pillow reports the size after rotation.
         tags = opened.tag_v2 if isinstance(opened, TiffImageFile) else {}
         stored = (tags[IMAGEWIDTH], tags[IMAGELENGTH]) if tags else opened.size
         return *stored, orientation if orientation in range(1, 9) else 1
@@ -107,7 +107,7 @@ def stored_frame(path: str | Path) -> tuple[int, int, int]:
 
 @contextmanager
 def opened_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image without decoding it; whatever goes wrong with it in the block becomes an `ImageError`.
+    """Open an image without decoding it; convert any exception in the block to `ImageError`.
 
     Example:
         >>> import tempfile
@@ -118,46 +118,47 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
         ...         image.format
         'PNG'
     """
-    check_kind("path", path, (str, PathLike), "give one file at a time", error=ImageError, wanted="the path of a file")
+    check_kind(
+        "`path`", path, (str, PathLike), "Pass one file at a time", error=ImageError, wanted="the path of a file"
+    )
     try:
         refuse_special(path)
-        # Given a path, Pillow maps the pixels of some TIFFs into memory, by the size that they have once turned.
+        # Given a path, Pillow maps rotated TIFFs into memory with the wrong size.
         with Path(path).open("rb") as file, Image.open(file) as opened:
             if opened.format in _PROGRAMS:
                 raise ImageError(
-                    f"it is an {opened.format} file, which is a program rather than pixels; give a JPEG or PNG."
+                    f"it is an {opened.format} file, which is a program rather than pixels. Use a JPEG or PNG."
                 )
             yield opened
     except ImageError as error:
-        raise ImageError(f"{str(path)!r} cannot be used: {error}") from error
+        raise ImageError(f"Cannot use {str(path)!r}: {error}") from error
     except FileNotFoundError as error:
-        raise ImageError(f"There is no file {str(path)!r}; check the path.") from error
+        raise ImageError(f"There is no file {str(path)!r}. Check the path.") from error
     except IsADirectoryError as error:
-        raise ImageError(f"{str(path)!r} is a folder; name the image files in it.") from error
+        raise ImageError(f"{str(path)!r} is a folder. Name the image files in it.") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{str(path)!r} is no image that can be read; give a JPEG, PNG or similar file.") from error
+        raise ImageError(f"{str(path)!r} is not a readable image. Use a JPEG, PNG or similar file.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{str(path)!r} has too many pixels ({reason_of(error)}); scale it down first.") from error
+        raise ImageError(f"{str(path)!r} has too many pixels ({reason_of(error)}). Scale it down first.") from error
     except PermissionError as error:
-        raise ImageError(f"{str(path)!r} may not be read; check its permissions.") from error
+        raise ImageError(f"No permission to read {str(path)!r}. Check its permissions.") from error
     except Exception as error:
-        # Pillow's many decoders raise what they like on damaged files.
+        # Pillow's decoders raise all kinds of exceptions on damaged files.
         raise ImageError(
-            f"{str(path)!r} cannot be read ({reason_of(error)}); give a whole JPEG, PNG or similar file."
+            f"Cannot read {str(path)!r} ({reason_of(error)}). Use an intact JPEG, PNG or similar file."
         ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode; Pillow itself would clip wide integers and floats, and show what is transparent.
+    """Convert an image of any mode; Pillow itself would clip wide integers and floats, and ignore transparency.
 
-    White is what the mode or the file says: 65535 of 16 bits, of a PNG and of a PGM. Other integers of 32 bits end at
-    255, at 65535 or at 2 ** 31 - 1, floating-point numbers at 1, at 255 or at 65535: the first that the brightest pixel
-    does not exceed, or of floating-point numbers by no more than a quarter, which scaling may overshoot by. What lies
-    outside is clipped.
+    White is 65535 for 16-bit modes, PNG and PGM. For other 32-bit integers it is 255, 65535 or 2 ** 31, for
+    floating-point numbers 1, 255 or 65535: the first that the brightest pixel does not exceed. Floating-point numbers
+    may exceed it by a quarter, since rescaling overshoots. Values outside are clipped.
 
     Raises:
-        InputError: if it is no image.
-        ImageError: if it holds NaN or infinite values.
+        InputError: if it is not an image.
+        ImageError: if it contains NaN or infinite values.
 
     Example:
         >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
@@ -179,7 +180,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _white(image: Image.Image, brightest: float) -> float:
-    """The number that stands for white in an image of wide numbers."""
+    """Return the value of white in an image of wide numbers."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 65535.0
     whites, tolerance = ((1.0, 255.0, 65535.0), _OVERSHOOT) if image.mode == "F" else ((255.0, 65535.0, 2.0**31), 1.0)
@@ -187,6 +188,6 @@ def _white(image: Image.Image, brightest: float) -> float:
 
 
 def _check_numbers(image: Image.Image, name: str) -> None:
-    """Raise `ImageError` for an image whose pixels are not all numbers, which would be painted black or white."""
+    """Raise `ImageError` if pixels are NaN or infinite, which would turn black or white."""
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise ImageError(f"{name} holds NaN or infinite values; give every pixel a number.")
+        raise ImageError(f"{name} contains NaN or infinite values. Replace them with finite numbers.")

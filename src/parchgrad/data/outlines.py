@@ -1,4 +1,4 @@
-"""Outlines of simple shapes: what lies inside, and how much of each pixel they cover. Pure functions."""
+"""Outlines of simple shapes and their coverage of pixels. Pure functions."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ __all__ = ["CUTTABLE", "OUTLINES", "Coverage", "Inside", "bar", "blob", "coverag
 Coordinates: TypeAlias = NDArray[np.floating[Any]]
 Mask: TypeAlias = NDArray[np.bool_]
 Inside: TypeAlias = Callable[[Coordinates, Coordinates], Mask]
-"""Whether points (x, y), in units of the outline's own, lie inside; y points down, and all points inside are in
+"""Whether points (x, y), in the outline's own units, lie inside; y points down, and the inside is within
 [-2, 2] x [-2, 2]."""
 
 # Samples along each side of a pixel.
@@ -42,7 +42,7 @@ def _disc(x: Coordinates, y: Coordinates) -> Mask:
 
 
 def _heart(x: Coordinates, y: Coordinates) -> Mask:
-    # A square on its corner, and a disc on each of its upper edges.
+    # A square on its corner plus a disc on each upper edge.
     down, up = (y + abs(x)) * math.sqrt(0.5), (y - abs(x)) * math.sqrt(0.5)
     return ((abs(up) < 0.6) & (abs(down) < 0.6)) | (down**2 + (up + 0.6) ** 2 < 0.6**2)
 
@@ -61,7 +61,7 @@ def _square(x: Coordinates, y: Coordinates) -> Mask:
 
 
 def _star(x: Coordinates, y: Coordinates) -> Mask:
-    # Inside a pentagram, a point is beyond one of its five lines at most.
+    # A point inside a pentagram is beyond at most one of its five lines.
     beyond = np.zeros(np.broadcast(x, y).shape, np.int8)
     for corner in range(5):
         turn = 2 * math.pi * corner / 5
@@ -85,36 +85,36 @@ OUTLINES: Mapping[str, Inside] = {
     "star": _star,
     "triangle": _triangle,
 }
-"""The shapes that have a name. None is another one turned or scaled."""
+"""The named shapes; no two are equal up to rotation and scale."""
 
 CUTTABLE = ("cross", "disc", "star")
-"""Shapes whose halves look like none of the others, wherever they are cut."""
+"""Shapes whose halves, cut at any angle, look like none of the others."""
 
 
 def cut(inside: Inside, angle: float) -> Inside:
-    """The half of an outline on one side of a line through its centre; the line runs at `angle`, in radians."""
+    """Return the half of an outline on one side of a line through its centre, at `angle` in radians."""
     cosine, sine = math.cos(angle), math.sin(angle)
     return lambda x, y: inside(x, y) & (cosine * y > sine * x)
 
 
 def bar(x: Coordinates, y: Coordinates) -> Mask:
-    """A straight bar with round ends, four times as long as wide."""
+    """Outline of a straight bar with round ends, four times as long as wide."""
     beyond = np.maximum(np.abs(x) - 0.75, 0)
     inside: Mask = beyond**2 + y**2 < 0.25**2
     return inside
 
 
 def wave(x: Coordinates, y: Coordinates) -> Mask:
-    """A wavy ribbon."""
+    """Outline of a wavy ribbon."""
     return (abs(x) < 1.2) & (abs(y - 0.4 * np.sin(4 * x)) < 0.24)
 
 
 def blob(amplitudes: Coordinates, phases: Coordinates) -> Inside:
-    """A closed curve whose radius is 1 plus waves of 2, 3, ... periods per turn.
+    """Return a closed curve whose radius is 1 plus waves of 2, 3, ... periods per turn.
 
     Args:
-        amplitudes: of each wave; their sum is below 1.
-        phases: of each wave, in radians.
+        amplitudes: amplitude of each wave; their sum is below 1.
+        phases: phase of each wave, in radians.
     """
 
     def inside(x: Coordinates, y: Coordinates) -> Mask:
@@ -129,12 +129,12 @@ def blob(amplitudes: Coordinates, phases: Coordinates) -> Inside:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of each pixel a shape covers, in the window of the picture that it reaches.
+    """How much of each pixel a shape covers, within a window of the image.
 
     Attributes:
         rows: rows of the window.
         columns: columns of the window.
-        share: of each pixel of the window, in [0, 1].
+        share: covered share of each pixel in the window, in [0, 1].
     """
 
     rows: slice
@@ -143,14 +143,14 @@ class Coverage:
 
 
 def coverage(inside: Inside, *, side: float, centre: tuple[float, float], angle: float, size: int) -> Coverage:
-    """Draw an outline: the share of each pixel that it covers, from 4 x 4 samples.
+    """Compute the share of each pixel that an outline covers, from 4 x 4 samples.
 
     Args:
         inside: the outline.
-        side: edge of the square that has as large an area as the shape is to have, in pixels.
-        centre: column and row of the shape's centre of mass, in pixels from the upper left corner of the picture.
-        angle: by which the shape is turned, in radians.
-        size: edge of the picture in pixels; what is outside is cut off.
+        side: side of the square with the same area as the shape, in pixels.
+        centre: column and row of the shape's centre of mass, in pixels from the upper left corner of the image.
+        angle: rotation of the shape in radians.
+        size: side of the image in pixels; the shape is clipped to it.
 
     Example:
         >>> drawn = coverage(OUTLINES["square"], side=2.0, centre=(2.5, 2.0), angle=0.0, size=4)
@@ -162,7 +162,7 @@ def coverage(inside: Inside, *, side: float, centre: tuple[float, float], angle:
     """
     shape = _measure(inside)
     scale = side / math.sqrt(shape.area)
-    # A pixel more on each side; and one pixel at the least, though it be empty.
+    # One more pixel on each side, and at least one pixel, even if empty.
     reach = shape.radius * scale + 1
     low, high = ([max(int(sign * reach + at), 0) for at in centre] for sign in (-1, 1))
     columns, rows = (slice(min(start, size - 1), min(stop + 1, size)) for start, stop in zip(low, high, strict=True))
@@ -175,14 +175,14 @@ def coverage(inside: Inside, *, side: float, centre: tuple[float, float], angle:
     x = cosine * across + sine * down + shape.centre[0]
     y = cosine * down - sine * across + shape.centre[1]
     found = inside(x, y).reshape(rows.stop - rows.start, _SUPERSAMPLING, -1)
-    # Rows first: a sum over whole rows is fast, and what is left is small.
+    # Rows first: summing whole rows is fast, and the result is small.
     summed = found.sum(axis=1, dtype=np.float32).reshape(rows.stop - rows.start, -1, _SUPERSAMPLING).sum(axis=2)
     return Coverage(rows, columns, summed / np.float32(_SUPERSAMPLING**2))
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """Area, centre of mass, and largest distance from it, in units of the outline's own."""
+    """Area, centre of mass, and largest distance from it, in the outline's units."""
 
     area: float
     centre: tuple[float, float]

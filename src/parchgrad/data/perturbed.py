@@ -1,4 +1,4 @@
-"""Evaluation data made harder: shuffled, blurred, or lost in noise, each with where the object then is."""
+"""Harder evaluation data: shuffled, blurred or noisy images with matching boxes and masks."""
 
 import hashlib
 import math
@@ -9,21 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import gaussian_blur
 
-from parchgrad.checks import check_whole_number
+from parchgrad._io.checks import check_whole_number
+from parchgrad._io.extras import needs_extra
 from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError, SettingError
 
+with needs_extra("evaluation"):
+    from torchvision.transforms.functional import gaussian_blur
+
 __all__ = ["Blur", "Jigsaw", "PerturbedMNIST"]
 
-# Beyond this many standard deviations a Gaussian is cut off, as in scipy.
+# Cut the Gaussian off at this many standard deviations, as scipy does.
 _TRUNCATE = 4.0
 
 
 @dataclass(frozen=True, eq=False)
 class _Perturbed(Dataset[Sample], ABC):
-    """Samples of another data set, each changed by its index and the settings alone."""
+    """Samples of another data set, each changed depending only on its index and the settings."""
 
     dataset: Samples
 
@@ -34,7 +37,7 @@ class _Perturbed(Dataset[Sample], ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the settings and of the data set that is changed."""
+        """Digest of the settings and of the underlying data set."""
         settings = [(item.name, getattr(self, item.name)) for item in fields(self) if item.name != "dataset"]
         digest = hashlib.sha256(repr((type(self).__name__, settings, self.dataset.fingerprint)).encode())
         return f"{len(self)} images after {type(self).__name__}, {digest.hexdigest()}"
@@ -53,15 +56,15 @@ class _Perturbed(Dataset[Sample], ABC):
 
 @dataclass(frozen=True, eq=False)
 class Jigsaw(_Perturbed):
-    """Cut each image into cells and swap some of them; mask and boxes go with the cells.
+    """Cut each image into cells and swap some of them, together with mask and boxes.
 
-    A box becomes the boxes of its pieces, box by box. Where no cell ends elsewhere, the sample stays as it was.
+    Boxes are split at the cells. If every cell ends up in its place, the sample is unchanged.
 
     Attributes:
         dataset: the samples; the grid must divide their height and width.
         grid: number of rows and of columns of cells.
-        shuffles: how often two different cells change places, drawn at random; one swap may undo another.
-        seed: of the draws, which depend on it and the index alone.
+        shuffles: number of random swaps of two different cells; one swap may undo another.
+        seed: random seed; the swaps depend only on it and the index.
 
     Raises:
         SettingError: if a setting is out of range.
@@ -85,14 +88,16 @@ class Jigsaw(_Perturbed):
         check_whole_number("shuffles", self.shuffles, 0)
         check_whole_number("seed", self.seed, 0)
         if self.grid == 1 and self.shuffles:
-            raise SettingError(f"A grid of one cell cannot be shuffled {self.shuffles} times; take grid=2 or more.")
+            raise SettingError(
+                f"`shuffles` is {self.shuffles}, but a grid of one cell cannot be shuffled. Use `grid=2` or more."
+            )
 
     def _change(self, sample: Sample, index: int) -> Sample:
         height, width = sample.image.shape[-2:]
         if height % self.grid or width % self.grid:
             raise InputError(
-                f"A grid of {self.grid} x {self.grid} cells does not divide the {width} x {height} pixels of "
-                f"{sample.name!r}; take another grid."
+                f"`grid` is {self.grid}, which does not divide the {width} x {height} pixels of {sample.name!r}. "
+                "Choose another grid."
             )
         generator, cells = _generator(self.seed, index), self.grid**2
         order = list(range(cells))
@@ -122,9 +127,9 @@ class Jigsaw(_Perturbed):
 
 @dataclass(frozen=True, eq=False)
 class Blur(_Perturbed):
-    """Blur each image with a Gaussian; boxes and mask stay.
+    """Blur each image with a Gaussian; boxes and mask are unchanged.
 
-    The image is mirrored beyond its edges. A blur below an eighth of a pixel changes nothing in floating point.
+    Images are mirrored at their edges. A blur below an eighth of a pixel has no effect.
 
     Attributes:
         dataset: the samples.
@@ -132,7 +137,7 @@ class Blur(_Perturbed):
 
     Raises:
         SettingError: if the magnitude is negative or not finite.
-        InputError: from an item that is smaller than four standard deviations.
+        InputError: from an item smaller than four standard deviations.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -146,7 +151,9 @@ class Blur(_Perturbed):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.magnitude) and self.magnitude >= 0):
-            raise SettingError(f"magnitude is {self.magnitude}, but it must be a finite number of pixels from 0.")
+            raise SettingError(
+                f"`magnitude` is {self.magnitude}, but it must be a finite number of pixels, at least 0."
+            )
 
     def _change(self, sample: Sample, index: int) -> Sample:
         radius = int(_TRUNCATE * self.magnitude + 0.5)
@@ -154,31 +161,31 @@ class Blur(_Perturbed):
             return sample
         if radius >= min(sample.image.shape[-2:]):
             raise InputError(
-                f"A blur of {self.magnitude} pixels reaches beyond {sample.name!r} of shape "
-                f"{tuple(sample.image.shape)}; take a smaller magnitude."
+                f"`magnitude` is {self.magnitude}, too large for {sample.name!r} of shape "
+                f"{tuple(sample.image.shape)}. Choose a smaller one."
             )
-        # One axis after the other, at a cost of the width of the Gaussian instead of its area.
+        # Two one-dimensional passes are cheaper than a two-dimensional one.
         size, sigma = 2 * radius + 1, [float(self.magnitude)] * 2
         return replace(sample, image=gaussian_blur(gaussian_blur(sample.image, [size, 1], sigma), [1, size], sigma))
 
 
 @dataclass(frozen=True, eq=False)
 class PerturbedMNIST(_Perturbed):
-    """Put each digit at a random place of a larger canvas of noise.
+    """Place each digit at random on a larger canvas of noise.
 
-    Noise is uniform in [0, epsilon] and shows through where the digit is dark: `digit + (1 - digit) * noise`. The box
-    is tight around all pixels that the digit touches, which the mask marks. Place and pattern of the noise are the
-    same for every epsilon.
+    Noise is uniform in [0, epsilon] and shows where the digit is dark: `digit + (1 - digit) * noise`. The mask marks
+    all nonzero pixels of the digit, and the box is tight around them. Position and noise pattern do not depend on
+    epsilon.
 
     Attributes:
-        dataset: samples of digits in [0, 1] on a background of 0, as MNIST with `ToTensor()` gives them.
-        epsilon: strength of the noise, in [0, 1].
-        canvas: width and height of the canvas, in pixels.
-        seed: of place and noise, which depend on it and the index alone.
+        dataset: samples of digits in [0, 1] on a background of 0, such as MNIST with `ToTensor()`.
+        epsilon: noise strength in [0, 1].
+        canvas: width and height of the canvas in pixels.
+        seed: random seed; position and noise depend only on it and the index.
 
     Raises:
         SettingError: if a setting is out of range.
-        InputError: from an item that holds no digit on a background of 0, or is larger than the canvas.
+        InputError: from an item without a digit on a background of 0, or larger than the canvas.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -198,7 +205,7 @@ class PerturbedMNIST(_Perturbed):
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:
-            raise SettingError(f"epsilon is {self.epsilon}, but it must be in [0, 1].")
+            raise SettingError(f"`epsilon` is {self.epsilon}, but it must be in [0, 1].")
         check_whole_number("canvas", self.canvas, 1)
         check_whole_number("seed", self.seed, 0)
 
@@ -207,12 +214,12 @@ class PerturbedMNIST(_Perturbed):
         channels, height, width = tile.shape
         if max(height, width) > self.canvas:
             raise InputError(
-                f"{sample.name!r} has {width} x {height} pixels, more than the canvas of {self.canvas}; enlarge it."
+                f"`canvas` is {self.canvas}, but {sample.name!r} has {width} x {height} pixels. Enlarge it."
             )
         touched = (tile > 0).any(dim=0)
         if not bool(((tile >= 0) & (tile <= 1)).all()) or not bool(touched.any()) or bool(touched.all()):
             raise InputError(
-                f"{sample.name!r} holds no digit in [0, 1] on a background of 0; give digits that are not normalised."
+                f"{sample.name!r} is not a digit in [0, 1] on a background of 0. Use digits without normalisation."
             )
         generator = _generator(self.seed, index)
         top = int(torch.randint(self.canvas - height + 1, (), generator=generator))
@@ -230,7 +237,7 @@ class PerturbedMNIST(_Perturbed):
 
 
 def _rearrange(picture: Tensor, order: list[int], grid: int) -> Tensor:
-    """Put cell `order[place]` of a picture (*, H, W) to each place, row by row."""
+    """Move cell `order[place]` of an image (*, H, W) to each place, row by row."""
     *front, height, width = picture.shape
     cell = (height // grid, width // grid)
     cells = picture.reshape(*front, grid, cell[0], grid, cell[1]).movedim(-2, -3)
@@ -239,6 +246,6 @@ def _rearrange(picture: Tensor, order: list[int], grid: int) -> Tensor:
 
 
 def _generator(seed: int, index: int) -> torch.Generator:
-    """A generator for one item, far from those of its neighbours and of other seeds."""
+    """Return a generator for one item, independent of other items and seeds."""
     state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

@@ -1,4 +1,4 @@
-"""What an evaluation data set holds: an image, its class, and where the class is seen."""
+"""Samples of evaluation data sets: an image, its class, and where the class is visible."""
 
 import hashlib
 import operator
@@ -9,14 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from torchvision.datasets import DatasetFolder
 
+from parchgrad._io.extras import needs_extra
 from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError, InputError, SettingError
 
+with needs_extra("models"):
+    from torchvision.datasets import DatasetFolder
+
 __all__ = ["DrawnSamples", "LabelledImages", "Pairs", "Sample", "Samples"]
 
-# Items whose content tells a data set from another.
+# Items hashed to identify a data set.
 _PROBES = 64
 
 
@@ -25,14 +28,14 @@ class Sample:
     """One image of an evaluation data set.
 
     Attributes:
-        image: what the network takes, shape (C, H, W).
+        image: network input, shape (C, H, W).
         label: class index.
-        name: tells the image from the others of its data set.
-        boxes: where objects of the class are, shape (N, 4): left, top, right, bottom in pixels of `image`, right and
-            bottom exclusive, so that a box of the whole image is (0, 0, W, H); None where nothing is known.
-        mask: pixels of the object, boolean, shape (H, W); None where nothing is known.
-        group: name that samples share which are not independent of each other, as those of one mosaic; None for a
-            sample of its own.
+        name: name of the image, unique in its data set.
+        boxes: boxes of objects of the class, shape (N, 4): left, top, right, bottom in pixels of `image`, right and
+            bottom exclusive, so a box of the whole image is (0, 0, W, H); None if unknown.
+        mask: pixels of the object, boolean, shape (H, W); None if unknown.
+        group: common name of samples that are not independent, such as those of one mosaic; None for an independent
+            sample.
     """
 
     image: Tensor
@@ -44,7 +47,7 @@ class Sample:
 
 
 class Samples(Protocol):
-    """An evaluation data set: samples by index, the names of their classes, and a digest that tells it from others."""
+    """An evaluation data set: samples by index, class names, and a digest that identifies it."""
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -52,7 +55,7 @@ class Samples(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A digest; another one means other data or settings."""
+        """Digest of the data and settings."""
 
     def __len__(self) -> int: ...
 
@@ -60,10 +63,10 @@ class Samples(Protocol):
 
 
 class DrawnSamples(Dataset[Sample]):
-    """Some samples of a data set, drawn at random, each once, in the order of the data set.
+    """A random subset of a data set, in its order.
 
     Attributes:
-        categories: those of the data set.
+        categories: names of the classes.
 
     Example:
         >>> import torch
@@ -75,18 +78,18 @@ class DrawnSamples(Dataset[Sample]):
     """
 
     def __init__(self, dataset: Samples, *, count: int, seed: int = 0) -> None:
-        """Draw.
+        """Draw the subset without replacement.
 
         Args:
-            dataset: what is drawn from.
-            count: how many samples.
-            seed: of the draw.
+            dataset: the samples to draw from.
+            count: number of samples.
+            seed: random seed.
 
         Raises:
-            SettingError: if there are not as many.
+            SettingError: if `count` is not from 1 to the number of samples.
         """
         if not 1 <= count <= len(dataset):
-            raise SettingError(f"{count} samples cannot be drawn from {len(dataset)}; choose a count from 1 to that.")
+            raise SettingError(f"`count` is {count}, but it must be from 1 to {len(dataset)}, the number of samples.")
         generator = torch.Generator().manual_seed(seed)
         self._dataset = dataset
         self._chosen = torch.randperm(len(dataset), generator=generator)[:count].sort().values.tolist()
@@ -94,7 +97,7 @@ class DrawnSamples(Dataset[Sample]):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the data set and of which samples were drawn."""
+        """Digest of the data set and the drawn indices."""
         described = f"{self._dataset.fingerprint} {self._chosen}"
         return f"{len(self)} drawn samples, {hashlib.sha256(described.encode()).hexdigest()}"
 
@@ -106,10 +109,10 @@ class DrawnSamples(Dataset[Sample]):
 
 
 class Pairs(Dataset[tuple[Tensor, int]]):
-    """Samples as the pairs (image, label) that `collect_statistics` and training loops take.
+    """Samples as (image, label) pairs, for `collect_statistics` and training loops.
 
     Attributes:
-        fingerprint: that of the samples.
+        fingerprint: digest of the samples.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -120,7 +123,7 @@ class Pairs(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, samples: Samples) -> None:
-        """Take any samples."""
+        """Wrap any samples."""
         self._samples = samples
 
     @property
@@ -137,9 +140,9 @@ class Pairs(Dataset[tuple[Tensor, int]]):
 
 
 class LabelledImages(Dataset[Sample]):
-    """Samples of a data set of pairs (image, label), as torchvision's `ImageFolder`, `CIFAR10` and `MNIST` are.
+    """Samples of a data set of (image, label) pairs, such as torchvision's `ImageFolder`, `CIFAR10` and `MNIST`.
 
-    A sample is named by its file where the data set knows it, else by its index.
+    A sample's name is its file if known, else its index.
 
     Attributes:
         categories: names of the classes.
@@ -154,25 +157,25 @@ class LabelledImages(Dataset[Sample]):
     """
 
     def __init__(self, dataset: Dataset[Any], *, categories: tuple[str, ...] | None = None) -> None:
-        """Take the class names from `dataset.classes`, or from that of the data set which it is a `Subset` of.
+        """Take the class names from `dataset.classes`, also through a `Subset`.
 
         Args:
-            dataset: gives pairs of an image (C, H, W) and a class index, and knows its length.
-            categories: names of the classes, where the data set has none.
+            dataset: map-style data set of an image (C, H, W) and a class index.
+            categories: names of the classes, if the data set has none.
 
         Raises:
-            SettingError: if the data set has no length, or its classes no names.
+            SettingError: if the data set has no length or no class names.
         """
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise SettingError(
-                f"{type(dataset).__name__} has no length or no items by index; give a map-style data set."
+                f"{type(dataset).__name__} has no length or no items by index. Pass a map-style data set."
             )
         whole: Any = dataset
         while isinstance(whole, Subset):
             whole = whole.dataset
         found = categories if categories is not None else getattr(whole, "classes", ())
         if isinstance(found, str) or not found:
-            raise SettingError(f"{type(whole).__name__} does not tell the names of its classes; give categories=.")
+            raise SettingError(f"{type(whole).__name__} has no class names. Pass `categories=`.")
         self._dataset: Any = dataset
         self.categories = tuple(str(category) for category in found)
 
@@ -194,17 +197,17 @@ class LabelledImages(Dataset[Sample]):
         index = range(len(self))[index]
         item = self._dataset[index]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise InputError(f"Item {index} is no pair of an image and a label; give a data set of such pairs.")
+            raise InputError(f"Item {index} is not an (image, label) pair. Pass a data set of such pairs.")
         image, label = item
         if not isinstance(image, Tensor):
             raise ImageError(
-                f"The image of item {index} is of type {type(image).__name__}, no tensor; give the data set a "
-                "transform that makes tensors, as ToTensor() does."
+                f"The image of item {index} is of type {type(image).__name__}, but must be a tensor. Add a transform "
+                "such as ToTensor()."
             )
         if image.dim() != 3 or not image.is_floating_point():
             raise ImageError(
-                f"The image of item {index} has shape {tuple(image.shape)} and {image.dtype}, but floating-point "
-                "numbers of shape (C, H, W) are needed; add a transform, as ToTensor() is."
+                f"The image of item {index} has shape {tuple(image.shape)} and dtype {image.dtype}, but must be "
+                "floating-point of shape (C, H, W). Add a transform such as ToTensor()."
             )
         return Sample(image=image, label=self._label(index, label), name=_name(self._dataset, index))
 
@@ -212,11 +215,11 @@ class LabelledImages(Dataset[Sample]):
         try:
             found = operator.index(label)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"The label of item {index} is {label!r:.40}, but a class index is needed.") from error
+            raise InputError(f"The label of item {index} is {label!r:.40}, but it must be a class index.") from error
         if not 0 <= found < len(self.categories):
             raise InputError(
-                f"The label of item {index} is {found}, but there are {len(self.categories)} classes; give the names "
-                "of all of them."
+                f"The label of item {index} is {found}, but there are {len(self.categories)} classes. Name all of "
+                "them in `categories=`."
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Generated shapes: labelled pictures without end whose objects are known to the pixel, with no download."""
+"""Generated images of labelled shapes with exact masks, without any download."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from parchgrad.checks import is_whole_number
+from parchgrad._io.checks import is_whole_number
 from parchgrad.data.outlines import CUTTABLE, OUTLINES, Coverage, Inside, bar, blob, coverage, cut, wave
 from parchgrad.data.samples import Sample
 from parchgrad.errors import SettingError
@@ -27,20 +27,20 @@ SHAPE_CATEGORIES: tuple[str, ...] = tuple(OUTLINES)
 """Names of the classes."""
 
 MEAN = (0.5, 0.5, 0.5)
-"""What is subtracted from each colour channel, in units of [0, 1]."""
+"""Mean subtracted from each colour channel, in units of [0, 1]."""
 
 STD = (0.25, 0.25, 0.25)
-"""What each colour channel is divided by, in units of [0, 1]."""
+"""Standard deviation that divides each colour channel, in units of [0, 1]."""
 
 GENERATOR_VERSION = 1
-"""Another version draws other pictures from the same settings."""
+"""Version of the generator; another one draws other images from the same settings."""
 
-# Edge of the square of the same area as a shape, in shares of the picture's edge; and the farthest that a point of any
-# shape is from its centre, in such edges.
+# Side of the square with a shape's area, as a share of the image's side; and the largest distance of any shape's point
+# from its centre, in such sides.
 _SIDES = (0.2, 0.38)
 _REACH = 1.05
 
-# Sizes of what belongs to no class, in shares of the shape's.
+# Sizes of distractors, as shares of the shape's.
 _DISTRACTOR_SIDES = (0.35, 0.75)
 
 _SMALLEST = 32
@@ -48,15 +48,14 @@ _PLACES = 32
 
 
 class GeneratedShapes(Dataset[Sample]):
-    """Pictures of one shape each, whose outline alone tells its class, before clutter; the mask is exact.
+    """Images of one shape each in front of clutter, with exact masks; only the outline depends on the class.
 
-    Turn, size, place, colours and textures are drawn from the same distributions for every class, and so is what lies
-    behind: a smooth backdrop, lines, and distractors, which are blobs, bars, ribbons and halves of shapes. The shape is
-    never covered. A pixel belongs to the mask if the shape covers at least half of it (4 x 4 samples).
+    Rotation, size, position, colours and textures have the same distribution for every class, as has the background:
+    a smooth backdrop, lines, and distractors (blobs, bars, ribbons and halves of shapes). The shape is never covered.
+    A pixel belongs to the mask if the shape covers at least half of it (4 x 4 samples).
 
-    Picture i depends on the settings and i alone. It is of class i modulo the number of classes, so that consecutive
-    pictures are of different ones, as the grid pointing game needs them. Other seeds give other pictures: training and
-    test sets are told apart by them.
+    Image i depends only on the settings and i. Its class is i modulo the number of classes, so consecutive images
+    differ in class, as the grid pointing game needs. Use different seeds for training and test sets.
 
     Attributes:
         categories: names of the classes.
@@ -71,19 +70,18 @@ class GeneratedShapes(Dataset[Sample]):
     categories = SHAPE_CATEGORIES
 
     def __init__(self, count: int, *, seed: int = 0, size: int = 64, distractors: int = 3, rivals: int = 0) -> None:
-        """Check the settings; pictures are drawn when they are asked for.
+        """Check the settings; images are drawn on access.
 
         Args:
-            count: number of pictures, at least 1; it changes none of them.
-            seed: any number in [0, 2^63). The network `shapes` was trained on those of seed 1.
-            size: edge of the pictures in pixels, at least 32. Shapes grow with it.
-            distractors: number of objects of no class beside the shape, at least 0.
-            rivals: number of shapes of other classes beside the shape, at least 0 and below the number of classes. They
-                are as large as the shape, and all are the smaller the more there are. The mask is that of the shape of
-                the class alone.
+            count: number of images, at least 1.
+            seed: random seed in [0, 2^63). The network `shapes` was trained on seed 1.
+            size: side of the images in pixels, at least 32. Shapes scale with it.
+            distractors: number of distractors, at least 0.
+            rivals: number of shapes of other classes, at least 0 and below the number of classes. They are as large as
+                the shape; all shrink as their number grows. The mask contains only the shape of the class.
 
         Raises:
-            SettingError: if a setting is out of its range.
+            SettingError: if a setting is out of range.
         """
         ranges = {
             "count": (count, 1, 2**63),
@@ -94,14 +92,14 @@ class GeneratedShapes(Dataset[Sample]):
         }
         for name, (value, least, bound) in ranges.items():
             if not is_whole_number(value) or not least <= value < bound:
-                raise SettingError(f"{name} is {value!r}, but it must be a whole number from {least} to {bound - 1}.")
-        # numpy's whole numbers have no JSON, which the fingerprint is made of.
+                raise SettingError(f"`{name}` is {value!r}, but it must be a whole number from {least} to {bound - 1}.")
+        # The fingerprint uses JSON, which does not support numpy integers.
         self._count, self._seed = int(count), int(seed)
         self._scene = _Scene(int(size), int(distractors), int(rivals))
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the settings and the version of the generator. Another one means other pictures."""
+        """Digest of the settings and the version of the generator."""
         scene = self._scene
         settings = [GENERATOR_VERSION, self._count, self._seed, scene.size, scene.distractors, scene.rivals]
         return f"{self._count} generated shapes, {hashlib.sha256(json.dumps(settings).encode()).hexdigest()}"
@@ -111,12 +109,12 @@ class GeneratedShapes(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._count:
-            raise IndexError(f"There is no picture {index}; the {self._count} pictures are counted from 0.")
+            raise IndexError(f"`index` is {index}, but it must be from 0 to {self._count - 1}.")
         label = int(index) % len(self.categories)
-        # A key of 128 bits for each picture: neither order nor number of pictures plays a part.
+        # A 128-bit key per image, so that neither order nor number of images matters.
         generator = Generator(Philox(key=np.array([self._seed, index], np.uint64)))
         picture, mask = _draw(generator, self._scene, label)
-        # Whole levels, as in a file: the last bit of a platform's cosine does not show.
+        # 8-bit levels hide platform differences in the last bit of cosines.
         levels = torch.from_numpy(np.rint(picture.clip(0, 1) * 255).transpose(2, 0, 1).copy())
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (MEAN, STD))
         rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
@@ -132,7 +130,7 @@ class GeneratedShapes(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class _Scene:
-    """What a picture is made of."""
+    """Settings of an image."""
 
     size: int
     distractors: int
@@ -140,7 +138,7 @@ class _Scene:
 
 
 def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDArray[np.bool_]]:
-    """Draw the picture of a shape, (H, W, 3) in [0, 1], and its mask."""
+    """Draw an image (H, W, 3) in [0, 1] and the mask of its shape."""
     size = scene.size
     count = 1 + scene.rivals + scene.distractors
     sides = np.full(count, size * generator.uniform(*_SIDES) / math.sqrt(1 + scene.rivals))
@@ -157,7 +155,7 @@ def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDA
         coverage(inside, side=side, centre=place, angle=angle, size=size)
         for inside, side, place, angle in zip(insides, sides.tolist(), places, angles.tolist(), strict=True)
     ]
-    # From the back to the front: nothing covers the shape.
+    # Back to front, so that nothing covers the shape.
     for index in reversed(range(count)):
         _paint(picture, drawn[index], palette.fill(generator, index, drawn[index], size))
     mask = np.zeros((size, size), np.bool_)
@@ -166,7 +164,7 @@ def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDA
 
 
 def _place(generator: Generator, radii: Values, size: int) -> list[tuple[float, float]]:
-    """Centres of discs in the picture, each the first of some that is clear of those before, or the clearest."""
+    """Place discs in the image, each at the first candidate clear of earlier discs, or else the clearest."""
     placed = np.empty((len(radii), 2))
     for index, radius in enumerate(radii):
         margin = min(radius, size / 2)
@@ -178,7 +176,7 @@ def _place(generator: Generator, radii: Values, size: int) -> list[tuple[float, 
 
 
 def _no_class(generator: Generator) -> Inside:
-    """An outline that belongs to no class."""
+    """Draw an outline of no class."""
     kind = generator.integers(5)
     if kind == 0:
         return bar
@@ -192,13 +190,13 @@ def _no_class(generator: Generator) -> Inside:
 
 
 def _paint(picture: Picture, drawn: Coverage, fill: Picture) -> None:
-    """Lay a fill over the part of the picture that a shape covers."""
+    """Blend a fill into the part of the image that a shape covers."""
     window = picture[drawn.rows, drawn.columns]
     window += drawn.share[..., None] * (fill - window)
 
 
 def _draw_lines(generator: Generator, picture: Picture, palette: "_Palette") -> None:
-    """Draw some thin lines, straight or wavy, across the whole picture."""
+    """Draw thin lines, straight or wavy, across the whole image."""
     size = len(picture)
     for _ in range(generator.integers(2, 6)):
         x, y = _turned(generator, size, size)
@@ -212,12 +210,12 @@ def _draw_lines(generator: Generator, picture: Picture, palette: "_Palette") -> 
 
 @dataclass(frozen=True)
 class _Palette:
-    """Colours of one picture, by lightness, chroma and hue (Oklch): objects all stand out from the backdrop.
+    """Colours of one image in Oklch (lightness, chroma, hue), with all objects distinct from the backdrop.
 
     Attributes:
         back: lightness of the backdrop.
-        lightness: range of the lightness of objects.
-        hues: of the objects, then of the backdrop, in turns.
+        lightness: range of the objects' lightness.
+        hues: hues of the objects, then of the backdrop, in turns.
     """
 
     back: float
@@ -226,16 +224,16 @@ class _Palette:
 
     @classmethod
     def draw(cls, generator: Generator, count: int) -> "_Palette":
-        """Draw the colours of a picture with so many objects."""
+        """Draw the colours of an image with `count` objects."""
         dark = generator.random() < 0.5
         back = generator.uniform(0.22, 0.42) if dark else generator.uniform(0.78, 0.92)
         lightness = (back + 0.26, 0.92) if dark else (0.34, back - 0.26)
-        # Spread around the circle, in no order.
+        # Spread around the circle in random order.
         spread = generator.permutation(count + 1) + generator.uniform(-0.3, 0.3, count + 1)
         return cls(back, lightness, generator.random() + spread / (count + 1))
 
     def backdrop(self, generator: Generator, size: int) -> Picture:
-        """A smooth mixture of two colours, with a faint texture."""
+        """Draw a smooth mixture of two colours with a faint texture."""
         smooth = _noise(generator, size, size, generator.uniform(1.5, 4))
         fine = _texture(generator, size, size, size)
         hue, other = self.hues[-1], self.hues[-1] + generator.uniform(-0.2, 0.2)
@@ -245,14 +243,14 @@ class _Palette:
         return _mix(_colour(first, chroma[0], hue), _colour(second, chroma[1], other), mixture)
 
     def line(self, generator: Generator) -> Picture:
-        """A colour of a line, as of any object."""
+        """Draw the colour of a line, from the range of objects."""
         return _colour(generator.uniform(*self.lightness), generator.uniform(0.04, 0.14), generator.random())
 
     def fill(self, generator: Generator, index: int, drawn: Coverage, size: int) -> Picture:
-        """Two colours in a texture, over the window of an object."""
+        """Draw a texture of two colours over an object's window."""
         low, high = self.lightness
         first = generator.uniform(low, high)
-        # Far enough for the texture to be seen, within the range.
+        # Far enough apart for a visible texture, within the range.
         step = generator.uniform(0.12, 0.22)
         second = first + step if first + step < high else max(low, first - step)
         hue = self.hues[index]
@@ -264,14 +262,14 @@ class _Palette:
 
 
 def _colour(lightness: float, chroma: float, hue: float) -> Picture:
-    """A colour of Oklch as sRGB, in [0, 1]; what no screen shows is cut off.
+    """Convert an Oklch colour to sRGB in [0, 1], clipped to the gamut.
 
     Source: Ottosson (2020), "A perceptual color space for image processing".
 
     Args:
-        lightness: from 0, black, to 1, white.
-        chroma: from 0, grey, to about 0.3.
-        hue: in turns.
+        lightness: from 0 (black) to 1 (white).
+        chroma: from 0 (grey) to about 0.3.
+        hue: hue in turns.
     """
     a, b = chroma * math.cos(2 * math.pi * hue), chroma * math.sin(2 * math.pi * hue)
     linear = _CONES_TO_RGB @ (_OKLAB_TO_CONES @ (lightness, a, b)) ** 3
@@ -297,13 +295,13 @@ _CONES_TO_RGB = np.array(
 
 
 def _mix(first: Picture, second: Picture, share: Values) -> Picture:
-    """From the first colour, where `share` is 0, to the second, where it is 1."""
+    """Interpolate from the first colour (`share` 0) to the second (`share` 1)."""
     mixed: Picture = first + share.astype(np.float32)[..., None] * (second - first)
     return mixed
 
 
 def _texture(generator: Generator, height: int, width: int, size: int) -> Values:
-    """A pattern in [0, 1] over a window of a picture."""
+    """Draw a pattern in [0, 1] over a window of the image."""
     kind = _TEXTURES[generator.integers(len(_TEXTURES))]
     return kind(generator, height, width, size)
 
@@ -347,7 +345,7 @@ _TEXTURES: tuple[Callable[[Generator, int, int, int], Values], ...] = (
 
 
 def _turned(generator: Generator, height: int, width: int) -> tuple[Values, Values]:
-    """Coordinates of the pixels from the middle of a window, turned by an angle that is drawn."""
+    """Return pixel coordinates relative to a window's centre, rotated by a random angle."""
     angle = generator.uniform(0, 2 * math.pi)
     cosine, sine = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     x = np.arange(width, dtype=np.float32) - np.float32((width - 1) / 2)
@@ -356,7 +354,7 @@ def _turned(generator: Generator, height: int, width: int) -> tuple[Values, Valu
 
 
 def _waves(generator: Generator, height: int, width: int, size: int) -> tuple[Values, Values, float]:
-    """Coordinates in radians of a period that is drawn, and what makes edges of their waves a pixel wide."""
+    """Return coordinates in radians for a random period, and the sharpness of edges one pixel wide."""
     pace = 2 * math.pi / (size * generator.uniform(0.07, 0.14))
     x, y = _turned(generator, height, width)
     phases = generator.uniform(0, 2 * math.pi, 2).astype(np.float32)
@@ -364,7 +362,7 @@ def _waves(generator: Generator, height: int, width: int, size: int) -> tuple[Va
 
 
 def _noise(generator: Generator, height: int, width: int, cells: float) -> Values:
-    """Smooth noise in [0, 1]: values on a grid of cells, blended."""
+    """Draw smooth noise in [0, 1] by blending values on a grid."""
     rows, columns = (_blend(length, cells * length / max(height, width)) for length in (height, width))
     knots = generator.random((rows.shape[1], columns.shape[1])).astype(np.float32)
     noise: Values = rows @ knots @ columns.T
@@ -372,7 +370,7 @@ def _noise(generator: Generator, height: int, width: int, cells: float) -> Value
 
 
 def _blend(length: int, cells: float) -> Values:
-    """Weights of the values at the knots for each of `length` pixels, (length, knots); they sum to 1."""
+    """Return each pixel's weights of the knots, shape (length, knots); they sum to 1."""
     at = np.linspace(0, cells, length, dtype=np.float32)
     near = (1 - abs(at[:, None] - np.arange(math.ceil(cells) + 1, dtype=np.float32))).clip(0, 1)
     weights: Values = near * near * (3 - 2 * near)

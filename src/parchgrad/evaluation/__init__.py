@@ -1,1 +1,1 @@
-"""Evaluating attribution maps."""
+"""Evaluate attribution maps."""

@@ -1,4 +1,4 @@
-"""Examples: the images of a run where the leading setting helps most and least, with their maps, in one file."""
+"""Examples: the images of a run that the leading setting helps most and least, with their maps, in one file."""
 
 import json
 import math
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from parchgrad._io.files import writing
+from parchgrad._io.tensors import read_tensors
 from parchgrad.data.samples import Samples
 from parchgrad.errors import InputError, SettingError, reason_of
 from parchgrad.evaluation.methods import CONTROLS, Method
 from parchgrad.evaluation.scores import HEADLINES, SCORES
 from parchgrad.evaluation.summary import valid_mean
-from parchgrad.files import writing
-from parchgrad.tensor_files import read_tensors
 from parchgrad.visual.maps import normalise, shared_top
 
 __all__ = ["EXAMPLES_FILE", "Choice", "Example", "Examples", "MakePicture", "choose_examples", "make_examples"]
 
 Levels: TypeAlias = NDArray[np.uint8]
 MakePicture: TypeAlias = Callable[[Tensor], NDArray[Any]]
-"""A preprocessed image (C, H, W) in, a picture (H, W, 3) in [0, 1] out."""
+"""Maps a preprocessed image (C, H, W) to a picture (H, W, 3) in [0, 1]."""
 
 EXAMPLES_FILE = "examples.safetensors"
-"""Name of the file in the folder of a run."""
+"""Name of the file in a run's folder."""
 
 _FORMAT = "parchgrad examples 2"
 _PLAIN, _, _, _GRAD_CAM, _ = CONTROLS
@@ -38,17 +38,17 @@ _MOST = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An image that is shown.
+    """An example image.
 
     Attributes:
-        index: of the image in the data.
-        image: its name.
-        label: its class.
-        target: the class that is explained.
-        predicted: the class that the network takes it for.
-        values: score of each setting that is shown; None where nothing can be said.
-        gain: how much better the leading setting is than the plain gradient, negative where it is worse; without a
-            plain gradient the score itself, negative where less is better.
+        index: index of the image in the data.
+        image: name of the image.
+        label: class of the image.
+        target: explained class.
+        predicted: predicted class.
+        values: score of each setting in the choice; None where it is undefined.
+        gain: how much better the leading setting is than the plain gradient, negative if it is worse; without a plain
+            gradient, the score itself, negated if lower is better.
     """
 
     index: int
@@ -62,15 +62,15 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which images are shown, and the maps of which settings.
+    """The images and settings that a report shows.
 
     Attributes:
-        score: name of the score that they are chosen by.
-        leading: title of the setting that is best by the mean of that score.
-        settings: titles of those whose maps are shown: plain gradient, leading setting, Grad-CAM, as far as they are
-            in the run.
-        best: the images of the largest gains, the largest first.
-        worst: the images of the smallest gains, the smallest first; none of them is among the best.
+        score: name of the score that ranks the images.
+        leading: title of the setting with the best mean of that score.
+        settings: titles of the settings with maps: plain gradient, leading setting and Grad-CAM, if they are in the
+            run.
+        best: the images with the largest gains, the largest first.
+        worst: the images with the smallest gains, the smallest first; disjoint from `best`.
     """
 
     score: str
@@ -87,13 +87,13 @@ class Choice:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Examples:
-    """Pictures and maps of the images that are shown.
+    """Pictures and maps of the example images.
 
     Attributes:
-        choice: which images and settings.
+        choice: the images and settings.
         categories: names of the classes that occur, by index.
-        pictures: of each image, (H, W, 3), 256 levels.
-        maps: of each image, (settings, H, W), 256 levels, the maps of an image by one scale; see `shared_top`.
+        pictures: picture of each image, (H, W, 3), 256 levels.
+        maps: maps of each image, (settings, H, W), 256 levels, on one scale per image; see `shared_top`.
     """
 
     choice: Choice
@@ -102,7 +102,7 @@ class Examples:
     maps: tuple[Levels, ...]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, over an earlier one of that name; it appears only when it is whole.
+        """Write a safetensors file atomically, overwriting an existing one.
 
         Raises:
             OutputError: if the file cannot be written.
@@ -110,7 +110,7 @@ class Examples:
         # An array for each image, since images may differ in size.
         arrays = {f"picture/{place}": values for place, values in enumerate(self.pictures)}
         arrays |= {f"maps/{place}": values for place, values in enumerate(self.maps)}
-        # safetensors writes an array as it lies in memory, whatever its axes.
+        # safetensors writes raw memory and ignores strides.
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
         header = {"choice": json.dumps(asdict(self.choice)), "categories": json.dumps(list(self.categories.items()))}
         with writing(Path(path)) as temporary:
@@ -118,16 +118,16 @@ class Examples:
 
     @classmethod
     def load(cls, path: str | Path) -> "Examples":
-        """Read a file written by `save`. Nothing in it is executed.
+        """Read a file written by `save`, without executing anything in it.
 
         Raises:
-            InputError: if the file is missing, damaged, or of another kind.
+            InputError: if the file is missing, damaged or of another kind.
         """
         try:
             header, tensors = read_tensors(path)
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             if header.get("format") != _FORMAT:
-                raise ValueError("it is a file of another kind or release")
+                raise ValueError("it has another format, perhaps of another release")
             choice = _read_choice(json.loads(header["choice"]))
             categories = {int(index): str(name) for index, name in json.loads(header["categories"])}
             places = range(len(choice.examples))
@@ -145,8 +145,8 @@ class Examples:
                     raise ValueError(f"a class of {example.image!r} has no name")
         except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise InputError(
-                f"{str(path)!r} cannot be read as the examples of a run ({reason_of(error)}); delete it, and run the "
-                "evaluation again, which makes it anew."
+                f"Cannot read the examples of a run from {str(path)!r} ({reason_of(error)}). Delete the file and run "
+                "the evaluation again to recreate it."
             ) from error
         return cls(choice=choice, categories=categories, pictures=pictures, maps=maps)
 
@@ -154,19 +154,18 @@ class Examples:
 def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
     """Choose the images where the leading setting gains most and least over the plain gradient.
 
-    The score is the first of `HEADLINES` that there are values of. The settings that compete are those that edit the
-    gradient by chosen channels, or all but the controls where there are none; one that has the score of fewer than half
-    as many images as another does not lead. Images without the score take no part,
-    and of fewer than six no image is shown twice.
+    The score is the first of `HEADLINES` with values. Settings with a selector compete to lead, or all except the
+    controls if there are none. A setting cannot lead if it has the score for fewer than half as many images as another.
+    Images without the score are ignored, and no image is chosen twice.
 
     Args:
-        rows: of one run; see `read_rows`.
+        rows: rows of one run; see `read_rows`.
 
     Returns:
-        The choice, the same for the same rows; None where no setting competes or no image has the score.
+        The choice, deterministic for given rows; None if no setting competes or no image has the score.
 
     Raises:
-        InputError: if a row does not say which image and classes it is of.
+        InputError: if a row lacks its image or classes.
 
     Example:
         >>> common = {"label": 0, "target": 0, "predicted": 0}
@@ -196,7 +195,7 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
     most = max((mean.valid for mean in means.values()), default=0)
     if most == 0:
         return None
-    # A mean over a few lucky images does not lead.
+    # A mean over a few lucky images must not lead.
     leading = max(
         (title for title, mean in means.items() if 2 * mean.valid >= most), key=lambda title: sign * means[title].value
     )
@@ -215,7 +214,7 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
         row = by_setting[leading][index]
         missing = [name for name in ("image", "label", "target", "predicted") if name not in row]
         if missing:
-            raise InputError(f"A row of {leading!r} has no {missing[0]!r}; remove it, and run the evaluation again.")
+            raise InputError(f"A row of {leading!r} has no {missing[0]!r}. Remove it and run the evaluation again.")
         values = [value(title, index) for title in settings]
         return Example(
             index=index,
@@ -227,7 +226,7 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
             gain=gains[index],
         )
 
-    # Of few images the better half is shown as the best, with the one in the middle.
+    # With few images, the better half, including the middle one, counts as the best.
     best, worst = ranked[: min(_MOST, math.ceil(len(ranked) / 2))], ranked[::-1][: min(_MOST, len(ranked) // 2)]
     return Choice(
         score=score,
@@ -246,17 +245,17 @@ def make_examples(
     model: nn.Module,
     picture: MakePicture | None = None,
 ) -> Examples:
-    """Draw the pictures of the chosen images, and make their maps again.
+    """Draw the pictures of the chosen images and recompute their maps.
 
     Args:
-        choice: which images and settings.
+        choice: the images and settings.
         data: the images.
-        methods: for each setting of the choice what makes its maps.
-        model: the classifier, whose weights say on which device and in which type.
-        picture: makes the picture of a preprocessed image; None scales each image by its own range.
+        methods: method of each setting in the choice.
+        model: the classifier; its weights set device and dtype.
+        picture: converts a preprocessed image to a picture; None scales each image by its own range.
 
     Raises:
-        SettingError: if `picture` makes something else than a picture of the image's size.
+        SettingError: if `picture` returns the wrong shape.
 
     Example:
         >>> class Noise:
@@ -281,7 +280,7 @@ def make_examples(
         pictures.append(_levels(_draw(image, picture)))
         images, target = image.unsqueeze(0).to(weight), torch.tensor([example.target], device=weight.device)
         heats = [methods[title](images, target)[0].detach().cpu() for title in choice.settings]
-        # A map that is not finite has no score, and nothing that could be drawn.
+        # A map that is not finite cannot be drawn.
         heats = [heat if heat.isfinite().all() else torch.zeros_like(heat) for heat in heats]
         top = shared_top(heats)
         maps.append(np.stack([_levels(normalise(heat, top=top)) for heat in heats]))
@@ -295,7 +294,7 @@ def make_examples(
 def _competing(by_setting: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
     firsts = {title: next(iter(found.values())) for title, found in by_setting.items() if title not in CONTROLS}
     plain = [title for title, row in firsts.items() if not isinstance(row.get("selector"), str)]
-    # Random channels and masks that are not the selector's own are controls too.
+    # Random channels, and masks other than the selector's own, are controls too.
     edited = [
         title
         for title, row in firsts.items()
@@ -305,19 +304,19 @@ def _competing(by_setting: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> lis
 
 
 def _draw(image: Tensor, picture: MakePicture | None) -> NDArray[Any]:
-    """A picture (H, W, 3) in [0, 1] of an image of any number of channels."""
+    """Picture (H, W, 3) in [0, 1] of an image with any number of channels."""
     if picture is None:
         values = image.detach().cpu().double()
         values = (values - values.min()) / (values.max() - values.min()).clamp(min=torch.finfo(values.dtype).tiny)
-        # Channels that are no colours have no picture but their mean.
+        # Other than three channels are not colours: show their mean.
         drawn = (values if len(values) == 3 else values.mean(dim=0, keepdim=True)).permute(1, 2, 0).numpy()
     else:
         drawn = np.asarray(picture(image))
     height, width = image.shape[1:]
     if drawn.shape not in ((height, width, 1), (height, width, 3)):
         raise SettingError(
-            f"picture made an array of shape {drawn.shape} of an image of {height} x {width} pixels; let it make one "
-            f"of shape {(height, width, 3)}."
+            f"`picture` returned shape {drawn.shape} for an image of {height} x {width} pixels. Return "
+            f"{(height, width, 3)}."
         )
     return np.broadcast_to(drawn, (height, width, 3))
 

@@ -1,4 +1,4 @@
-"""The grid pointing game: mosaics of confidently classified images as a data set in which every class has its place.
+"""The grid pointing game: mosaics of confidently classified images, with one class per cell.
 
 Source: Bohle, Fritz, Schiele (2021), "Convolutional Dynamic Alignment Networks for Interpretable Classifications",
 section 4.
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from parchgrad.core.layers import bare_model, check_evaluation_mode
 from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError
 from parchgrad.evaluation.localisation import draw_mosaics, mosaic
-from parchgrad.layers import bare_model, check_evaluation_mode
 
 __all__ = ["Mosaics", "make_mosaics"]
 
 
 class Mosaics(Dataset[Sample]):
-    """Mosaics of a data set's images; each gives as many items as it has cells, one for each of its classes.
+    """Mosaics of a data set's images, with one item per cell.
 
-    The mask of an item is the cell that shows its class, so that `mass_inside` is the score of the game; a map that
-    knows nothing has one over the number of cells.
+    The mask of an item is the cell that shows its class, so `mass_inside` is the score of the game; by chance it is one
+    over the number of cells.
 
     Attributes:
-        fingerprint: digest of the data and of which images stand where.
-        categories: those of the data.
+        fingerprint: digest of the data and the layout.
+        categories: category names of the data.
 
     Example:
         >>> class Plain(Dataset):
@@ -44,18 +44,18 @@ class Mosaics(Dataset[Sample]):
         """Lay out the images.
 
         Args:
-            data: the images, all of one size.
+            data: images of equal size.
             drawn: indices into the data, shape (M, rows * columns), row by row.
             rows: number of rows of cells.
             columns: number of columns of cells.
 
         Raises:
-            InputError: if there are not as many indices for each mosaic as cells.
+            InputError: if a mosaic does not have one index per cell.
         """
         if drawn.dim() != 2 or drawn.shape[1] != rows * columns:
             raise InputError(
-                f"Indices of shape {tuple(drawn.shape)} do not fill mosaics of {rows} x {columns} cells; "
-                f"give shape (M, {rows * columns})."
+                f"`drawn` has shape {tuple(drawn.shape)}, which does not fill mosaics of {rows} x {columns} cells. "
+                f"Pass shape (M, {rows * columns})."
             )
         self._data, self._drawn, self._rows, self._columns = data, drawn.tolist(), rows, columns
         self._last: tuple[int, list[Sample]] = (-1, [])
@@ -70,7 +70,7 @@ class Mosaics(Dataset[Sample]):
         which, cell = divmod(range(len(self))[index], self._rows * self._columns)
         number, parts = self._last
         if number != which:
-            # The items of a mosaic come one after the other.
+            # Cached, since the items of a mosaic are consecutive.
             parts = [self._data[place] for place in self._drawn[which]]
             self._last = which, parts
         image = mosaic(torch.stack([part.image for part in parts]), rows=self._rows, columns=self._columns)[0]
@@ -93,17 +93,17 @@ def make_mosaics(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Mosaics:
-    """Draw mosaics of the images that a classifier is sure of.
+    """Build mosaics from images that the model classifies with confidence.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        data: labelled images, all of one size.
+        data: labelled images of equal size.
         count: number of mosaics.
         rows: number of rows of cells.
         columns: number of columns of cells.
-        confidence: least probability, for its own class, of an image that takes part.
-        batch_size: images in one pass.
-        seed: of the draw.
+        confidence: minimum probability of an image's own class.
+        batch_size: number of images per forward pass.
+        seed: random seed.
 
     Raises:
         InputError: if there are not enough such images.

@@ -1,6 +1,6 @@
-"""Does a map point at the right place? Pure functions over batches of maps.
+"""Localisation scores: does a map point at the right place?
 
-A map that is zero everywhere points nowhere, and an empty region can not be met: both give NaN, never a score.
+All functions work on batches of maps. A map that is zero everywhere, or an empty region, scores NaN.
 """
 
 import math
@@ -26,15 +26,15 @@ __all__ = [
 
 
 def boxes_to_region(boxes: Tensor, *, height: int, width: int) -> Tensor:
-    """Mark the pixels that lie in one of several boxes: those whose centre does.
+    """Mark the pixels whose centre lies in at least one box.
 
     Args:
         boxes: left, top, right, bottom in pixels, right and bottom exclusive, shape (N, 4).
-        height: of the map.
-        width: of the map.
+        height: height of the map.
+        width: width of the map.
 
     Returns:
-        Boolean region (H, W), false everywhere without a box.
+        Boolean region (H, W), false everywhere if there are no boxes.
 
     Raises:
         InputError: if the boxes are not of shape (N, 4).
@@ -45,7 +45,7 @@ def boxes_to_region(boxes: Tensor, *, height: int, width: int) -> Tensor:
                 [False, False, False]])
     """
     if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise InputError(f"The boxes have shape {tuple(boxes.shape)}, but (N, 4) is needed: left, top, right, bottom.")
+        raise InputError(f"`boxes` has shape {tuple(boxes.shape)}, but it must be (N, 4): left, top, right, bottom.")
     left, top, right, bottom = boxes.unsqueeze(2).unbind(1)
     across = torch.arange(width, device=boxes.device) + 0.5
     down = torch.arange(height, device=boxes.device) + 0.5
@@ -67,7 +67,7 @@ def mass_inside(heat: Tensor, region: Tensor) -> Tensor:
         Shares in [0, 1], shape (B,), float64; NaN for a map that is zero everywhere or not finite, or an empty region.
 
     Raises:
-        InputError: if maps and regions do not match or have no pixels, or a map is negative somewhere.
+        InputError: if maps and regions do not match or have no pixels, or a map has negative values.
 
     Example:
         >>> heat = torch.tensor([[[3.0, 1.0]], [[0.0, 0.0]]])
@@ -81,7 +81,7 @@ def mass_inside(heat: Tensor, region: Tensor) -> Tensor:
 
 
 def weighted_mass_inside(heat: Tensor, region: Tensor) -> Tensor:
-    """Share of the mass in a region over the share of the area, `mu_in_w`: a map that knows nothing scores 1.
+    """Share of the mass in a region over its share of the area, `mu_in_w`; a uniform map scores 1.
 
     Source: Kohlbrenner et al. (2020), equation 8.
 
@@ -93,7 +93,7 @@ def weighted_mass_inside(heat: Tensor, region: Tensor) -> Tensor:
         `mass_inside` times the full area over the region's, shape (B,), float64; NaN where `mass_inside` is.
 
     Raises:
-        InputError: if maps and regions do not match or have no pixels, or a map is negative somewhere.
+        InputError: if maps and regions do not match or have no pixels, or a map has negative values.
 
     Example:
         >>> weighted_mass_inside(torch.tensor([[[3.0, 1.0]]]), torch.tensor([[[True, False]]]))
@@ -103,7 +103,7 @@ def weighted_mass_inside(heat: Tensor, region: Tensor) -> Tensor:
 
 
 def area_share(region: Tensor) -> Tensor:
-    """Share of the area that a region takes: the baseline of `mass_inside`, which a map that knows nothing scores.
+    """Share of the image that a region covers: the `mass_inside` of a uniform map.
 
     Args:
         region: boolean regions (B, H, W).
@@ -119,23 +119,23 @@ def area_share(region: Tensor) -> Tensor:
 
 
 def pointing_game(heat: Tensor, region: Tensor, *, tolerance: float = 15.0) -> Tensor:
-    """Whether the highest point of a map lies in a region or near it; higher is better.
+    """Whether the maximum of a map lies in a region or near it; higher is better.
 
-    Where several pixels share the highest value, the share of them that hit: what a draw among them would give.
+    If several pixels share the maximum, the score is the share of them that hit.
 
     Source: Zhang et al. (2018), "Top-down Neural Attention by Excitation Backprop", section 4.1.
 
     Args:
         heat: non-negative maps (B, H, W).
         region: boolean regions (B, H, W).
-        tolerance: how many pixels away still counts, by Euclidean distance, 0 or more; the source takes 15.
+        tolerance: Euclidean distance in pixels that still counts as a hit, at least 0; the source uses 15.
 
     Returns:
         Hits in [0, 1], shape (B,), float64; NaN for a map that is zero everywhere or not finite, or an empty region.
 
     Raises:
-        InputError: if maps and regions do not match or have no pixels, or a map is negative somewhere.
-        SettingError: if the tolerance is negative.
+        InputError: if maps and regions do not match or have no pixels, or a map has negative values.
+        SettingError: if `tolerance` is negative.
 
     Example:
         >>> heat, region = torch.tensor([[[0.0, 1.0, 0.0]]]), torch.tensor([[[True, False, False]]])
@@ -143,7 +143,7 @@ def pointing_game(heat: Tensor, region: Tensor, *, tolerance: float = 15.0) -> T
         (tensor([0.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     if not 0 <= tolerance < math.inf:
-        raise SettingError(f"tolerance is {tolerance}, but it must be a number of pixels, 0 or more.")
+        raise SettingError(f"`tolerance` is {tolerance}, but it must be a number of pixels, at least 0.")
     _check_regions(heat, region)
     highest = heat == heat.amax(dim=(1, 2), keepdim=True)
     hits = (highest & _widen(region, tolerance)).sum(dim=(1, 2)).double() / highest.sum(dim=(1, 2))
@@ -151,18 +151,18 @@ def pointing_game(heat: Tensor, region: Tensor, *, tolerance: float = 15.0) -> T
 
 
 def _widen(region: Tensor, tolerance: float) -> Tensor:
-    """Add all pixels within a distance of the region; what is made of an empty one counts nowhere."""
+    """Add all pixels within a distance of the region. The result for an empty region is never used."""
     near = [distance_transform_edt(~own) <= tolerance for own in region.cpu().numpy()]
     return torch.from_numpy(np.stack(near)).to(region.device) if near else region
 
 
 def centre_gaussian(height: int, width: int, *, sigma: float = 0.25) -> Tensor:
-    """A blob in the centre: the control for photographs, whose objects tend to stand there.
+    """A centred Gaussian: a control, since objects tend to be in the centre of photographs.
 
     Args:
-        height: of the map.
-        width: of the map.
-        sigma: standard deviation, as a share of height and of width.
+        height: height of the map.
+        width: width of the map.
+        sigma: standard deviation, as a share of height and width.
 
     Returns:
         Map (H, W) in (0, 1].
@@ -175,7 +175,7 @@ def centre_gaussian(height: int, width: int, *, sigma: float = 0.25) -> Tensor:
         tensor([[0.4111, 1.0000, 0.4111]])
     """
     if not sigma > 0:
-        raise SettingError(f"sigma is {sigma}, but it must be a positive share of the size.")
+        raise SettingError(f"`sigma` is {sigma}, but it must be positive.")
     down, across = (
         ((torch.arange(size) + 0.5) / size - 0.5).div(sigma).square().mul(-0.5).exp() for size in (height, width)
     )
@@ -191,19 +191,19 @@ def draw_mosaics(
     confidence: float = 0.9,
     seed: int = 0,
 ) -> Tensor:
-    """Draw images for the grid pointing game: confidently classified ones, of different classes in each mosaic.
+    """Choose confidently classified images for the grid pointing game, with different classes in each mosaic.
 
-    No image is drawn twice.
+    No image is used twice.
 
     Source: Bohle, Fritz, Schiele (2021), section 4.
 
     Args:
-        probability: of each image for its own class, shape (N,).
+        probability: probability of each image's own class, shape (N,).
         labels: class of each image, shape (N,).
         count: number of mosaics.
-        cells: images in each.
-        confidence: least probability of an image that takes part.
-        seed: seed of the draw.
+        cells: number of images per mosaic.
+        confidence: minimum probability of an image's own class.
+        seed: random seed.
 
     Returns:
         Indices of images, shape (count, cells).
@@ -225,17 +225,17 @@ def draw_mosaics(
     mosaics: list[list[int]] = []
     while len(mosaics) < count and len(waiting) >= cells:
         drawn = [list(waiting)[place] for place in torch.randperm(len(waiting), generator=generator).tolist()]
-        # Classes with the most images left go first, so that as many mosaics as possible come about.
+        # Using classes with the most images left first makes the most mosaics.
         chosen = sorted(drawn, key=lambda label: len(waiting[label]), reverse=True)[:cells]
         mosaics.append([waiting[label].pop() for label in chosen])
         waiting = {label: left for label, left in waiting.items() if left}
     if len(mosaics) < count:
         raise InputError(
-            f"{count} mosaics of {cells} classes each were asked for, but {len(eligible)} images of "
-            f"{len(set(labels[eligible].tolist()))} classes are classified with a probability of at least "
-            f"{confidence}, which make {len(mosaics)}; ask for fewer, take images of more classes, or lower confidence."
+            f"`count` is {count}, but only {len(mosaics)} mosaics of {cells} classes can be made: {len(eligible)} "
+            f"images of {len(set(labels[eligible].tolist()))} classes have a probability of at least {confidence}. "
+            "Lower `count` or `confidence`, or use images of more classes."
         )
-    # Within a mosaic, the classes with many images would always come first.
+    # Shuffle the cells: the classes with many images would always come first.
     places = torch.rand(count, cells, generator=generator).argsort(dim=1)
     return torch.tensor(mosaics, dtype=torch.long).reshape(count, cells).gather(1, places)
 
@@ -243,38 +243,38 @@ def draw_mosaics(
 def _check_regions(heat: Tensor, region: Tensor) -> None:
     if heat.dim() != 3 or region.shape != heat.shape or region.dtype != torch.bool:
         raise InputError(
-            f"Maps of shape {tuple(heat.shape)} need boolean regions of that shape (B, H, W); "
-            f"got {region.dtype} of shape {tuple(region.shape)}."
+            f"`heat` has shape {tuple(heat.shape)} and `region` is {region.dtype} of shape {tuple(region.shape)}, but "
+            "both must be (B, H, W), and `region` boolean."
         )
     _check_heat(heat)
 
 
 def _check_heat(heat: Tensor) -> None:
     if heat.shape[1:].numel() == 0:
-        raise InputError(f"Maps of shape {tuple(heat.shape)} have no pixels; give maps that have some.")
+        raise InputError(f"`heat` has shape {tuple(heat.shape)}, but it must have at least one pixel.")
     if (heat < 0).any():
-        raise InputError("The maps hold negative values; take their magnitude with heatmap() first.")
+        raise InputError("`heat` contains negative values. Take the magnitude with heatmap() first.")
 
 
 def _in_parts_of_the_peak(heat: Tensor) -> Tensor:
-    """Maps (B, H, W) in float64 over their largest value: sums of huge values would overflow."""
+    """Divide maps (B, H, W) by their maximum, in float64, since sums of huge values would overflow."""
     wide = heat.double()
     return wide / wide.amax(dim=(1, 2), keepdim=True)
 
 
 def _can_be_met(heat: Tensor, region: Tensor) -> Tensor:
-    """Whether the map points anywhere and the region holds a pixel, shape (B,)."""
+    """Whether the map is finite and not zero, and the region not empty, shape (B,)."""
     return heat.isfinite().all(dim=(1, 2)) & (heat > 0).any(dim=(1, 2)) & region.any(dim=(1, 2))
 
 
 def mosaic(images: Tensor, *, rows: int, columns: int) -> Tensor:
-    """Tile images of several classes into one picture: the input of the grid pointing game.
+    """Tile images into one, the input of the grid pointing game.
 
     Source: Bohle, Fritz, Schiele (2021), "Convolutional Dynamic Alignment Networks for Interpretable
     Classifications", section 4.
 
     Args:
-        images: preprocessed images (rows * columns, C, H, W), placed row by row.
+        images: preprocessed images (rows * columns, C, H, W), row by row.
         rows: number of rows of cells.
         columns: number of columns of cells.
 
@@ -291,7 +291,8 @@ def mosaic(images: Tensor, *, rows: int, columns: int) -> Tensor:
     """
     if images.dim() != 4 or images.shape[0] != rows * columns:
         raise InputError(
-            f"A {rows} x {columns} mosaic needs {rows * columns} images (N, C, H, W); got shape {tuple(images.shape)}."
+            f"`images` has shape {tuple(images.shape)}, but a {rows} x {columns} mosaic needs {rows * columns} images "
+            "(N, C, H, W)."
         )
     _, channels, height, width = images.shape
     grid = images.reshape(rows, columns, channels, height, width)
@@ -299,19 +300,19 @@ def mosaic(images: Tensor, *, rows: int, columns: int) -> Tensor:
 
 
 def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
-    """Share of a map's mass that falls into each cell of a grid.
+    """Share of a map's mass in each cell of a grid.
 
     Args:
-        heat: non-negative maps (B, H, W); H and W are multiples of the grid.
+        heat: non-negative maps (B, H, W); H and W are multiples of `rows` and `columns`.
         rows: number of rows of cells.
         columns: number of columns of cells.
 
     Returns:
-        Shares (B, rows * columns), row by row, each row summing to 1, in the maps' type, or float64 of whole numbers;
-        NaN for a map that is zero everywhere or not finite.
+        Shares (B, rows * columns), row by row, summing to 1 per map, in the maps' type (float64 for integer maps); NaN
+        for a map that is zero everywhere or not finite.
 
     Raises:
-        InputError: if the grid does not divide the map, or the map has no pixels or is negative somewhere.
+        InputError: if the grid does not divide the map, or the map has no pixels or has negative values.
 
     Example:
         >>> cell_shares(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), rows=2, columns=2)
@@ -319,8 +320,8 @@ def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
     """
     if heat.dim() != 3 or heat.shape[1] % rows or heat.shape[2] % columns:
         raise InputError(
-            f"Maps of shape {tuple(heat.shape)} do not divide into {rows} x {columns} cells (B, H, W); give maps "
-            "whose height and width do."
+            f"`heat` has shape {tuple(heat.shape)}, which does not divide into {rows} x {columns} cells. Pass maps "
+            "(B, H, W) with a height and width that do."
         )
     _check_heat(heat)
     batch, height, width = heat.shape
@@ -332,5 +333,5 @@ def cell_shares(heat: Tensor, *, rows: int, columns: int) -> Tensor:
     )
     shares = cells / cells.sum(dim=1, keepdim=True)
     shares = shares.masked_fill(~heat.isfinite().all(dim=(1, 2)).unsqueeze(1), math.nan)
-    # Whole numbers know no shares.
+    # An integer type cannot hold shares.
     return shares.to(heat.dtype) if heat.is_floating_point() else shares

@@ -1,4 +1,4 @@
-"""What is evaluated: anything that makes a map of each image, the controls that every claim must beat among them."""
+"""Methods that evaluations compare, including the controls that every claim must beat."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -8,14 +8,15 @@ import torch
 from captum.attr import LayerAttribution, LayerGradCam
 from torch import Tensor, nn
 
-from parchgrad.attribution import Explainer, heatmap
-from parchgrad.edit import Edit
-from parchgrad.engine import ParchGrad
+from parchgrad.core.edit import Edit
+from parchgrad.core.engine import ParchGrad
+from parchgrad.core.layers import find_convolutions
+from parchgrad.core.selectors import LayerSignal, RandomChannels, Selection, Selector
 from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.localisation import centre_gaussian
-from parchgrad.layers import find_convolutions
-from parchgrad.recording import DelegatingSelector, RecordedSelection, record_selections
-from parchgrad.selection import LayerSignal, RandomChannels, Selection, Selector
+from parchgrad.explain.explainer import Explainer
+from parchgrad.explain.heatmap import heatmap
+from parchgrad.explain.recording import DelegatingSelector, RecordedSelection, record_selections
 
 __all__ = [
     "CONTROLS",
@@ -31,14 +32,14 @@ __all__ = [
 ]
 
 Method = Callable[[Tensor, Tensor], Tensor]
-"""Images (B, C, H, W) and the class to explain of each (B,) in, non-negative maps (B, H, W) out."""
+"""Maps images (B, C, H, W) and the class to explain in each (B,) to non-negative maps (B, H, W)."""
 
 CONTROLS = ("gradient", "random map", "random channels", "Grad-CAM", "centre blob")
 """Names of the controls, the plain gradient first."""
 
 
 def maps_of(explainer: Explainer) -> Method:
-    """Heat maps of an explainer: magnitudes averaged over colours.
+    """Method that returns an explainer's heat maps: magnitudes averaged over colours.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -53,9 +54,9 @@ def maps_of(explainer: Explainer) -> Method:
 
 
 def random_map(*, seed: int = 0) -> Method:
-    """Noise, uniform in [0, 1): what any map must beat.
+    """Uniform noise in [0, 1), which any map must beat.
 
-    Each image has a map of its own, which follows from the seed and the image alone.
+    Each image has its own map, which depends only on the seed and the image.
 
     Example:
         >>> images = torch.rand(2, 3, 4, 4)
@@ -72,10 +73,10 @@ def random_map(*, seed: int = 0) -> Method:
 
 
 def centre_blob(*, sigma: float = 0.25) -> Method:
-    """A Gaussian about the centre, the same for every image: objects tend to stand there.
+    """A centred Gaussian for every image, since objects tend to be in the centre.
 
     Args:
-        sigma: standard deviation, as a share of height and of width.
+        sigma: standard deviation, as a share of height and width.
 
     Example:
         >>> centre_blob()(torch.zeros(1, 3, 1, 3), torch.tensor([0]))
@@ -103,13 +104,13 @@ def grad_cam(
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        layer: name of a convolution; None takes the last one.
+        layer: name of a convolution; None uses the last one.
         gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the published method.
-        antialias: whether gradients at the input of strided operations are smoothed; see `smooth_strides`.
-        internal_batch_size: images in one pass.
+        antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
+        internal_batch_size: number of images per pass.
 
     Raises:
-        LayerError: if the model has no such convolution.
+        LayerError: if `layer` is not a convolution of the model.
         SettingError: if `gates` or `antialias` is out of range.
 
     Example:
@@ -119,9 +120,9 @@ def grad_cam(
     """
     convolutions = find_convolutions(model)
     if layer is not None and layer not in convolutions:
-        raise LayerError(f"Grad-CAM was asked for at {layer!r}, but that is no convolution of the model; name one.")
+        raise LayerError(f"`layer` is {layer!r}, but Grad-CAM needs a convolution. Pass one of the model's.")
     chosen = convolutions[layer or list(convolutions)[-1]]
-    # Also keeps blocks around it out of these gradients.
+    # Also shields these gradients from enclosing ParchGrad blocks.
     rules = ParchGrad(model, None, gates=gates, antialias=antialias)
 
     def method(images: Tensor, target: Tensor) -> Tensor:
@@ -139,11 +140,11 @@ def grad_cam(
 
 
 def make_controls(model: nn.Module, *, edit: Edit = Edit(), quantile: float = 0.1, seed: int = 0) -> dict[str, Method]:
-    """Make all controls of an edit, by the names in `CONTROLS`.
+    """Make all controls for an edit, by the names in `CONTROLS`.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        edit: the edit; its settings hold for the random channels too, and the other controls are plain.
+        edit: the edit; its settings apply to the random channels, and the other controls are plain.
         quantile: share of the channels that are kept at random, in (0, 1].
         seed: random seed.
 
@@ -174,15 +175,14 @@ def random_channels(
     method: str = "gradient",
     seed: int = 0,
 ) -> Method:
-    """Replace an edit's selector by channels drawn at random for each image, a control for which channels it keeps.
+    """Replace an edit's selector by random channels for each image, a control for which channels it keeps.
 
-    One draw for all images would be good or bad by luck. It follows from the seed and the image alone, so that a noisy
-    image gets another one.
+    The channels depend only on the seed and the image, so a noisy copy gets different ones.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
         quantile: share of the channels that are kept, in (0, 1].
-        edit: the edit; what suits its selector is kept.
+        edit: the edit; the defaults of its own selector still apply.
         method: see `Explainer`.
         seed: random seed.
 
@@ -205,7 +205,7 @@ def random_channels(
     explainer(seed)  # Checks the settings before the first image.
 
     def explain(images: Tensor, target: Tensor) -> Tensor:
-        # One by one, since a method may expand an image into many rows, all of one draw.
+        # One by one, since a method may expand an image into many rows, which must all share its channels.
         draws = [_generator_of(image, seed).initial_seed() for image in images]
         return torch.cat(
             [
@@ -218,15 +218,15 @@ def random_channels(
 
 
 def masks_of_another_class(model: nn.Module, edit: Edit, *, distance: int | None = None) -> Method:
-    """Edit the gradient of a class with the selection for another class, a control for what a selection knows.
+    """Edit the gradient of a class with the selection for another class, a control for class dependence.
 
-    If the selection depends on the class, these maps are worse than those with its own.
+    If the selection depends on the class, these maps are worse than those with the right selection.
 
     Args:
         model: classifier in evaluation mode, logits (B, K), with two classes or more.
         edit: the edit, with a selector.
-        distance: how many class indices away the other class is, cyclically; None takes half of all classes, since
-            neighbours are often alike.
+        distance: cyclic distance between the class indices; None uses half the number of classes, since neighbours are
+            often similar.
 
     Raises:
         SettingError: if `edit` has no selector, a setting is out of range, or the model has one class.
@@ -245,7 +245,7 @@ def masks_of_another_class(model: nn.Module, edit: Edit, *, distance: int | None
         with torch.no_grad():
             classes = model(images[:1]).shape[1]
         if classes < 2:
-            raise SettingError("The model has one class, so there is no other class to take masks of. Use two or more.")
+            raise SettingError("Masks of another class need a model with at least two classes, but this one has one.")
         step = classes // 2 if distance is None else distance
         foreign = record_selections(model, edit, images, (target + step) % classes)
         return _replay(model, edit, foreign, images, target)
@@ -256,8 +256,8 @@ def masks_of_another_class(model: nn.Module, edit: Edit, *, distance: int | None
 def shuffled_masks(model: nn.Module, edit: Edit, *, seed: int = 0) -> Method:
     """Permute the channel weights of each row, a control for how many channels an edit keeps.
 
-    The permutation follows from the seed and the image alone, so that a noisy image gets another one. The weights of
-    places stay as they are.
+    The permutation depends only on the seed and the image, so a noisy copy gets a different one. Spatial weights stay
+    the same.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
@@ -290,7 +290,7 @@ def shuffled_masks(model: nn.Module, edit: Edit, *, seed: int = 0) -> Method:
 
 def _selector_of(edit: Edit) -> Selector:
     if edit.selector is None:
-        raise SettingError("`edit` has no selector, so there are no masks to replace. Give one such as pg.Evidence().")
+        raise SettingError("`edit` has no selector, so there are no masks to replace. Pass Edit(selector=Evidence()).")
     return edit.selector
 
 
@@ -300,12 +300,12 @@ def _explainer(model: nn.Module, edit: Edit, selector: Selector) -> Explainer:
 
 
 def _replay(model: nn.Module, edit: Edit, found: Sequence[RecordedSelection], images: Tensor, target: Tensor) -> Tensor:
-    """The maps by what was selected in another pass."""
+    """Make maps with selections recorded in another pass."""
     return heatmap(_explainer(model, edit, _Replayer(_selector_of(edit), found)).attribute(images, target))
 
 
 class _Replayer(DelegatingSelector):
-    """Selects what was selected in another pass; a convolution that is called twice has two selections."""
+    """Replays selections from another pass; a convolution that is called twice has two."""
 
     def __init__(self, selector: Selector, found: Sequence[RecordedSelection]) -> None:
         super().__init__(selector)
@@ -317,12 +317,12 @@ class _Replayer(DelegatingSelector):
 
 
 def _generator_of(image: Tensor, seed: int) -> torch.Generator:
-    """Random numbers that follow from the seed and the image alone."""
+    """Random generator that depends only on the seed and the image."""
     content = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return torch.Generator().manual_seed(zlib.crc32(content, seed))
 
 
 def _shuffle_rows(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Permute each row of (B, C) by a generator of its own."""
+    """Permute each row of (B, C) with its own generator."""
     places = torch.stack([torch.randperm(weights.shape[1], generator=generator) for generator in generators])
     return weights.gather(1, places.to(weights.device))

@@ -1,8 +1,7 @@
-"""Does a classifier's probability fall when the pixels that a map calls relevant are replaced?
+"""Perturbation scores: does a classifier's probability fall when pixels with high attribution are replaced?
 
-Pixels are replaced from the most relevant on (MoRF) or from the least relevant on (LeRF); a map that points at what
-the classifier uses makes the first fall fast and the second slowly. Maps that are the same everywhere or not finite
-have no order: they give NaN, never a score.
+Pixels are replaced with the most relevant first (MoRF) or the least relevant first (LeRF). If a map is right, the
+probability falls fast under MoRF and slowly under LeRF. Maps that are constant or not finite score NaN.
 
 Sources: Samek et al. (2017), "Evaluating the Visualization of What a Deep Neural Network Has Learned" (AOPC); Chen et
 al. (2019), "L-Shapley and C-Shapley" (log-odds); Petsiuk, Das, Saenko (2018), "RISE" (insertion, deletion).
@@ -15,10 +14,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
 
-from parchgrad.checks import check_whole_number
+from parchgrad._io.checks import check_whole_number
+from parchgrad._io.extras import needs_extra
 from parchgrad.errors import InputError, SettingError
+
+with needs_extra("evaluation"):
+    from torchvision.transforms.functional import gaussian_blur
 
 __all__ = [
     "RATIOS",
@@ -42,25 +44,25 @@ __all__ = [
 Order = Literal["morf", "lerf"]
 Replacement = Literal["zero", "mean", "blur", "noise"]
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-"""Shares of the pixels that are replaced unless others are given."""
+"""Default shares of the pixels that are replaced."""
 
-# Of the shorter side: wide enough that what is blurred is no longer recognised.
+# Sigma as a share of the shorter side, wide enough to hide the content.
 _BLUR = 0.05
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Responses:
-    """What a classifier says of images of which a growing share of the pixels is replaced.
+    """A classifier's responses to images with growing shares of their pixels replaced.
 
     Attributes:
-        ratios: the shares, R of them, in [0, 1].
-        target: class in question of each image, shape (B,).
-        clean_target: log probability of `target` with no pixel replaced, shape (B,).
-        clean_predicted: log probability of the class predicted then, shape (B,).
+        ratios: the R shares, in [0, 1].
+        target: target class of each image, shape (B,).
+        clean_target: log probability of `target` on the original image, shape (B,).
+        clean_predicted: log probability of the class predicted on the original image, shape (B,).
         of_target: log probability of `target` at each share, shape (B, R).
-        of_predicted: log probability at each share of the class that is predicted with none replaced, shape (B, R).
+        of_predicted: log probability of the originally predicted class at each share, shape (B, R).
         predicted: class predicted at each share, shape (B, R).
-        valid: false for images whose map gives no order, shape (B,).
+        valid: whether the image's map gives an order, shape (B,).
     """
 
     ratios: tuple[float, ...]
@@ -74,19 +76,19 @@ class Responses:
 
 
 def rank_pixels(heat: Tensor, *, order: Order = "morf", seed: int = 0) -> Tensor:
-    """Find the place of each pixel in the order of relevance.
+    """Rank the pixels by relevance.
 
     Args:
         heat: maps (B, H, W).
-        order: `"morf"`, the most relevant pixel has rank 0, or `"lerf"`, the least relevant has.
-        seed: breaks ties, in the same way in every map of that size.
+        order: `"morf"` gives rank 0 to the most relevant pixel, `"lerf"` to the least relevant.
+        seed: random seed for ties, which break the same way in every map of that size.
 
     Returns:
         Ranks 0 to H * W - 1, shape (B, H, W), integer.
 
     Raises:
-        SettingError: if the order is unknown.
-        InputError: if the maps are not of shape (B, H, W).
+        SettingError: if `order` is unknown.
+        InputError: if the maps do not have shape (B, H, W).
 
     Example:
         >>> rank_pixels(torch.tensor([[[0.1, 0.9], [0.5, 0.2]]]))
@@ -94,9 +96,9 @@ def rank_pixels(heat: Tensor, *, order: Order = "morf", seed: int = 0) -> Tensor
                  [1, 2]]])
     """
     if order not in get_args(Order):
-        raise SettingError(f"order is {order!r}, but it must be one of {', '.join(get_args(Order))}.")
+        raise SettingError(f"`order` is {order!r}, but it must be one of {', '.join(get_args(Order))}.")
     if heat.dim() != 3:
-        raise InputError(f"The maps have shape {tuple(heat.shape)}, but (B, H, W) is needed; see heatmap().")
+        raise InputError(f"`heat` has shape {tuple(heat.shape)}, but it must be (B, H, W); see heatmap().")
     flat = heat.flatten(1)
     shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed)).to(heat.device)
     best_first = shuffled[flat[:, shuffled].argsort(dim=1, descending=order == "morf", stable=True)]
@@ -105,20 +107,20 @@ def rank_pixels(heat: Tensor, *, order: Order = "morf", seed: int = 0) -> Tensor
 
 
 def replacement_images(images: Tensor, replacement: Replacement, *, seed: int = 0) -> Tensor:
-    """What is put in place of pixels, for the whole of each image.
+    """Make the images that replaced pixels are taken from.
 
     Args:
         images: preprocessed images (B, C, H, W).
-        replacement: `"zero"`, which is the mean colour of normalised images; `"mean"`, the mean of each channel of each
-            image; `"blur"`, the image itself, Gaussian with sigma a twentieth of the shorter side; `"noise"`, Gaussian
-            with each channel's mean and standard deviation, the same draw for every image.
-        seed: seed of the noise.
+        replacement: `"zero"`, the mean colour of normalised images; `"mean"`, each channel's mean; `"blur"`, a Gaussian
+            blur with a sigma of a twentieth of the shorter side; `"noise"`, Gaussian noise with each channel's mean and
+            standard deviation, from the same random numbers for every image.
+        seed: random seed of the noise.
 
     Returns:
         Images (B, C, H, W).
 
     Raises:
-        SettingError: if the replacement is unknown.
+        SettingError: if `replacement` is unknown.
 
     Example:
         >>> replacement_images(torch.tensor([[[[1.0, 3.0]]]]), "mean")
@@ -131,24 +133,24 @@ def replacement_images(images: Tensor, replacement: Replacement, *, seed: int = 
         return mean.expand_as(images)
     if replacement == "blur":
         sigma = _BLUR * min(images.shape[2:])
-        # Three sigmas on either side, but no more than reflection at the edge can give.
+        # Three sigmas on either side, within the limit of reflection padding.
         reach = min(math.ceil(3 * sigma), min(images.shape[2:]) - 1)
         blurred: Tensor = gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
         return blurred
     if replacement == "noise":
         noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)).to(images)
         return mean + noise * images.std(dim=(2, 3), keepdim=True)
-    raise SettingError(f"replacement is {replacement!r}, but it must be one of {', '.join(get_args(Replacement))}.")
+    raise SettingError(f"`replacement` is {replacement!r}, but it must be one of {', '.join(get_args(Replacement))}.")
 
 
 def perturb(images: Tensor, replaced_by: Tensor, ranks: Tensor, ratios: Tensor) -> Tensor:
-    """Replace a share of the pixels of each image, first those of the lowest ranks.
+    """Replace a share of the pixels of each image, lowest ranks first.
 
     Args:
-        images: shape (B, C, H, W).
-        replaced_by: what is put in their place, shape (B, C, H, W).
-        ranks: place of each pixel in the order, shape (B, H, W); see `rank_pixels`.
-        ratios: share for each image, in [0, 1], shape (B,); rounded to whole pixels.
+        images: images (B, C, H, W).
+        replaced_by: source of the replaced pixels, shape (B, C, H, W).
+        ranks: rank of each pixel, shape (B, H, W); see `rank_pixels`.
+        ratios: share for each image, in [0, 1], shape (B,), rounded to whole pixels.
 
     Returns:
         Images (B, C, H, W).
@@ -174,25 +176,25 @@ def respond(
     seed: int = 0,
     internal_batch_size: int = 32,
 ) -> Responses:
-    """Ask a classifier about images with growing shares of their pixels replaced, all shares in few passes.
+    """Run a classifier on images with growing shares of their pixels replaced.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
         images: preprocessed images (B, C, H, W).
-        target: class in question of each image, shape (B,): the one that was explained.
-        heat: maps (B, H, W), larger for more relevant pixels; signed maps may be given as they are.
-        order: which pixels go first; see `rank_pixels`.
+        target: explained class of each image, shape (B,).
+        heat: maps (B, H, W), larger for more relevant pixels; may be signed.
+        order: which pixels are replaced first; see `rank_pixels`.
         ratios: shares of the pixels that are replaced, in [0, 1].
-        replacement: what is put in their place; see `replacement_images`.
-        seed: breaks ties and draws the noise.
-        internal_batch_size: images in one pass.
+        replacement: what replaces them; see `replacement_images`.
+        seed: random seed for ties and noise.
+        internal_batch_size: number of images per forward pass.
 
     Returns:
-        What the classifier says; see `Responses`.
+        The classifier's responses.
 
     Raises:
         SettingError: if a setting is out of range.
-        InputError: if images, maps and classes do not go together.
+        InputError: if images, maps and classes do not match.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False)).eval()
@@ -242,26 +244,26 @@ def deletion(
     seed: int = 0,
     internal_batch_size: int = 32,
 ) -> Tensor:
-    """Area under the probability while pixels are deleted, the most relevant first; lower is better.
+    """Area under the probability curve while pixels are deleted, the most relevant first; lower is better.
 
     Source: Petsiuk, Das, Saenko (2018), "RISE", section 4.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
         images: preprocessed images (B, C, H, W).
-        target: class in question of each image, shape (B,).
+        target: explained class of each image, shape (B,).
         heat: maps (B, H, W).
-        steps: into how many equal steps the pixels are divided, at least 1.
-        replacement: what is put in the place of pixels; see `replacement_images`.
-        seed: breaks ties and draws the noise.
-        internal_batch_size: images in one pass.
+        steps: number of equal steps, at least 1.
+        replacement: what replaces deleted pixels; see `replacement_images`.
+        seed: random seed for ties and noise.
+        internal_batch_size: number of images per forward pass.
 
     Returns:
         Areas in [0, 1], shape (B,); NaN where the map gives no order.
 
     Raises:
         SettingError: if a setting is out of range.
-        InputError: if images, maps and classes do not go together.
+        InputError: if images, maps and classes do not match.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).eval()
@@ -293,10 +295,10 @@ def insertion(
     seed: int = 0,
     internal_batch_size: int = 32,
 ) -> Tensor:
-    """Area under the probability while pixels are inserted, the most relevant first; higher is better.
+    """Area under the probability curve while pixels are inserted, the most relevant first; higher is better.
 
-    To have inserted a share of the most relevant pixels is to have deleted the others: it is the deletion of the
-    reversed map, with the same arguments; `replacement` is what the image starts from.
+    Inserting the most relevant pixels leaves the others deleted, so this is `deletion` with the reversed map and the
+    same arguments. The image starts as `replacement`.
 
     Source: Petsiuk, Das, Saenko (2018), "RISE", section 4.
 
@@ -306,7 +308,7 @@ def insertion(
         >>> insertion(model, torch.ones(1, 1, 1, 2), torch.tensor([0]), torch.tensor([[[1.0, 0.0]]]), steps=2)
         tensor([0.5000], dtype=torch.float64)
     """
-    # In double precision every map can be negated, those of whole numbers too.
+    # As float64, maps of unsigned integers can be negated too.
     reversed_heat = -heat.double()
     return deletion(
         model,
@@ -321,9 +323,9 @@ def insertion(
 
 
 def probability_drop(responses: Responses) -> Tensor:
-    """How far the probability of the class in question falls at each share; its mean over shares is the AOPC.
+    """Drop in the probability of the target class at each share; its mean over the shares is the AOPC.
 
-    Higher is better in the order MoRF, lower in LeRF.
+    Higher is better for MoRF, lower for LeRF.
 
     Returns:
         `p(x) - p(x_r)` in [-1, 1], shape (B, R), float64; NaN where the map gives no order.
@@ -335,9 +337,9 @@ def probability_drop(responses: Responses) -> Tensor:
 
 
 def log_odds(responses: Responses) -> Tensor:
-    """Logarithm of the ratio of the probability of the class in question, after to before, at each share.
+    """Logarithm of the ratio of the target's probability after replacement to before, at each share.
 
-    Lower is better in the order MoRF, higher in LeRF.
+    Lower is better for MoRF, higher for LeRF.
 
     Returns:
         `log(p(x_r) / p(x))`, shape (B, R), float64; NaN where the map gives no order.
@@ -348,9 +350,9 @@ def log_odds(responses: Responses) -> Tensor:
 
 
 def accuracy(responses: Responses) -> Tensor:
-    """Whether the class in question is still predicted at each share, 0 or 1.
+    """Whether the target class is predicted at each share, 0 or 1.
 
-    With labels for classes its mean is the accuracy: lower is better in the order MoRF, higher in LeRF.
+    If the targets are labels, the mean is the accuracy. Lower is better for MoRF, higher for LeRF.
 
     Returns:
         Shape (B, R), float64; NaN where the map gives no order.
@@ -359,9 +361,9 @@ def accuracy(responses: Responses) -> Tensor:
 
 
 def fractional_difference(responses: Responses) -> Tensor:
-    """Which share of the probability of the predicted class is lost at each share of pixels.
+    """Share of the predicted class's probability that is lost at each share of pixels.
 
-    Higher is better in the order MoRF, lower in LeRF.
+    Higher is better for MoRF, lower for LeRF.
 
     Returns:
         `1 - p(x_r) / p(x)`, at most 1, shape (B, R), float64; NaN where the map gives no order.
@@ -371,23 +373,25 @@ def fractional_difference(responses: Responses) -> Tensor:
 
 
 def area_under_curve(responses: Responses) -> Tensor:
-    """Area under the probability of the class in question over the shares, by the trapezoidal rule, per unit of share.
+    """Area under the target's probability over the shares, by the trapezoidal rule, divided by their range.
 
     Returns:
         Shape (B,), float64, in [0, 1]; NaN where the map gives no order.
 
     Raises:
-        SettingError: if there are not two shares at least, in ascending order.
+        SettingError: if there are fewer than two shares, or they do not ascend.
     """
     ratios = torch.tensor(responses.ratios, dtype=torch.float64, device=responses.target.device)
     if len(ratios) < 2 or not bool((ratios.diff() > 0).all()):
-        raise SettingError(f"ratios are {responses.ratios}, but an area needs at least two, each larger than the last.")
+        raise SettingError(
+            f"`ratios` is {responses.ratios}, but an area needs at least two ratios, in ascending order."
+        )
     area = torch.trapezoid(responses.of_target.exp(), ratios, dim=1) / (ratios[-1] - ratios[0])
     return _where_valid(area, responses)
 
 
 def has_order(heat: Tensor) -> Tensor:
-    """Whether each map of (B, H, W) is finite and not the same everywhere, shape (B,)."""
+    """Whether each map of (B, H, W) is finite and not constant, shape (B,)."""
     flat = heat.flatten(1)
     return flat.isfinite().all(dim=1) & (flat != flat[:, :1]).any(dim=1)
 
@@ -408,14 +412,14 @@ def _even_steps(steps: int) -> list[float]:
 
 def _check(images: Tensor, target: Tensor, heat: Tensor, ratios: Sequence[float]) -> None:
     if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
-        raise SettingError(f"ratios are {tuple(ratios)}, but they must be shares of the pixels, in [0, 1].")
+        raise SettingError(f"`ratios` is {tuple(ratios)}, but it must be shares of the pixels, in [0, 1].")
     if images.dim() != 4 or heat.shape != (images.shape[0], *images.shape[2:]):
         raise InputError(
-            f"Images of shape {tuple(images.shape)} and maps of shape {tuple(heat.shape)} do not go together; "
-            "give images (B, C, H, W) and one map (H, W) for each."
+            f"`images` has shape {tuple(images.shape)} and `heat` has shape {tuple(heat.shape)}. Pass images "
+            "(B, C, H, W) and maps (B, H, W) of the same size."
         )
     if target.shape != images.shape[:1] or target.is_floating_point():
         raise InputError(
-            f"target is {target.dtype} of shape {tuple(target.shape)}, but there must be one class index for each of "
+            f"`target` is {target.dtype} of shape {tuple(target.shape)}, but it must be one class index for each of "
             f"the {images.shape[0]} images."
         )

@@ -1,4 +1,4 @@
-"""From the rows of a run to a table that says no more than they do."""
+"""Summarise the rows of a run in tables."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from parchgrad.errors import InputError, SettingError
-from parchgrad.evaluation.runs import Row
+from parchgrad.evaluation.rows import Row
 from parchgrad.evaluation.scores import SCORES, Direction
 from parchgrad.evaluation.summary import Comparison, Mean, compare, rank_methods, valid_mean
 
@@ -37,10 +37,10 @@ class Cell:
     """One score of one setting.
 
     Attributes:
-        mean: over the images.
-        comparison: with the baseline, on the same images; None for the baseline itself.
-        rank: mean rank among all settings over the images, 1 for the best; NaN where no direction is better.
-        verdict: `"better"` or `"worse"` than the baseline where that is settled, else `"open"`; see `Comparison`.
+        mean: mean over the images.
+        comparison: comparison with the baseline on the same images; None for the baseline itself.
+        rank: mean rank among all settings over the images, 1 for the best; NaN if neither direction is better.
+        verdict: `"better"` or `"worse"` than the baseline if that is settled, else `"open"`; see `Comparison`.
     """
 
     mean: Mean
@@ -51,16 +51,16 @@ class Cell:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Summary:
-    """What a run found.
+    """The results of a run.
 
     Attributes:
         model: name of the model.
         images: number of images.
-        settings: titles, in order of appearance.
-        scores: names, in the order of `SCORES`.
-        cells: by setting and score.
-        seconds: median over the images of the time of a map, by setting.
-        confidence: level of the intervals.
+        settings: titles of the settings, in order of appearance.
+        scores: names of the scores, in the order of `SCORES`.
+        cells: results by setting and score.
+        seconds: median time of a map in seconds, by setting.
+        confidence: level of the intervals, in (0, 1).
     """
 
     model: str
@@ -82,18 +82,18 @@ def summarise(
 ) -> Summary:
     """Average the rows of one model, and compare every setting with the baseline on the same images.
 
-    Only images that every setting has rows of take part: settings are compared on the same ground.
+    Only images with rows of every setting count.
 
     Args:
-        rows: of one run; see `read_rows`.
-        scores: names of the scores, those at single ratios (`"aopc@0.1"`) among them; None takes all means.
+        rows: rows of one run; see `read_rows`.
+        scores: names of the scores, which may be at single ratios (`"aopc@0.1"`); None uses all means.
         baseline: title of the setting that others are compared with.
         confidence: level of the intervals, in (0, 1).
-        seed: of the bootstrap.
+        seed: random seed of the bootstrap.
 
     Raises:
-        InputError: if there are no rows, those of several models, or no image has rows of every setting.
-        SettingError: if there is no such score or baseline.
+        InputError: if there are no rows or several models, or no image has rows of every setting.
+        SettingError: if a score or the baseline is unknown.
 
     Example:
         >>> rows = [
@@ -106,27 +106,24 @@ def summarise(
     """
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     if len(models) != 1:
-        raise InputError(
-            f"The rows are of {', '.join(models) or 'no model'}, but one model is summarised at a time; give the rows "
-            "of one."
-        )
+        raise InputError(f"`rows` is of {', '.join(models) or 'no model'}. Pass the rows of one model.")
     by_setting: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_setting.setdefault(row["setting"], {})[row["index"]] = row
     common = sorted(set.intersection(*(set(found) for found in by_setting.values())))
     if not common:
-        raise InputError("No image has rows of every setting; let the evaluation go on until it is finished.")
+        raise InputError("No image has rows of every setting. Run the evaluation again until it is finished.")
     if baseline not in by_setting:
-        raise SettingError(f"There is no setting {baseline!r} to compare with; there are: {', '.join(by_setting)}.")
+        raise SettingError(f"`baseline` is {baseline!r}, but it must be one of {', '.join(by_setting)}.")
     held = set().union(*(row for row in rows))
-    # A score that no image has one of, such as that of a box where there are none, is left out unless asked for.
+    # Scores without any value, such as localisation without boxes, are left out by default.
     known = [name for name in SCORES if any(not math.isnan(row.get(name, math.nan)) for row in rows)]
     known = known if scores is None else list(scores)
     if not known:
-        raise InputError("No score of the rows has a value; evaluate others, or data that they can be had of.")
+        raise InputError("No score in `rows` has a value. Evaluate other scores, or data with regions.")
     for name in known:
         if name not in held or _base(name) not in SCORES:
-            raise SettingError(f"The rows hold no score {name!r}; they hold: {', '.join(sorted(held & set(SCORES)))}.")
+            raise SettingError(f"`rows` has no score {name!r}. Use one of {', '.join(sorted(held & set(SCORES)))}.")
 
     named = [(index, by_setting[baseline][index].get("group")) for index in common]
     groups = None
@@ -140,7 +137,7 @@ def summarise(
         better = SCORES[_base(name)].better
         ranks = dict.fromkeys(columns, math.nan)
         if better != "neither":
-            # One that has no score at all would leave nothing to rank.
+            # Ranking drops images with a missing score, so a setting without any would leave none.
             ranked = {title: values for title, values in columns.items() if not all(map(math.isnan, values))}
             ranks |= rank_methods(ranked, higher_is_better=better == "higher")
         for title, values in columns.items():
@@ -167,8 +164,8 @@ def summarise(
 def markdown_table(summary: Summary) -> str:
     """Write a summary as a Markdown table: a row for each setting, a column for each score.
 
-    A cell holds the mean and, behind it, the interval of the difference to the baseline. A setting that is better than
-    the baseline stands in bold, one that is worse in italics; where the interval holds zero it is neither.
+    A cell has the mean and the interval of the difference from the baseline, in bold if better than the baseline, in
+    italics if worse, and plain if undecided.
 
     Example:
         >>> rows = [{"model": "m", "setting": "gradient", "index": i, "seconds": 1.0, "gini": 0.5} for i in range(2)]
@@ -186,7 +183,7 @@ def markdown_table(summary: Summary) -> str:
 
 
 def csv_table(summary: Summary) -> str:
-    """Write a summary as comma-separated values: a line for each setting and score, with all that is known of it.
+    """Write a summary as CSV: a line with all details for each setting and score.
 
     Example:
         >>> rows = [{"model": "m", "setting": "gradient", "index": i, "seconds": 1.0, "gini": 0.5} for i in range(2)]
@@ -223,7 +220,7 @@ def csv_table(summary: Summary) -> str:
 
 
 def title_of(name: str) -> str:
-    """What a score is called where people read it, with an arrow that points where it is better.
+    """Title of a score, with an arrow that shows which direction is better.
 
     Example:
         >>> title_of("aopc_lerf@0.1")
@@ -235,7 +232,7 @@ def title_of(name: str) -> str:
 
 
 def relative_time(summary: Summary, setting: str) -> float:
-    """Median time of a map over that of the baseline, or of the first setting where there is no baseline."""
+    """Median time of a map relative to the baseline, or to the first setting if there is no baseline."""
     base = summary.seconds.get(BASELINE, summary.seconds[summary.settings[0]])
     return summary.seconds[setting] / base if base > 0 else math.nan
 

@@ -1,4 +1,4 @@
-"""Does a map depend on what it should: the trained weights, the class, and not on noise that nobody sees?
+"""Sanity checks: a map should depend on the trained weights, but not on imperceptible noise.
 
 Source: Adebayo et al. (2018), "Sanity Checks for Saliency Maps".
 """
@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from captum.metrics import sensitivity_max
 from scipy.stats import rankdata
-from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
+from parchgrad._io.extras import needs_extra
 from parchgrad.errors import InputError, LayerError, SettingError
 from parchgrad.evaluation.methods import Method
+
+with needs_extra("evaluation"):
+    from skimage.metrics import structural_similarity
 
 __all__ = [
     "RandomisationOrder",
@@ -36,13 +39,13 @@ RandomisationOrder = Literal["top_down", "bottom_up", "independent"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RandomisationStep:
-    """How alike maps are before and after weights were drawn anew.
+    """Similarity of maps before and after weights were randomised.
 
     Attributes:
-        module: what was randomised last.
-        seed: of the draw.
+        module: name of the module that was randomised last.
+        seed: random seed of the weights.
         spearman: rank correlation of the maps, in [-1, 1], shape (B,).
-        structural_similarity: of the maps, in [-1, 1], shape (B,).
+        structural_similarity: structural similarity of the maps, in [-1, 1], shape (B,).
     """
 
     module: str
@@ -52,14 +55,14 @@ class RandomisationStep:
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """Rank correlation of two maps, ties by average rank.
+    """Rank correlation of two maps, with average ranks for ties.
 
     Args:
         first: maps (B, H, W).
-        second: maps of that shape.
+        second: maps of the same shape.
 
     Returns:
-        Correlations in [-1, 1], shape (B,), float64; NaN where one map is the same everywhere or not finite.
+        Correlations in [-1, 1], shape (B,), float64; NaN where one map is constant or not finite.
 
     Raises:
         InputError: if the shapes differ.
@@ -77,13 +80,13 @@ def spearman(first: Tensor, second: Tensor) -> Tensor:
 
 
 def structural_similarities(first: Tensor, second: Tensor) -> Tensor:
-    """Structural similarity (SSIM) of two maps, each divided by its peak, by scikit-image.
+    """Structural similarity (SSIM) of two maps, each divided by its maximum, computed with scikit-image.
 
     Source: Wang et al. (2004), "Image Quality Assessment: From Error Visibility to Structural Similarity".
 
     Args:
         first: non-negative maps (B, H, W).
-        second: maps of that shape.
+        second: maps of the same shape.
 
     Returns:
         Similarities in [-1, 1], shape (B,), float64; NaN where one map is zero everywhere or not finite.
@@ -99,12 +102,11 @@ def structural_similarities(first: Tensor, second: Tensor) -> Tensor:
     _check_pair(first, second)
     if min(first.shape[1:]) < 3:
         raise InputError(
-            f"The maps have shape {tuple(first.shape)}, but windows of 3 x 3 pixels at least are compared; give "
-            "larger maps."
+            f"The maps have shape {tuple(first.shape)}, but SSIM needs at least 3 x 3 pixels. Pass larger maps."
         )
     both = torch.stack((first, second)).cpu().double()
     scaled = (both / both.amax(dim=(2, 3), keepdim=True)).numpy()
-    # The usual window, or the largest odd one that fits.
+    # The default window, or the largest odd one that fits.
     window = min(7, (min(first.shape[1:]) - 1) // 2 * 2 + 1)
     found = [
         structural_similarity(one, other, win_size=window, data_range=1.0)
@@ -118,24 +120,24 @@ def structural_similarities(first: Tensor, second: Tensor) -> Tensor:
 def randomised_models(
     model: nn.Module, *, order: RandomisationOrder = "top_down", seed: int = 0, modules: Sequence[str] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Copy a model and draw its weights anew, as torch initialises them: module by module.
+    """Copy a model and reinitialise its weights module by module, as torch initialises them.
 
-    Top down the last module goes first, and what was randomised stays so; bottom up the first goes first; independent,
-    each module alone. Of a parameter whose module does not say how it is initialised the entries are shuffled.
+    The orders top down and bottom up start at the last and first module and are cumulative; independent randomises one
+    module at a time. Modules without `reset_parameters` have their parameters' entries shuffled.
 
     Args:
-        model: the trained model, which is not touched.
+        model: the trained model, which stays unchanged.
         order: `"top_down"`, `"bottom_up"` or `"independent"`.
-        seed: of the draw.
-        modules: names of the modules, from the bottom up, each with all inside it; None takes every module that has
-            parameters of its own.
+        seed: random seed of the weights.
+        modules: names of the modules from the bottom up, each with its submodules; None uses every module with its own
+            parameters.
 
     Yields:
-        Name of the module that was randomised last, and the model; it is changed further as the iteration goes on.
+        Name of the module that was randomised last, and the model, which later iterations may change.
 
     Raises:
-        SettingError: if the order is unknown.
-        LayerError: if the model has no such module, or one without parameters is named.
+        SettingError: if `order` is unknown.
+        LayerError: if a module does not exist or has no parameters.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
@@ -143,12 +145,14 @@ def randomised_models(
         ['3', '0']
     """
     if order not in get_args(RandomisationOrder):
-        raise SettingError(f"order is {order!r}, but it must be one of {', '.join(get_args(RandomisationOrder))}.")
+        raise SettingError(f"`order` is {order!r}, but it must be one of {', '.join(get_args(RandomisationOrder))}.")
     known = dict(model.named_modules())
     names = _parametrised(model) if modules is None else list(modules)
     for name in names:
         if name not in known or not any(True for _ in known[name].parameters()):
-            raise LayerError(f"There is no module {name!r} with parameters to randomise; name one of the model's.")
+            raise LayerError(
+                f"`modules` names {name!r}, which is not a module with parameters. Pass names of the model."
+            )
     working = copy.deepcopy(model)
     for name in reversed(names) if order == "top_down" else names:
         if order == "independent":
@@ -169,28 +173,27 @@ def parameter_randomisation(
     modules: Sequence[str] | None = None,
     shares: Sequence[float] | None = None,
 ) -> list[RandomisationStep]:
-    """Compare maps of a trained model with those of the model with its weights drawn anew; lower is better.
+    """Compare maps of a trained model with maps after randomising its weights; lower similarity is better.
 
-    A map that stays the same does not show what the model has learned. A method on channel statistics may collect them
-    anew in `make_method`, or bring those of the trained model: report both.
+    A map that stays the same does not show what the model has learned. Methods with channel statistics may collect
+    them again in `make_method` or reuse those of the trained model: report both.
 
     Args:
         model: the trained model, in evaluation mode.
         make_method: makes the method for a model.
-        images: shape (B, C, H, W).
+        images: images (B, C, H, W).
         target: class of each image, shape (B,).
         order: see `randomised_models`.
-        seeds: a run for each.
+        seeds: random seeds, with one run for each.
         modules: see `randomised_models`.
-        shares: which steps are compared, as shares of the way from the first module to the last, in (0, 1]; None
-            compares every one.
+        shares: steps to compare, as shares of the modules randomised so far, in (0, 1]; None compares every step.
 
     Returns:
-        A step for each seed and each module, in the order in which they were randomised, or share, in their order.
+        A step for each seed and each module or share, in order.
 
     Raises:
-        SettingError: if the order is unknown, or a share out of range.
-        LayerError: if the model has no such module.
+        SettingError: if `order` is unknown, or a share is out of range.
+        LayerError: if a module does not exist.
 
     Example:
         >>> import parchgrad as pg
@@ -202,7 +205,7 @@ def parameter_randomisation(
         ['3', '0']
     """
     if shares is not None and not all(0 < share <= 1 for share in shares):
-        raise SettingError(f"shares are {tuple(shares)}, but they must be shares of the modules, in (0, 1].")
+        raise SettingError(f"`shares` is {tuple(shares)}, but it must be shares of the modules, in (0, 1].")
     before = make_method(model)(images, target)
     names = _parametrised(model) if modules is None else list(modules)
     places = range(len(names)) if shares is None else [math.ceil(share * len(names)) - 1 for share in shares]
@@ -232,24 +235,24 @@ def max_sensitivity(
     seed: int = 0,
     internal_batch_size: int = 32,
 ) -> Tensor:
-    """Largest relative change of a map under uniform noise on the image, by Captum; lower is better.
+    """Largest relative change of a map under uniform noise on the image, computed with Captum; lower is better.
 
     Source: Yeh et al. (2019), "On the (In)fidelity and Sensitivity of Explanations", definition 3.
 
     Args:
-        method: makes the maps.
-        images: shape (B, C, H, W).
+        method: the method to test.
+        images: images (B, C, H, W).
         target: class of each image, shape (B,).
-        radius: the noise lies in [-radius, radius], in units of the preprocessed image.
+        radius: bound of the noise, in units of the preprocessed image, positive.
         samples: number of noisy copies of each image, at least 1.
-        seed: of the noise, which is the same for every image.
-        internal_batch_size: noisy images in one call of the method, as far as one of each image allows.
+        seed: random seed of the noise, which is the same for every image.
+        internal_batch_size: number of noisy images per call of the method, but at least the number of images.
 
     Returns:
         `max |map(x + noise) - map(x)| / |map(x)|`, shape (B,), float64; NaN where the map is zero everywhere.
 
     Raises:
-        SettingError: if radius or samples is out of range.
+        SettingError: if `radius` or `samples` is out of range.
 
     Example:
         >>> max_sensitivity(lambda images, target: images[:, 0] * 0 + 1, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
@@ -257,19 +260,19 @@ def max_sensitivity(
     """
     if not radius > 0 or samples < 1:
         raise SettingError(
-            f"radius is {radius} and samples is {samples}, but the noise needs a positive radius and a sample at least."
+            f"`radius` is {radius} and `samples` is {samples}, but they must be positive and at least 1."
         )
     generator = torch.Generator().manual_seed(seed)
 
     def perturbed(inputs: tuple[Tensor, ...] | Tensor, within: float) -> tuple[Tensor, ...]:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
-        # Copies of an image stand side by side; each gets the noise that those of the others get.
+        # Copies of one image are consecutive; every image gets the same noise.
         shape = (len(given[0]) // len(images), *images.shape[1:])
         noise = within * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
         return tuple(part + noise.repeat(len(images), *[1] * (part.dim() - 1)).to(part) for part in given)
 
     def explain(inputs: tuple[Tensor, ...] | Tensor, target: Tensor) -> tuple[Tensor]:
-        # Double, in which the squares of tiny gradients do not vanish.
+        # In float64, the squares of tiny gradients do not underflow.
         return (method(inputs[0] if isinstance(inputs, tuple) else inputs, target).double(),)
 
     found: Tensor = sensitivity_max(
@@ -279,7 +282,7 @@ def max_sensitivity(
         perturb_radius=radius,
         n_perturb_samples=samples,
         target=target,
-        # One of each image at least, and no more than there are.
+        # Captum needs at least one copy of each image, and no more than there are.
         max_examples_per_batch=min(max(internal_batch_size, len(images)), samples * len(images)),
     )
     clean = method(images, target).flatten(1)
@@ -291,19 +294,19 @@ def _parametrised(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
 
 
-# One thread at a time draws from the global generators.
+# Serialises use of the global random generators.
 _DRAWING = threading.Lock()
 
 
 def _randomise(module: nn.Module, *, seed: int) -> None:
-    """Draw the parameters that a module itself holds."""
+    """Randomise the parameters of a module, but not of its submodules."""
     if not any(True for _ in module.parameters(recurse=False)):
         return
     reset = getattr(module, "reset_parameters", None)
     with torch.no_grad():
         if callable(reset):
             devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
-            # torch's own initialisation draws from the global generators, which all threads share.
+            # torch's initialisation uses the global generators, which all threads share.
             with _DRAWING, torch.random.fork_rng(devices=sorted(devices, key=str)):
                 torch.manual_seed(seed)
                 reset()
@@ -321,6 +324,6 @@ def _seed_of(seed: int, name: str) -> int:
 def _check_pair(first: Tensor, second: Tensor) -> None:
     if first.dim() != 3 or first.shape != second.shape:
         raise InputError(
-            f"Maps of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be compared; "
-            "give two batches of maps (B, H, W) of one size."
+            f"Maps of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be compared. Pass two batches of "
+            "maps (B, H, W) of the same size."
         )

@@ -1,4 +1,4 @@
-"""All scores of a map in one table: what they are called, which way is better, and how they are had."""
+"""All scores of a map: their titles, directions, families and settings."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from parchgrad.checks import check_whole_number
+from parchgrad._io.checks import check_whole_number
 from parchgrad.errors import SettingError
 from parchgrad.evaluation import localisation, perturbation, sanity
 from parchgrad.evaluation.methods import Method
@@ -26,14 +26,14 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A number that is had of every map.
+    """A score of a map.
 
     Attributes:
-        title: what it is called where people read it.
-        better: which direction is better; `"neither"` for what only describes.
-        family: the scores that are had together.
-        by_ratio: whether it is the mean over several shares of replaced pixels, shares of weights drawn anew or noise
-            levels, and is also reported at each of them.
+        title: title for display.
+        better: direction that is better; `"neither"` for descriptive scores.
+        family: group of scores that are computed together.
+        by_ratio: whether the score is a mean over shares of replaced pixels, shares of random weights or noise levels,
+            and is also reported at each of them.
     """
 
     title: str
@@ -67,7 +67,7 @@ SCORES: Mapping[str, Score] = {
     "randomisation_spearman": Score(
         title="random weights, Spearman", better="lower", family="randomisation", by_ratio=True
     ),
-    # Neither: of maps that have nothing to do with each other the sparse ones are the more alike by it.
+    # Neither: SSIM rates unrelated maps as more similar the sparser they are.
     "randomisation_similarity": Score(
         title="random weights, SSIM", better="neither", family="randomisation", by_ratio=True
     ),
@@ -75,9 +75,9 @@ SCORES: Mapping[str, Score] = {
     "stability_spearman": Score(title="stability, Spearman", better="higher", family="stability", by_ratio=True),
     "stability_norm_ratio": Score(title="stability, norm ratio", better="lower", family="stability", by_ratio=True),
 }
-"""The scores by their names in results."""
+"""The scores by name."""
 
-# The source's tolerance is meant for photographs; on small images it would be half of the picture.
+# Image size that the source's tolerance is meant for; on small images it would cover half of the image.
 _TOLERANCE_SIZE = 224
 
 HEADLINES = (
@@ -90,32 +90,32 @@ HEADLINES = (
     "stability_cosine",
     "randomisation_spearman",
 )
-"""The scores that are drawn; the first that there are values of chooses the examples."""
+"""The scores with charts; the first one with values chooses the examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """How the scores are had.
+    """Settings of the scores.
 
     Attributes:
-        families: groups of scores to compute; `"insertion"`, `"sensitivity"`, `"randomisation"` and `"stability"` cost
-            most and are left out unless named.
+        families: groups of scores to compute; `"insertion"`, `"sensitivity"`, `"randomisation"` and `"stability"` are
+            the slowest and off by default.
         ratios: shares of the pixels that are replaced, in [0, 1].
-        replacement: what is put in their place; see `replacement_images`. Insertion and deletion keep their own.
-        steps: of insertion and deletion, at least 1.
-        tolerance: of the pointing game, in pixels of an image whose shorter side has 224; of smaller images less.
-        radius: of the noise of max-sensitivity, in units of the preprocessed image.
-        samples: noisy copies for max-sensitivity, at least 1.
-        randomised: shares of the modules whose weights are drawn anew, in (0, 1].
-        order: in which modules are randomised: `"top_down"`, `"bottom_up"` or `"independent"`.
-        draws: how often, at least once; similarities are averaged.
+        replacement: what replaces them; see `replacement_images`. Insertion and deletion use their own.
+        steps: number of steps of insertion and deletion, at least 1.
+        tolerance: tolerance of the pointing game, in pixels of an image with a shorter side of 224; scales with size.
+        radius: noise bound of max-sensitivity, in units of the preprocessed image, positive.
+        samples: number of noisy copies for max-sensitivity, at least 1.
+        randomised: shares of the modules with random weights, in (0, 1].
+        order: order of randomisation, `"top_down"`, `"bottom_up"` or `"independent"`.
+        draws: number of randomisations to average over, at least 1.
         noises: noise levels of the stability scores, as shares of the image's range, positive.
         noise_draws: number of noisy copies per image and noise level for the stability scores, at least 1.
-        seed: breaks ties, draws noise and weights.
-        internal_batch_size: images in one pass, at least 1.
+        seed: random seed of ties, noise and weights.
+        internal_batch_size: number of images per pass, at least 1.
 
     Raises:
-        SettingError: if there is no such family, or a setting is out of range.
+        SettingError: if a family is unknown, or a setting is out of range.
     """
 
     families: tuple[Family, ...] = ("perturbation", "localisation", "sparsity")
@@ -136,27 +136,27 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         for family in self.families:
             if family not in FAMILIES:
-                raise SettingError(f"There are no scores {family!r}; the families are: {', '.join(FAMILIES)}.")
+                raise SettingError(f"`families` contains {family!r}, but each must be one of {', '.join(FAMILIES)}.")
         for name in ("internal_batch_size", "steps", "samples", "draws", "noise_draws"):
             check_whole_number(name, getattr(self, name), 1)
         if not self.ratios or not all(0 <= ratio <= 1 for ratio in self.ratios):
-            raise SettingError(f"ratios are {self.ratios}, but they must be shares of the pixels, in [0, 1].")
+            raise SettingError(f"`ratios` is {self.ratios}, but it must be shares of the pixels, in [0, 1].")
         if not self.randomised or not all(0 < share <= 1 for share in self.randomised):
-            raise SettingError(f"randomised is {self.randomised}, but it must be shares of the modules, in (0, 1].")
+            raise SettingError(f"`randomised` is {self.randomised}, but it must be shares of the modules, in (0, 1].")
         check_noises(self.noises)
         if not 0 <= self.tolerance < math.inf or not self.radius > 0:
             raise SettingError(
-                f"tolerance is {self.tolerance} and radius {self.radius}, but they must be 0 or more, and positive."
+                f"`tolerance` is {self.tolerance} and `radius` {self.radius}, but they must be at least 0 and positive."
             )
         for name, kind in (("replacement", Replacement), ("order", RandomisationOrder)):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(
-                    f"{name} is {getattr(self, name)!r}, but it must be one of {', '.join(get_args(kind))}."
+                    f"`{name}` is {getattr(self, name)!r}, but it must be one of {', '.join(get_args(kind))}."
                 )
 
 
 def at_ratio(name: str, ratio: float) -> str:
-    """Name a score at one share of replaced pixels, share of weights drawn anew, or noise level.
+    """Name a score at one share of replaced pixels, share of random weights, or noise level.
 
     Example:
         >>> at_ratio("aopc_morf", 0.1)
@@ -180,20 +180,20 @@ def score_maps(
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        method: what made the maps; called again for max-sensitivity and stability alone.
-        images: shape (B, C, H, W).
-        target: class that was explained, shape (B,).
+        method: method that made the maps; only called for max-sensitivity and stability.
+        images: images (B, C, H, W).
+        target: explained class of each image, shape (B,).
         heat: maps (B, H, W).
-        regions: where the class is seen in each image, boolean (H, W); None where nobody knows.
-        settings: how; None takes the defaults.
+        regions: region of the class in each image, boolean (H, W); None if unknown.
+        settings: settings of the scores; None uses the defaults.
         make_method: makes the method for a model with other weights, for the family `"randomisation"`.
 
     Returns:
-        Scores by name, each of shape (B,), float64; NaN where nothing can be said.
+        Scores by name, each (B,), float64; NaN where undefined.
 
     Raises:
         SettingError: if a setting is out of range, or `make_method` is missing.
-        InputError: if images, maps and regions do not go together.
+        InputError: if images, maps and regions do not match.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
@@ -223,7 +223,7 @@ def score_maps(
         nowhere = torch.zeros(heat.shape[1:], dtype=torch.bool, device=heat.device)
         region = torch.stack([nowhere if known is None else known.to(heat.device) for known in regions])
         found["mass_inside"] = localisation.mass_inside(heat, region)
-        # An empty region has no share that a map could be held against.
+        # An empty region has no share to compare a map with.
         share = localisation.area_share(region)
         found["region_share"] = share.masked_fill(share == 0, math.nan)
         found["weighted_mass_inside"] = localisation.weighted_mass_inside(heat, region)
@@ -244,7 +244,7 @@ def score_maps(
     if "randomisation" in chosen.families:
         if make_method is None:
             raise SettingError(
-                "The family 'randomisation' asks for maps of other weights, but make_method is missing; give it."
+                "`make_method` is None, but the scores 'randomisation' need it to explain models with other weights."
             )
         found |= _randomisation_scores(model, make_method, images, target, chosen)
     if "stability" in chosen.families:

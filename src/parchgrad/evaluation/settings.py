@@ -1,4 +1,4 @@
-"""What a run compares: ways of explaining by their settings, and grids of them with the controls that always come."""
+"""Settings that a run compares, and grids of settings with their controls."""
 
 import itertools
 import math
@@ -10,9 +10,11 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from torch import nn
 
-from parchgrad.attribution import Explainer, replaces_rectifiers
-from parchgrad.checks import check_kind, is_number
-from parchgrad.edit import Edit
+from parchgrad._io.checks import check_kind, is_number
+from parchgrad.core.edit import Edit
+from parchgrad.core.layers import parse_layers
+from parchgrad.core.partition import Conserve
+from parchgrad.core.selectors import EditDefaults, check_softness, find_selector
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.methods import (
     Method,
@@ -24,17 +26,8 @@ from parchgrad.evaluation.methods import (
     random_map,
     shuffled_masks,
 )
-from parchgrad.layers import parse_layers
-from parchgrad.partition import Conserve
-from parchgrad.selection import (
-    SELECTORS_BY_NAME,
-    STATISTICAL_SELECTORS,
-    EditDefaults,
-    check_softness,
-    default_edit,
-    default_setting,
-    make_selector,
-)
+from parchgrad.explain.explainer import Explainer
+from parchgrad.explain.methods import replaces_rectifiers
 from parchgrad.statistics import ChannelStatistics
 
 __all__ = ["Grid", "Masks", "Setting", "make_method"]
@@ -56,10 +49,10 @@ _LAYER_SETS = ("all", "published")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way of explaining.
+    """A method to explain with.
 
-    A setting that is None becomes what suits the selector, so that settings are equal if they do the same. Without a
-    selector, only `method`, `gates` and `antialias` count, and the others stay None.
+    None becomes the selector's default, so settings are equal if they do the same. Without a selector, only `method`,
+    `gates` and `antialias` apply, and the others stay None.
 
     Attributes:
         method: method of the explainer, such as `"gradient"`, `"smoothgrad"` or a Captum class name; or a control:
@@ -67,17 +60,16 @@ class Setting:
         selector: short name of the selector, such as `"energy"`; None for the plain method.
         quantile: share of the channels at or above the threshold, in (0, 1].
         softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut, which `"random"` always is.
-        layers: which convolutions are edited; see `choose_layers`.
-        gamma: how many times stronger than the rest the kept signal becomes, in (0, inf]; infinity prunes.
-        conserve: what a layer keeps; see `partition_gradient`.
+        layers: which convolutions to edit; see `choose_layers`.
+        gamma: factor of the kept signal relative to the rest, in (0, inf]; infinity prunes.
+        conserve: what a layer conserves; see `partition_gradient`.
         gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the true derivative.
-        antialias: whether gradients at the input of strided operations are smoothed; see `smooth_strides`.
-        masks: `"own"` are the selector's for the class that is explained; as controls of the gradient `"another"` are
-            those for another class, and `"shuffled"` keep as many channels at random.
+        antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
+        masks: `"own"` uses the selection for the explained class; the controls for the gradient are `"another"`, the
+            selection for another class, and `"shuffled"`, the same number of channels at random.
 
     Raises:
-        SettingError: if there is no such selector, a setting is out of range, or a control is given one that it does
-            not have.
+        SettingError: if the selector is unknown, a setting is out of range, or a control does not have it.
 
     Example:
         >>> Setting(selector="evidence") == Setting(selector="evidence", softness=1.0, layers=0.75, conserve="energy")
@@ -98,46 +90,47 @@ class Setting:
     masks: Masks = "own"
 
     def __post_init__(self) -> None:
-        check_kind("method", self.method, str, "give its name")
+        check_kind("`method`", self.method, str, "Pass its name")
         for name in ("quantile", "softness", "gamma", "gates"):
             value = getattr(self, name)
             if value is None and name != "gamma":
                 continue
             if not is_number(value):
-                raise SettingError(f"{name} is {value!r}, but it must be a number; write it without quotes.")
-            # numpy's numbers have no JSON, which rows are written in.
+                raise SettingError(f"`{name}` is {value!r}, but it must be a number.")
+            # NumPy scalars cannot be written as JSON.
             self._set(**{name: float(value)})
         if isinstance(self.layers, list):
             self._set(layers=tuple(self.layers))
-        known = (*SELECTORS_BY_NAME, *STATISTICAL_SELECTORS)
-        if self.selector is not None and self.selector not in known:
-            raise SettingError(f"selector is {self.selector!r}, but it must be none or one of {', '.join(known)}.")
+        if self.selector is not None:
+            find_selector(self.selector)
         if self.selector is not None and self.method in _CONTROL_METHODS:
-            raise SettingError(f"The control {self.method!r} has no selector; leave {self.selector!r} out.")
+            raise SettingError(
+                f"`selector` is {self.selector!r}, but the control {self.method!r} has none. Leave it out."
+            )
         if self.softness is not None:
             check_softness(self.softness)
-        # Checks the settings that they have in common.
+        # Edit checks the settings that it shares.
         Edit(selector=None, gamma=self.gamma, conserve=self.conserve, gates=self.gates, antialias=self.antialias)
         if self.method in _WITHOUT_GRADIENT and (self.gates or self.antialias):
             raise SettingError(f"The control {self.method!r} has no gradient. Leave out `gates` and `antialias`.")
         if self.masks not in get_args(Masks):
-            raise SettingError(f"masks is {self.masks!r}, but it must be one of {', '.join(get_args(Masks))}.")
+            raise SettingError(f"`masks` is {self.masks!r}, but it must be one of {', '.join(get_args(Masks))}.")
         if self.masks != "own" and (self.selector is None or self.method != "gradient"):
             raise SettingError(
-                f"masks is {self.masks!r}, which is a control for the gradient with a selector alone; choose these, or "
-                "leave it out."
+                f"`masks` is {self.masks!r}, which needs method='gradient' and a `selector`. Pass both or leave it out."
             )
         self._resolve()
 
     def _resolve(self) -> None:
-        """Put what suits the selector in place of every None."""
+        """Replace every None by the selector's default."""
         if self.selector is None:
             self._set(quantile=None, softness=None, layers=None, gamma=math.inf, conserve=None)
             self._fill(gates=0.0, antialias=False)
             return
-        if self.selector == "random":
+        selector = find_selector(self.selector)
+        if not selector.has("softness"):
             self._set(softness=None)
-        self._fill(**{name: default_setting(self.selector, name) for name in ("quantile", "softness")})
+        self._fill(**{name: selector.default(name) for name in ("quantile", "softness")})
         self._fill(**asdict(self._suits))
         self._set(layers=_settled(self.layers))
 
@@ -150,17 +143,17 @@ class Setting:
 
     @property
     def _suits(self) -> EditDefaults:
-        """What suits the selector, its softness and the method."""
+        """Defaults for the selector, its softness and the method."""
         if self.selector is None:
             return EditDefaults(gates=0.0, antialias=False)
-        found = default_edit(self.selector, softness=self.softness)
+        found = find_selector(self.selector).suits(self.softness)
         return replace(found, gates=0.0) if replaces_rectifiers(self.method) else found
 
     @property
     def title(self) -> str:
-        """What the setting is called where people read it; settings that differ have titles that do.
+        """Title for display, different for different settings.
 
-        What suits the selector is left out, but for the quantile and the layers.
+        It omits the selector's defaults, except for quantile and layers.
 
         Example:
             >>> Setting(selector="energy", layers="all").title
@@ -172,7 +165,7 @@ class Setting:
         suits = self._suits
         if self.selector is not None:
             parts.append(f"{self.selector} {_number(self.quantile)}")
-            if self.softness != default_setting(self.selector, "softness"):
+            if self.softness != find_selector(self.selector).default("softness"):
                 parts.append(f"softness {_number(self.softness)}")
             parts.append(f"{_layers_words(self.layers)} layers")
             parts += [f"gamma {_number(self.gamma)}"] if math.isfinite(self.gamma) else []
@@ -184,14 +177,14 @@ class Setting:
 
 
 def _settled(layers: Any) -> Any:
-    """Give layer choices that are alike the same form."""
+    """Normalise equivalent layer choices to one form."""
     if is_number(layers):
         return float(layers)
     return (layers,) if isinstance(layers, str) and layers not in _LAYER_SETS else layers
 
 
 def _number(value: float | None) -> str:
-    """A number in as few digits as tell it from all others."""
+    """A number in as few digits as identify it."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
@@ -203,16 +196,16 @@ def _layers_words(layers: str | float | tuple[str, ...] | None) -> str:
 
 
 def _reads_as_pattern(name: str) -> bool:
-    """Whether a pattern can be told from a ratio, a set and several patterns."""
+    """Whether a pattern cannot be mistaken for a ratio, a set or several patterns."""
     plain = re.fullmatch(r"[\w.*?!\[\]-]+", name) is not None and name not in _LAYER_SETS
     return plain and isinstance(parse_layers(name), str)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """All combinations of settings, and the controls that always come with them.
+    """All combinations of settings, plus the controls.
 
-    Any sequence or array of one axis is taken, and kept as a tuple. None stands for what suits each selector.
+    Accepts sequences and 1-D arrays, and stores them as tuples. None means each selector's default.
 
     Attributes:
         methods: see `Setting.method`.
@@ -227,7 +220,7 @@ class Grid:
         masks: see `Setting.masks`.
 
     Raises:
-        SettingError: if a single value is given where several are wanted.
+        SettingError: if a field is a single value instead of a sequence.
     """
 
     methods: tuple[str, ...] = ("gradient",)
@@ -246,9 +239,9 @@ class Grid:
             object.__setattr__(self, item.name, _values(item.name, getattr(self, item.name)))
 
     def settings(self) -> tuple[Setting, ...]:
-        """The controls, the plain gradient first, then all combinations, each once.
+        """The controls, with the plain gradient first, then all combinations, without duplicates.
 
-        Every partitioned setting has its twin of random channels.
+        Every setting with a selector comes with a twin that uses random channels.
 
         Example:
             >>> [setting.title for setting in Grid().settings()][:3]
@@ -287,13 +280,11 @@ class Grid:
 
 
 def _values(name: str, given: Any) -> tuple[Any, ...]:
-    """A sequence or an array of one axis as a tuple of Python's own values, which has a hash and can be written."""
+    """Convert a sequence or 1-D array to a tuple of Python values, which can be hashed and written as JSON."""
     if getattr(given, "ndim", None) == 1:
         return tuple(given.tolist())
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        raise SettingError(
-            f"{name} is {given!r}, but it must be a tuple of values; for a single one write ({given!r},)."
-        )
+        raise SettingError(f"`{name}` is {given!r}, but it must be a sequence. For a single value, pass ({given!r},).")
     own = (value.item() if isinstance(value, np.generic) else value for value in given)
     return tuple(tuple(value) if isinstance(value, list) else value for value in own)
 
@@ -322,8 +313,7 @@ def make_method(
         return _CONTROL_METHODS[setting.method](model, setting, seed)
     selector = None
     if setting.selector is not None:
-        selector = make_selector(
-            setting.selector,
+        selector = find_selector(setting.selector).make(
             quantile=setting.quantile,
             softness=setting.softness,
             statistics=statistics,

@@ -1,4 +1,4 @@
-"""Stability: does the heat map stay the same under noise that nobody sees?
+"""Stability: does the heat map stay the same under imperceptible noise?
 
 Unlike max-sensitivity, the cosine and the rank correlation ignore the scale of a map; the ratio of norms measures the
 change of scale alone.
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parchgrad.checks import check_whole_number, is_number
+from parchgrad._io.checks import check_whole_number, is_number
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.methods import Method
 from parchgrad.evaluation.sanity import spearman
-from parchgrad.stability import cosine, noisy_copies
+from parchgrad.explain.stability import cosine, noisy_copies
 
 __all__ = ["NOISES", "Stability", "check_noises", "stability"]
 
@@ -31,7 +31,7 @@ class Stability:
         noises: noise levels, as shares of the image's range.
         cosine: mean cosine in [-1, 1], shape (len(noises), B), float64; NaN where a map is zero everywhere or not
             finite.
-        spearman: mean rank correlation in [-1, 1], same shape; NaN where a map is the same everywhere or not finite.
+        spearman: mean rank correlation in [-1, 1], same shape; NaN where a map is constant or not finite.
         norm_ratio: mean ratio of the larger to the smaller Euclidean norm, at least 1, same shape; NaN where a map is
             zero everywhere or not finite.
     """
@@ -52,13 +52,13 @@ def stability(
     seed: int = 0,
     internal_batch_size: int = 32,
 ) -> Stability:
-    """Compare the heat map of each image with those of noisy copies; the class stays the same.
+    """Compare the heat map of each image with those of noisy copies, for the same class.
 
     Every noise level scales the same random numbers.
 
     Args:
-        method: makes the maps.
-        images: shape (B, C, H, W).
+        method: the method to test.
+        images: images (B, C, H, W).
         target: class of each image, shape (B,).
         noises: standard deviations of the Gaussian noise as shares of each image's range, positive.
         draws: number of noisy copies per image and level, at least 1.
@@ -117,6 +117,6 @@ def _norm_ratio(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _peak_and_norm(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest magnitude of each row, and the norm in units of it; that is NaN where a row is zero or not finite."""
+    """Peak magnitude of each row, and the norm relative to it, which is NaN where a row is zero or not finite."""
     peak = maps.abs().amax(dim=1)
     return peak, torch.linalg.vector_norm(maps / peak.unsqueeze(1), dim=1)

@@ -1,4 +1,4 @@
-"""From scores of images to statements about methods: means over the valid ones, and intervals against a baseline."""
+"""Summarise scores over images: means, and confidence intervals against a baseline."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,17 +14,17 @@ __all__ = ["FEWEST", "Comparison", "Mean", "compare", "rank_methods", "valid_mea
 
 
 FEWEST = 20
-"""Images below which nothing is settled: of 16 pairs without a difference nearly a tenth would be, of 4 a fifth."""
+"""Fewest images to settle a comparison: without a difference, 16 pairs would settle a tenth of the time, 4 a fifth."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A mean over the images of which the score says something.
+    """A mean over the images with a valid score.
 
     Attributes:
-        value: the mean; NaN if there are no such images.
-        standard_error: of the mean; NaN of fewer than two images.
-        valid: number of these images.
+        value: the mean; NaN if no image is valid.
+        standard_error: standard error of the mean; NaN for fewer than two valid images.
+        valid: number of valid images.
         total: number of all images.
     """
 
@@ -40,11 +40,11 @@ class Comparison:
 
     Attributes:
         difference: mean of the differences, method minus baseline; NaN if there are no images.
-        low: lower end of the confidence interval; NaN of fewer than two images.
-        high: upper end.
-        images: number of images that both have a score of, or of their groups.
-        settled: whether one of the two has won: the interval leaves out zero, and there are 20 images at least, since
-            of fewer the intervals leave out zero too often where there is no difference.
+        low: lower end of the confidence interval; NaN for fewer than two images.
+        high: upper end of the confidence interval; NaN for fewer than two images.
+        images: number of images, or groups, for which both have a score.
+        settled: whether the interval excludes zero and there are at least 20 images; with fewer, intervals exclude zero
+            too often by chance.
     """
 
     difference: float
@@ -54,12 +54,12 @@ class Comparison:
 
     @property
     def settled(self) -> bool:
-        """Whether the interval leaves out zero, and stands on enough images."""
+        """Whether the interval excludes zero and covers enough images."""
         return self.images >= FEWEST and (self.low > 0 or self.high < 0)
 
 
 def valid_mean(scores: ArrayLike) -> Mean:
-    """Average scores (N,), leaving out NaN.
+    """Average scores (N,), ignoring NaN.
 
     Example:
         >>> valid_mean([0.5, float("nan"), 1.0])
@@ -86,19 +86,19 @@ def compare(
     Source: Efron (1987), "Better Bootstrap Confidence Intervals".
 
     Args:
-        scores: of the method, shape (N,); NaN where it has none.
-        baseline: of the baseline on the same images in the same order, shape (N,).
-        groups: names of groups, one for each image, where images of a group are not independent of each other, as the
-            parts of a mosaic are not: groups are drawn then, each with the mean of its differences.
+        scores: scores of the method, shape (N,); NaN where undefined.
+        baseline: scores of the baseline on the same images, shape (N,).
+        groups: group name of each image, if images in a group depend on each other, such as the cells of a mosaic; the
+            bootstrap then resamples groups, each with its mean difference.
         confidence: level of the interval, in (0, 1).
-        resamples: how many times the images are drawn anew, at least 1.
-        seed: of the draws.
+        resamples: number of bootstrap resamples, at least 1.
+        seed: random seed of the bootstrap.
 
     Returns:
-        Mean difference and its interval, over the images of which both have a score.
+        Mean difference and its interval, over the images for which both have a score.
 
     Raises:
-        InputError: if the scores, or the groups, are not of one length.
+        InputError: if `scores`, `baseline` and `groups` differ in length.
         SettingError: if a setting is out of range.
 
     Example:
@@ -108,17 +108,19 @@ def compare(
     """
     if not 0 < confidence < 1 or resamples < 1:
         raise SettingError(
-            f"confidence is {confidence} and resamples is {resamples}, but they must be in (0, 1) and at least 1."
+            f"`confidence` is {confidence} and `resamples` is {resamples}, but they must be in (0, 1) and at least 1."
         )
     first, second = _scores(scores), _scores(baseline)
     if len(first) != len(second):
-        raise InputError(f"{len(first)} scores cannot be paired with {len(second)}; give both for the same images.")
+        raise InputError(
+            f"`scores` has {len(first)} values and `baseline` has {len(second)}. Pass both for the same images."
+        )
     differences = first - second
     known = ~np.isnan(differences)
     differences = differences[known]
     if groups is not None:
         if len(groups) != len(first):
-            raise InputError(f"{len(first)} scores have {len(groups)} groups; name one for each image.")
+            raise InputError(f"`groups` has {len(groups)} names for {len(first)} scores. Pass one for each image.")
         _, place = np.unique(np.asarray(groups)[known], return_inverse=True)
         differences = np.bincount(place, differences) / np.bincount(place)
     count = len(differences)
@@ -128,9 +130,9 @@ def compare(
     both = np.concatenate((first, second))
     rounding = 4 * np.finfo(np.float64).eps * np.abs(both[np.isfinite(both)]).max(initial=0)
     if np.ptp(differences) <= rounding:
-        # Every draw is the same; what the rounding of the scores leaves has no distribution.
+        # All differences are equal up to rounding, so there is nothing to resample.
         return Comparison(difference=mean, low=mean, high=mean, images=count)
-    # A power of two changes no digit, and lets the squares of the tiniest differences be more than zero.
+    # Scaling by a power of two is exact, and keeps the squares of tiny differences from underflowing.
     _, exponent = np.frexp(np.abs(differences).max())
     found = bootstrap(
         (np.ldexp(differences, -exponent),),
@@ -145,26 +147,26 @@ def compare(
 
 
 def rank_methods(scores: Mapping[str, Sequence[float]], *, higher_is_better: bool) -> dict[str, float]:
-    """Rank methods on each image, 1 for the best, and average; ties share their ranks.
+    """Rank methods on each image, 1 for the best, and average; ties share their mean rank.
 
-    Images of which a method has no score are left out.
+    Images without a score for every method are ignored.
 
     Args:
-        scores: of each method, in the order of the images.
-        higher_is_better: direction of the score.
+        scores: scores by method, for the same images in the same order.
+        higher_is_better: whether higher scores are better.
 
     Returns:
-        Mean rank of each method; NaN if no image has scores of all.
+        Mean rank of each method; NaN if no image has all scores.
 
     Raises:
-        InputError: if the methods have not as many scores each.
+        InputError: if the methods have different numbers of scores.
 
     Example:
         >>> rank_methods({"a": [0.9, 0.8], "b": [0.1, 0.8]}, higher_is_better=True)
         {'a': 1.25, 'b': 1.75}
     """
     if len({len(column) for column in scores.values()}) > 1:
-        raise InputError("The methods have scores of different numbers of images; give all for the same ones.")
+        raise InputError("The methods in `scores` have different numbers of scores. Pass all for the same images.")
     table = np.array(list(scores.values()), dtype=np.float64)
     complete = table[:, ~np.isnan(table).any(axis=0)]
     if not complete.size:
@@ -176,5 +178,5 @@ def rank_methods(scores: Mapping[str, Sequence[float]], *, higher_is_better: boo
 def _scores(values: ArrayLike) -> NDArray[np.float64]:
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1:
-        raise InputError(f"The scores have shape {found.shape}, but one for each image is needed, shape (N,).")
+        raise InputError(f"The scores have shape {found.shape}, but they must be one per image, shape (N,).")
     return found

@@ -1,44 +1,5 @@
-"""The encoders of the original research code, by the names and at the place where it had them."""
+"""The encoders of the original research code, at their original import path."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
-from torch import nn
-
-from parchgrad.models import load_model
+from parchgrad.legacy.pretrained_models import ENCODERS, get_pretrained_model
 
 __all__ = ["ENCODERS", "get_pretrained_model"]
-
-ENCODERS: Mapping[str, str] = MappingProxyType(
-    {
-        **{name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "convnext_tiny")},
-        "vgg16": "vgg16_bn",
-        "efficient_b0": "efficientnet_b0",
-        "inceptionv3": "inception_v3",
-    }
-)
-"""Names of the research code and what torchvision calls these networks; `vgg16` is the one with batch norm."""
-
-# For some of these torchvision has newer weights since, which are its default; old statistics do not fit those.
-_WEIGHTS = "IMAGENET1K_V1"
-
-
-def get_pretrained_model(name: str) -> nn.Module:
-    """Load a pretrained network, in evaluation mode and on the CPU; new code may use `load_model`.
-
-    Args:
-        name: a name of the research code (see `ENCODERS`), which gives torchvision's first ImageNet weights; or any
-            name that `load_model` takes, with its default weights.
-
-    Raises:
-        ModelError: if no network has this name, or it has no classifier.
-        WeightsError: if the weights are missing, damaged, or cannot be downloaded.
-
-    Example:
-        >>> model = get_pretrained_model("efficientnet_lite0")
-        >>> model.training
-        False
-    """
-    if name in ENCODERS:
-        return load_model(ENCODERS[name], weights=_WEIGHTS).model
-    return load_model(name).model

@@ -1,4 +1,4 @@
-"""What a collection gathers: moments of every channel, overall and per class, and a sample of rows."""
+"""Accumulate the moments of every channel, overall and per class, and a random sample of rows."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from parchgrad.checks import check_kind
+from parchgrad._io.checks import check_kind
 from parchgrad.errors import StatisticsError
 from parchgrad.statistics.layer import LayerStatistics
 from parchgrad.statistics.moments import Moments, merge, moments_of_labels, moments_of_weights
@@ -28,15 +28,15 @@ Stage = Literal["images", "normality"]
 Progress: TypeAlias = Callable[[Stage, int, int | None], None]
 
 COLLECTIONS = "collections"
-"""Name of the metadata that tell the data sets: their digests, separated by spaces."""
+"""Metadata key for the digests of the data sets, separated by spaces."""
 
-# Shapiro-Wilk's approximation is not valid for more samples.
+# Shapiro-Wilk's approximation is invalid for more samples.
 _SAMPLE = 5000
-# Rows gathered before the moments are updated: an update passes over the classes of all channels.
+# Rows per update of the moments: every update touches all classes and channels.
 _ROWS_PER_UPDATE = 1024
-# Channels updated at once: temporary arrays stay small whatever the network.
+# Channels updated at once, to keep temporary arrays small.
 _BLOCK = 1024
-# Columns that one process tests at a time, and values from which on processes pay.
+# Columns that one process tests at a time, and the number of values above which processes pay off.
 _COLUMNS = 64
 _WORTH_PROCESSES = 4_000_000
 
@@ -44,15 +44,15 @@ _WORTH_PROCESSES = 4_000_000
 class Accumulator:
     """Moments of C channels, overall and in each of K classes, and the rows of the images with the smallest keys.
 
-    Rows wait until there are enough for an update. The key of an image follows from the seed and its number alone, so
-    the sample depends neither on the order of images nor on who saw them.
+    Rows are buffered until there are enough for an update. An image's key depends only on the seed and its number, so
+    the sample does not depend on the order of the images or on which process saw them.
 
     Attributes:
         images: number of images added.
     """
 
     def __init__(self, channels: int, classes: int, *, seed: int) -> None:
-        """Start empty; the seed is of the keys."""
+        """Start empty; the keys depend on `seed`."""
         self.images = 0
         self._seed = seed
         self._of_classes = _no_moments(classes, channels)
@@ -66,9 +66,9 @@ class Accumulator:
         """Add a batch.
 
         Args:
-            numbers: number of each image in the data, shape (B,), integer.
+            numbers: index of each image in the data set, shape (B,), integer.
             values: GAP of each channel, shape (B, C).
-            weights: class of each image, shape (B,), integer; or its weight in each class, shape (B, K).
+            weights: class of each image, shape (B,), integer; or its weight per class, shape (B, K).
 
         Raises:
             StatisticsError: if a value is not finite, or a class is out of range.
@@ -76,19 +76,19 @@ class Accumulator:
         classes = self._of_classes.weight.numel()
         if weights.dim() not in (1, 2) or weights.shape != (len(values), classes)[: weights.dim()]:
             raise StatisticsError(
-                f"The labels have shape {tuple(weights.shape)}, but there are {len(values)} images, {classes} "
-                "classes; give one label for each image."
+                f"The labels have shape {tuple(weights.shape)}, but there are {len(values)} images and {classes} "
+                "classes. Pass one label per image."
             )
         if weights.dim() == 1 and (int(weights.min()) < 0 or int(weights.max()) >= classes):
             raise StatisticsError(
-                f"The data name classes {int(weights.min())} to {int(weights.max())}, but the model has {classes}; "
-                "use data whose classes are the model's, or labels='predicted'."
+                f"The labels range from {int(weights.min())} to {int(weights.max())}, but the model has {classes} "
+                "classes. Use data with the model's classes, or pass `labels='predicted'`."
             )
-        # One sum tells for all: it is finite only where every part is.
+        # The sum is finite only if every value is.
         if not (torch.isfinite(values.sum()) and torch.isfinite(weights.sum())):
             raise StatisticsError(
-                f"The model's response to one of the images {int(numbers[0])} to {int(numbers[-1])} is not finite; "
-                "look for inputs that are not finite, or collect in a wider dtype."
+                f"The model's output for one of the images {int(numbers[0])} to {int(numbers[-1])} is not finite. "
+                "Check the inputs for NaN or infinity, or collect in a wider dtype."
             )
         self._sample(_keys(self._seed, numbers), values)
         self._waiting.append((values, weights))
@@ -98,7 +98,7 @@ class Accumulator:
             self._update()
 
     def _sample(self, keys: Tensor, values: Tensor) -> None:
-        """Keep the rows of the smallest keys, in place once the sample is full."""
+        """Keep the rows with the smallest keys, in place once the sample is full."""
         room = _SAMPLE - len(self._keys)
         if room > 0:
             self._keys = torch.cat((self._keys, keys[:room]))
@@ -113,7 +113,7 @@ class Accumulator:
         self._keys[leaving], self._rows[leaving] = keys[incoming], values[incoming]
 
     def _update(self) -> None:
-        """Merge the waiting rows into the moments."""
+        """Merge the buffered rows into the moments."""
         if not self._waiting:
             return
         values, weights = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
@@ -123,7 +123,7 @@ class Accumulator:
         if weights.dim() == 2:
             _merge_into(self._of_classes, slice(None), lambda columns: moments_of_weights(values[:, columns], weights))
         else:
-            # Data sorted by class bring few classes at a time: only theirs are touched.
+            # Update only the classes present: data sorted by class have few at a time.
             present, labels = torch.unique(weights, return_inverse=True)
             _merge_into(
                 self._of_classes,
@@ -132,7 +132,7 @@ class Accumulator:
             )
 
     def merge(self, other: "Accumulator") -> None:
-        """Add all that another accumulator of the same channels and classes holds."""
+        """Merge another accumulator with the same channels and classes."""
         for accumulator in (self, other):
             accumulator._update()
         for mine, theirs in ((self._of_all, other._of_all), (self._of_classes, other._of_classes)):
@@ -141,7 +141,7 @@ class Accumulator:
         self.images += other.images
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is held, by name; `restored` takes it."""
+        """Return the state by name, for `restored`."""
         self._update()
         return {
             "images": torch.tensor(self.images),
@@ -153,36 +153,36 @@ class Accumulator:
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], *, seed: int) -> "Accumulator":
-        """Go on from what `tensors` gave.
+        """Restore the state that `tensors` returned.
 
         Raises:
             KeyError: if a part is missing.
-            ValueError: if the parts do not fit each other, or hold what no moments are.
+            ValueError: if the parts are inconsistent or are not valid moments.
         """
         classes, channels = tensors["class/mean"].shape
         if not classes or not channels:
-            raise ValueError("it is of no channels or no classes")
+            raise ValueError("it has no channels or no classes")
         accumulator = cls(channels, classes, seed=seed)
         images, keys, rows = int(tensors["images"]), tensors["keys"], tensors["rows"]
         sampled = min(images, _SAMPLE)
         if keys.dtype != torch.int64 or keys.shape != (sampled,) or rows.shape != (sampled, channels):
-            raise ValueError(f"its sample is not of {images} images")
+            raise ValueError(f"its sample does not match {images} images")
         accumulator.images, accumulator._keys, accumulator._rows = images, keys, rows
         parts = {"rows": rows}
         for moments, prefix in ((accumulator._of_all, "all"), (accumulator._of_classes, "class")):
             for name, value in vars(moments).items():
                 parts[f"{prefix}/{name}"] = found = tensors[f"{prefix}/{name}"]
-                # Copying would stretch one number over all channels.
+                # copy_ would broadcast a single number over all channels.
                 if found.shape != value.shape or (name != "mean" and bool((found < 0).any())):
-                    raise ValueError(f"{prefix}/{name} has another shape, or is negative")
+                    raise ValueError(f"{prefix}/{name} has the wrong shape or is negative")
                 value.copy_(found)
         for name, found in parts.items():
             if not found.is_floating_point() or not torch.isfinite(found).all():
-                raise ValueError(f"{name} holds what is no finite number")
+                raise ValueError(f"{name} is not floating-point or not finite")
         return accumulator
 
     def shapiro_p(self, on_progress: Progress | None = None) -> Tensor:
-        """Shapiro-Wilk p-value of every channel over the sampled rows, shape (C,); 1 where the test is not defined."""
+        """Return the Shapiro-Wilk p-value per channel over the sampled rows, shape (C,); 1 where undefined."""
         rows = self._rows[self._keys.argsort(stable=True)]
         return torch.from_numpy(shapiro_p_values(rows.numpy(), on_progress))
 
@@ -193,11 +193,11 @@ class Accumulator:
         metadata: Mapping[str, str],
         weight_digests: Mapping[str, str],
     ) -> ChannelStatistics:
-        """Statistics of all that was added.
+        """Return the statistics of all images added.
 
         Args:
-            channels: number of channels of each layer, in the order of the columns.
-            shapiro_p: what `shapiro_p` gave, shape (C,).
+            channels: number of channels per layer, in column order.
+            shapiro_p: result of `shapiro_p`, shape (C,).
             metadata: see `ChannelStatistics`; the number of images is added.
             weight_digests: see `ChannelStatistics`.
         """
@@ -227,13 +227,13 @@ class Accumulator:
 
     @classmethod
     def of_statistics(cls, statistics: ChannelStatistics) -> "Accumulator":
-        """Turn statistics back into what they were computed from."""
+        """Rebuild the accumulator that statistics were computed from."""
         sample = statistics.sample
         layers = [layer for layer in statistics.values() if isinstance(layer, LayerStatistics)]
         if sample is None or len(layers) < len(statistics):
             raise StatisticsError(
-                "Statistics that were restricted or made compact lack what merging needs; merge the files that "
-                "collecting wrote, and restrict the result."
+                "Restricted or compact statistics cannot be merged. Merge the files written by the collection and "
+                "restrict the result."
             )
         channels = sum(layer.channels for layer in layers)
         accumulator = cls(channels, layers[0].classes, seed=0)
@@ -260,16 +260,16 @@ class Accumulator:
 def merge_statistics(parts: Iterable[ChannelStatistics], *, on_progress: Progress | None = None) -> ChannelStatistics:
     """Merge statistics of disjoint image sets, as if all images had been collected together.
 
-    The same data set is recognised if it comes twice; images that stand in two different ones cannot be. The sample for
-    the normality test is that of one run up to 5,000 images, and another of the same kind beyond.
+    Passing the same data set twice is an error; images shared by two different data sets go unnoticed. Up to 5,000
+    images in total, the normality test uses the same sample as a single run; beyond that, another random sample.
 
     Args:
-        parts: what `collect_statistics` gave for each set, over the same layers of the same model.
-        on_progress: called with the stage `"normality"`, channels tested, channels in all.
+        parts: statistics of each set, from `collect_statistics` on the same layers of the same model.
+        on_progress: called with the stage `"normality"`, the channels tested, and the total.
 
     Raises:
-        StatisticsError: if there are none, they differ in model, layers, classes, labels or preprocessing, hold the
-            same images, or were restricted.
+        StatisticsError: if `parts` is empty, or the parts differ in model, layers, classes, labels or preprocessing,
+            contain the same images, or were restricted.
 
     Example:
         >>> import parchgrad as pg
@@ -281,9 +281,9 @@ def merge_statistics(parts: Iterable[ChannelStatistics], *, on_progress: Progres
     """
     parts = list(parts)
     if not parts:
-        raise StatisticsError("There are no statistics to merge; give at least one part.")
+        raise StatisticsError("There are no statistics to merge. Pass at least one part.")
     for part in parts:
-        remedy = "read files with ChannelStatistics.load(path), and give them in a list"
+        remedy = "Read the files with `ChannelStatistics.load(path)` and pass them in a list"
         check_kind("A part", part, ChannelStatistics, remedy, error=StatisticsError)
     first = parts[0]
     for number, part in enumerate(parts[1:], start=2):
@@ -293,13 +293,12 @@ def merge_statistics(parts: Iterable[ChannelStatistics], *, on_progress: Progres
         earlier = next((other for other, held in enumerate(parts[: number - 1], start=1) if _overlap(held, part)), None)
         if earlier is not None:
             raise StatisticsError(
-                f"Parts {earlier} and {number} hold the same images; give every part once, each of its own images."
+                f"Parts {earlier} and {number} contain the same images. Pass each set of images once."
             )
         for collection in part.metadata.get(COLLECTIONS, "").split():
             if collection in seen:
                 raise StatisticsError(
-                    f"Parts {seen[collection]} and {number} hold the same images; give every part once, each of its "
-                    "own images."
+                    f"Parts {seen[collection]} and {number} contain the same images. Pass each set of images once."
                 )
             seen[collection] = number
     merged = Accumulator.of_statistics(first)
@@ -314,11 +313,11 @@ def merge_statistics(parts: Iterable[ChannelStatistics], *, on_progress: Progres
 
 
 def _overlap(first: ChannelStatistics, second: ChannelStatistics) -> bool:
-    """Whether the samples share keys, and have the same rows under all of them: then they are of the same images."""
+    """Whether the samples share keys and agree on those rows, so that both contain the same images."""
     if first.sample is None or second.sample is None:
         return False
     _, mine, theirs = np.intersect1d(first.sample.keys.numpy(), second.sample.keys.numpy(), return_indices=True)
-    # Passes of other sizes round otherwise.
+    # Rounding depends on the batch size.
     return len(mine) > 0 and all(
         torch.allclose(rows[mine], second.sample.rows[name][theirs].to(rows.dtype), rtol=1e-4)
         for name, rows in first.sample.rows.items()
@@ -326,36 +325,36 @@ def _overlap(first: ChannelStatistics, second: ChannelStatistics) -> bool:
 
 
 def _check_mergeable(first: ChannelStatistics, part: ChannelStatistics, number: int) -> None:
-    """Raise `StatisticsError` unless both come from the same layers of one model, in the same way."""
+    """Raise `StatisticsError` unless both were collected on the same layers of one model in the same way."""
     if list(first) != list(part):
         differing = next(iter(set(first) ^ set(part)), "order")
         raise StatisticsError(
-            f"Part {number} holds other layers than the first ({differing!r}); collect both with the same layers."
+            f"The layers of part {number} and the first part differ ({differing!r}). Collect the same layers in both."
         )
     for name, layer in part.items():
         if (layer.channels, layer.classes) != (first[name].channels, first[name].classes):
             raise StatisticsError(
                 f"Layer {name!r} has {layer.channels} channels and {layer.classes} classes in part {number}, "
-                f"{first[name].channels} and {first[name].classes} in the first; they are of different models."
+                f"but {first[name].channels} and {first[name].classes} in the first. Merge statistics of one model."
             )
         if part.weight_digests.get(name) != first.weight_digests.get(name):
             raise StatisticsError(
-                f"Layer {name!r} has other weights in part {number} than in the first; "
-                "merge statistics of one model only."
+                f"The weights of layer {name!r} differ between part {number} and the first part. "
+                "Merge statistics of one model."
             )
     for field in ("labels", "preprocessing"):
         if part.metadata.get(field) != first.metadata.get(field):
             raise StatisticsError(
-                f"Part {number} was collected with {field} {part.metadata.get(field)!r}, the first with "
-                f"{first.metadata.get(field)!r}; collect both in the same way."
+                f"Part {number} was collected with {field} {part.metadata.get(field)!r}, but the first with "
+                f"{first.metadata.get(field)!r}. Collect both in the same way."
             )
 
 
 def shapiro_p_values(samples: NDArray[Any], on_progress: Progress | None = None) -> NDArray[np.float64]:
-    """Shapiro-Wilk p-value of each column (N, C); 1, hence normal, where the test is not defined.
+    """Compute the Shapiro-Wilk p-value of each column (N, C); 1, that is normal, where the test is undefined.
 
-    Blocks of columns go to processes, since scipy's test holds the interpreter's lock; where they are few, processes
-    cannot be forked or one is lost, this one does it all.
+    Worker processes test blocks of columns, since scipy's test holds the GIL. This process does the work itself if
+    there is little of it, forking is impossible, or a worker dies.
     """
     channels = samples.shape[1]
     blocks = [slice(start, start + _COLUMNS) for start in range(0, channels, _COLUMNS)]
@@ -369,7 +368,7 @@ def shapiro_p_values(samples: NDArray[Any], on_progress: Progress | None = None)
                 on_progress("normality", min(block.stop, channels), channels)
 
     done: list[slice] = []
-    # A daemonic process, such as a worker of a pool, may have no children.
+    # A daemonic process, such as a pool worker, may not fork.
     can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if samples.size >= _WORTH_PROCESSES and can_fork:
         processes = len(os.sched_getaffinity(0))
@@ -377,7 +376,7 @@ def shapiro_p_values(samples: NDArray[Any], on_progress: Progress | None = None)
             with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
                 fill(_in_order(pool, (samples[:, block] for block in blocks), ahead=2 * processes), blocks)
         except (BrokenProcessPool, OSError):
-            # What is left is tested below: a lost process must not cost the collection.
+            # A dead worker must not cost the collection: the rest is tested below.
             pass
     left = blocks[len(done) :]
     fill((_shapiro_of_block(samples[:, block]) for block in left), left)
@@ -385,7 +384,7 @@ def shapiro_p_values(samples: NDArray[Any], on_progress: Progress | None = None)
 
 
 def _in_order(pool: ProcessPoolExecutor, work: Iterable[NDArray[Any]], ahead: int) -> Iterator[NDArray[np.float64]]:
-    """Results in the order of the blocks, of which only a few are copied ahead."""
+    """Yield results in block order, copying only a few blocks ahead."""
     waiting: deque[Future[NDArray[np.float64]]] = deque()
     for block in work:
         waiting.append(pool.submit(_shapiro_of_block, np.ascontiguousarray(block)))
@@ -402,9 +401,9 @@ def _shapiro_of_block(samples: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _keys(seed: int, numbers: Tensor) -> Tensor:
-    """A random key per image, from its number alone: the images of the smallest keys are a sample of any stream.
+    """Hash each image's number into a key; the images with the smallest keys are a random sample of the stream.
 
-    Splitmix64 (Steele, Lea, Flood 2014), without the last bit so that keys sort as signed integers.
+    Splitmix64 (Steele, Lea, Flood 2014) without the last bit, so that keys sort as signed integers.
     """
     state = (numbers.numpy().astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     state += np.uint64(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
@@ -427,7 +426,7 @@ def _columns(moments: Moments, columns: slice) -> Moments:
 
 
 def _merge_into(total: Moments, groups: Tensor | slice, part_of: Callable[[slice], Moments]) -> None:
-    """Merge the moments of some groups into the total, in place, a block of columns at a time."""
+    """Merge moments of some groups into the total in place, one block of columns at a time."""
     weight, square = total.weight[groups], total.square[groups]
     merged = None
     for columns in _blocks(total.mean.shape[1]):

@@ -1,4 +1,4 @@
-"""Checkpoints of a collection: written whole or not at all, and read again only under the same settings."""
+"""Checkpoints of a collection: written atomically, and resumed only under the same settings."""
 
 import json
 import re
@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from parchgrad._io.files import writing
+from parchgrad._io.tensors import read_tensors
 from parchgrad.errors import StatisticsError, reason_of
-from parchgrad.files import remove_abandoned, writing
-from parchgrad.tensor_files import read_tensors
 
 __all__ = ["check_parts", "differences", "part_of_process", "read_checkpoint", "remove_checkpoints", "write_checkpoint"]
 
@@ -19,7 +19,7 @@ _FORMAT = "parchgrad collection checkpoint 1"
 
 
 def part_of_process(path: Path, rank: int, count: int) -> Path:
-    """Name the checkpoint of one of several processes, counted from zero.
+    """Return the path of one process's checkpoint; ranks count from zero.
 
     Example:
         >>> part_of_process(Path("a.checkpoint"), 0, 2).name
@@ -29,20 +29,20 @@ def part_of_process(path: Path, rank: int, count: int) -> Path:
 
 
 def check_parts(path: Path, count: int) -> None:
-    """Raise `StatisticsError` if there are checkpoints of another number of processes than now."""
+    """Raise `StatisticsError` if a different number of processes wrote the checkpoints."""
     found = {int(part.stem.rsplit("-of-", 1)[1]): part for part in _parts(path)}
     if path.exists():
         found[1] = path
     others = found.keys() - {count}
     if others:
         raise StatisticsError(
-            f"The checkpoint {str(found[min(others)])!r} was made by {min(others)} processes, and now there are "
-            f"{count}; start as many, or delete the checkpoint to start anew."
+            f"The checkpoint {str(found[min(others)])!r} was written by {min(others)} processes, but there are now "
+            f"{count}. Start {min(others)}, or delete the checkpoint to start over."
         )
 
 
 def write_checkpoint(path: Path, settings: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint over an earlier one; a process killed at any moment leaves one of the two.
+    """Replace the checkpoint atomically.
 
     Raises:
         OutputError: if the file cannot be written.
@@ -53,28 +53,27 @@ def write_checkpoint(path: Path, settings: Mapping[str, str], tensors: Mapping[s
 
 
 def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor] | None:
-    """Read a checkpoint, or nothing where there is none; what a killed process left half-written is removed.
+    """Read a checkpoint; return None if it does not exist.
 
     Raises:
-        StatisticsError: if the file is no checkpoint, or was made with other settings, which are named.
+        StatisticsError: if the file is not a checkpoint, or was written with other settings; names them.
     """
-    remove_abandoned(path)
     if not path.exists():
         return None
     try:
         header, tensors = read_tensors(path)
         if header.get("format") != _FORMAT:
-            raise ValueError("it is a file of another kind or release")
+            raise ValueError("not a checkpoint of this release")
         earlier = {str(name): str(text) for name, text in dict(json.loads(header["settings"])).items()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticsError(
-            f"The checkpoint {str(path)!r} cannot be read ({reason_of(error)}); delete it to start anew."
+            f"Cannot read the checkpoint {str(path)!r} ({reason_of(error)}). Delete it to start over."
         ) from error
     differing = differences(earlier, settings)
     if differing:
         raise StatisticsError(
-            f"The checkpoint {str(path)!r} cannot be resumed, since {differing}; restore what was, "
-            "or delete the checkpoint to start anew."
+            f"Cannot resume from the checkpoint {str(path)!r}, since {differing}. Restore the earlier settings, "
+            "or delete the checkpoint to start over."
         )
     return tensors
 
@@ -87,13 +86,13 @@ def remove_checkpoints(path: str | Path) -> None:
 
 
 def _parts(path: Path) -> list[Path]:
-    """The checkpoints of several processes of this run, and not those of a run whose name only begins alike."""
+    """Find the per-process checkpoints of this run, but not of runs whose names share the prefix."""
     name = re.compile(rf"{re.escape(path.stem)}-\d+-of-\d+{re.escape(path.suffix)}")
     return [file for file in path.parent.glob(f"{escape(path.stem)}-*") if name.fullmatch(file.name)]
 
 
 def differences(earlier: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say what differs between two settings, in words; empty where nothing does.
+    """Describe the differences between two settings; empty if there are none.
 
     Example:
         >>> differences({"seed": "0", "model": "a"}, {"seed": "1", "model": "a"})

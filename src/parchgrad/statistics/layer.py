@@ -1,4 +1,4 @@
-"""Statistics of one convolution, as read-only containers whose arrays are checked."""
+"""Statistics of one convolution, in read-only containers that validate their arrays."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parchgrad.errors import StatisticsError
 from parchgrad.statistics.compact import check_share
-from parchgrad.statistics.tests import TTest, check_test, class_log_p
+from parchgrad.statistics.t_tests import TTest, check_test, class_log_p
 
 __all__ = ["PARTS_READ", "PICKLES", "AnyLayerStatistics", "LayerStatistics", "RankedLayerStatistics"]
 
@@ -19,34 +19,33 @@ PICKLES: Mapping[str, str] = {
     "mean": "gap_mean.pkl",
     "std": "gap_std.pkl",
 }
-"""Files of the original research code by the field of `RankedLayerStatistics` that they fill."""
+"""File of the original research code for each field of `RankedLayerStatistics`."""
 
 PARTS_READ: Mapping[Literal["class", "instance"], tuple[str, ...]] = {
     "class": ("log_p", "shapiro_p"),
     "instance": ("shapiro_p", "mean", "std"),
 }
-"""Fields of `RankedLayerStatistics` that each selector reads."""
+"""Fields of `RankedLayerStatistics` that each selector needs."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LayerStatistics:
     """Statistics of one convolution's C channels over a data set of K classes.
 
-    Every number is of the GAP of a channel: the mean over space of relu(output). Arrays are kept in float64 on the CPU.
+    All values describe the GAP of a channel, the mean over space of relu(output). Arrays are float64 on the CPU.
 
     Attributes:
         count: number of images, shape ().
         mean: mean per channel, shape (C,).
         std: unbiased standard deviation per channel, shape (C,).
-        class_count: images per class, shape (K,); the sum of their weights where images belong to every class to some
-            extent.
+        class_count: number of images per class, shape (K,); the sum of their weights for predicted labels.
         class_mean: mean per channel and class, shape (C, K).
         class_variance: unbiased variance per channel and class, shape (C, K).
         shapiro_p: Shapiro-Wilk p-value per channel, in [0, 1], shape (C,).
-        class_square: sum of the squared weights per class, shape (K,); `class_count` where weights are zero or one.
+        class_square: sum of squared weights per class, shape (K,); equals `class_count` for weights of zero or one.
 
     Raises:
-        StatisticsError: if a shape does not fit the others, or a number is not finite or out of its range.
+        StatisticsError: if a shape does not match the others, or a value is not finite or out of range.
 
     Example:
         >>> layer = LayerStatistics(
@@ -64,7 +63,7 @@ class LayerStatistics:
     class_mean: Tensor
     class_variance: Tensor
     shapiro_p: Tensor
-    class_square: Tensor = None  # type: ignore[assignment]  # replaced by class_count as soon as it is made
+    class_square: Tensor = None  # type: ignore[assignment]  # __post_init__ replaces None by class_count
 
     def __post_init__(self) -> None:
         if self.class_square is None:
@@ -82,8 +81,8 @@ class LayerStatistics:
             "class_square": (classes,),
         }
         if channels < 1 or classes < 1:
-            raise StatisticsError(f"There are {channels} channels and {classes} classes; there must be some.")
-        # A class with no more than one effective image has no variance; such entries are not read.
+            raise StatisticsError(f"There are {channels} channels and {classes} classes, but both must be positive.")
+        # The variance of a class with at most one effective image is undefined and never read.
         has_variance = self.class_count.square() > self.class_square
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -104,11 +103,11 @@ class LayerStatistics:
 
     @property
     def effective_count(self) -> Tensor:
-        """Effective number of images per class (Kish 1965), shape (K,); `class_count` where weights are zero or one."""
+        """Effective number of images per class (Kish 1965), shape (K,); `class_count` for weights of zero or one."""
         return torch.where(self.class_square > 0, self.class_count.square() / self.class_square, 0.0)
 
     def class_log_p(self, test: TTest = "welch") -> Tensor:
-        """Log p of "this channel is larger on this class than on the others", shape (C, K), natural log, float64.
+        """Compute natural log p of "this channel is larger on this class than on the others", shape (C, K), float64.
 
         Raises:
             SettingError: if `test` is not `"welch"` or `"student"`.
@@ -126,7 +125,7 @@ class LayerStatistics:
         return torch.from_numpy(log_p)
 
     def restricted(self, classes: Sequence[int]) -> "LayerStatistics":
-        """Keep the columns of some classes; the others stay in `count`, `mean` and `std`, which the tests need."""
+        """Keep the columns of some classes; `count`, `mean` and `std` still cover all, as the tests need."""
         index = list(classes)
         changes = {name: getattr(self, name)[..., index] for name in _CLASS_FIELDS}
         return LayerStatistics(**{entry.name: getattr(self, entry.name) for entry in fields(self)} | changes)
@@ -137,23 +136,23 @@ _CLASS_FIELDS = ("class_count", "class_square", "class_mean", "class_variance")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RankedLayerStatistics:
-    """Statistics of one convolution whose class tests are done: log p in place of the moments of each class.
+    """Statistics of one convolution with log p per class instead of the class moments.
 
-    What compact files and files of the original research code hold. Such statistics serve the selectors like any
-    other, but cannot be merged, nor tested in another way. A part that only one selector reads may be missing.
+    Compact files and files of the original research code contain these. The selectors accept them like any other
+    statistics, but they cannot be merged or re-tested. A field that only one selector needs may be missing.
 
     Attributes:
         mean: mean of the GAP per channel, shape (C,); None if missing.
         std: unbiased standard deviation per channel, shape (C,); None if missing.
         shapiro_p: Shapiro-Wilk p-value per channel, in [0, 1], shape (C,).
-        log_p: natural log of the p-value per channel and class, shape (C, K), float32; 0 where it is not held. None if
+        log_p: natural log of the p-value per channel and class, shape (C, K), float32; 0 where not kept. None if
             missing.
-        test: the test that it comes from.
-        share: share of the channels whose log p is held for each class, the best ones, in (0, 1].
+        test: the t-test behind `log_p`.
+        share: share of channels, the best ones, whose log p is kept for each class, in (0, 1].
 
     Raises:
         SettingError: if `test` or `share` is out of range.
-        StatisticsError: if a shape does not fit the others, or a number is not finite or out of its range.
+        StatisticsError: if a shape does not match the others, or a value is not finite or out of range.
 
     Example:
         >>> layer = RankedLayerStatistics(
@@ -180,7 +179,9 @@ class RankedLayerStatistics:
             size = self.log_p.shape
         classes = size[1] if len(size) == 2 else 0
         if self.channels < 1 or (len(size) == 2 and classes < 1):
-            raise StatisticsError(f"There are {self.channels} channels and {classes} classes; there must be some.")
+            raise StatisticsError(
+                f"There are {self.channels} channels and {classes} classes, but both must be positive."
+            )
         per_channel = (self.channels,)
         for name, shape, lowest, highest in (
             ("mean", per_channel, -torch.inf, torch.inf),
@@ -204,28 +205,28 @@ class RankedLayerStatistics:
         return 0 if self.log_p is None else self.log_p.shape[1]
 
     def require(self, selector: Literal["class", "instance"]) -> None:
-        """Raise `StatisticsError` if a part that the selector reads is missing, and name its file."""
+        """Raise `StatisticsError`, naming the file, if a field that the selector needs is missing."""
         missing = [PICKLES[part] for part in PARTS_READ[selector] if getattr(self, part) is None]
         if missing:
             what = "p-values per class" if selector == "class" else "the mean and standard deviation per channel"
             raise StatisticsError(
-                f"The statistics lack {what}: they were imported without {' and '.join(map(repr, missing))}; "
-                f"import them from a folder that holds {'it' if len(missing) == 1 else 'both'}, or collect new "
+                f"The statistics lack {what}: they were imported without {' and '.join(map(repr, missing))}. "
+                f"Import them from a folder with {'this file' if len(missing) == 1 else 'both files'}, or collect new "
                 "statistics."
             )
 
     def class_log_p(self, test: TTest = "welch") -> Tensor:
-        """Log p as it is held, shape (C, K), in float64.
+        """Return the stored log p, shape (C, K), in float64.
 
         Raises:
-            StatisticsError: if `test` is another than the one it comes from, or `log_p` is missing.
+            StatisticsError: if `test` is not the stored one, or `log_p` is missing.
         """
         check_test(test)
         self.require("class")
         if test != self.test:
             raise StatisticsError(
-                f"The statistics hold p-values of the {self.test} test only, but {test!r} is asked for; "
-                f"use test={self.test!r}, or collect the statistics again."
+                f"`test` is {test!r}, but the statistics only contain p-values of the {self.test!r} test. "
+                f"Use `test={self.test!r}`, or collect the statistics again."
             )
         return cast(Tensor, self.log_p).double()
 
@@ -235,7 +236,7 @@ class RankedLayerStatistics:
         return RankedLayerStatistics(**{entry.name: getattr(self, entry.name) for entry in fields(self)} | changes)
 
 
-# Far beyond what float32 holds; the t-tests take squares of squares, which float64 holds of no more.
+# Far above the float32 range; the t-tests square squares, which would overflow float64 for larger values.
 _LARGEST = 1e60
 _LARGEST_SQUARE = 1e120
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
@@ -246,20 +247,20 @@ def _copy_to_float64(layer: AnyLayerStatistics, names: Iterable[str]) -> None:
     for name in names:
         given = torch.as_tensor(getattr(layer, name)).detach()
         if given.dtype not in _NUMBERS or given.layout is not torch.strided:
-            raise StatisticsError(f"{name} is {given.dtype}, {given.layout}; give dense real numbers.")
+            raise StatisticsError(f"`{name}` is {given.dtype}, {given.layout}. Pass a dense, real-valued array.")
         object.__setattr__(layer, name, given.to("cpu", torch.float64, copy=True))
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], channels: int, classes: int) -> None:
     if tuple(value.shape) != shape:
         raise StatisticsError(
-            f"{name} has shape {tuple(value.shape)}, but {channels} channels and {classes} classes "
-            f"need {shape}; give arrays that belong to one layer."
+            f"`{name}` has shape {tuple(value.shape)}, but {channels} channels and {classes} classes "
+            f"need {shape}. Pass arrays of one layer."
         )
 
 
 def _check_values(name: str, value: Tensor, lowest: float, highest: float) -> None:
     if not torch.isfinite(value).all():
-        raise StatisticsError(f"{name} holds values that are not finite; collect the statistics again.")
+        raise StatisticsError(f"`{name}` contains NaN or infinite values. Collect the statistics again.")
     if bool(((value < lowest) | (value > highest)).any()):
-        raise StatisticsError(f"{name} holds values outside [{lowest}, {highest}]; collect the statistics again.")
+        raise StatisticsError(f"`{name}` has values outside [{lowest}, {highest}]. Collect the statistics again.")

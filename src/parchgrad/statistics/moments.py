@@ -1,4 +1,4 @@
-"""Weighted moments of many groups at once, streaming and mergeable. Pure functions on float64 tensors."""
+"""Streaming, mergeable weighted moments of many groups at once. Pure functions on float64 tensors."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class Moments:
     """Moments of C channels in each of G groups, in float64.
 
     Attributes:
-        weight: sum of the samples' weights, shape (G,).
-        square: sum of their squares, shape (G,); equal to `weight` where weights are zero or one.
+        weight: sum of the sample weights, shape (G,).
+        square: sum of the squared weights, shape (G,); equals `weight` for weights of zero or one.
         mean: weighted mean, shape (G, C); zero in a group without weight.
         m2: weighted sum of squared deviations from that mean, shape (G, C).
     """
@@ -33,14 +33,14 @@ class Moments:
     def variance(self) -> Tensor:
         """Unbiased variance, shape (G, C), for reliability weights: `m2 / (weight - square / weight)`.
 
-        NaN where the group has no more than one effective sample.
+        NaN for groups with at most one effective sample.
         """
         freedom = self.weight - self.square / self.weight
         return self.m2 / torch.where(self.effective_count > 1, freedom, torch.nan).unsqueeze(1)
 
 
 def moments_of_labels(values: Tensor, labels: Tensor, groups: int) -> Moments:
-    """Moments of samples that belong to one group each.
+    """Compute moments of samples that each belong to one group.
 
     Args:
         values: samples (B, C).
@@ -60,11 +60,11 @@ def moments_of_labels(values: Tensor, labels: Tensor, groups: int) -> Moments:
 
 
 def moments_of_weights(values: Tensor, weights: Tensor) -> Moments:
-    """Moments of samples that belong to every group to some extent.
+    """Compute moments of samples weighted in every group.
 
     Args:
         values: samples (B, C).
-        weights: how much each sample counts in each group, in [0, 1], shape (B, G).
+        weights: weight of each sample in each group, in [0, 1], shape (B, G).
 
     Example:
         >>> moments = moments_of_weights(torch.tensor([[0.0], [4.0]]), torch.tensor([[0.5, 1.0], [0.5, 0.0]]))
@@ -73,7 +73,7 @@ def moments_of_weights(values: Tensor, weights: Tensor) -> Moments:
     """
     values, weights = values.double(), weights.double()
     weight, square = weights.sum(0), weights.square().sum(0)
-    # Deviations from a common centre: squares of the values themselves would cancel.
+    # Deviations from a common centre avoid cancellation in the squares.
     centre = values.mean(0)
     deviations = values - centre
     safe = torch.where(weight > 0, weight, torch.ones_like(weight)).unsqueeze(1)
@@ -84,7 +84,7 @@ def moments_of_weights(values: Tensor, weights: Tensor) -> Moments:
 
 
 def merge(first: Moments, second: Moments) -> Moments:
-    """Moments of two disjoint sets of samples together (Chan, Golub, LeVeque 1979).
+    """Combine the moments of two disjoint sets of samples (Chan, Golub, LeVeque 1979).
 
     Example:
         >>> labels = torch.tensor([0])

@@ -1,4 +1,4 @@
-"""Several processes at one collection, over torch.distributed: who takes part, and how they tell each other."""
+"""Distribute one collection over several processes with torch.distributed."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -22,12 +22,12 @@ _PATIENCE = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, and which of them this is.
+    """The processes of a run and the rank of this one.
 
     Attributes:
-        rank: number of this process, from zero.
+        rank: rank of this process, from zero.
         count: number of processes.
-        group: the group they talk in; None for a process on its own.
+        group: their process group; None for a single process.
     """
 
     rank: int = 0
@@ -35,7 +35,7 @@ class Processes:
     group: Any = None
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Send tensors to the first process, which gets those of the others, one after the other.
+        """Send tensors to the first process, which receives those of the others in turn.
 
         Raises:
             StatisticsError: if a process is lost.
@@ -47,7 +47,7 @@ class Processes:
                 yield self._receive(sender)
 
     def broadcast(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Give every process the tensors of the first; those of the others are ignored.
+        """Send the tensors of the first process to all others.
 
         Raises:
             StatisticsError: if a process is lost.
@@ -78,16 +78,16 @@ class Processes:
             yield
         except RuntimeError as error:
             raise StatisticsError(
-                f"Process {other + 1} of {self.count} was lost, and the run with it; see what it printed, and "
-                "start all processes again: with a checkpoint they go on where it stands."
+                f"Process {other + 1} of {self.count} died, which ended the run. Check its output and restart all "
+                "processes; with a checkpoint they resume from there."
             ) from error
 
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started, or that share an initialised process group; else stand alone.
+    """Join the processes started by torchrun or of an initialised process group, if any.
 
-    Tensors of the CPU are exchanged, over gloo, whatever the backend of the group.
+    They exchange CPU tensors over gloo, whatever the backend of the group.
     """
     launched = dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched()
     if launched:
@@ -107,5 +107,5 @@ def joined_processes() -> Iterator[Processes]:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first of those that torchrun started, or on its own."""
+    """Whether this is the first process of torchrun, or a single process."""
     return not dist.is_available() or not dist.is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"

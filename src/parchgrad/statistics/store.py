@@ -1,4 +1,4 @@
-"""Channel statistics of a model, and their file: safetensors, never a pickle."""
+"""Channel statistics of a model and their safetensors file."""
 
 import hashlib
 import json
@@ -14,34 +14,34 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parchgrad.checks import check_kind
+from parchgrad._io.checks import check_kind
+from parchgrad._io.files import writing
+from parchgrad._io.tensors import read_tensors
+from parchgrad.core.layers import Convolution, bare_model, find_convolutions
 from parchgrad.errors import OutputError, SettingError, StatisticsError, StatisticsWarning, reason_of, warn
-from parchgrad.files import writing
-from parchgrad.layers import Convolution, bare_model, find_convolutions
 from parchgrad.statistics.compact import COMPACT_PARTS, compact_log_p, expand_log_p, keep_share
 from parchgrad.statistics.layer import PICKLES, AnyLayerStatistics, LayerStatistics, RankedLayerStatistics
-from parchgrad.statistics.tests import TTest
-from parchgrad.tensor_files import read_tensors
+from parchgrad.statistics.t_tests import TTest
 
 __all__ = ["ChannelStatistics", "RowSample", "weight_digest"]
 
 _FORMAT = "parchgrad channel statistics"
 _VERSION = "1"
 _SUFFIX = ".safetensors"
-# More than any classifier has: what lists them would fill the memory.
+# More than any classifier has; a larger number in a file would exhaust memory.
 _MOST_CLASSES = 1_000_000
-# No layer has this name, since module names hold no colon.
+# Cannot clash with a layer: module names contain no colon.
 _KEYS = ":keys"
 _VIEWS = ("layers", "metadata", "weight_digests")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RowSample:
-    """A random sample of at most 5,000 images, which the normality test saw and merging needs again.
+    """The random sample of at most 5,000 images behind the normality test; merging needs it again.
 
     Attributes:
-        keys: random key of each image, by which it was drawn, shape (N,), int64.
-        rows: GAP of each of these images by layer, each (N, C).
+        keys: random key by which each image was sampled, shape (N,), int64.
+        rows: GAPs of these images by layer, each (N, C).
     """
 
     keys: Tensor
@@ -51,16 +51,16 @@ class RowSample:
         object.__setattr__(self, "rows", MappingProxyType(dict(self.rows)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Read-only views cannot be pickled; plain dicts take their place on the way."""
+        """Replace the read-only view, which cannot be pickled, by a plain dict."""
         return {**vars(self), "rows": dict(self.rows)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the view again."""
+        """Restore the read-only view."""
         vars(self).update(state, rows=MappingProxyType(state["rows"]))
 
 
 def weight_digest(convolution: Convolution) -> str:
-    """SHA-256 of a convolution's weight, the same on any device and in any wider dtype.
+    """Compute the SHA-256 of a convolution's weight, independent of device and wider dtypes.
 
     Example:
         >>> convolution = nn.Conv2d(3, 8, 3)
@@ -73,18 +73,18 @@ def weight_digest(convolution: Convolution) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
-    """A read-only mapping from layer name to its statistics, all over the same classes.
+    """A read-only mapping from layer name to statistics, all over the same classes.
 
     Attributes:
         layers: statistics by the layer's name in the model.
-        metadata: what they were collected from, text by name: `model`, `preprocessing`, `data`, `labels`, `images`.
-        weight_digests: SHA-256 of each convolution's weight by layer name, where it is known.
-        class_indices: classes of the model that the columns stand for; None where they are all of them.
-        sample: the sampled images, where the statistics can be merged.
-        model_classes: number of classes of the model; as many as the columns unless given.
+        metadata: provenance, text by name: `model`, `preprocessing`, `data`, `labels`, `images`.
+        weight_digests: SHA-256 of each convolution's weight by layer name, where known.
+        class_indices: the model's class of each column; None for all classes.
+        sample: the sampled images; None if the statistics cannot be merged.
+        model_classes: number of classes of the model; defaults to the number of columns.
 
     Raises:
-        StatisticsError: if there is no layer, or the layers differ in their number of classes.
+        StatisticsError: if there is no layer, or layers differ in the number of classes.
 
     Example:
         >>> layer = LayerStatistics(
@@ -103,11 +103,11 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
     model_classes: int = field(default=0, kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Read-only views cannot be pickled; plain dicts take their place on the way."""
+        """Replace the read-only views, which cannot be pickled, by plain dicts."""
         return {**vars(self), **{name: dict(getattr(self, name)) for name in _VIEWS}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the views again."""
+        """Restore the read-only views."""
         vars(self).update(state, **{name: MappingProxyType(state[name]) for name in _VIEWS})
 
     def __post_init__(self) -> None:
@@ -115,28 +115,28 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         if not self.layers:
             raise StatisticsError(
-                "Channel statistics need at least one layer, but none is given; collect them, or load a file."
+                "Channel statistics need at least one layer, but none is given. Collect them, or load a file."
             )
         for name, layer in self.layers.items():
             if layer.classes != self.classes:
                 raise StatisticsError(
-                    f"Layer {name!r} has statistics of {layer.classes} classes, the first layer of {self.classes}; "
-                    "all layers must come from one collection."
+                    f"Layer {name!r} has statistics of {layer.classes} classes, but the first layer of {self.classes}. "
+                    "All layers must come from one collection."
                 )
         first = next(iter(self.layers.values()))
         for name, layer in self.layers.items():
             if isinstance(first, LayerStatistics) and isinstance(layer, LayerStatistics) and layer.count != first.count:
                 raise StatisticsError(
-                    f"Layer {name!r} has statistics of {layer.count:.0f} images, the first layer of {first.count:.0f}; "
-                    "all layers must come from one collection."
+                    f"Layer {name!r} has statistics of {layer.count:.0f} images, but the first layer of "
+                    f"{first.count:.0f}. All layers must come from one collection."
                 )
         if not self.model_classes:
             object.__setattr__(self, "model_classes", self.classes)
         indices = self.class_indices
         if indices is None and self.model_classes != self.classes:
             raise StatisticsError(
-                f"The statistics are of {self.classes} classes, the model has {self.model_classes}; "
-                "class_indices must say which classes they are."
+                f"The statistics have {self.classes} classes, but the model has {self.model_classes}. "
+                "Pass `class_indices=` to say which they are."
             )
         if indices is not None and (
             len(indices) != self.classes
@@ -144,7 +144,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             or not all(0 <= i < self.model_classes for i in indices)
         ):
             raise StatisticsError(
-                f"class_indices must be {self.classes} ascending classes from 0 to {self.model_classes - 1}, "
+                f"`class_indices` must be {self.classes} ascending classes from 0 to {self.model_classes - 1}, "
                 f"but {len(indices)} are given: {indices[:10]}."
             )
         if self.sample is not None:
@@ -153,34 +153,34 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
     def _check_sample(self, sample: RowSample) -> None:
         if sample.keys.dtype != torch.int64 or sample.keys.dim() != 1:
             raise StatisticsError(
-                f"The keys of the sampled images are {sample.keys.dtype} of shape {tuple(sample.keys.shape)}, but "
-                "whole numbers, int64 of shape (N,), are needed; collect the statistics again."
+                f"The keys of the sampled images are {sample.keys.dtype} of shape {tuple(sample.keys.shape)}, but must "
+                "be int64 of shape (N,). Collect the statistics again."
             )
         for name, layer in self.layers.items():
             shape = (len(sample.keys), layer.channels)
             if name not in sample.rows or tuple(sample.rows[name].shape) != shape:
                 raise StatisticsError(
-                    f"The sampled images of layer {name!r} must be rows of shape {shape}, one for each key; collect "
-                    "the statistics again."
+                    f"The sampled images of layer {name!r} must be rows of shape {shape}, one per key. Collect the "
+                    "statistics again."
                 )
             if sample.rows[name].dtype not in (torch.float32, torch.float64):
                 raise StatisticsError(
-                    f"The sampled images of layer {name!r} are {sample.rows[name].dtype}, not float32; convert them."
+                    f"The sampled images of layer {name!r} are {sample.rows[name].dtype}, not float32. Convert them."
                 )
             if not torch.isfinite(sample.rows[name]).all():
                 raise StatisticsError(
-                    f"The sampled images of layer {name!r} hold values that are not finite; collect the statistics "
+                    f"The sampled images of layer {name!r} contain NaN or infinite values. Collect the statistics "
                     "again."
                 )
 
     @property
     def classes(self) -> int:
-        """Number of classes K that the statistics hold, the same in every layer; 0 without p-values per class."""
+        """Number of classes K in the statistics, the same in every layer; 0 without p-values per class."""
         return next(iter(self.layers.values())).classes
 
     @property
     def test(self) -> TTest:
-        """The test that compact or imported statistics are of; Welch's for others, which hold what any test needs."""
+        """The test of compact or imported statistics; `"welch"` for full ones, which support any test."""
         layer = next(iter(self.values()))
         return "welch" if isinstance(layer, LayerStatistics) else layer.test
 
@@ -200,31 +200,31 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
     def restrict(
         self, layers: Iterable[str] | None = None, classes: Iterable[int] | None = None
     ) -> "ChannelStatistics":
-        """Keep some layers or classes only, for a smaller file; the sample that merging needs is left out.
+        """Keep only some layers or classes, for a smaller file that cannot be merged.
 
         Args:
-            layers: names of layers, kept in their present order; None keeps all.
-            classes: classes of the model by index; None keeps all.
+            layers: names of layers, kept in the current order; None keeps all.
+            classes: class indices of the model; None keeps all.
 
         Raises:
-            StatisticsError: if a layer or class is not among them.
+            StatisticsError: if the statistics lack a layer or class.
         """
         for name, value, kind in (("layers", layers, "names of layers"), ("classes", classes, "class indices")):
             if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
                 raise StatisticsError(
-                    f"{name} is {value!r}, but it must be a list of {kind}; choose_layers(model, ...) gives the names "
-                    "of a ratio or pattern, and [index] is a list of one class."
+                    f"`{name}` is {value!r}, but it must be a list of {kind}. `choose_layers(model, ...)` returns the "
+                    "names for a ratio or pattern; pass one class as `[index]`."
                 )
         wanted = list(self) if layers is None else list(layers)
         unknown = set(wanted) - set(self.layers)
         if unknown:
-            raise StatisticsError(f"The statistics do not hold layer {min(unknown)!r}; they hold {', '.join(self)}.")
+            raise StatisticsError(f"The statistics have no layer {min(unknown)!r}. Choose from {', '.join(self)}.")
         kept = {name: self[name] for name in self if name in set(wanted)}
         indices = self.class_indices
         if classes is not None:
             indices = tuple(sorted(set(classes.tolist() if isinstance(classes, Tensor) else classes)))
             if not indices:
-                raise StatisticsError("No class is left to restrict to; give at least one.")
+                raise StatisticsError("`classes` is empty. Pass at least one class.")
             columns = self.columns(indices)
             kept = {name: layer.restricted(columns) for name, layer in kept.items()}
         return ChannelStatistics(
@@ -236,10 +236,10 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         )
 
     def columns(self, classes: Iterable[int]) -> list[int]:
-        """Find the columns that stand for classes of the model.
+        """Find the columns of classes of the model.
 
         Raises:
-            StatisticsError: if a class is not held.
+            StatisticsError: if a class is missing.
         """
         self.require("class")
         place = {index: column for column, index in enumerate(self.class_indices or range(self.classes))}
@@ -248,38 +248,37 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         if missing is not None:
             held = "only some classes" if self.class_indices is not None else f"classes 0 to {self.classes - 1}"
             raise StatisticsError(
-                f"The statistics hold {held}, and not class {missing}; give statistics of all classes."
+                f"The statistics contain {held}, but not class {missing}. Use statistics of all classes."
             )
         return [place[index] for index in wanted]
 
     def require(self, selector: Literal["class", "instance"]) -> None:
-        """Check that every layer holds what the selector reads; only imported statistics may lack some of it.
+        """Check that every layer has what the selector needs; only imported statistics may lack some of it.
 
         Args:
-            selector: `"class"` for `ClassWise`, which reads p-values per class; `"instance"` for `InstanceWise`, which
-                reads the mean and standard deviation per channel.
+            selector: `"class"` for `ClassWise`, which needs p-values per class; `"instance"` for `InstanceWise`, which
+                needs the mean and standard deviation per channel.
 
         Raises:
-            StatisticsError: if a part is missing; it names the file of the research code that holds it.
+            StatisticsError: if a part is missing; it names the research code's file for it.
         """
         for layer in self.values():
             if isinstance(layer, RankedLayerStatistics):
                 layer.require(selector)
 
     def compact(self, *, share: float = 0.5, test: TTest = "welch") -> "ChannelStatistics":
-        """Keep the log p of the best channels of each class in place of all moments, for a file 40 times smaller.
+        """Keep only the log p of the best channels of each class, for a file 40 times smaller.
 
-        The selectors take it for a `quantile` up to `share`; it cannot be merged. In the file a value is one of 256
-        levels, so that a few neighbours in the ranking tie.
+        The selectors accept the result for a `quantile` up to `share`; it cannot be merged. The file stores values at
+        256 levels, so a few neighbours in the ranking tie.
 
         Args:
-            share: share of the channels whose log p is kept for each class, in (0, 1].
-            test: the test whose log p are kept.
+            share: share of channels whose log p is kept for each class, in (0, 1].
+            test: the t-test.
 
         Raises:
             SettingError: if `share` is out of range or `test` unknown.
-            StatisticsError: if the statistics are compact already, and of another test, or lack p-values per
-                class.
+            StatisticsError: if the statistics are already compact with another test, or lack p-values per class.
         """
         self.warn_of_fallback(test)
         layers = {
@@ -304,62 +303,62 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         )
 
     def count_fallbacks(self, test: TTest) -> int:
-        """Count the classes of fewer than two images, for which Student's test takes Welch's place."""
+        """Count the classes with fewer than two images, which use Student's test instead of Welch's."""
         layer = next(iter(self.values()))
         if test != "welch" or not isinstance(layer, LayerStatistics):
             return 0
         return int(((layer.effective_count > 0) & (layer.effective_count < 2)).sum())
 
     def count_empty(self) -> int:
-        """Count the classes that no image is of."""
+        """Count the classes without images."""
         layer = next(iter(self.values()))
         return int((layer.effective_count == 0).sum()) if isinstance(layer, LayerStatistics) else 0
 
     def warn_of_fallback(self, test: TTest) -> None:
-        """Warn where Student's test takes Welch's place, since some classes have fewer than two images."""
+        """Warn if some classes have too few images for Welch's test."""
         few = self.count_fallbacks(test)
         if few:
             empty = self.count_empty()
             none = f", and {empty} more have none" if empty else ""
             warn(
-                f"{few} of {self.classes} classes have fewer than two images{none}; Welch's test needs two, so "
-                "that Student's takes its place for them.",
+                f"{few} of {self.classes} classes have fewer than two images{none}. Student's test is used for them, "
+                "since Welch's needs two.",
                 StatisticsWarning,
             )
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise `StatisticsError` naming the first layer that the model lacks, or has otherwise than here."""
+        """Raise `StatisticsError` naming the first layer that does not match the model."""
         model = bare_model(model)
         convolutions = find_convolutions(model)
         for name, layer in self.items():
             if name not in convolutions:
                 raise StatisticsError(
-                    f"The statistics hold layer {name!r}, which {type(model).__name__} does not have; "
-                    "use the model that they were collected on, or collect statistics on this one."
+                    f"{type(model).__name__} has no layer {name!r}, but the statistics do. "
+                    "Use the model that they were collected on, or collect statistics on this one."
                 )
             convolution = convolutions[name]
             if layer.channels != convolution.out_channels:
                 raise StatisticsError(
-                    f"The statistics of layer {name!r} have {layer.channels} channels, the layer has "
-                    f"{convolution.out_channels}; they were collected on another model."
+                    f"The statistics of layer {name!r} have {layer.channels} channels, but the layer has "
+                    f"{convolution.out_channels}. Collect statistics on this model."
                 )
             if name in self.weight_digests and self.weight_digests[name] != weight_digest(convolution):
                 raise StatisticsError(
-                    f"The weights of layer {name!r} are not those that the statistics were collected with; "
-                    "collect statistics on this model."
+                    f"The statistics were collected with other weights of layer {name!r}. "
+                    "Collect statistics on this model."
                 )
 
     def save(self, path: str | Path, *, force: bool = True) -> None:
-        """Write one safetensors file; it appears only when it is whole.
+        """Write one safetensors file, atomically.
 
         Args:
             path: the file.
-            force: whether an earlier file of that name is replaced.
+            force: whether to replace an existing file.
 
         Raises:
-            OutputError: if the file exists and `force` is off, or cannot be written.
+            OutputError: if the file exists and `force` is False, or it cannot be written.
         """
-        check_kind("path", path, (str, PathLike), "name the file to write", error=OutputError, wanted="a path")
+        check_kind("`path`", path, (str, PathLike), "Name the file to write", error=OutputError, wanted="a path")
         tensors: dict[str, Tensor] = {}
         for name, layer in self.items():
             parts = vars(layer) if isinstance(layer, LayerStatistics) else _ranked_parts(layer)
@@ -388,39 +387,38 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
 
         Args:
             path: the file.
-            model: the model that the statistics will serve; with it, names, channels and weights of every layer are
-                checked.
+            model: if given, check names, channels and weights of every layer against this model.
 
         Raises:
-            StatisticsError: if the file is missing, cut off, of another kind or version, holds what does not fit, or
-                is of another model; the layer or field is named.
+            StatisticsError: if the file is missing, truncated, inconsistent, of another kind or version, or belongs to
+                another model; names the layer or field.
         """
-        remedy = "give the path of a file that save wrote"
-        check_kind("path", path, (str, PathLike), remedy, error=StatisticsError, wanted="a path")
+        remedy = "Pass the path of a file written by `save`"
+        check_kind("`path`", path, (str, PathLike), remedy, error=StatisticsError, wanted="a path")
         try:
             header, tensors = read_tensors(path)
         except FileNotFoundError as error:
-            raise StatisticsError(f"There is no statistics file {str(path)!r}; check the path.") from error
+            raise StatisticsError(f"There is no statistics file {str(path)!r}. Check the path.") from error
         except (OSError, ValueError) as error:
             if Path(path).is_dir():
-                raise StatisticsError(f"{str(path)!r} is a folder; give a statistics file in it.") from error
+                raise StatisticsError(f"{str(path)!r} is a folder. Pass a statistics file in it.") from error
             raise StatisticsError(
-                f"{str(path)!r} cannot be read as channel statistics ({reason_of(error)}); it may be cut off or of "
-                "another kind."
+                f"Cannot read {str(path)!r} as channel statistics ({reason_of(error)}). The file may be truncated or "
+                "of another kind."
             ) from error
         if header.get("format") != _FORMAT:
-            raise StatisticsError(f"{str(path)!r} holds no channel statistics; collect some, or give another file.")
+            raise StatisticsError(f"{str(path)!r} contains no channel statistics. Collect some, or pass another file.")
         if header.get("format_version") != _VERSION:
             raise StatisticsError(
-                f"{str(path)!r} has format version {header.get('format_version')!r}, this release reads {_VERSION!r}; "
-                "collect the statistics again, or install the release that wrote them."
+                f"{str(path)!r} has format version {header.get('format_version')!r}, but this release reads "
+                f"{_VERSION!r}. Collect the statistics again, or install the release that wrote them."
             )
         described, metadata, classes = (_json(header, name, path) for name in ("layers", "metadata", "classes"))
         if not (_is_layer_list(described) and isinstance(metadata, dict) and isinstance(classes, dict)):
-            raise StatisticsError(f"The header of {str(path)!r} is damaged; collect the statistics again.")
+            raise StatisticsError(f"The header of {str(path)!r} is damaged. Collect the statistics again.")
         layers = {str(entry["name"]): _layer_from(tensors, entry, path) for entry in described}
         if len(layers) < len(described):
-            raise StatisticsError(f"A layer stands twice in the header of {str(path)!r}; collect the statistics again.")
+            raise StatisticsError(f"The header of {str(path)!r} lists a layer twice. Collect the statistics again.")
         digests = {str(entry["name"]): str(entry["weight_sha256"]) for entry in described if entry.get("weight_sha256")}
         indices, outputs = classes.get("indices"), classes.get("of")
         if (
@@ -429,7 +427,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
             or outputs > _MOST_CLASSES
         ):
             raise StatisticsError(
-                f"The field 'classes' in the header of {str(path)!r} is damaged; collect the statistics again."
+                f"The field 'classes' in the header of {str(path)!r} is damaged. Collect the statistics again."
             )
         sample = None
         if _KEYS in tensors:
@@ -452,10 +450,10 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
 
     @classmethod
     def bundled(cls, name: str) -> "ChannelStatistics":
-        """Load the compact statistics that come with this package for a model of `load_model`.
+        """Load the compact statistics bundled with this package for a model of `load_model`.
 
         Raises:
-            StatisticsError: if none come for this model.
+            StatisticsError: if there are none for this model.
 
         Example:
             >>> statistics = ChannelStatistics.bundled("efficientnet_lite0")
@@ -466,15 +464,15 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         names = sorted(entry.name.removesuffix(_SUFFIX) for entry in folder.iterdir() if entry.name.endswith(_SUFFIX))
         if name not in names:
             raise StatisticsError(
-                f"No channel statistics come with this package for {name!r}, only for {', '.join(names)}; collect "
-                f"some with `parchgrad stats collect --model {name} --data FOLDER -o FILE`, and give that file."
+                f"This package has no channel statistics for {name!r}, only for {', '.join(names)}. Collect some with "
+                f"`parchgrad stats collect --model {name} --data FOLDER -o FILE`, and pass that file."
             )
         with resources.as_file(folder / f"{name}{_SUFFIX}") as path:
             return cls.load(path)
 
 
 def _ranked_parts(layer: RankedLayerStatistics) -> dict[str, Tensor]:
-    """What a file holds of a layer: float32, and log p in a compact form where little is lost by it."""
+    """Return a layer's tensors for the file: float32, and compact log p if only some channels are kept."""
     held = {name: value for name in PICKLES if (value := getattr(layer, name)) is not None}
     if "log_p" in held and layer.share < 1:
         held |= compact_log_p(held.pop("log_p"))
@@ -494,13 +492,13 @@ def _json(header: Mapping[str, str], name: str, path: str | Path) -> object:
         value: object = json.loads(header[name])
     except (KeyError, ValueError, RecursionError) as error:
         raise StatisticsError(
-            f"The field {name!r} in the header of {str(path)!r} is damaged; collect the statistics again."
+            f"The field {name!r} in the header of {str(path)!r} is damaged. Collect the statistics again."
         ) from error
     return value
 
 
 def _layer_from(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], path: str | Path) -> AnyLayerStatistics:
-    """One layer of a file; `entry` is its description in the header."""
+    """Build one layer from a file; `entry` is its description in the header."""
     layer = str(entry["name"])
     ranked = "test" in entry
     share = entry.get("share", 1.0)
@@ -509,13 +507,13 @@ def _layer_from(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], path: s
         parts = ("shapiro_p", *(COMPACT_PARTS if share != 1 else ()))
     missing = next((part for part in parts if f"{layer}/{part}" not in tensors), None)
     if missing is not None:
-        raise StatisticsError(f"Layer {layer!r} in {str(path)!r} lacks {missing!r}; collect the statistics again.")
+        raise StatisticsError(f"Layer {layer!r} in {str(path)!r} lacks {missing!r}. Collect the statistics again.")
     found = {part: tensors[f"{layer}/{part}"] for part in parts}
     try:
         if not ranked:
             return LayerStatistics(**found)
         compact = {part: found.pop(part) for part in COMPACT_PARTS if part in found}
-        # Statistics imported from the research code may lack what one of the selectors reads.
+        # Imported statistics may lack what one of the selectors needs.
         found |= {part: tensors[f"{layer}/{part}"] for part in PICKLES if f"{layer}/{part}" in tensors}
         if compact:
             found["log_p"] = expand_log_p(compact, found["shapiro_p"].numel())
@@ -524,5 +522,6 @@ def _layer_from(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], path: s
         raise StatisticsError(f"Layer {layer!r} in {str(path)!r} does not fit: {error}") from error
     except TypeError as error:
         raise StatisticsError(
-            f"Layer {layer!r} in {str(path)!r} is described wrongly ({reason_of(error)}); collect again."
+            f"The header entry of layer {layer!r} in {str(path)!r} is invalid ({reason_of(error)}). Collect the "
+            "statistics again."
         ) from error

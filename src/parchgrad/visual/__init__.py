@@ -1,4 +1,4 @@
-"""Pictures of attributions. Functions return figures or arrays; saving them is a separate step."""
+"""Figures of attributions. Functions return figures or arrays; saving is a separate step."""
 
 from parchgrad.visual.maps import (
     blend,

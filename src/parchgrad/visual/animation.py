@@ -1,4 +1,4 @@
-"""Animations: a sweep as a moving picture, its maps cross-fading from value to value."""
+"""Animations of sweeps: the maps cross-fade from value to value."""
 
 import io
 import math
@@ -14,39 +14,39 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from parchgrad.checks import check_whole_number
+from parchgrad._io.checks import check_whole_number
+from parchgrad._io.files import writing
 from parchgrad.errors import InputError, OutputError, SettingError
-from parchgrad.files import writing
 from parchgrad.visual.maps import paint, relative, shared_top
 from parchgrad.visual.sweeps import Sweep
 
 __all__ = ["FORMATS", "Animation", "animate", "check_format", "save_animation"]
 
 FORMATS = (".gif", ".webp", ".mp4")
-"""Suffixes of the files that can be written; the last needs ffmpeg."""
+"""Supported suffixes; .mp4 needs ffmpeg."""
 MOST_BYTES = 500_000
-"""What a README's picture may weigh."""
+"""Default size limit in bytes, small enough for a README."""
 
 _HELD = 900
 _FADING = 90
 _PAPER = (255, 255, 255)
 _INK = (29, 29, 34)
 _GAP = 8
-# Pixels that a caption needs, also of a narrower panel.
+# Minimum width of a caption in pixels, even under a narrower panel.
 _ROOM = 64
-# Side of a square panel in pixels, tried from the largest until the file is small enough.
+# Sides of a square panel in pixels, tried from the largest until the file is small enough.
 _SIZES = (240, 224, 208, 192, 176, 160, 144, 128, 112, 96)
 _COLOURS = 96
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Animation:
-    """A moving picture.
+    """An animation.
 
     Attributes:
-        frames: pictures of one size, each (H, W, 3), 8 bits.
-        durations: how long each is shown, in milliseconds.
-        photograph: rows and columns of the panel that shows the photograph and never changes; the others show maps.
+        frames: frames of equal size, each (H, W, 3), 8 bits.
+        durations: duration of each frame in milliseconds.
+        photograph: rows and columns of the panel that shows the unchanging image; the other panels show maps.
     """
 
     frames: tuple[NDArray[np.uint8], ...]
@@ -55,20 +55,20 @@ class Animation:
 
 
 def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames: int = 2) -> Animation:
-    """Lay an image, its plain map and the maps of sweeps side by side, moving through the values in a loop.
+    """Animate sweeps in a loop, next to the image and its plain map.
 
-    Between two values each map fades into the next, the last into the first; all maps share one scale.
+    Each map fades into the next, and the last into the first. All maps share one scale.
 
     Args:
-        sweeps: by the titles of their panels; of one image, method and class, over the same values of one setting.
-        panel_size: side of a square panel in pixels, at least 32; others have its area.
-        fading_frames: frames between two values, a whole number from 0 on.
+        sweeps: sweeps by panel title, all with the same image, method, class, setting and values.
+        panel_size: side of a square panel in pixels, at least 32; other panels have the same area.
+        fading_frames: number of frames between two values, at least 0.
 
     Returns:
-        The animation; played in a loop it does not jump.
+        The animation; it loops without a jump.
 
     Raises:
-        InputError: if there is no sweep, or they do not belong together.
+        InputError: if `sweeps` is empty, or the sweeps do not match.
         SettingError: if a setting is out of range.
 
     Example:
@@ -93,7 +93,7 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
 
     multiples = [[relative(heat) for heat in sweep.heats] for sweep in sweeps.values()]
     still = [_bytes(picture), drawn(relative(first.plain))]
-    label = f"{first.target.category} ({first.target.probability:.0%})"
+    label = str(first.target)
     titles = [label, f"{first.method.replace('_', ' ')}, plain", *sweeps]
     frames, durations = [], []
     places = range(len(first.values))
@@ -111,17 +111,17 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
 
 
 def check_format(path: str | Path) -> None:
-    """Check that a moving picture can be written under this name, before anything is computed for it.
+    """Check that an animation can be written to this path, before computing it.
 
     Raises:
-        OutputError: if the suffix names none of the formats, or ffmpeg is needed and missing.
+        OutputError: if the suffix is not supported, or ffmpeg is needed but missing.
 
     Example:
         >>> check_format("sweep.gif")
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
-        raise OutputError(f"{str(path)!r} names no moving picture that can be written; end it in {', '.join(FORMATS)}.")
+        raise OutputError(f"{str(path)!r} does not have the suffix of an animation. Use one of {', '.join(FORMATS)}.")
     if suffix == ".mp4":
         _find_ffmpeg()
 
@@ -134,22 +134,22 @@ def save_animation(
     fading_frames: int = 2,
     force: bool = True,
 ) -> Animation:
-    """Write sweeps as a moving picture: as large as fits into a number of bytes.
+    """Write sweeps as an animation, with the largest panels that stay within a size limit.
 
     Args:
         sweeps: see `animate`.
-        path: ends in .gif, .webp or .mp4; the last needs ffmpeg.
-        most_bytes: what the file may weigh, positive.
+        path: output file, .gif, .webp or .mp4; .mp4 needs ffmpeg.
+        most_bytes: size limit in bytes, positive.
         fading_frames: see `animate`.
-        force: whether an earlier file of that name is replaced.
+        force: whether to overwrite an existing file.
 
     Returns:
-        What was written.
+        The animation that was written.
 
     Raises:
-        OutputError: if the suffix names none of the formats, ffmpeg is needed and missing, the file exists and `force`
-            is off or cannot be written, or even the smallest panels weigh too much.
-        InputError: if the sweeps do not belong together.
+        OutputError: if the suffix is not supported, ffmpeg is needed but missing, the file exists and `force` is off,
+            the file cannot be written, or it is too large even with the smallest panels.
+        InputError: if the sweeps do not match.
         SettingError: if a setting is out of range.
 
     Example:
@@ -165,9 +165,9 @@ def save_animation(
     """
     path = Path(path)
     check_format(path)
-    # Put so that NaN fails too.
+    # Written this way so that NaN fails too.
     if not most_bytes > 0:
-        raise SettingError(f"most_bytes is {most_bytes}, but it must be a positive number.")
+        raise SettingError(f"`most_bytes` is {most_bytes}, but it must be positive.")
     encode = {".gif": _gif, ".webp": _webp, ".mp4": _mp4}[path.suffix.lower()]
     size = _SIZES[0]
     while True:
@@ -177,8 +177,8 @@ def save_animation(
             break
         if size == _SIZES[-1]:
             raise OutputError(
-                f"{str(path)!r} would weigh {len(content):,} bytes at the smallest panels, more than {most_bytes:,}; "
-                "sweep over fewer values, or allow more bytes."
+                f"{str(path)!r} would need {len(content):,} bytes with the smallest panels, more than {most_bytes:,}. "
+                "Sweep over fewer values, or raise `most_bytes`."
             )
         size = _next_size(size, most_bytes / len(content))
     with writing(path, force=force) as temporary:
@@ -198,21 +198,19 @@ def _check_together(sweeps: Mapping[str, Sweep]) -> Sweep:
     first, *others = sweeps.values()
     for other in others:
         if (other.setting, other.values, other.target.index) != (first.setting, first.values, first.target.index):
-            raise InputError(
-                "The sweeps are not over the same values of one setting and class; make them with equal settings."
-            )
+            raise InputError("The sweeps differ in setting, values or class. Make all of `sweeps` with the same ones.")
         if other.method != first.method:
             raise InputError(
-                f"The sweeps are of the methods {first.method} and {other.method}, but beside them stands one plain "
-                "map; make them with one method."
+                f"The sweeps use the methods {first.method!r} and {other.method!r}, but share one plain map. Make all "
+                "of `sweeps` with one method."
             )
         if not np.array_equal(other.picture, first.picture):
-            raise InputError("The sweeps are of different photographs; animate each photograph by itself.")
+            raise InputError("The sweeps show different images. Animate each image separately.")
     return first
 
 
 def _compose(panels: Sequence[NDArray[np.uint8]], titles: Sequence[str], captions: Sequence[str]) -> NDArray[np.uint8]:
-    """Panels side by side on white paper, titles above and captions below."""
+    """Place panels side by side on white, with titles above and captions below."""
     height, width = panels[0].shape[:2]
     letters, line = _letters_and_line(width)
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), letters)
@@ -229,26 +227,26 @@ def _compose(panels: Sequence[NDArray[np.uint8]], titles: Sequence[str], caption
 
 
 def _letters_and_line(width: int) -> tuple[int, int]:
-    """Size of the letters and height of a line, in pixels, for panels of a width."""
+    """Font size and line height in pixels, for panels of this width."""
     letters = max(9, round(width / 16))
     return letters, round(letters * 1.7)
 
 
 def _left_of(place: int, width: int) -> int:
-    """First column of a panel, in the middle of its room."""
+    """First column of a panel, centred in its slot."""
     room = max(width, _ROOM)
     return _GAP + place * (room + _GAP) + (room - width) // 2
 
 
 def _panel_shape(picture: NDArray[Any], side: int) -> tuple[int, int]:
-    """Width and height of the area of a square panel, in the proportions of the picture."""
+    """Width and height of a panel with the area of a square one and the image's aspect ratio."""
     height, width = picture.shape[:2]
     ratio = math.sqrt(width / height)
     return max(1, round(side * ratio)), max(1, round(side / ratio))
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, cut where it would run into the next panel."""
+    """Cut the text where it would run into the next panel."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:
@@ -267,11 +265,10 @@ def _bytes(picture: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _gif(moving: Animation) -> bytes:
-    # One palette for all frames, or still panels would flicker; of frames from all over the sweep.
+    # One palette for all frames, or still panels would flicker.
     sample = np.concatenate(moving.frames[:: max(1, len(moving.frames) // 4)])
     palette = _with_paper(Image.fromarray(sample).quantize(_COLOURS, method=Image.Quantize.MEDIANCUT))
-    # Dither hides the steps between colours, but weighs too much where maps move. Maps are compared: none has it, and
-    # equal pixels of any two are equal in the file.
+    # Only the image is dithered: dithered maps would take too many bytes, and equal pixels would no longer be equal.
     photograph = Image.fromarray(moving.frames[0][moving.photograph])
     dithered = np.asarray(photograph.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
     frames = []
@@ -285,8 +282,8 @@ def _gif(moving: Animation) -> bytes:
 
 
 def _with_paper(palette: Image.Image) -> Image.Image:
-    """The palette with the paper's colour in place of those near it, which Pillow's coarse search would prefer."""
-    # Beyond these a palette is filled up with greys that are never used.
+    """Replace colours near the paper's by the paper's own, since Pillow's coarse search would pick them instead."""
+    # Pillow pads the rest of the palette with unused greys.
     colours = np.array(palette.getpalette()).reshape(-1, 3)[:_COLOURS]
     distance = np.abs(colours - np.array(_PAPER)).sum(axis=1)
     colours[(distance <= 24) | (distance == distance.min())] = _PAPER
@@ -308,7 +305,7 @@ def _encode(frames: Sequence[Image.Image], moving: Animation, form: str, **optio
 
 def _mp4(moving: Animation) -> bytes:
     program = _find_ffmpeg()
-    # The format asks for even sides, and players for a constant rate.
+    # yuv420p needs even sides, and players need a constant frame rate.
     height, width = (length - length % 2 for length in moving.frames[0].shape[:2])
     repeated = [
         frame[:height, :width].tobytes()
@@ -323,12 +320,12 @@ def _mp4(moving: Animation) -> bytes:
     done = subprocess.run(command, input=b"".join(repeated), capture_output=True, check=False)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"code {done.returncode}"]
-        raise OutputError(f"ffmpeg could not write the animation ({reason[0]}); write a .gif instead.")
+        raise OutputError(f"ffmpeg could not write the animation ({reason[0]}). Write a .gif instead.")
     return done.stdout
 
 
 def _find_ffmpeg() -> str:
     program = shutil.which("ffmpeg")
     if program is None:
-        raise OutputError("An .mp4 needs the program ffmpeg, which is not installed; install it, or write a .gif.")
+        raise OutputError("Writing .mp4 needs ffmpeg, which is not installed. Install it, or write a .gif.")
     return program

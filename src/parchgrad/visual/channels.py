@@ -1,4 +1,4 @@
-"""Channels: how one responds to a class and to the rest, and which were kept."""
+"""Figures about channels: how a channel responds to a class, and which channels an edit keeps."""
 
 import math
 from collections.abc import Sequence
@@ -12,38 +12,38 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from parchgrad.checks import check_kind
-from parchgrad.edit import Edit
+from parchgrad._io.checks import check_kind
+from parchgrad.core.edit import Edit
 from parchgrad.errors import InputError, SettingError
-from parchgrad.recording import record_selections
-from parchgrad.statistics.tests import class_log_p
+from parchgrad.explain.recording import record_selections
+from parchgrad.statistics.t_tests import class_log_p
 from parchgrad.visual.charts import LIGHT, Theme, histogram_chart, style_axes
 
 __all__ = ["KeptChannels", "gap_histogram", "kept_channels"]
 
-# Natural log of p: below the first floats lose digits, below the second neither side varies and p is 0.
+# Natural log of p: below the first, floats lose digits; below the second, neither side varies and p is 0.
 _SMALL, _NONE = math.log(1e-300), -1e29
 
 
 def gap_histogram(
     gaps: ArrayLike, in_class: ArrayLike, *, channel: str = "channel", category: str = "class", theme: Theme = LIGHT
 ) -> Figure:
-    """Draw how a channel responds to the images of a class and to the rest, with the p-value that `ClassWise` ranks by.
+    """Draw a channel's responses to a class and to all other images, with the p-value that `ClassWise` ranks by.
 
     Args:
-        gaps: the channel's GAP in each image, its mean over space of relu(output), shape (N,); see `collect_gaps`.
-        in_class: whether each image is of the class, boolean, shape (N,).
+        gaps: the channel's GAP in each image, its spatial mean of relu(output), shape (N,); see `collect_gaps`.
+        in_class: whether each image belongs to the class, boolean, shape (N,).
         channel: name of the channel.
         category: name of the class.
         theme: colours.
 
     Returns:
-        A figure whose title gives the one-sided p-value of Welch's t-test: the mean over the class is larger. However
-        small it is, it is written out; where neither side varies, the title says so.
+        A figure whose title gives the p-value of Welch's one-sided t-test for a larger mean over the class. Tiny
+        p-values are written in full; the title says where neither side varies.
 
     Raises:
-        InputError: if the two do not match or are no numbers and booleans, values are not finite, or a side has fewer
-            than two images.
+        InputError: if `gaps` and `in_class` do not match or have the wrong type, values are not finite, or a side has
+            fewer than two images.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -52,18 +52,18 @@ def gap_histogram(
         >>> figure.axes[0].get_title()
         'conv_head, channel 7: p = 4.6e-09'
     """
-    values, chosen = _numbers(gaps, "GAPs").astype(np.float64), _numbers(in_class, "choice of images")
+    values, chosen = _numbers(gaps, "gaps").astype(np.float64), _numbers(in_class, "in_class")
     if values.ndim != 1 or chosen.shape != values.shape or chosen.dtype != np.bool_:
         raise InputError(
-            f"GAPs of shape {values.shape} and a choice of images of shape {chosen.shape} and type {chosen.dtype} do "
-            "not match; give numbers and booleans, both (N,)."
+            f"`gaps` has shape {values.shape}, and `in_class` has shape {chosen.shape} and type {chosen.dtype}. Pass "
+            "numbers (N,) and booleans (N,)."
         )
     if not np.isfinite(values).all():
-        raise InputError(f"The GAPs of {channel} hold NaN or infinite values; look for where they began.")
+        raise InputError(f"`gaps` of {channel} contains NaN or infinite values. Check the model's outputs.")
     inside, rest = values[chosen], values[~chosen]
     if min(inside.size, rest.size) < 2:
         raise InputError(
-            f"{inside.size} images of {category} and {rest.size} others cannot be compared; give two of each at least."
+            f"`in_class` selects {inside.size} images of {category} and leaves {rest.size}. Pass at least two of each."
         )
     return histogram_chart(
         {category: inside, "all other images": rest},
@@ -75,9 +75,9 @@ def gap_histogram(
 
 
 def _numbers(values: ArrayLike, name: str) -> NDArray[Any]:
-    """An array of numbers or booleans; tensors from any device, with or without a gradient."""
+    """Convert numbers or booleans to an array; tensors may be on any device, with or without a gradient."""
     try:
-        # NumPy has no bfloat16; float64 holds all that is in a tensor of floating-point numbers.
+        # NumPy has no bfloat16, and float64 holds every floating-point value exactly.
         if isinstance(values, Tensor):
             values = values.detach().cpu()
             values = (values.double() if values.is_floating_point() else values).numpy()
@@ -85,12 +85,12 @@ def _numbers(values: ArrayLike, name: str) -> NDArray[Any]:
     except ValueError:
         found = np.asarray(None)
     if found.dtype.kind not in "biuf":
-        raise InputError(f"The {name} of a histogram are no real numbers; give one number for each image, (N,).")
+        raise InputError(f"`{name}` does not contain real numbers. Pass one value per image, shape (N,).")
     return found
 
 
 def _welch_log_p(inside: NDArray[np.float64], rest: NDArray[np.float64]) -> float:
-    """Natural log of the p-value as channel statistics have it, from the moments."""
+    """Natural log of the p-value, computed from moments as in the channel statistics."""
     every = np.concatenate([inside, rest])
     sizes = np.array([inside.size, rest.size], dtype=np.float64)
     (inside_mean, inside_variance), (rest_mean, rest_variance), (mean, variance) = map(_moments, (inside, rest, every))
@@ -115,26 +115,25 @@ def _moments(values: NDArray[np.float64]) -> tuple[float, float]:
 def _p_text(log_p: float) -> str:
     if log_p < _NONE:
         return "p < 1e-300, neither side varies"
-    # A float would be 0 where its log is not.
+    # exp(log_p) underflows to 0 for smaller values.
     return f"p = {math.exp(log_p):.2g}" if log_p > _SMALL else f"p = {Decimal(log_p).exp():.1e}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeptChannels:
-    """Which channels were kept in the layers of a network, for one class or two: those with a weight above 0.
+    """Channels that each layer keeps, with a weight above 0, for one or two classes.
 
     Attributes:
-        layers: names of the convolutions, from input to output; one that is passed twice has two entries.
-        channels: number of channels of each, (L,).
+        layers: names of the convolutions, from input to output; one that is called twice has two entries.
+        channels: number of channels of each layer, (L,).
         categories: names of the T explained classes, one or two.
-        untouched: where all channels weigh the same, so that the layer is left as it is and its whole gradient passes,
-            boolean, (T, L).
-        count: channels with a weight above 0 and a gradient, (T, L); in untouched layers all that had a gradient, since
-            they pass.
-        energy_share: share of the layer's gradient energy, the sum of squares, in the kept channels, (T, L); 1 in
-            untouched layers, and NaN where the layer has no gradient.
+        untouched: whether all channels of the layer weigh the same, so that its whole gradient passes, boolean, (T, L).
+        count: number of channels with a weight above 0 and a gradient, (T, L); in untouched layers, all with a
+            gradient.
+        energy_share: share of the layer's gradient energy (sum of squares) in the kept channels, (T, L); 1 in
+            untouched layers, NaN where the layer has no gradient.
         overlap: channels kept for both classes as a share of those kept for either, (L,); NaN where none are kept or
-            the layer is untouched for a class, and None for one class.
+            the layer is untouched for a class; None for a single class.
     """
 
     layers: tuple[str, ...]
@@ -146,9 +145,9 @@ class KeptChannels:
     overlap: NDArray[np.float64] | None
 
     def figure(self, *, theme: Theme = LIGHT) -> Figure:
-        """Draw share of the channels, share of the energy, and overlap, over the layers.
+        """Draw the share of channels, the share of energy, and the overlap, layer by layer.
 
-        Layers that are untouched stand at the top of the first two rows, by hollow marks.
+        Hollow marks at the top of the first two rows are untouched layers.
         """
         rows = {
             "channels with\nweight > 0": self.count / self.channels,
@@ -170,7 +169,7 @@ class KeptChannels:
         last.set_xlabel("convolution, from the first edited one to the last", color=theme.ink, fontsize=9.5)
         for axes in figure.axes:
             axes.set_ylim(-0.06, 1.06)
-        # Two columns where the names are short enough for them.
+        # Two columns if the names are short enough.
         columns = 2 if max(map(len, marks)) <= 40 else 1
         figure.set_size_inches(6.4, 1.75 * count + 0.4 + 0.19 * math.ceil(len(marks) / columns))
         figure.legend(
@@ -186,14 +185,14 @@ class KeptChannels:
         return figure
 
 
-# Shape and size of the marks of a class, so that of two in one place both are seen.
+# Shape and size of each class's marks, chosen so that overlapping marks stay visible.
 _MARKS = (("o", 6.0), ("D", 3.2), ("s", 3.8))
 
 
 def _draw_layers(
     axes: Any, label: str, values: NDArray[Any], untouched: NDArray[np.bool_], number: int, theme: Theme
 ) -> dict[str, Any]:
-    """Draw a mark for each layer, hollow where it is untouched; without lines, since neighbours differ in kind."""
+    """Draw a mark for each layer, hollow if it is untouched."""
     places, (mark, size), colour = np.arange(1, len(values) + 1), _MARKS[number], theme.lines[number]
     style = {"linestyle": "none", "marker": mark, "markersize": size, "color": colour}
     (filled,) = axes.plot(places, np.where(untouched, np.nan, values), markeredgewidth=0, **style)
@@ -212,18 +211,18 @@ def kept_channels(
     *,
     categories: Sequence[str] | None = None,
 ) -> KeptChannels:
-    """Find the channels that weigh more than 0 in each layer, for one class or two, and how far two overlap.
+    """Find the channels with a weight above 0 in each layer, for one class or two, and their overlap.
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
         inputs: one preprocessed image, shape (1, C, *S).
         targets: one class index, or two.
-        edit: what is done to the gradient, with a selector.
-        categories: names of the classes; None takes "class" and the index.
+        edit: the edit, with a selector.
+        categories: names of the classes; None uses "class" and the index.
 
     Raises:
-        InputError: if there is not one image.
-        SettingError: if there are not one or two different classes, or as many names, or `edit` has no selector.
+        InputError: if `inputs` does not contain exactly one image.
+        SettingError: if there are not one or two different classes, each with a name, or `edit` has no selector.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
@@ -234,25 +233,24 @@ def kept_channels(
         >>> found.layers, found.count.tolist()
         (('0',), [[2], [2]])
     """
-    check_kind("edit", edit, Edit, "pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
+    check_kind("`edit`", edit, Edit, "Pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
     if inputs.shape[0] != 1:
         raise InputError(
-            f"The inputs have shape {tuple(inputs.shape)}, but kept channels are of one image (1, C, *S); give "
-            "inputs[:1]."
+            f"`inputs` has shape {tuple(inputs.shape)}, but it must be one image (1, C, *S). Pass inputs[:1]."
         )
     names = tuple(categories) if categories is not None else tuple(f"class {index}" for index in targets)
     if len(targets) not in (1, 2) or len(names) != len(targets):
         raise SettingError(
-            f"{len(targets)} targets and {len(names)} categories are given, but one class or two can be looked at; "
-            "give a name for each."
+            f"`targets` has {len(targets)} classes and `categories` has {len(names)} names. Pass one or two classes, "
+            "each with a name."
         )
     if len(set(map(int, targets))) < len(targets):
-        raise SettingError(f"Both targets are {int(targets[0])}, but two classes are compared; give different ones.")
-    # One row for each class: the image twice.
+        raise SettingError(f"Both `targets` are {int(targets[0])}. Pass two different classes.")
+    # One row for each class.
     batch = inputs.expand(len(targets), *inputs.shape[1:])
     found = record_selections(model, edit, batch, list(targets))[::-1]
     untouched = [record.untouched.cpu().numpy() for record in found]
-    # All that has a gradient passes in an untouched layer.
+    # In an untouched layer, every channel with a gradient passes.
     passing = [record.kept | (record.untouched.unsqueeze(1) & (record.channel_norms > 0)) for record in found]
     kept = [mask.cpu().numpy() for mask in passing]
     energy = [_energy(record.channel_norms) for record in found]
@@ -274,7 +272,7 @@ def kept_channels(
 
 
 def _energy(norms: Tensor) -> NDArray[np.float64]:
-    """Energy of each channel (B, C), by the strongest channel of its row: squares of small norms would vanish."""
+    """Energy of each channel (B, C), relative to the strongest in its row, since squares of small norms underflow."""
     peaks = norms.amax(dim=1, keepdim=True)
     unit = norms / torch.where(peaks > 0, peaks, torch.ones_like(peaks))
     energy: NDArray[np.float64] = unit.cpu().double().numpy() ** 2

@@ -1,4 +1,4 @@
-"""Charts of what an evaluation found, on light and on dark paper."""
+"""Charts of evaluation results, for light and dark pages."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,24 +26,24 @@ __all__ = [
 ]
 
 
-# Inches, of a picture that fills half of a page.
+# Width in inches: half a page.
 _WIDTH = 6.4
-# Characters of a label of which two fit beside each other.
+# Longest legend label, in characters, that fits in two columns.
 _SHORT_LABEL = 38
 _BINS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of a chart; its paper is transparent.
+    """Colours of a chart with a transparent background.
 
     Attributes:
-        ink: of text and axes.
-        faint: of lines that guide the eye.
-        good: of what is better than the baseline.
-        bad: of what is worse.
-        open: of what is neither.
-        lines: of curves, by turns; told apart with any colour vision.
+        ink: colour of text and axes.
+        faint: colour of grid lines.
+        good: colour of results better than the baseline.
+        bad: colour of results worse than the baseline.
+        open: colour of undecided results.
+        lines: colours of the curves in turn, distinguishable with any colour vision.
     """
 
     ink: str
@@ -77,10 +77,10 @@ class Curve:
     """A line of a chart.
 
     Attributes:
-        label: in the legend; empty for none.
-        x: places, all of them numbers or some of them names.
+        label: legend label; empty for none.
+        x: positions, numbers or names.
         y: heights; NaN leaves a gap.
-        colour: number of the theme's colour.
+        colour: index of the theme's line colour.
         dashed: whether the line is dashed.
     """
 
@@ -93,10 +93,10 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A line of an interval chart.
+    """A row of an interval chart.
 
     Attributes:
-        label: beside the interval.
+        label: label next to the interval.
         middle: the estimate.
         low: lower end.
         high: upper end.
@@ -111,7 +111,7 @@ class Interval:
 
 
 def as_written(text: str) -> str:
-    r"""A text as Matplotlib draws it letter by letter: a name may hold dollars, between which it would see a formula.
+    r"""Escape a text for Matplotlib, which would read text between dollars as a formula.
 
     Example:
         >>> as_written("from $1 to $5")
@@ -132,12 +132,12 @@ def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, theme: T
         'share'
     """
     if not curves:
-        raise InputError("A chart without curves was asked for; give one at least.")
+        raise InputError("`curves` is empty. Pass at least one curve.")
     figure = _figure(3.3, [curve.label for curve in curves])
     axes = _axes(figure, theme, x_label, y_label)
     for curve in curves:
         colour = theme.lines[curve.colour % len(theme.lines)]
-        # Later rounds of colours are told apart by their marks.
+        # Once the colours repeat, the marks change.
         mark = "os^Dv"[curve.colour // len(theme.lines) % 5]
         style = "--" if curve.dashed else "-"
         names = any(isinstance(place, str) for place in curve.x)
@@ -152,17 +152,17 @@ def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, theme: T
 def histogram_chart(
     groups: Mapping[str, ArrayLike], *, x_label: str, y_label: str, title: str = "", theme: Theme = LIGHT
 ) -> Figure:
-    """Draw the distributions of groups over one axis, each as a share of its group, with their means.
+    """Draw one histogram per group over a shared axis, as shares of the group, with the group means.
 
     Args:
-        groups: values (N,) of each group by its name.
-        x_label: what the values are.
-        y_label: what the heights are.
-        title: above the chart.
+        groups: values (N,) by group name.
+        x_label: label of the values.
+        y_label: label of the heights.
+        title: title of the chart.
         theme: colours.
 
     Raises:
-        InputError: if there is no group, or one is empty or holds non-finite values.
+        InputError: if there is no group, or one is empty or contains non-finite values.
 
     Example:
         >>> figure = histogram_chart({"class": [1.0, 2.0], "rest": [0.0, 1.0]}, x_label="GAP", y_label="share")
@@ -172,9 +172,9 @@ def histogram_chart(
     arrays = {label: np.asarray(values, dtype=np.float64) for label, values in groups.items()}
     for label, values in arrays.items():
         if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
-            raise InputError(f"The group {label!r} of a histogram is empty or not finite; give it numbers (N,).")
+            raise InputError(f"Group {label!r} is empty, not 1-D or not finite. Pass `groups` of finite numbers (N,).")
     if not arrays:
-        raise InputError("A histogram without groups was asked for; give one at least.")
+        raise InputError("`groups` is empty. Pass at least one group.")
     figure = _figure(3.0, arrays)
     axes = _axes(figure, theme, x_label, y_label)
     axes.set_title(as_written(title), color=theme.ink, fontsize=10)
@@ -190,7 +190,7 @@ def histogram_chart(
 
 
 def interval_chart(intervals: Sequence[Interval], *, x_label: str, theme: Theme = LIGHT) -> Figure:
-    """Draw estimates with their intervals, one below the other, about a line at zero.
+    """Draw estimates with their intervals, one per row, with a line at zero.
 
     Raises:
         InputError: if there are no intervals.
@@ -201,7 +201,7 @@ def interval_chart(intervals: Sequence[Interval], *, x_label: str, theme: Theme 
         'difference'
     """
     if not intervals:
-        raise InputError("A chart without intervals was asked for; give one at least.")
+        raise InputError("`intervals` is empty. Pass at least one interval.")
     figure = Figure(figsize=(_WIDTH, 0.8 + 0.25 * len(intervals)), layout="constrained")
     axes = _axes(figure, theme, x_label, "")
     colours = {"better": theme.good, "worse": theme.bad, "open": theme.open}
@@ -224,13 +224,13 @@ def scatter_chart(
     colours: Mapping[str, int] | None = None,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Draw labelled points, their labels in a legend, since those of neighbours would overlap.
+    """Draw points, with their labels in a legend so that they cannot overlap.
 
     Args:
-        points: places by their labels.
-        x_label: what the first number is.
-        y_label: what the second is.
-        colours: numbers of the theme's colours, for labels that other charts show too; None takes one after the other.
+        points: coordinates by label.
+        x_label: label of the first coordinate.
+        y_label: label of the second coordinate.
+        colours: index of the theme's line colour by label, to match other charts; None uses them in turn.
         theme: colours.
 
     Raises:
@@ -241,7 +241,7 @@ def scatter_chart(
         1
     """
     if not points:
-        raise InputError("A chart without points was asked for; give one at least.")
+        raise InputError("`points` is empty. Pass at least one point.")
     figure = _figure(3.3, points)
     axes = _axes(figure, theme, x_label, y_label)
     for place, (label, (x, y)) in enumerate(points.items()):
@@ -254,14 +254,14 @@ def scatter_chart(
 
 
 def _figure(height: float, labels: Iterable[str]) -> Figure:
-    """Room for a chart of this height, in inches, and for the lines of its legend."""
+    """A figure for a chart of this height in inches, plus its legend."""
     shown = [label for label in labels if label]
     lines = math.ceil(len(shown) / _legend_columns(shown))
     return Figure(figsize=(_WIDTH, height + 0.19 * lines), layout="constrained")
 
 
 def _legend(figure: Figure, theme: Theme) -> None:
-    # What several rows show stands there once.
+    # List labels that several axes share only once.
     shown = {
         as_written(label): handle
         for axes in figure.axes
@@ -282,7 +282,7 @@ def _legend(figure: Figure, theme: Theme) -> None:
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
-    """Two columns where the labels are short enough for them."""
+    """Two columns if the labels are short enough, else one."""
     return 2 if max(map(len, labels), default=0) <= _SHORT_LABEL else 1
 
 
@@ -294,7 +294,7 @@ def _axes(figure: Figure, theme: Theme, x_label: str, y_label: str) -> Any:
 
 
 def style_axes(axes: Any, theme: Theme, *, x_label: str = "", y_label: str = "") -> None:
-    """Give axes of a chart the theme's ink, grid and spines; nothing is drawn behind them."""
+    """Apply a theme's ink, grid and spines to axes, with a transparent background."""
     axes.set_facecolor("none")
     axes.set_xlabel(x_label, color=theme.ink, fontsize=9.5)
     axes.set_ylabel(y_label, color=theme.ink, fontsize=9.5)

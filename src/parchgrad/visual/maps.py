@@ -1,4 +1,4 @@
-"""Heat maps over photographs."""
+"""Heat maps over images."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +14,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from parchgrad.checks import check_kind
+from parchgrad._io.checks import check_kind
+from parchgrad._io.files import writing
 from parchgrad.errors import InputError, OutputError, SettingError
-from parchgrad.files import writing
 from parchgrad.visual.charts import as_written
 
 __all__ = [
@@ -42,33 +42,33 @@ Picture: TypeAlias = NDArray[np.floating[Any]]
 Column: TypeAlias = Sequence[ArrayLike]
 
 COLOUR_MAP = "inferno"
-"""Of magnitudes: perceptually uniform, and readable with any colour vision."""
+"""Colour map for magnitudes: perceptually uniform, and readable with any colour vision."""
 SIGNED_COLOUR_MAP = "RdBu_r"
-"""Of signed maps: red speaks for the class, blue against it; told apart with any colour vision."""
+"""Colour map for signed maps: red supports the class, blue opposes it; readable with any colour vision."""
 _PERCENTILE = 99.5
 _OWN_SCALE = f"|attribution|, relative to the map's {_PERCENTILE:g}th percentile"
 _SHARED_SCALE = "|attribution|, in multiples of each map's mean"
 _SIGNED_SCALE = "attribution, in multiples of each map's mean magnitude: for the class (red), against it (blue)"
-# Of colours as far as float16 keeps them.
+# Rounding error of float16 colours.
 _ROUNDING = 1e-3
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 
 
 def normalise(heat: ArrayLike, *, percentile: float = _PERCENTILE, top: float | None = None) -> Picture:
-    """Scale a non-negative map so that a percentile of it, or a given multiple of its mean, becomes 1; clip the rest.
+    """Scale a non-negative map so that a percentile, or a multiple of its mean, becomes 1; clip the rest.
 
     Clipping keeps single bright pixels from darkening the rest.
 
     Args:
         heat: map (H, W).
-        percentile: in (0, 100]; unused where `top` is given.
-        top: what becomes 1, in multiples of the map's mean, for maps that are compared; see `shared_top`.
+        percentile: percentile that becomes 1, in (0, 100]; ignored if `top` is given.
+        top: value that becomes 1, in multiples of the map's mean, to compare maps; see `shared_top`.
 
     Returns:
-        Map (H, W) in [0, 1]; zero everywhere if the percentile is zero and so is the map.
+        Map (H, W) in [0, 1]; zero everywhere if the map is.
 
     Raises:
-        InputError: if the map is not two-dimensional, or holds negative or non-finite values.
+        InputError: if the map is not two-dimensional, or contains negative or non-finite values.
         SettingError: if `percentile` or `top` is out of range.
 
     Example:
@@ -79,13 +79,13 @@ def normalise(heat: ArrayLike, *, percentile: float = _PERCENTILE, top: float | 
     _check_percentile(percentile)
     values = _array(heat)
     if values.ndim != 2:
-        raise InputError(f"The map has shape {values.shape}, but one map (H, W) is needed.")
+        raise InputError(f"`heat` has shape {values.shape}, but it must be one map (H, W).")
     if not np.isfinite(values).all() or (values < 0).any():
-        raise InputError("The map holds negative, NaN or infinite values; a heat map is needed, see heatmap().")
+        raise InputError("`heat` contains negative, NaN or infinite values. Pass a heat map; see heatmap().")
     if top is not None:
         scaled: Picture = np.clip(relative(values) / _checked_top(top), 0, 1)
         return scaled
-    # A map that is zero at nearly every pixel still has something to show.
+    # The percentile is 0 for a map that is zero nearly everywhere; fall back to its maximum.
     end = np.percentile(values, percentile) or values.max()
     if end > 0:
         values = np.clip(values / end, 0, 1)
@@ -93,19 +93,16 @@ def normalise(heat: ArrayLike, *, percentile: float = _PERCENTILE, top: float | 
 
 
 def relative(values: ArrayLike) -> Picture:
-    """Express a map in multiples of its mean magnitude, so that maps of different methods and images compare.
-
-    Gradients with other layers edited, or of other methods, come in other units; the share of the map in a place does
-    not depend on them.
+    """Divide a map by its mean magnitude, so that maps of different methods and images are comparable.
 
     Args:
         values: map (H, W), signed or not.
 
     Returns:
-        Map (H, W) whose magnitude is 1 on average; zero everywhere if the map is.
+        Map (H, W) with mean magnitude 1; zero everywhere if the map is.
 
     Raises:
-        InputError: if the map is not two-dimensional, or holds non-finite values.
+        InputError: if the map is not two-dimensional, or contains non-finite values.
 
     Example:
         >>> relative([[0.0, 1.0], [-1.0, 2.0]])
@@ -114,10 +111,10 @@ def relative(values: ArrayLike) -> Picture:
     """
     found = _array(values)
     if found.ndim != 2:
-        raise InputError(f"The map has shape {found.shape}, but one map (H, W) is needed.")
+        raise InputError(f"The map has shape {found.shape}, but it must be (H, W).")
     if not np.isfinite(found).all():
-        raise InputError("The map holds NaN or infinite values; look for where they began.")
-    # The mean of the largest numbers overflows, and that of the smallest vanishes.
+        raise InputError("The map contains NaN or infinite values. Check the model and its inputs.")
+    # Scale by the peak first: the mean of huge values overflows, and that of tiny ones underflows.
     peak = np.abs(found).max(initial=0)
     if peak == 0:
         return found
@@ -127,19 +124,19 @@ def relative(values: ArrayLike) -> Picture:
 
 
 def shared_top(maps: Iterable[ArrayLike], *, percentile: float = _PERCENTILE) -> float:
-    """Find where one scale for several maps ends: the 90th percentile of the ends that each map would have alone.
+    """Find the end of a shared scale: the 90th percentile of the maps' own ends.
 
-    Their median would clip the details of concentrated maps; their maximum would let one outlier darken all others.
+    The median would clip the details of concentrated maps; the maximum would let one outlier darken all others.
 
     Args:
-        maps: maps (H, W), signed or not; those that are zero everywhere do not count.
-        percentile: of each map's magnitude, where its own scale would end, in (0, 100].
+        maps: maps (H, W), signed or not; maps that are zero everywhere are ignored.
+        percentile: percentile of a map's magnitude at which its own scale ends, in (0, 100].
 
     Returns:
-        The end of the scale, in multiples of a map's mean magnitude; 1 where no map counts.
+        The end of the scale, in multiples of a map's mean magnitude; 1 if every map is zero.
 
     Raises:
-        InputError: if a map is not two-dimensional, or holds non-finite values.
+        InputError: if a map is not two-dimensional, or contains non-finite values.
         SettingError: if `percentile` is out of range.
 
     Example:
@@ -153,20 +150,20 @@ def shared_top(maps: Iterable[ArrayLike], *, percentile: float = _PERCENTILE) ->
 
 
 def blend(photograph: ArrayLike, heat: ArrayLike, *, top: float | None = None, opacity: float = 1.0) -> Picture:
-    """Lay a heat map over the grey photograph: dark where it is silent, coloured where it speaks.
+    """Lay a heat map over the greyed image: dark where the map is low, coloured where it is high.
 
     Args:
-        photograph: (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3) in [0, 1].
         heat: non-negative map (H, W), of any scale.
-        top: where the scale ends, in multiples of the map's mean, for maps that are compared (see `shared_top`); None
-            scales this map by its own percentile.
-        opacity: of the map, in [0, 1]; 0 is the photograph in its own colours.
+        top: end of the scale, in multiples of the map's mean, to compare maps (see `shared_top`); None uses a
+            percentile of this map.
+        opacity: opacity of the map, in [0, 1]; 0 shows the image in its own colours.
 
     Returns:
         Picture (H, W, 3) in [0, 1].
 
     Raises:
-        InputError: if the two differ in size, or the map is no heat map.
+        InputError: if the two differ in size, or the map contains negative or non-finite values.
         SettingError: if a setting is out of range.
 
     Example:
@@ -177,18 +174,18 @@ def blend(photograph: ArrayLike, heat: ArrayLike, *, top: float | None = None, o
 
 
 def paint(photograph: ArrayLike, values: ArrayLike, *, opacity: float = 1.0) -> Picture:
-    """Lay a map that is scaled already over the grey photograph, as `blend` does.
+    """Lay a map that is already scaled over the greyed image, as `blend` does.
 
     Args:
-        photograph: (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3) in [0, 1].
         values: map (H, W) in [0, 1]; see `normalise`.
-        opacity: of the map, in [0, 1].
+        opacity: opacity of the map, in [0, 1].
 
     Returns:
         Picture (H, W, 3) in [0, 1].
 
     Raises:
-        InputError: if the two differ in size, or a value is out of range.
+        InputError: if the two differ in size, or a value is out of range or not finite.
         SettingError: if `opacity` is out of range.
 
     Example:
@@ -196,27 +193,29 @@ def paint(photograph: ArrayLike, values: ArrayLike, *, opacity: float = 1.0) -> 
         [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]
     """
     scaled = _array(values)
+    if not np.isfinite(scaled).all():
+        raise InputError("`values` contains NaN or infinite values. Check the model and its inputs.")
     if not ((scaled >= 0) & (scaled <= 1)).all():
-        raise InputError("The map holds values outside of [0, 1]; scale it first, see normalise().")
+        raise InputError("`values` has entries outside [0, 1]. Scale the map first; see normalise().")
     return _mix(photograph, _tinted(COLOUR_MAP, scaled, scaled), opacity)
 
 
 def blend_signed(
     photograph: ArrayLike, signed: ArrayLike, *, top: float | None = None, opacity: float = 1.0
 ) -> Picture:
-    """Lay a signed map over the grey photograph: red where it speaks for the class, blue where against it.
+    """Lay a signed map over the greyed image: red where it supports the class, blue where it opposes it.
 
     Args:
-        photograph: (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3) in [0, 1].
         signed: map (H, W), of any scale; see `signed_heatmap`.
-        top: where the scale ends on either side, in multiples of the map's mean magnitude; None takes its percentile.
-        opacity: of the map, in [0, 1]; 0 is the photograph in its own colours.
+        top: end of the scale on either side, in multiples of the map's mean magnitude; None uses a percentile.
+        opacity: opacity of the map, in [0, 1]; 0 shows the image in its own colours.
 
     Returns:
         Picture (H, W, 3) in [0, 1].
 
     Raises:
-        InputError: if the two differ in size, or the map holds non-finite values.
+        InputError: if the two differ in size, or the map contains non-finite values.
         SettingError: if a setting is out of range.
 
     Example:
@@ -227,19 +226,17 @@ def blend_signed(
 
 
 def tint(heat: ArrayLike, *, top: float | None = None) -> Picture:
-    """Colour a heat map, without a photograph: where it is silent the photograph is to shine through.
-
-    Laid over the grey photograph as pictures with transparency are, this is what `blend` draws.
+    """Colour a heat map as a transparent layer, which over the greyed image gives what `blend` draws.
 
     Args:
         heat: non-negative map (H, W), of any scale.
-        top: where the scale ends; see `blend`.
+        top: end of the scale; see `blend`.
 
     Returns:
         Colours and opacity (H, W, 4) in [0, 1].
 
     Raises:
-        InputError: if the map is no heat map.
+        InputError: if the map contains negative or non-finite values.
         SettingError: if `top` is out of range.
 
     Example:
@@ -251,17 +248,17 @@ def tint(heat: ArrayLike, *, top: float | None = None) -> Picture:
 
 
 def tint_signed(signed: ArrayLike, *, top: float | None = None) -> Picture:
-    """Colour a signed map, without a photograph; see `tint` and `blend_signed`.
+    """Colour a signed map as a transparent layer; see `tint` and `blend_signed`.
 
     Args:
         signed: map (H, W), of any scale.
-        top: where the scale ends on either side; see `blend_signed`.
+        top: end of the scale on either side; see `blend_signed`.
 
     Returns:
         Colours and opacity (H, W, 4) in [0, 1].
 
     Raises:
-        InputError: if the map holds non-finite values.
+        InputError: if the map contains non-finite values.
         SettingError: if `top` is out of range.
 
     Example:
@@ -273,15 +270,15 @@ def tint_signed(signed: ArrayLike, *, top: float | None = None) -> Picture:
 
 
 def overlay(photograph: ArrayLike, heat: ArrayLike, *, title: str = "") -> Figure:
-    """Draw one heat map over its photograph, with a colour bar.
+    """Draw a heat map over its image, with a colour bar.
 
     Args:
-        photograph: (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3) in [0, 1].
         heat: non-negative map (H, W).
-        title: text above the picture.
+        title: title of the picture.
 
     Returns:
-        A figure of its own, unknown to pyplot.
+        A figure that pyplot does not manage.
 
     Raises:
         InputError: if the two do not match.
@@ -298,18 +295,18 @@ def overlay(photograph: ArrayLike, heat: ArrayLike, *, title: str = "") -> Figur
 
 
 def panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[str] | None = None) -> Figure:
-    """Draw photographs row by row, each beside its maps; all maps share one scale, in multiples of a map's mean.
+    """Draw one image per row, next to its maps; all maps share one scale, in multiples of a map's mean.
 
     Args:
-        photographs: pictures (H, W, 3) in [0, 1].
-        maps: for each column's title the maps (H, W) of all photographs.
-        labels: title of each photograph; default "photograph".
+        photographs: images (H, W, 3) in [0, 1].
+        maps: maps (H, W) of all images, by column title.
+        labels: title of each image; default "photograph".
 
     Returns:
-        A figure of its own, unknown to pyplot.
+        A figure that pyplot does not manage.
 
     Raises:
-        InputError: if a column has not one map per photograph, or a map does not match its photograph.
+        InputError: if a column does not have one map per image, or a map does not match its image.
 
     Example:
         >>> figure = panel([np.ones((4, 4, 3))], {"gradient": [np.eye(4)], "ParchGrad": [np.eye(4)]})
@@ -326,19 +323,19 @@ def panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[s
 def strip(
     photograph: ArrayLike, maps: Mapping[str, ArrayLike], *, label: str = "photograph", columns: int = 4
 ) -> Figure:
-    """Draw a photograph and its maps one after the other, in lines of a width; all maps share one scale.
+    """Draw an image and its maps in rows of `columns`; all maps share one scale.
 
     Args:
-        photograph: picture (H, W, 3) in [0, 1].
-        maps: the maps (H, W) by their titles.
-        label: title of the photograph.
-        columns: pictures in a line, at least 1.
+        photograph: image (H, W, 3) in [0, 1].
+        maps: maps (H, W) by title.
+        label: title of the image.
+        columns: number of pictures per row, at least 1.
 
     Returns:
-        A figure of its own, unknown to pyplot.
+        A figure that pyplot does not manage.
 
     Raises:
-        InputError: if a map does not match the photograph.
+        InputError: if a map does not match the image.
         SettingError: if `columns` is below 1.
 
     Example:
@@ -347,7 +344,7 @@ def strip(
         ['cat', 'q = 0.5', 'q = 0.1']
     """
     if columns < 1:
-        raise SettingError(f"columns is {columns}, but a line holds at least one picture; give 1 or more.")
+        raise SettingError(f"`columns` is {columns}, but it must be at least 1.")
     top = shared_top(maps.values())
     cells = [
         (label, _photograph(photograph)),
@@ -359,18 +356,18 @@ def strip(
 
 
 def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[str] | None = None) -> Figure:
-    """Draw photographs row by row, each beside its signed maps; all share one diverging scale about zero.
+    """Draw one image per row, next to its signed maps; all share one diverging scale around zero.
 
     Args:
-        photographs: pictures (H, W, 3) in [0, 1].
-        maps: for each column's title the signed maps (H, W) of all photographs; see `signed_heatmap`.
-        labels: title of each photograph; default "photograph".
+        photographs: images (H, W, 3) in [0, 1].
+        maps: signed maps (H, W) of all images, by column title; see `signed_heatmap`.
+        labels: title of each image; default "photograph".
 
     Returns:
-        A figure of its own, unknown to pyplot.
+        A figure that pyplot does not manage.
 
     Raises:
-        InputError: if a column has not one map per photograph, or a map does not match its photograph.
+        InputError: if a column does not have one map per image, or a map does not match its image.
 
     Example:
         >>> figure = signed_panel([np.ones((4, 4, 3))], {"gradient": [np.eye(4) - 0.5]})
@@ -385,7 +382,7 @@ def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Seq
 
 
 def draw_figure(figure: Figure, path: Path, *, dots_per_inch: int = 120) -> None:
-    """Write a figure as it comes, into a file that is nobody's yet; the format follows the suffix.
+    """Write a figure without any checks; the suffix sets the format.
 
     Raises:
         OSError: if the file cannot be written.
@@ -394,71 +391,71 @@ def draw_figure(figure: Figure, path: Path, *, dots_per_inch: int = 120) -> None
 
 
 def save_figure(figure: Figure, path: str | Path, *, dots_per_inch: int = 120, force: bool = True) -> None:
-    """Write a figure; the format follows the suffix.
+    """Write a figure; the suffix sets the format.
 
     Args:
-        figure: what is drawn.
-        path: the file.
-        dots_per_inch: fineness of a picture of pixels.
-        force: whether an earlier file of that name is replaced.
+        figure: the figure.
+        path: output file.
+        dots_per_inch: resolution of pixel formats.
+        force: whether to overwrite an existing file.
 
     Raises:
-        InputError: if it is no figure.
-        OutputError: if the suffix names no format, the file exists and `force` is off, or it cannot be written.
+        InputError: if `figure` is not a figure.
+        OutputError: if the suffix is not supported, the file exists and `force` is off, or it cannot be written.
     """
-    check_kind("The figure", figure, Figure, "draw one first, such as overlay(photograph, heat)", error=InputError)
+    check_kind("`figure`", figure, Figure, "Draw one first, such as overlay(photograph, heat)", error=InputError)
     path = Path(path)
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
-        raise OutputError(f"{str(path)!r} names no picture format; end it in one of: .{', .'.join(sorted(formats))}.")
+        raise OutputError(f"{str(path)!r} does not have an image suffix. Use one of .{', .'.join(sorted(formats))}.")
     with writing(path, force=force) as temporary:
         draw_figure(figure, temporary, dots_per_inch=dots_per_inch)
 
 
 def _array(values: ArrayLike) -> NDArray[np.float64]:
-    """Numbers of any kind; tensors from any device, with or without a gradient."""
+    """Convert numbers to an array; tensors may be on any device, with or without a gradient."""
     return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
 
 
 def _photograph(values: ArrayLike) -> NDArray[np.float64]:
-    """A picture that can be shown as it is."""
+    """Check an image and clip it to [0, 1]."""
     picture = _array(values)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
-        raise InputError(f"The photograph has shape {picture.shape}, but (H, W, 3) is needed; move its channels last.")
+        raise InputError(f"`photograph` has shape {picture.shape}, but it must be (H, W, 3). Move its channels last.")
     if not np.isfinite(picture).all():
-        raise InputError("The photograph holds NaN or infinite values; give every pixel a number.")
+        raise InputError("`photograph` contains NaN or infinite values. Pass finite pixels.")
     if picture.min() < -_ROUNDING or picture.max() > 1 + _ROUNDING:
-        raise InputError(f"The photograph ranges from {picture.min():g} to {picture.max():g}; scale it to [0, 1].")
+        raise InputError(f"`photograph` ranges from {picture.min():g} to {picture.max():g}. Scale it to [0, 1].")
     return picture.clip(0, 1)
 
 
 def _check_percentile(percentile: float) -> None:
     if not 0 < percentile <= 100:
-        raise SettingError(f"percentile is {percentile}, but it must lie in (0, 100].")
+        raise SettingError(f"`percentile` is {percentile}, but it must be in (0, 100].")
 
 
 def _checked_top(top: float) -> float:
     if not 0 < top < math.inf:
-        raise SettingError(f"top is {top}, but the scale must end at a positive number, such as shared_top(maps).")
+        raise SettingError(f"`top` is {top}, but it must be positive. Pass shared_top(maps), for example.")
     return top
 
 
 def _tinted(colours: str, places: Picture, strength: Picture) -> Picture:
-    """The colours of a colour map, which give way to the photograph where there is little to say."""
+    """Colours of a colour map, more transparent where the strength is low."""
     found: Picture = matplotlib.colormaps[colours](places)
     found[..., 3] = 0.35 + 0.65 * np.sqrt(strength)
     return found
 
 
 def _mix(photograph: ArrayLike, tinted: Picture, opacity: float) -> Picture:
-    """Lay a tinted map over the photograph, which turns grey as the map becomes opaque."""
+    """Lay a tinted map over the image, which turns grey as the map becomes opaque."""
     if not 0 <= opacity <= 1:
-        raise SettingError(f"opacity is {opacity}, but it must lie in [0, 1].")
+        raise SettingError(f"`opacity` is {opacity}, but it must be in [0, 1].")
     picture = _photograph(photograph)
     if picture.shape != (*tinted.shape[:2], 3):
         raise InputError(
-            f"A photograph of shape {picture.shape} and a map of shape {tinted.shape[:2]} do not match; bring them to "
-            "one size."
+            f"`photograph` has shape {picture.shape}, but the map has shape {tinted.shape[:2]}. Resize one to match "
+            "the other."
         )
     grey = (picture @ _LUMINANCE)[..., None]
     weight = opacity * tinted[..., 3:]
@@ -472,15 +469,16 @@ def _cells(
     labels: Sequence[str] | None,
     draw: Callable[[ArrayLike, ArrayLike], Picture],
 ) -> list[tuple[str, Picture]]:
-    """Title and picture of each cell, row by row: a photograph, and its maps drawn over it."""
+    """Title and picture of each cell, row by row: an image, then its maps drawn over it."""
     if not photographs or (labels is not None and len(labels) != len(photographs)):
         raise InputError(
-            f"A panel of {len(photographs)} photographs needs at least one, and as many labels; give a label for each."
+            f"A panel of {len(photographs)} photographs cannot be drawn. Pass at least one of `photographs`, and one "
+            "of `labels` for each."
         )
     for name, column in maps.items():
         if len(column) != len(photographs):
             raise InputError(
-                f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs; give one for each."
+                f"Column {name!r} has {len(column)} maps for {len(photographs)} photographs. Pass one map for each."
             )
     return [
         cell
@@ -495,7 +493,7 @@ def _cells(
 def _lay_out(cells: Sequence[tuple[str, Picture]], columns: int) -> tuple[Figure, list[Any]]:
     columns = min(columns, len(cells))
     shapes = [picture.shape for _, picture in cells]
-    # Rows as high as their pictures, and a title: wide pictures would stand far apart.
+    # Rows are only as high as their pictures and titles: equal rows would leave gaps between wide pictures.
     heights = [
         0.15 + 3.1 * max(height / width for height, width, _ in shapes[start : start + columns])
         for start in range(0, len(cells), columns)
@@ -510,14 +508,14 @@ def _lay_out(cells: Sequence[tuple[str, Picture]], columns: int) -> tuple[Figure
 
 
 def _settled(figure: Figure) -> Figure:
-    """Lay a figure out twice: the first times, Matplotlib moves titles past the edge."""
+    """Lay a figure out twice: after the first pass, Matplotlib leaves titles past the edge."""
     for _ in range(2):
         figure.draw_without_rendering()
     return figure
 
 
 def _layout() -> ConstrainedLayoutEngine:
-    # A margin in inches: titles would touch the edge.
+    # Without a margin (in inches), titles would touch the edge.
     return ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
 
 

@@ -12,21 +12,22 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from parchgrad.attribution import Explainer, heatmap
-from parchgrad.checks import check_kind
-from parchgrad.edit import Edit
+from parchgrad._io.checks import check_kind
+from parchgrad.core.edit import Edit
+from parchgrad.core.selectors import Selector
 from parchgrad.errors import SettingError
-from parchgrad.models import Classifier, Prediction, check_classifier
-from parchgrad.recording import Recorder
-from parchgrad.selection import Selector
+from parchgrad.explain.explainer import Explainer
+from parchgrad.explain.heatmap import heatmap
+from parchgrad.explain.recording import Recorder
+from parchgrad.models.classifier import Classifier, Prediction, check_classifier
 from parchgrad.visual.maps import strip
 
 __all__ = ["ALPHAS", "QUANTILES", "Sweep", "alpha_sweep", "quantile_sweep"]
 
 QUANTILES = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
-"""From most channels to few."""
+"""Default quantiles, from many channels to few."""
 ALPHAS = (0.1, 0.05, 0.01, 1e-3, 1e-4, 1e-6)
-"""From weak evidence to strong; a layer in which no channel passes is left as it is."""
+"""Default significance levels, from weak evidence to strong; a layer without passing channels stays unedited."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,14 +37,14 @@ class Sweep:
     Attributes:
         setting: `"quantile"` or `"alpha"`.
         values: the values, in the order of the maps.
-        picture: what the network saw, (H, W, 3) in [0, 1].
+        picture: the network's input as an image, (H, W, 3) in [0, 1].
         heats: heat map at each value, (V, H, W).
         plain: heat map of the same method without ParchGrad, (H, W).
-        kept: share of the channels with a weight above 0 and a gradient, mean over the layers that were edited, at each
-            value; NaN where none was.
-        untouched: number of layers left as they are, since all their channels weigh the same, at each value.
+        kept: mean share of channels with a weight above 0 and a gradient over the edited layers, at each value; NaN
+            where no layer was edited.
+        untouched: number of unedited layers, whose channels all weigh the same, at each value.
         target: the explained class.
-        edit: what was done to the gradient, resolved; its selector is that of the first value.
+        edit: the edit with all defaults resolved, and the selector of the first value.
         layers: names of the edited convolutions.
         method: the attribution method.
     """
@@ -61,7 +62,7 @@ class Sweep:
     method: str
 
     def titles(self) -> tuple[str, ...]:
-        """Name each value, with alpha the share of the channels that weigh more than 0, and layers left plain."""
+        """Title each value, with the share of channels kept (for alpha) and the number of unedited layers."""
         return tuple(map(self._title, self.values, self.kept, self.untouched))
 
     def _title(self, value: float, kept: float, untouched: int) -> str:
@@ -69,17 +70,17 @@ class Sweep:
         if untouched == len(self.layers):
             return f"{said}: plain, no channel passes"
         said += f": {kept:.1%} weigh > 0" if self.setting == "alpha" else ""
-        # What is left as it is looks like the plain map, and should not pass for another.
+        # Unedited layers make the map look plain, so the title mentions them.
         return said + (f", {untouched} of {len(self.layers)} layers plain" if untouched else "")
 
     def figure(self, *, columns: int = 4) -> Figure:
-        """Draw the image, the plain map and those of the sweep, all by one scale, in lines of `columns`."""
+        """Draw the image, the plain map and the maps of the sweep in rows of `columns`, on one scale."""
         maps: Mapping[str, NDArray[Any]] = {
             f"{self.method.replace('_', ' ')}, plain": self.plain,
-            # Half of a long title would run into the next panel.
+            # A long title would run into the next panel.
             **{title.replace(", ", "\n"): heat for title, heat in zip(self.titles(), self.heats, strict=True)},
         }
-        label = f"{self.target.category} ({self.target.probability:.0%})"
+        label = str(self.target)
         return strip(self.picture, maps, label=label, columns=columns)
 
 
@@ -92,18 +93,18 @@ def quantile_sweep(
     target: int | None = None,
     method: str = "gradient",
 ) -> Sweep:
-    """Explain an image at several quantiles, the shares of the channels at or above the threshold.
+    """Explain an image at several quantiles: shares of the channels at or above the threshold.
 
     Args:
         classifier: the network.
         image: image of any size and mode.
-        edit: what is done to the gradient; the quantile of its selector is replaced.
-        quantiles: in (0, 1].
-        target: the class to explain; None is the predicted one.
-        method: an attribution method; see `Explainer`.
+        edit: the edit; its selector's quantile is replaced.
+        quantiles: quantiles, in (0, 1].
+        target: class to explain; None uses the predicted one.
+        method: attribution method; see `Explainer`.
 
     Raises:
-        SettingError: if the selector has no quantile, or one is out of range or given twice, or none is given.
+        SettingError: if the selector has no quantile, or `quantiles` is empty, out of range or has duplicates.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
@@ -125,18 +126,18 @@ def alpha_sweep(
     target: int | None = None,
     method: str = "gradient",
 ) -> Sweep:
-    """Explain an image at several significance levels, the p-values at the threshold.
+    """Explain an image at several significance levels: p-values at the threshold.
 
     Args:
         classifier: the network.
         image: image of any size and mode.
-        edit: what is done to the gradient, with `ClassWise` or `InstanceWise`, whose quantile or alpha is replaced.
-        alphas: in (0, 1).
-        target: the class to explain; None is the predicted one.
-        method: an attribution method; see `Explainer`.
+        edit: the edit, with `ClassWise` or `InstanceWise`; the selector's quantile or alpha is replaced.
+        alphas: significance levels, in (0, 1).
+        target: class to explain; None uses the predicted one.
+        method: attribution method; see `Explainer`.
 
     Raises:
-        SettingError: if the selector has no alpha, or one is out of range or given twice, or none is given.
+        SettingError: if the selector has no alpha, or `alphas` is empty, out of range or has duplicates.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
@@ -163,9 +164,9 @@ def _sweep(
     method: str,
 ) -> Sweep:
     check_classifier(classifier)
-    check_kind("edit", edit, Edit, "pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
+    check_kind("`edit`", edit, Edit, "Pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
     selectors = [vary(edit.selector, value) for value in values]
-    # Resolved once: what suits a selector might depend on the value.
+    # Resolve the defaults once: they might depend on the value.
     first = Explainer.from_edit(classifier.model, replace(edit, selector=selectors[0]), method=method)
     inputs = classifier.preprocess(image).unsqueeze(0).to(next(classifier.model.parameters()))
     plain = Explainer(classifier.model, None, method=method)
@@ -178,7 +179,7 @@ def _sweep(
         selected = [record for record in recorder.found if not record.untouched.all()]
         shares = [record.kept.float().mean() for record in selected]
         kept.append(float(torch.stack(shares).mean()) if shares else math.nan)
-        # A layer that is passed several times counts as edited if it was in one of them.
+        # A layer that is called several times counts as edited if one call was.
         reached = {record.layer for record in recorder.found}
         untouched.append(len(reached - {record.layer for record in selected}))
     (predictions,) = classifier.predict(inputs, count=len(classifier.categories))
@@ -198,19 +199,19 @@ def _sweep(
 
 
 def _values(setting: str, values: Iterable[float]) -> tuple[float, ...]:
-    """The values as plain numbers, each once as it is written in titles."""
+    """Check the values, which must differ as written in titles."""
     try:
         found = tuple(map(float, values))
     except (TypeError, ValueError) as error:
         raise SettingError(
-            f"{setting}s is {values!r}, but it must be a list of numbers. Pass (0.5, 0.2, 0.1)."
+            f"`{setting}s` is {values!r}, but it must be a list of numbers. Pass (0.5, 0.2, 0.1), for example."
         ) from error
     if not found:
         raise SettingError(f"`{setting}s` is empty. Pass at least one value.")
     written = [f"{value:g}" for value in found]
     twice = next((text for text in written if written.count(text) > 1), None)
     if twice is not None:
-        raise SettingError(f"{setting} {twice} is given twice. Pass each value once.")
+        raise SettingError(f"`{setting}s` contains {twice} twice. Pass each value once.")
     return found
 
 

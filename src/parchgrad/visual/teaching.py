@@ -1,4 +1,4 @@
-"""The two figures that explain the method: what many weak channels do to few strong ones, and what strides leave."""
+"""Two figures that explain the method: many weak channels against few strong ones, and the pattern strides leave."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from parchgrad.visual.maps import COLOUR_MAP
 __all__ = ["GEOMETRIES", "SummedDirections", "checkerboard", "checkerboard_figure", "sum_directions"]
 
 GEOMETRIES = ((1, 2), (2, 2), (3, 2), (4, 2), (3, 1))
-"""Kernel and stride of convolutions as networks have them."""
+"""Common kernels and strides of convolutions."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,7 +28,7 @@ class SummedDirections:
     """Gradients of channels as directions in a plane, and their sums.
 
     Attributes:
-        strong: gradients that agree on a direction, up to noise, (S, 2).
+        strong: gradients in one direction, up to noise, (S, 2).
         weak: gradients of random directions, (W, 2).
     """
 
@@ -37,13 +37,13 @@ class SummedDirections:
 
     @property
     def deviation(self) -> float:
-        """Angle between the sum of all and the sum of the strong, in degrees, in [0, 180]."""
+        """Angle between the sum of all gradients and the sum of the strong ones, in degrees, in [0, 180]."""
         wanted, found = self.strong.sum(axis=0), self.strong.sum(axis=0) + self.weak.sum(axis=0)
         cosine = wanted @ found / (np.linalg.norm(wanted) * np.linalg.norm(found))
         return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
 
     def figure(self, *, theme: Theme = LIGHT) -> Figure:
-        """Draw the gradients tip to tail: first the strong ones, then the weak, and the sums as arrows."""
+        """Draw the gradients tip to tail, the strong ones first, and both sums as arrows."""
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         figure.set_facecolor("none")
         axes = figure.subplots()
@@ -74,19 +74,19 @@ class SummedDirections:
 def sum_directions(
     *, strong: int = 10, weak: int = 100, weakness: float = 0.5, spread: float = 0.5, seed: int = 1
 ) -> SummedDirections:
-    """Draw gradients of few strong channels that agree, and of many weak ones that do not.
+    """Generate gradients of a few strong channels that agree, and of many weak ones that do not.
 
-    The weak ones' sum grows with the square root of their number: of 100 at half the strength it is as long as five
-    strong ones, and where it points is chance. Pruning takes it away.
+    The sum of the weak gradients grows with the square root of their number: 100 at half the strength are as long as
+    five strong ones, in a random direction. Pruning removes them.
 
-    With the default settings all is 17 degrees off; over many seeds the median is 15 degrees, the 90th percentile 41.
+    With the defaults the sum is off by 17 degrees; over many seeds the median is 15 degrees, the 90th percentile 41.
 
     Args:
-        strong: number of strong gradients, of length 1, about one direction; at least 1.
-        weak: number of weak gradients, of uniformly random directions; at least 1.
+        strong: number of strong gradients, of length 1 and similar direction; at least 1.
+        weak: number of weak gradients, in uniformly random directions; at least 1.
         weakness: length of a weak gradient, positive.
-        spread: standard deviation of the strong directions about their own, in radians, from 0 on.
-        seed: of the draw.
+        spread: standard deviation of the strong gradients' angle in radians, at least 0.
+        seed: random seed.
 
     Raises:
         SettingError: if a setting is out of range.
@@ -98,11 +98,11 @@ def sum_directions(
         >>> found.strong.shape, found.weak.shape, found.deviation < 90
         ((10, 2), (100, 2), True)
     """
-    # Put so that NaN fails too.
+    # Written this way so that NaN fails too.
     if not (_are_counts(strong, weak) and 0 < weakness < math.inf and 0 <= spread < math.inf):
         raise SettingError(
-            f"strong={strong}, weak={weak}, weakness={weakness} and spread={spread} are given, but there must be one "
-            "gradient of each kind at least, in whole numbers, of a positive length and a spread from 0 on."
+            f"strong={strong}, weak={weak}, weakness={weakness} and spread={spread} are not all valid. `strong` and "
+            "`weak` must be whole numbers from 1, `weakness` positive and `spread` at least 0."
         )
     generator = np.random.default_rng(seed)
     angles = generator.normal(0, spread, strong)
@@ -111,25 +111,25 @@ def sum_directions(
 
 
 def checkerboard(*, kernel: int, stride: int, magnitude: float = 1.0, size: int = 16) -> NDArray[np.float64]:
-    """Send an even gradient back through a convolution of equal weights: what arrives at its input is uneven.
+    """Send a uniform gradient back through a convolution of equal weights, which makes it uneven.
 
-    An input place gets its share from every window that covers it, and where the stride does not divide the kernel
-    some places are covered more often than their neighbours.
+    Every window that covers an input pixel adds to its gradient. If the stride does not divide the kernel, some pixels
+    are covered by more windows than their neighbours.
 
     Args:
         kernel: side of the kernel, at least 1.
-        stride: step of the windows, at least 1.
-        magnitude: of the gradient at every place of the output, positive.
+        stride: stride, at least 1.
+        magnitude: gradient at every output position, positive.
         size: side of the output in windows, at least 1.
 
     Returns:
-        Gradient at the input, (size * stride, size * stride), away from the border, by weights that sum to 1.
+        Gradient at the input, away from the border, (size * stride, size * stride), for weights that sum to 1.
 
     Raises:
         SettingError: if a setting is out of range.
 
-    Source: Odena, Dumoulin, Olah (2016), "Deconvolution and Checkerboard Artifacts", of the same pattern in generated
-    pictures; here for gradients, after Park, Jeon, Choi (2023).
+    Source: Odena, Dumoulin, Olah (2016), "Deconvolution and Checkerboard Artifacts", for generated images; Park, Jeon,
+    Choi (2023) for gradients.
 
     Example:
         >>> checkerboard(kernel=3, stride=2, size=1) * 9
@@ -137,12 +137,9 @@ def checkerboard(*, kernel: int, stride: int, magnitude: float = 1.0, size: int 
                [2., 1.]])
     """
     if not _are_counts(kernel, stride, size):
-        raise SettingError(
-            f"kernel={kernel}, stride={stride} and size={size} are given, but each must be a whole number of at least "
-            "1."
-        )
+        raise SettingError(f"kernel={kernel}, stride={stride} and size={size} must all be whole numbers of at least 1.")
     if not 0 < magnitude < math.inf:
-        raise SettingError(f"magnitude is {magnitude}, but a gradient's magnitude must be a positive number.")
+        raise SettingError(f"`magnitude` is {magnitude}, but it must be positive.")
     margin = -(-kernel // stride)
     windows = size + 2 * margin
     gradient = torch.full((1, 1, windows, windows), float(magnitude), dtype=torch.float64)
@@ -159,13 +156,13 @@ def checkerboard_figure(
     magnitudes: Sequence[float] = (0.5, 1.0, 2.0),
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Draw the checkerboard of kernel, stride and gradient magnitude, all by one scale.
+    """Draw the checkerboard for several kernels, strides and gradient magnitudes, on one scale.
 
-    The pattern grows with the gradient that passes: channels that do not matter leave it as those do that matter.
+    The pattern grows with the gradient, whether or not the channel matters for the class.
 
     Args:
         geometries: kernel and stride of each column.
-        magnitudes: magnitude of the gradient in each row, positive.
+        magnitudes: gradient magnitude of each row, positive.
         theme: colours.
 
     Raises:
@@ -177,7 +174,7 @@ def checkerboard_figure(
         ['kernel 3, stride 2', 'kernel 4, stride 2']
     """
     if not geometries or not magnitudes:
-        raise SettingError("A checkerboard without geometries or magnitudes was asked for; give one of each at least.")
+        raise SettingError("`geometries` or `magnitudes` is empty. Pass at least one of each.")
     boards = [
         [checkerboard(kernel=kernel, stride=stride, magnitude=magnitude, size=6) for kernel, stride in geometries]
         for magnitude in magnitudes
@@ -199,7 +196,7 @@ def checkerboard_figure(
 
 def _bar(figure: Figure, axes: list[Any], top: float, theme: Theme) -> None:
     bar = figure.colorbar(ScalarMappable(Normalize(0, top), COLOUR_MAP), ax=axes, location="bottom", aspect=45)
-    bar.set_label("gradient that arrives at each place of the input", fontsize=9, color=theme.ink)
+    bar.set_label("gradient at each input pixel", fontsize=9, color=theme.ink)
     bar.ax.tick_params(labelsize=8, colors=theme.ink)
     bar.outline.set_visible(False)
 

@@ -1,0 +1,1 @@
+"""The method itself: pure torch, without file access."""

@@ -1,0 +1,258 @@
+"""`ParchGrad`, a context manager that partitions gradients through the chosen convolutions."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad.core.edit import DEFAULT_SELECTOR, Edit
+from parchgrad.core.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
+from parchgrad.core.partition import (
+    Conserve,
+)
+from parchgrad.core.selectors import Selector
+from parchgrad.core.session import SESSIONS, Plan, Session
+from parchgrad.core.targets import (
+    Target,
+    check_logits,
+    integer_targets,
+)
+from parchgrad.errors import ModelError, ModelWarning, ParchGradError, warn
+
+__all__ = ["ParchGrad", "partitioned_before", "plain_gradients"]
+
+
+class ParchGrad:
+    """Partition a model's gradient inside a `with` block, for any gradient method.
+
+    The block edits the backward pass of every recorded forward pass of the model. At each chosen convolution the
+    selector weighs the channels; those that do not matter are pruned or damped, and the others are re-scaled. `gates`
+    gives rectifiers and max pooling soft gates, and `antialias` smooths the strides of convolutions, average and max
+    pooling. The model's outputs stay the same bit for bit. The class of each row is read off the backward
+    signal at the model's output, so batches that a method expands (steps, noise samples) get the right class per row.
+
+    The edit changes the gradient passed on to a convolution's input, not the gradient at its output. With infinite
+    `gamma` only the kept channels are propagated where that is faster. Weight gradients are meaningless in the block;
+    for most chosen convolutions they stay None.
+
+    The model is not modified, and no hook remains after the block. One object may be entered several times and from
+    several threads; blocks of other threads are not affected. When blocks are nested, the innermost one that covers a
+    convolution applies, with its own layers. First derivatives only: `create_graph=True` raises an error.
+
+    Checkpointing needs `use_reentrant=False`. With `use_reentrant=True` a checkpointed part is edited only if the
+    backward pass is in the block too, and never gets soft gates.
+
+    For a loss such as cross-entropy, whose largest positive gradient is at a competing class, pass `target`.
+
+    Attributes:
+        layers: names of the chosen convolutions, in module order.
+
+    Source: Park, Jeon, Choi (2023), "Partitioned Channel Gradient for Reliable Input Attribution".
+
+    Example:
+        >>> import parchgrad as pg
+        >>> from captum.attr import Saliency
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)).eval()
+        >>> x = torch.rand(2, 3, 8, 8, requires_grad=True)
+        >>> with ParchGrad(model, pg.GradientEnergy(quantile=0.25), layers="all"):
+        ...     saliency = Saliency(model).attribute(x, target=torch.tensor([0, 3]))
+        >>> saliency.shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selector: Selector | None = DEFAULT_SELECTOR,
+        *,
+        layers: LayerChoice | None = None,
+        gamma: float = math.inf,
+        conserve: Conserve | None = None,
+        gates: float | None = None,
+        antialias: bool | None = None,
+        target: Target | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """Choose the layers and check every setting; hooks are set on entering the block.
+
+        Args:
+            model: a model that returns logits (B, K), or an output that `logits` extracts them from. A
+                DistributedDataParallel wrapper is removed.
+            selector: rates how much each channel matters; None leaves all channels unchanged, and without `gates`
+                and `antialias` makes the block plain.
+            layers: convolutions to edit; see `choose_layers`. Here and below, None means the selector's default.
+            gamma: strength of the kept signal relative to the rest, in (0, inf]; infinity prunes the rest.
+            conserve: what each layer conserves: `"energy"`, `"independent"`, `"exact"` or `"none"`; see
+                `partition_gradient`.
+            gates: width of the soft gates of all rectifiers (ReLU, ReLU6, Hardtanh, LeakyReLU, PReLU; modules or
+                functions) and of the ramp over which values share max pooling's gradient, in standard deviations of the
+                input; 0 is the true derivative. Both apply only when the model itself is called, not a part of it, and
+                not where a Captum method replaces the backward pass of rectifiers.
+            antialias: whether to smooth the gradient at the input of strided convolutions and pooling.
+            target: class per row, or one for all rows, instead of the class read off the backward signal.
+            logits: extracts the logits from an output that is a tuple, a dict or another object, such as
+                `lambda output: output["out"]`. It must return an existing tensor: no class can be read off a newly
+                computed one, because the explained score does not depend on it.
+
+        Raises:
+            SettingError: if a setting is out of range.
+            LayerError: if the layers are not in the model.
+            ModelError: if the model has no convolution, or only those that cut patches for a transformer, is wrapped in
+                DataParallel, or is compiled.
+            StatisticsError: if the selector's statistics do not fit the layers, or do not cover `target`.
+            TargetError: if `target` is not a valid class index.
+        """
+        model = bare_model(model)
+        edit = Edit(
+            selector=selector, layers=layers, gamma=gamma, conserve=conserve, gates=gates, antialias=antialias
+        ).resolved()
+        if not edit.is_plain:
+            _check_not_compiled(model)
+        check_logits(logits)
+        targets = None if target is None else integer_targets(target)
+        convolutions: dict[str, Convolution] = {}
+        if edit.selector is not None and edit.layers is not None:
+            convolutions = choose_layers(model, edit.layers)
+            edit.selector.check({name: module.out_channels for name, module in convolutions.items()})
+            if targets is not None:
+                edit.selector.check_targets(sorted(set(targets.flatten().tolist())))
+        self._plan = Plan(model=model, edit=edit, convolutions=convolutions, targets=targets, pick_logits=logits)
+        self._sessions: list[Session] = []
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the chosen convolutions, in module order."""
+        return tuple(self._plan.convolutions)
+
+    @property
+    def edit(self) -> Edit:
+        """The settings, with every None replaced by the selector's default."""
+        return self._plan.edit
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop open blocks: a copy starts outside of any."""
+        return {**vars(self), "_sessions": []}
+
+    def __enter__(self) -> "ParchGrad":
+        """Set the hooks.
+
+        Raises:
+            ModelError: if the model or a part of it is in training mode or compiled.
+        """
+        self._enter(self._plan.model)
+        return self
+
+    def _enter(self, head: nn.Module) -> None:
+        """Set the hooks; classes are read at the output of `head`, which calls the model."""
+        if not self.edit.is_plain:
+            check_evaluation_mode(self._plan.model)
+            _check_not_compiled(self._plan.model)
+        session = Session(self._plan, head)
+        self._sessions.append(session)
+        session.open()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove the hooks, also after an exception. Warns if the model was not called in the block.
+
+        Raises:
+            ParchGradError: if the block was entered in another thread or task, or not at all.
+        """
+        session = next((session for session in reversed(SESSIONS.get()) if session.plan is self._plan), None)
+        if session is None:
+            # The other context is out of reach, but a single open session can still remove its hooks.
+            if len(self._sessions) == 1:
+                self._sessions.pop().close()
+            raise ParchGradError(
+                "This ParchGrad block was entered in another thread or task. Enter and leave it in the same one."
+            )
+        was_open = session.is_open
+        session.close()
+        if session in self._sessions:
+            self._sessions.remove(session)
+        if kind is None and not was_open:
+            raise ParchGradError(
+                "This ParchGrad block was already left from another thread or task, so later gradients were plain. "
+                "Enter and leave it in the same one."
+            )
+        if self.edit.is_plain:
+            return
+        if kind is None and not session.was_called:
+            warn(
+                f"Nothing was edited: {type(self._plan.model).__name__} was not called in this block. Call the model "
+                "itself, not a compiled or functional copy, in the thread that entered the block.",
+                ModelWarning,
+            )
+        elif kind is None and session.missed:
+            warn(
+                f"{len(session.missed)} of {len(self.layers)} chosen convolutions were never called and not edited "
+                f"({', '.join(session.missed[:3])}{', ...' if len(session.missed) > 3 else ''}). Leave out layers that "
+                "are not part of the forward pass, such as training-only heads, and avoid compiled parts.",
+                ModelWarning,
+            )
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Raise `ModelError` if the model or a part of it is compiled: compiled code may bypass hooks set later."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ModelError(
+            "The model or a part of it is TorchScript, which bypasses the hooks of its layers. Explain the model from "
+            "before torch.jit."
+        )
+    # Direct look-ups avoid nn.Module's slow __getattr__.
+    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+        raise ModelError(
+            "The model or a part of it was compiled by torch.compile, which may bypass the hooks of its layers. "
+            "Explain the original model, such as model._orig_mod or an uncompiled copy."
+        )
+
+
+@contextmanager
+def partitioned_before(head: nn.Module, partition: ParchGrad) -> Iterator[None]:
+    """Enter a block whose classes are read at the output of a module that wraps the model.
+
+    Args:
+        head: calls the model and returns logits (B, K).
+        partition: the block, made for the model itself.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 1)).eval()
+        >>> head = nn.Sequential(model, nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
+        >>> x = torch.ones(1, 1, 3, requires_grad=True)
+        >>> with partitioned_before(head, pg.ParchGrad(model, pg.GradientEnergy())):
+        ...     torch.autograd.grad(head(x)[:, 2].sum(), x)[0].shape
+        torch.Size([1, 1, 3])
+    """
+    partition._enter(head)
+    try:
+        yield
+    except BaseException as error:
+        partition.__exit__(type(error), error, error.__traceback__)
+        raise
+    partition.__exit__(None, None, None)
+
+
+@contextmanager
+def plain_gradients(model: nn.Module) -> Iterator[None]:
+    """Keep the model's gradients plain inside the block, even within open ParchGrad blocks.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv1d(1, 4, 1), nn.Flatten()).eval()
+        >>> x = torch.ones(1, 1, 3, requires_grad=True)
+        >>> with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.25)), plain_gradients(model):
+        ...     found = torch.autograd.grad(model(x).sum(), x)[0]
+        >>> torch.equal(found, torch.autograd.grad(model(x).sum(), x)[0])
+        True
+    """
+    with ParchGrad(model, None):
+        yield

@@ -1,0 +1,116 @@
+"""The class to explain: given, or read off the gradient at the logits."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parchgrad.errors import ModelError, SettingError, TargetError
+
+__all__ = [
+    "Target",
+    "check_logits",
+    "check_target_count",
+    "check_target_range",
+    "integer_targets",
+    "pick_logits",
+    "read_classes",
+]
+
+Target = int | Sequence[int] | Tensor
+
+
+def check_logits(pick: object) -> None:
+    """Raise `SettingError` unless `pick` is a function or None."""
+    if pick is not None and not callable(pick):
+        raise SettingError(f"`logits` is {pick!r}, but it must be a function that extracts them from the output.")
+
+
+def pick_logits(output: Any, pick: Callable[[Any], Tensor]) -> Tensor:
+    """Extract the logits from a model's output.
+
+    Raises:
+        ModelError: if the function fails on this output, or does not return a tensor.
+
+    Example:
+        >>> pick_logits({"out": torch.ones(1, 2)}, lambda output: output["out"])
+        tensor([[1., 1.]])
+    """
+    try:
+        found = pick(output)
+    except (TypeError, LookupError, AttributeError) as error:
+        kind = type(output).__name__
+        raise ModelError(
+            f"`logits` fails on the {kind} that the model returns ({type(error).__name__}: {error}). Pass a function "
+            f"that accepts a {kind}."
+        ) from error
+    if not isinstance(found, Tensor):
+        raise ModelError(
+            f"`logits` returns a {type(found).__name__}, but a tensor is needed. Return one of the tensors in the "
+            "model's output."
+        )
+    return found
+
+
+def read_classes(gradient: Tensor) -> Tensor:
+    """Read the explained class of each row off the gradient at the logits.
+
+    It is the largest positive entry of the row, or the entry of largest magnitude if none is positive. For a map per
+    class, positive entries or magnitudes are summed over the map.
+
+    Args:
+        gradient: gradient at the logits, shape (B, K, *S); (B,) counts as one class.
+
+    Returns:
+        Class indices, shape (B,).
+
+    Example:
+        >>> read_classes(torch.tensor([[0.0, 1.0, -3.0], [0.0, -2.0, -1.0]]))
+        tensor([1, 1])
+    """
+    if gradient.dim() == 1:
+        gradient = gradient.unsqueeze(1)
+    maps = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
+    # Not a plain sum: weights of both signs, such as a region minus its surroundings, would cancel.
+    largest, classes = maps.clamp_min(0).sum(dim=2).max(dim=1)
+    return torch.where(largest > 0, classes, maps.abs().sum(dim=2).argmax(dim=1))
+
+
+def integer_targets(target: Target) -> Tensor:
+    """Convert a target to class indices (N,) of dtype int64; a single class gives N = 1.
+
+    Raises:
+        TargetError: if `target` holds anything but integers, or a negative one.
+    """
+    try:
+        targets = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TargetError(f"`target` is {target!r}, but it must be a class index or one per row.") from error
+    inexact = targets.is_floating_point() or targets.is_complex()
+    if inexact or targets.dtype == torch.bool or targets.dim() > 1 or targets.numel() == 0:
+        raise TargetError(
+            f"`target` is {targets.dtype} of shape {tuple(targets.shape)}, but it must be an integer class index "
+            "or one per row, shape (B,)."
+        )
+    if int(targets.min()) < 0:
+        raise TargetError(f"`target` holds {int(targets.min())}, but class indices start at 0. Pass 0 or more.")
+    return targets.reshape(-1).long()
+
+
+def check_target_range(highest: int, classes: int) -> None:
+    """Raise `TargetError` if the highest target is out of range for this many classes."""
+    if highest >= classes:
+        raise TargetError(
+            f"target {highest} is out of range for a model with {classes} classes. Pass an index from 0 to "
+            f"{classes - 1}."
+        )
+
+
+def check_target_count(targets: Tensor, rows: int, what: str) -> None:
+    """Raise `TargetError` unless there is one target for all rows of a batch or pass, or one per row."""
+    if targets.numel() not in (1, rows):
+        raise TargetError(
+            f"`target` has {targets.numel()} classes, but the {what} has {rows} rows. Pass one class per row, or one "
+            "for all."
+        )

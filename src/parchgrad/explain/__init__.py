@@ -1,0 +1,1 @@
+"""Attributions and heat maps of a model and its inputs."""

@@ -1,0 +1,327 @@
+"""`Explainer`: an attribution method with or without ParchGrad, on batches of any size."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad._io.checks import check_whole_number
+from parchgrad.core.edit import DEFAULT_SELECTOR, Edit
+from parchgrad.core.engine import ParchGrad, partitioned_before
+from parchgrad.core.layers import LayerChoice, bare_model, check_evaluation_mode
+from parchgrad.core.partition import Conserve
+from parchgrad.core.selectors import Selector
+from parchgrad.core.targets import Target, check_logits, check_target_count, integer_targets
+from parchgrad.errors import ModelError, NonFiniteError, SettingError, TargetError
+from parchgrad.explain.heatmap import heatmap
+from parchgrad.explain.methods import find_method
+from parchgrad.explain.nonfinite import find_non_finite
+from parchgrad.explain.scores import Logits, Output, Score, Scores, check_inputs
+from parchgrad.explain.stability import cosine, noisy_copies
+
+__all__ = ["Explainer"]
+
+
+class Explainer:
+    """An attribution method with a partitioned or a plain gradient.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)).eval()
+        >>> explainer = Explainer(model, pg.GradientEnergy(quantile=0.25), layers="all")
+        >>> attribution = explainer.attribute(torch.rand(2, 3, 8, 8), target=torch.tensor([0, 3]))
+        >>> attribution.shape, heatmap(attribution).shape
+        (torch.Size([2, 3, 8, 8]), torch.Size([2, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selector: Selector | None = DEFAULT_SELECTOR,
+        *,
+        layers: LayerChoice | None = None,
+        gamma: float = math.inf,
+        conserve: Conserve | None = None,
+        gates: float | None = None,
+        antialias: bool | None = None,
+        method: str = "gradient",
+        logits: Callable[[Any], Tensor] | None = None,
+        internal_batch_size: int | None = 32,
+        **method_options: Any,
+    ) -> None:
+        """Check every setting against the model and the method.
+
+        Args:
+            model: a classifier that returns logits (B, K), in evaluation mode. A DistributedDataParallel wrapper is
+                removed.
+            selector: rates how much each channel matters; None is the plain method, which ignores `layers`, `gamma` and
+                `conserve`.
+            layers: convolutions to edit; see `choose_layers`. Here and below, None means the selector's default.
+            gamma: strength of the kept signal relative to the rest, in (0, inf]; infinity prunes the rest.
+            conserve: what each layer conserves: `"energy"`, `"independent"`, `"exact"` or `"none"`; see
+                `partition_gradient`.
+            gates: width of the soft gates of all rectifiers and of max pooling's ramps, in standard deviations of the
+                input; 0 is the true derivative. Off for the methods that replace the backward pass of rectifiers:
+                `DeepLift`, `DeepLiftShap`, `GuidedBackprop`, `GuidedGradCam` and `Deconvolution`.
+            antialias: whether to smooth the gradient at the input of strided convolutions and pooling.
+            method: `"gradient"`, `"input_x_gradient"`, `"integrated_gradients"`, `"smoothgrad"`, or the class name of
+                any Captum gradient attribution that explains the input, such as `"DeepLift"`.
+            logits: extracts the logits from an output of any type, such as `lambda output: output["logits"]`; None uses
+                the output itself.
+            internal_batch_size: maximum number of rows per pass, at least 1; bounds memory for large batches and for
+                methods that expand a row into many (`DeepLiftShap` and `GradientShap` use at least the rows of one
+                image). None uses a single pass.
+            **method_options: options of the method. `integrated_gradients`: Captum's, among them `n_steps=25` and
+                `baselines=0`. `smoothgrad`: `samples=25`, `sigma=0.15` (share of each input's range) and `seed=0`.
+                Captum methods: the arguments of the class and of its `attribute`; `GradientShap` uses the global random
+                generators of torch and numpy, so its maps differ between calls.
+
+        Raises:
+            SettingError: if a setting is out of range, or the method or one of its options does not exist.
+            LayerError: if the layers are not in the model.
+            ModelError: if the model is wrapped in DataParallel, has no convolution, only those that cut patches for a
+                transformer, or no module that the method acts on.
+            StatisticsError: if the selector's statistics do not fit the layers.
+        """
+        model = bare_model(model)
+        if internal_batch_size is not None:
+            check_whole_number("internal_batch_size", internal_batch_size, 1)
+        check_logits(logits)
+        self._model = model
+        self._pick_logits = logits
+        self._internal_batch_size = internal_batch_size
+        self._method = find_method(method, method_options)
+        self._method.check(model)
+        if self._method.replaces_rectifiers:
+            if gates:
+                raise SettingError(
+                    f"method {self._method.name!r} replaces the backward pass of rectifiers, so gates={gates} "
+                    "would have no effect. Leave gates out, or choose another method."
+                )
+            gates = 0.0
+        self._partition = ParchGrad(
+            model, selector, layers=layers, gamma=gamma, conserve=conserve, gates=gates, antialias=antialias
+        )
+
+    @classmethod
+    def from_edit(
+        cls,
+        model: nn.Module,
+        edit: Edit,
+        *,
+        method: str = "gradient",
+        logits: Callable[[Any], Tensor] | None = None,
+        internal_batch_size: int | None = 32,
+        **method_options: Any,
+    ) -> "Explainer":
+        """Create an explainer from an `Edit` (see `Explainer`).
+
+        Example:
+            >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)).eval()
+            >>> Explainer.from_edit(model, Edit(selector=None), method="input_x_gradient")
+            Explainer(Sequential, input_x_gradient, plain)
+        """
+        return cls(
+            model,
+            edit.selector,
+            layers=edit.layers,
+            gamma=edit.gamma,
+            conserve=edit.conserve,
+            gates=edit.gates,
+            antialias=edit.antialias,
+            method=method,
+            logits=logits,
+            internal_batch_size=internal_batch_size,
+            **method_options,
+        )
+
+    def __repr__(self) -> str:
+        """Show the model, the method and the edit."""
+        edit = "plain" if self.edit.is_plain else f"{self.edit.selector!r}, {len(self.layers)} layers"
+        return f"{type(self).__name__}({type(self._model).__name__}, {self._method.name}, {edit})"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the edited convolutions, in module order; empty for the plain method."""
+        return self._partition.layers
+
+    @property
+    def edit(self) -> Edit:
+        """The settings, with every None replaced by the selector's default."""
+        return self._partition.edit
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """Options of the method, including this package's defaults."""
+        return dict(self._method.options)
+
+    def attribute(self, inputs: Tensor, target: Target | Score | None = None) -> Tensor:
+        """Attribute the score of a class to the inputs. A row's map does not depend on its batch.
+
+        Args:
+            inputs: preprocessed batch, shape (B, C, *S), floating point, finite.
+            target: class index for all rows, one per row of shape (B,), or None for the predicted class. For other
+                outputs than one logit per class: a function of the output, or of what `logits` extracts, that returns a
+                score per row, such as `RegionScore`. Methods that use several versions of an image call it with more
+                rows than images.
+
+        Returns:
+            Attribution of the shape, dtype and device of `inputs`, detached; signed, unless the Captum class
+            returns magnitudes, as `Saliency` does.
+
+        Raises:
+            InputError: if the inputs are not a finite floating-point batch, or do not fit the model.
+            TargetError: if a target is not a class of the model, or there is not one target or score per row.
+            StatisticsError: if the selector's statistics do not cover a target.
+            ModelError: if the model is in training mode, does not return logits of shape (B, K), or does not call the
+                chosen layers.
+            NonFiniteError: if scores or maps are NaN or infinite; the message names the layer where that began.
+        """
+        check_evaluation_mode(self._model)
+        check_inputs(inputs)
+        self._method.check_batch(inputs)
+        with torch.inference_mode(False), torch.enable_grad():
+            batch = inputs.detach().clone()
+            scores: Logits | Scores
+            if callable(target):
+                targets, scores = None, Scores(Output(self._model, self._pick_logits), target)
+            else:
+                targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
+                scores = Logits(self._model, int(targets.max()), self._pick_logits)
+                if self.edit.selector is not None:
+                    self.edit.selector.check_targets(sorted(set(targets.tolist())))
+            size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
+            parts = []
+            with partitioned_before(scores.head, self._partition):
+                for start in range(0, inputs.shape[0], size):
+                    rows = slice(start, start + size)
+                    part = batch[rows].requires_grad_()
+                    of_part = None if targets is None else targets[rows]
+                    with _told_if_independent(of_function=targets is None):
+                        parts.append(self._method(scores, part, of_part, rows, self._internal_batch_size))
+            found = torch.cat(parts).detach()
+            finite = found.flatten(1).isfinite().all(dim=1)
+            if not (scores.head.was_finite and bool(finite.all())):
+                raise self._non_finite(scores, batch, targets, size, finite)
+        return found
+
+    def _non_finite(
+        self, scores: Logits | Scores, batch: Tensor, targets: Tensor | None, size: int, finite: Tensor
+    ) -> NonFiniteError:
+        """Locate where values stop being finite, in the first row whose map does."""
+        parts = torch.split(batch, size)
+        row = int(finite.byte().argmin())
+        what = f"The map of row {row} of {len(batch)} contains"
+        if bool(finite.all()):
+            # The maps are finite, so some score is not.
+            with torch.no_grad():
+                rows = torch.cat([scores.broken_rows(part) for part in parts])
+            row = int(rows.byte().argmax())
+            whose = f"row {row} of {len(batch)}" if bool(rows.any()) else self._method.name
+            what = f"The scores of {whose} contain"
+        inputs = parts[row // size]
+        if targets is not None:
+            inputs = inputs[row % size : row % size + 1]
+
+        def explained(part: Tensor) -> Tensor:
+            found: Tensor = scores(part)
+            # The user's function may expect the same rows as before.
+            return found.sum() if targets is None else found[:, targets[row]].sum()
+
+        with partitioned_before(scores.head, self._partition):
+            place = find_non_finite(self._model, explained, inputs)
+        if place is None:
+            return NonFiniteError(
+                f"{what} NaN or infinite values, which began in the passes of {self._method.name} on modified images, "
+                "not on the image itself. Check the method's options, such as its baselines."
+            )
+        return NonFiniteError(
+            f"{what} NaN or infinite values, which began {place}. Check the weights and the range of values there, "
+            "or use a wider type such as float64."
+        )
+
+    def stability(
+        self,
+        inputs: Tensor,
+        target: Target | Score | None = None,
+        *,
+        noise: float = 0.001,
+        draws: int = 4,
+        seed: int = 0,
+    ) -> Tensor:
+        """Measure how stable the heat maps are under Gaussian noise on the inputs.
+
+        The explained class is that of the inputs without noise. Near 1 the maps look the same; below 0.5 invisible
+        noise gives a different map, which explains little.
+
+        Args:
+            inputs: preprocessed batch, shape (B, C, *S), floating point, finite.
+            target: see `attribute`.
+            noise: standard deviation of the noise, as a share of the range of each row.
+            draws: number of noisy copies, at least 1.
+            seed: random seed of the noise, which is the same for every row.
+
+        Returns:
+            Mean cosine between the heat map of each row and those of its noisy copies, in [0, 1], shape (B,), float64;
+            NaN where a map is zero everywhere.
+
+        Raises:
+            SettingError: if `noise` or `draws` is out of range.
+            ParchGradError: see `attribute`.
+
+        Example:
+            >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)).eval()
+            >>> Explainer(model, None).stability(torch.rand(1, 3, 8, 8), target=2).round(decimals=6)
+            tensor([1.], dtype=torch.float64)
+        """
+        check_inputs(inputs)
+        if target is None:
+            target = self.predict(inputs)
+        clean = heatmap(self.attribute(inputs, target))
+        copies = noisy_copies(inputs.detach(), noise=noise, draws=draws, seed=seed)
+        return torch.stack([cosine(clean, heatmap(self.attribute(copy, target))) for copy in copies]).mean(dim=0)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Predict the class of each row, shape (B,).
+
+        Raises:
+            InputError: if the inputs are not a finite floating-point batch, or do not fit the model.
+            ModelError: if the model is in training mode, or does not return logits of shape (B, K).
+            NonFiniteError: if logits are NaN or infinite; the message names the layer where that began.
+        """
+        check_evaluation_mode(self._model)
+        check_inputs(inputs)
+        logits = Logits(self._model, None, self._pick_logits)
+        size = self._internal_batch_size or inputs.shape[0]
+        with torch.no_grad():
+            predicted = torch.cat([logits(part).argmax(dim=1) for part in torch.split(inputs, size)])
+        if not logits.was_finite:
+            raise self._non_finite(logits, inputs, predicted, size, torch.ones(len(inputs), dtype=torch.bool))
+        return predicted
+
+
+@contextmanager
+def _told_if_independent(*, of_function: bool) -> Iterator[None]:
+    """Explain autograd's error when the score is detached."""
+    try:
+        yield
+    except RuntimeError as error:
+        # If no weight requires a gradient, there is no graph at all.
+        if not any(said in str(error) for said in ("not have been used in the graph", "does not require grad")):
+            raise
+        if of_function:
+            raise TargetError(
+                "The score that `target` returns does not depend on the inputs. Compute it from the output."
+            ) from error
+        raise ModelError(
+            "The logits do not depend on the inputs. Look for detach(), torch.no_grad() or a constant in the model."
+        ) from error
+
+
+def _targets_per_row(target: Target, inputs: Tensor) -> Tensor:
+    targets = integer_targets(target).to(inputs.device)
+    check_target_count(targets, inputs.shape[0], "batch")
+    return targets.expand(inputs.shape[0])

@@ -1,0 +1,269 @@
+"""The attribution methods: Captum's gradient attributions, and SmoothGrad."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, ClassVar, TypeGuard
+
+import captum.attr
+import torch
+from torch import Tensor, nn
+
+from parchgrad._io.checks import check_kind, check_whole_number, is_number, is_whole_number
+from parchgrad.core.partition import at_least_float32
+from parchgrad.errors import ModelError, SettingError
+
+__all__ = ["METHODS", "replaces_rectifiers"]
+
+_CAPTUM_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gradient": ("Saliency", {"abs": False}),
+    "input_x_gradient": ("InputXGradient", {}),
+    "integrated_gradients": ("IntegratedGradients", {"n_steps": 25}),
+}
+METHODS: tuple[str, ...] = (*_CAPTUM_NAMES, "smoothgrad")
+"""Built-in method names; any other Captum gradient attribution goes by its class name."""
+# Set by the explainer, or meaningless for a result of one tensor.
+_RESERVED = {"self", "forward_func", "model", "inputs", "target", "internal_batch_size"}
+_RESERVED |= {"additional_forward_args", "return_convergence_delta"}
+# LRP leaves attributes on the model's layers, and does not propagate a gradient.
+_UNSUPPORTED = {"LRP"}
+# Their baselines are samples of a distribution, not one per row.
+_SAMPLES_BASELINES = {"GradientShap", "DeepLiftShap"}
+# They compare every activation's input with its output, and fail if a module is used twice.
+_NEEDS_SEPARATE_MODULES = {"DeepLift", "DeepLiftShap"}
+_ACTIVATIONS = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
+# Methods that replace the backward pass of these modules; without any, they equal a plain method.
+_ACTS_ON: Mapping[str, tuple[type[nn.Module], ...]] = {
+    **dict.fromkeys(("GuidedBackprop", "Deconvolution", "GuidedGradCam"), (nn.ReLU,)),
+    **dict.fromkeys(("DeepLift", "DeepLiftShap"), _ACTIVATIONS),
+}
+
+
+def replaces_rectifiers(method: str) -> bool:
+    """Whether a method replaces the backward pass of rectifiers, so that soft gates have no effect.
+
+    Example:
+        >>> replaces_rectifiers("GuidedBackprop"), replaces_rectifiers("gradient")
+        (True, False)
+    """
+    return method in _ACTS_ON
+
+
+def find_method(name: str, options: Mapping[str, Any]) -> "CaptumMethod | SmoothGrad":
+    """Create the method of this name with these options, which must exist."""
+    check_kind("`method`", name, str, f"Pass one of {', '.join(METHODS)}, or a Captum class name", wanted="a name")
+    if name == "smoothgrad":
+        _check_options(name, options, {member.name for member in fields(SmoothGrad)})
+        return SmoothGrad(**options)
+    class_name, defaults = _CAPTUM_NAMES.get(name, (name, {}))
+    if class_name not in _captum_classes():
+        known = [*METHODS, *_captum_classes()]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"Similar names: {', '.join(near)}" if near else f"Known methods: {', '.join(known)}"
+        raise SettingError(f"method {name!r} does not exist or does not explain the input by gradients. {hint}.")
+    return CaptumMethod(name, class_name, {**defaults, **options})
+
+
+@cache
+def _captum_classes() -> dict[str, type]:
+    """Captum's gradient attributions of the input, by class name."""
+    base = captum.attr.GradientAttribution
+    others = (captum.attr.LayerAttribution, captum.attr.NeuronAttribution)
+    return {
+        name: found
+        for name, found in vars(captum.attr).items()
+        if inspect.isclass(found)
+        and issubclass(found, base)
+        and not (found is base or issubclass(found, others) or name in _UNSUPPORTED)
+    }
+
+
+def _check_options(method: str, options: Mapping[str, Any], known: set[str]) -> None:
+    for option in options:
+        if option not in known:
+            hint = ", ".join(sorted(known)) or "none"
+            raise SettingError(f"method {method!r} has no option {option!r}. Its options: {hint}.")
+
+
+@dataclass(frozen=True, eq=False)
+class CaptumMethod:
+    """A Captum class as a method; options go to its constructor or its `attribute`, whichever accepts them."""
+
+    name: str
+    class_name: str
+    options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        constructor, call = self._parameters()
+        _check_options(self.name, self.options, {*constructor, *call} - _RESERVED)
+        for option, parameter in {**constructor, **call}.items():
+            if parameter.default is inspect.Parameter.empty and option not in {*_RESERVED, *self.options}:
+                raise SettingError(f"method {self.name!r} needs the option {option!r}. Pass it by name.")
+        for option in ("n_steps", "n_samples"):
+            check_whole_number(option, self.options.get(option, 1), 1)
+
+    @property
+    def replaces_rectifiers(self) -> bool:
+        """Whether the method replaces the backward pass of rectifiers."""
+        return self.class_name in _ACTS_ON
+
+    def _parameters(self) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
+        found = _captum_classes()[self.class_name]
+        attribute = found.attribute  # type: ignore[attr-defined]  # every one of these classes has it
+        return inspect.signature(found).parameters, inspect.signature(attribute).parameters
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `ModelError` if this model has no module that the method acts on."""
+        kinds = _ACTS_ON.get(self.class_name)
+        if kinds is not None and not any(isinstance(module, kinds) for module in model.modules()):
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise ModelError(
+                f"{self.class_name} acts on modules of type {names}, but {type(model).__name__} has none, so it would "
+                "equal a plain method. Use 'gradient' or 'input_x_gradient'."
+            )
+
+    def check_batch(self, inputs: Tensor) -> None:
+        """Raise `SettingError` if the options do not fit the inputs."""
+        baselines = self.options.get("baselines")
+        if self.class_name in _SAMPLES_BASELINES:
+            _check_baseline_samples(self.class_name, baselines, inputs)
+        elif baselines is not None and not is_number(baselines):
+            _check_baselines(baselines, inputs)
+
+    def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:
+        """Number of images that keep a pass within its rows; integrated gradients splits its steps itself."""
+        if rows_per_pass is None:
+            return images
+        baselines = self.options.get("baselines")
+        drawn = baselines.shape[0] if isinstance(baselines, Tensor) and baselines.dim() > 0 else 1
+        factors: dict[str, int] = {
+            "DeepLift": 2,
+            "DeepLiftShap": 2 * drawn,
+            "GradientShap": self.options.get("n_samples", 5),
+        }
+        return max(1, rows_per_pass // factors.get(self.class_name, 1))
+
+    def __call__(
+        self, scores: nn.Module, inputs: Tensor, targets: Tensor | None, rows: slice, rows_per_pass: int | None
+    ) -> Tensor:
+        constructor, call = self._parameters()
+        of_constructor = {option: value for option, value in self.options.items() if option in constructor}
+        of_call = {option: value for option, value in self.options.items() if option not in constructor}
+        if "internal_batch_size" in call:
+            of_call["internal_batch_size"] = rows_per_pass
+        baselines = of_call.get("baselines")
+        if isinstance(baselines, Tensor):
+            baselines = baselines.to(inputs)
+            if self.class_name not in _SAMPLES_BASELINES:
+                of_rows = baselines if baselines.shape[0] == 1 else baselines[rows]
+                baselines = of_rows.expand(-1, *inputs.shape[1:])
+            of_call["baselines"] = baselines
+        attribution = _captum_classes()[self.class_name](scores, **of_constructor)
+        try:
+            result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
+        except RuntimeError as error:
+            if self.class_name not in _NEEDS_SEPARATE_MODULES:
+                raise
+            raise ModelError(
+                f"{self.class_name} cannot explain this model. Make every activation a module of its own, used once "
+                "and not in place."
+            ) from error
+        return result
+
+
+def _check_baselines(baselines: object, inputs: Tensor) -> None:
+    sizes = inputs.shape[1:]
+    if not _is_real(baselines) or baselines.dim() != inputs.dim() or not _is_broadcast(baselines.shape[1:], sizes):
+        raise SettingError(
+            f"`baselines` is {_described(baselines)}, but it must be a number, or a floating-point tensor of shape "
+            f"(1 or {', '.join(map(str, inputs.shape))})."
+        )
+    if baselines.shape[0] not in (1, inputs.shape[0]):
+        raise SettingError(
+            f"There are {baselines.shape[0]} baselines for {inputs.shape[0]} rows. Pass one, or one per row."
+        )
+
+
+def _check_baseline_samples(name: str, baselines: object, inputs: Tensor) -> None:
+    if callable(baselines):
+        return
+    # Captum's own rule.
+    least = 2 if name == "DeepLiftShap" else 1
+    shape = tuple(inputs.shape[1:])
+    if not _is_real(baselines) or tuple(baselines.shape[1:]) != shape or len(baselines) < least:
+        raise SettingError(
+            f"`baselines` is {_described(baselines)}, but {name} needs samples of a distribution. Pass a tensor with "
+            f"{least} or more rows of shape {shape}."
+        )
+
+
+def _is_real(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _is_broadcast(sizes: Sequence[int], wanted: Sequence[int]) -> bool:
+    return all(size in (1, full) for size, full in zip(sizes, wanted, strict=True))
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return repr(value) if isinstance(value, str | float | None) else f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothGrad:
+    """SmoothGrad (Smilkov et al. 2017): Captum's gradient averaged over noisy copies of each row.
+
+    Not Captum's NoiseTunnel: with its global generator and one sigma for all rows, a map would depend on its batch,
+    whatever the seed.
+    """
+
+    samples: int = 25
+    sigma: float = 0.15
+    seed: int = 0
+    name: ClassVar[str] = "smoothgrad"
+    replaces_rectifiers: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_whole_number("samples", self.samples, 1)
+        if not is_number(self.sigma) or not 0 <= self.sigma < math.inf:
+            raise SettingError(f"`sigma` is {self.sigma!r}, but it must be a share of the input's range, 0 or more.")
+        if not is_whole_number(self.seed) or abs(self.seed) >= 2**63:
+            raise SettingError(f"`seed` is {self.seed!r}, but it must be a whole number of fewer than 64 bits.")
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return vars(self)
+
+    def check(self, model: nn.Module) -> None:
+        """Accept every model."""
+
+    def check_batch(self, inputs: Tensor) -> None:
+        """Accept every batch."""
+
+    def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:
+        return rows_per_pass or images
+
+    def __call__(
+        self, scores: nn.Module, inputs: Tensor, targets: Tensor | None, rows: slice, rows_per_pass: int | None
+    ) -> Tensor:
+        saliency = captum.attr.Saliency(scores)
+        batch = inputs.shape[0]
+        clean = inputs.detach()
+        # The same noise for every row, drawn on the CPU: a row's map depends on neither its batch nor the device.
+        generator = torch.Generator().manual_seed(int(self.seed))
+        noise = torch.randn(self.samples, *clean.shape[1:], generator=generator).to(clean)
+        spread = self.sigma * (clean.flatten(1).amax(dim=1) - clean.flatten(1).amin(dim=1))
+        spread = spread.reshape(batch, *[1] * clean.dim())
+        copies = self.samples if rows_per_pass is None else max(1, rows_per_pass // batch)
+        total = torch.zeros_like(at_least_float32(clean))
+        for part in torch.split(noise, copies):
+            noisy = (clean.unsqueeze(1) + spread * part).flatten(0, 1).requires_grad_()
+            of_copies = None if targets is None else targets.repeat_interleave(len(part))
+            maps = saliency.attribute(noisy, target=of_copies, abs=False)
+            total += maps.unflatten(0, (batch, len(part))).sum(dim=1)
+        return (total / self.samples).to(inputs.dtype)

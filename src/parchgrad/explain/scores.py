@@ -1,0 +1,241 @@
+"""What to explain of a model's output: logits from an output of any type, or one score per row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad._io.checks import check_kind, check_whole_number
+from parchgrad.core.layers import Convolution
+from parchgrad.core.partition import at_least_float32
+from parchgrad.core.targets import check_target_range, pick_logits
+from parchgrad.errors import InputError, ModelError, ParchGradError, TargetError, reason_of
+from parchgrad.explain.nonfinite import broken
+
+__all__ = ["Logits", "Output", "RegionScore", "Score", "Scores", "check_inputs"]
+
+Score: TypeAlias = Callable[[Any], Tensor]
+"""Maps a model's output, or the logits extracted from it, to one score per row, shape (B,)."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RegionScore:
+    """The sum of a class's scores over a region, to explain a segmentation network.
+
+    Without a mask, methods that use several versions of an image (integrated gradients, SmoothGrad) find the region
+    anew in each.
+
+    Attributes:
+        target: index of the class.
+        mask: the region, boolean or weights, with the spatial shape (*S) of the scores, one for all images; None uses
+            the region where the network predicts the class, image by image. An empty region gives a zero map.
+
+    Raises:
+        SettingError: if `target` is not an index.
+        TargetError: if the network has no such class.
+        ModelError: if its output is not scores of shape (B, K, *S).
+        InputError: if the mask is neither boolean nor finite numbers, or does not fit the scores.
+
+    Source: Vinogradova et al. (2020), "Towards Interpretable Semantic Segmentation via Gradient-Weighted Class
+    Activation Mapping", equation 2.
+
+    Example:
+        >>> scores = torch.tensor([[[1.0, 5.0, 2.0], [3.0, 4.0, 9.0]]])
+        >>> RegionScore(target=1)(scores), RegionScore(target=1, mask=torch.tensor([True, True, False]))(scores)
+        (tensor([12.]), tensor([7.]))
+    """
+
+    target: int
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_whole_number("target", self.target, 0)
+        if self.mask is None:
+            return
+        check_kind("The mask", self.mask, Tensor, "Pass torch.as_tensor(mask)", error=InputError)
+        if self.mask.layout != torch.strided:
+            raise InputError("The mask is a sparse tensor, but a region needs a dense one. Pass mask.to_dense().")
+        if self.mask.dtype != torch.bool and not self.mask.is_floating_point():
+            raise InputError(
+                f"The mask is {self.mask.dtype}, but it must be boolean, or weights in floating point. Pass mask > 0."
+            )
+        if not bool(self.mask.isfinite().all()):
+            raise InputError("The mask contains NaN or infinite values. Pass finite weights or a boolean mask.")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Sum the class over the region, (B, K, *S) to (B,)."""
+        if not isinstance(scores, Tensor) or scores.dim() < 3:
+            raise ModelError(
+                f"The model returns {_kind(scores)}, but a region needs scores of shape (B, K, *S). Pass `logits=` "
+                "to extract them."
+            )
+        check_target_range(int(self.target), scores.shape[1])
+        if self.mask is None:
+            region = scores.argmax(dim=1) == self.target
+        elif self.mask.shape == scores.shape[2:]:
+            region = self.mask.to(scores.device)
+        else:
+            raise InputError(
+                f"The mask has shape {tuple(self.mask.shape)}, but the model's scores have the spatial shape "
+                f"{tuple(scores.shape[2:])}. Resize the mask, and pass one for all images."
+            )
+        # A sum over a region may overflow half precision.
+        of_class = at_least_float32(scores[:, self.target])
+        # Not multiplied: scores outside of the region may be infinite.
+        weights = region.to(of_class.dtype).expand_as(of_class)
+        sums = torch.where(weights != 0, of_class * weights, 0).flatten(1).sum(dim=1)
+        if self.mask is not None:
+            return sums
+        # Without finite scores the predicted region is unknown.
+        return sums.masked_fill(broken(scores.detach()).flatten(1).any(dim=1), torch.nan)
+
+
+class Output(nn.Module):
+    """The model as attribution methods see it: explains bad inputs and extracts the logits."""
+
+    def __init__(self, model: nn.Module, pick: Callable[[Any], Tensor] | None = None) -> None:
+        """Wrap a model.
+
+        Args:
+            model: any module.
+            pick: extracts the logits from its output; None uses the output itself.
+        """
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self._pick = pick
+        self._broken: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Return what `pick` extracts from the model's output."""
+        try:
+            output = self.model(inputs)
+        except (torch.OutOfMemoryError, ParchGradError):
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            mismatch = _mismatch(self.model, inputs, error)
+            if mismatch is None:
+                raise
+            raise mismatch from error
+        return output if self._pick is None else pick_logits(output, self._pick)
+
+    def note(self, scores: Tensor) -> None:
+        """Record scores that are NaN or plus infinity; minus infinity rules out a class."""
+        found = broken(scores.detach()).any()
+        self._broken = found if self._broken is None else self._broken | found
+
+    @property
+    def was_finite(self) -> bool:
+        """Whether every score so far was finite; reading it synchronises with the device."""
+        return self._broken is None or not bool(self._broken)
+
+
+class Logits(Output):
+    """The logits of a classifier, (B, K)."""
+
+    def __init__(
+        self, model: nn.Module, highest_target: int | None, pick: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        """Wrap a model (see `Output`); `highest_target` is the highest explained class, if any."""
+        super().__init__(model, pick)
+        self._highest_target = highest_target
+
+    @property
+    def head(self) -> Output:
+        """The module that calls the model."""
+        return self
+
+    def broken_rows(self, inputs: Tensor) -> Tensor:
+        """Find rows with a logit that is NaN or infinite, shape (B,)."""
+        return broken(self(inputs)).any(dim=1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits (B, K)."""
+        logits = super().forward(inputs)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise ModelError(
+                f"The model returns {_kind(logits)}, but logits of shape (B, K) are needed. Pass `logits=` to extract "
+                "them, or a function as `target=` that returns one score per row."
+            )
+        if self._highest_target is not None:
+            check_target_range(self._highest_target, logits.shape[1])
+        self.note(logits)
+        return logits
+
+
+class Scores(nn.Module):
+    """One score per row, computed from the model's output by a user's function."""
+
+    def __init__(self, head: Output, score: Score) -> None:
+        """Wrap the module that calls the model, and the function.
+
+        Raises:
+            TargetError: if the function is a class, which creates an object and not a score.
+        """
+        super().__init__()
+        if isinstance(score, type):
+            raise TargetError(f"`target` is the class {score.__name__} itself. Pass an instance of it.")
+        self.head = head
+        self.training = head.training
+        self._score = score
+
+    def broken_rows(self, inputs: Tensor) -> Tensor:
+        """Find rows with a score that is NaN or infinite, shape (B,)."""
+        return broken(self._score(self.head(inputs)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return scores (B,)."""
+        scores = self._score(self.head(inputs))
+        rows = inputs.shape[0]
+        if not isinstance(scores, Tensor) or scores.shape != (rows,):
+            raise TargetError(
+                f"`target` returns {_kind(scores)} for {rows} rows, but it must return one score per row, shape "
+                f"({rows},). Sum or pick the rest, as in lambda output: output[:, 3]."
+            )
+        if torch.is_grad_enabled() and not scores.requires_grad:
+            raise TargetError(
+                "The score that `target` returns does not depend on the model's output, or is detached from it. "
+                "Compute it from the output, without detach() or argmax()."
+            )
+        self.head.note(scores)
+        return scores
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Raise `InputError` unless the inputs are a batch (B, C, *S) of finite floating-point numbers."""
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"The inputs are a {type(inputs).__name__}, but a tensor (B, C, *S) is needed.")
+    if inputs.dim() < 3 or inputs.shape[0] == 0:
+        raise InputError(f"The inputs have shape {tuple(inputs.shape)}, but a non-empty batch (B, C, *S) is needed.")
+    if not inputs.is_floating_point():
+        raise InputError(f"The inputs are {inputs.dtype}, but gradients need floating point. Preprocess them first.")
+    if inputs.layout != torch.strided:
+        raise InputError(f"The inputs are {inputs.layout}, but a dense tensor is needed. Pass inputs.to_dense().")
+    if not torch.isfinite(inputs).all():
+        raise InputError("The inputs contain NaN or infinite values. Look for a division by zero in the preprocessing.")
+
+
+def _kind(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _mismatch(model: nn.Module, inputs: Tensor, error: Exception) -> InputError | None:
+    """Explain why a model may have rejected these inputs, judging by its first convolution; None if they fit it."""
+    first = next((module for module in model.modules() if isinstance(module, Convolution)), None)
+    if first is None:
+        return None
+    dimensions = len(first.kernel_size) + 2
+    if inputs.dim() != dimensions:
+        needs, remedy = f"needs {dimensions} dimensions", "Add a missing batch dimension with inputs.unsqueeze(0)"
+    elif inputs.shape[1] != first.in_channels:
+        needs, remedy = f"takes {first.in_channels} channels", "If they are last, move them with inputs.movedim(-1, 1)"
+    elif inputs.dtype != first.weight.dtype:
+        needs, remedy = f"has weights of type {first.weight.dtype}", "Convert one of them with .to()"
+    else:
+        return None
+    return InputError(
+        f"The model failed ({reason_of(error)}) on inputs of shape {tuple(inputs.shape)} and type {inputs.dtype}, but "
+        f"its first convolution {needs}. {remedy}."
+    )

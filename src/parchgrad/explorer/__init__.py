@@ -1,0 +1,1 @@
+"""The explorer: a web page that explains images."""

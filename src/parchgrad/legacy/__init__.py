@@ -1,0 +1,1 @@
+"""API and pickles of the original research code."""

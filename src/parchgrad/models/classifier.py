@@ -1,0 +1,142 @@
+"""A network with its preprocessing and class names."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad._io.checks import check_kind, check_whole_number
+from parchgrad.data.preprocessing import Preprocessing
+from parchgrad.errors import ModelError, TargetError
+from parchgrad.explain.scores import Logits, check_inputs
+
+__all__ = ["Classifier", "Prediction", "check_classifier", "find_category"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One predicted class: its index, name and softmax probability in [0, 1].
+
+    Example:
+        >>> print(Prediction(index=967, category="espresso", probability=0.983))
+        espresso (98%)
+    """
+
+    index: int
+    category: str
+    probability: float
+
+    def __str__(self) -> str:
+        """Return name and probability."""
+        return f"{self.category} ({self.probability:.0%})"
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A network in evaluation mode with all that is needed to classify images.
+
+    Attributes:
+        model: the network, which returns logits (B, K).
+        preprocess: the network's preprocessing.
+        categories: names of the K classes.
+        name: name of the network, as passed to `load_model`.
+        synsets: WordNet ids of the K classes, which name ImageNet's folders; empty if the classes have none.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> classifier = pg.load_model("efficientnet_lite0")
+        >>> classifier.find_category("espresso"), classifier.categories[872], classifier.synsets[872]
+        (967, 'tripod', 'n04485082')
+        >>> print(classifier)
+        efficientnet_lite0: EfficientNet, 1000 classes
+    """
+
+    model: nn.Module = field(repr=False)
+    preprocess: Preprocessing = field(repr=False)
+    categories: tuple[str, ...] = field(repr=False)
+    name: str
+    synsets: tuple[str, ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        """Return name, network and number of classes."""
+        return f"{self.name}: {type(self.model).__name__}, {len(self.categories)} classes"
+
+    def find_category(self, query: str) -> int:
+        """Find a class by its index or case-insensitive name.
+
+        Raises:
+            TargetError: if no class, or more than one, has that name.
+        """
+        return find_category(query, self.categories, self.name)
+
+    def predict(self, inputs: Tensor, *, count: int = 5) -> list[tuple[Prediction, ...]]:
+        """Predict the `count` most probable classes per row of a preprocessed batch (B, 3, H, W), best first.
+
+        Raises:
+            InputError: if the inputs are not a finite floating-point batch, or do not fit the model.
+            ModelError: if the number of class names does not match the logits.
+            SettingError: if `count` is not a positive whole number.
+        """
+        check_whole_number("count", count, 1)
+        check_inputs(inputs)
+        with torch.no_grad():
+            logits = Logits(self.model, None)(inputs)
+            if logits.shape[1] != len(self.categories):
+                raise ModelError(
+                    f"{self.name} has {logits.shape[1]} classes, but `categories` has {len(self.categories)} names. "
+                    "Pass one per class."
+                )
+            # Rank by logits, since probabilities of nearly equal logits tie.
+            best = logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
+            probabilities = logits.softmax(dim=1).gather(1, best)
+        return [
+            tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, row, strict=True))
+            for indices, row in zip(best.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+
+def check_classifier(classifier: object) -> None:
+    """Raise `ModelError` unless the argument is a `Classifier`."""
+    remedy = "Load one with `load_model(name)`, or wrap your network with `Classifier(...)`"
+    check_kind("`classifier`", classifier, Classifier, remedy, error=ModelError)
+
+
+def find_category(query: str, categories: Sequence[str], model: str) -> int:
+    """Find a class by its index or case-insensitive name.
+
+    Args:
+        query: index or name.
+        categories: names of the classes.
+        model: name of the model, for error messages.
+
+    Raises:
+        TargetError: if no class, or more than one, has that name.
+
+    Example:
+        >>> find_category("Tabby", ["pug", "tabby"], "resnet18")
+        1
+    """
+    check_kind("The class", query, str, "Pass its name, or its index as a string", error=TargetError, wanted="a string")
+    # Python refuses to parse numbers of thousands of digits.
+    if query.strip().isdecimal() and len(query) < 20:
+        index = int(query)
+        if index < len(categories):
+            return index
+        raise TargetError(
+            f"Class {index} is out of range. Choose one of the {len(categories)} classes of {model}, from 0 to "
+            f"{len(categories) - 1}."
+        )
+    wanted = query.strip().casefold()
+    names = [category.casefold() for category in categories]
+    matches = [index for index, name in enumerate(names) if name == wanted]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise TargetError(f"{len(matches)} classes are named {query!r}. Pass one of the indices {matches}.")
+    containing = [name for name in names if wanted and wanted in name]
+    near = sorted(containing, key=lambda name: wanted not in name.split())[:5]
+    near = near or difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
+    hint = f"Close matches: {', '.join(near)}" if near else "Pass its index, or a name as ImageNet spells it"
+    raise TargetError(f"{model} has no class named {query!r}. {hint}.")

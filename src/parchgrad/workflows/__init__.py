@@ -1,0 +1,1 @@
+"""Workflows that the command line and the explorer share."""

@@ -1,0 +1,269 @@
+"""Explain images: predictions, maps, figures and files, with every setting recorded."""
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from parchgrad._io.checks import check_kind, check_whole_number, is_number
+from parchgrad._io.files import check_outputs, save_array, writing_together
+from parchgrad.core.edit import Edit
+from parchgrad.core.layers import LayerChoice
+from parchgrad.core.selectors import Selector
+from parchgrad.core.targets import integer_targets
+from parchgrad.errors import InputError, SettingError
+from parchgrad.explain.explainer import Explainer
+from parchgrad.explain.heatmap import heatmap, signed_heatmap
+from parchgrad.models.classifier import Classifier, Prediction, check_classifier
+from parchgrad.statistics import ChannelStatistics
+from parchgrad.visual import panel, signed_panel
+from parchgrad.visual.maps import draw_figure
+
+__all__ = ["Explanation", "explain_images"]
+
+UNSTABLE = 0.5
+"""Below this stability, imperceptible noise changes the map."""
+
+MANIFEST_VERSION = 2
+_NOISE, _DRAWS = 0.001, 4
+_PACKAGES = ("parchgrad", "torch", "torchvision", "timm", "captum", "numpy", "scipy", "matplotlib", "pillow")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Explanation:
+    """One explained image.
+
+    Attributes:
+        name: name of the image.
+        picture: the network's input as an image, (H, W, 3) in [0, 1].
+        attribution: signed attribution with ParchGrad, (3, H, W).
+        plain: signed attribution by the same method without ParchGrad, (3, H, W).
+        target: the explained class.
+        predictions: the most probable classes, best first.
+        settings: every setting, ready for JSON.
+        stability: mean cosine between the heat map and those of noisy copies, in [0, 1] (see `Explainer.stability`);
+            NaN if the map is zero everywhere, None if it was not measured.
+    """
+
+    name: str
+    picture: NDArray[Any]
+    attribution: Tensor
+    plain: Tensor
+    target: Prediction
+    predictions: tuple[Prediction, ...]
+    settings: Mapping[str, Any]
+    stability: float | None = None
+
+    def figure(self) -> Figure:
+        """Draw the image next to the plain map and the ParchGrad map, on one scale."""
+        return panel([self.picture], self._columns(heatmap), labels=[self._label()])
+
+    def signed_figure(self) -> Figure:
+        """Draw the same with signed maps: evidence for the class in red, against it in blue."""
+        return signed_panel([self.picture], self._columns(signed_heatmap), labels=[self._label()])
+
+    def _columns(self, summarise: Callable[[Tensor], Tensor]) -> dict[str, list[NDArray[Any]]]:
+        plain, partitioned = summarise(torch.stack((self.plain, self.attribution))).float().cpu().numpy()
+        method, selector = str(self.settings["method"]).replace("_", " "), self.settings["selector"]
+        share = selector.get("quantile")
+        title = f"{method}\n{selector['name']}{'' if share is None else f' {share:g}'}"
+        count = len(self.settings["layers"])
+        title += f", {count} layer{'' if count == 1 else 's'}"
+        if self.stability is not None:
+            title += "\nstability " + ("unknown: zero map" if math.isnan(self.stability) else f"{self.stability:.2f}")
+        return {f"{method}, plain": [plain], title: [partitioned]}
+
+    def _label(self) -> str:
+        return str(self.target)
+
+    def manifest(self) -> dict[str, Any]:
+        """Settings, predictions and versions, ready for JSON."""
+        stability = self.stability
+        # JSON has no NaN.
+        cosine = None if stability is None or math.isnan(stability) else stability
+        return {
+            "manifest_version": MANIFEST_VERSION,
+            "photograph": self.name,
+            "target": vars(self.target),
+            "predictions": [vars(prediction) for prediction in self.predictions],
+            "stability": None if stability is None else {"cosine": cosine, "noise": _NOISE, "draws": _DRAWS},
+            "settings": dict(self.settings),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
+            },
+        }
+
+    @staticmethod
+    def files(directory: str | Path, stem: str) -> tuple[Path, Path, Path]:
+        """Paths of the three files that `save` writes: panel, raw map and manifest."""
+        folder = Path(directory)
+        return folder / f"{stem}.png", folder / f"{stem}.npy", folder / f"{stem}.json"
+
+    def save(self, directory: str | Path, stem: str, *, force: bool = False) -> tuple[Path, Path, Path]:
+        """Write the panel as PNG, the raw signed attribution (3, H, W) as .npy, and the manifest as JSON.
+
+        Raises:
+            OutputError: if a file exists and `force` is off, or cannot be written.
+        """
+        paths = self.files(directory, stem)
+        check_outputs(paths, force=force)
+        text = json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n"
+        with writing_together(paths, force=force) as (drawn, saved, written):
+            draw_figure(self.figure(), drawn)
+            save_array(self.attribution.cpu().numpy(), saved)
+            written.write_text(text, encoding="utf-8")
+        return paths
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def explain_images(
+    classifier: Classifier,
+    images: Sequence[Image.Image],
+    edit: Edit = Edit(),
+    *,
+    target: int | None = None,
+    method: str = "gradient",
+    method_options: Mapping[str, Any] | None = None,
+    stability: bool = False,
+    internal_batch_size: int = 8,
+    names: Sequence[str] | None = None,
+) -> list[Explanation]:
+    """Explain images with ParchGrad, and without it for comparison.
+
+    Args:
+        classifier: the network.
+        images: images of any size and mode.
+        edit: the edit, with a selector.
+        target: class to explain in every image; None uses each image's predicted class.
+        method: attribution method; see `Explainer`.
+        method_options: options of the method.
+        stability: whether to measure the stability of each map, which takes five more maps per image.
+        internal_batch_size: number of rows per pass.
+        names: names of the images.
+
+    Returns:
+        One explanation per image.
+
+    Raises:
+        SettingError: if `edit` has no selector, or a setting is out of range.
+        ParchGradError: whatever `Explainer` raises.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> classifier = pg.load_model("resnet18", pretrained=False)
+        >>> (explanation,) = explain_images(classifier, [Image.new("RGB", (300, 260))], target=3)
+        >>> explanation.target.category, tuple(explanation.attribution.shape)
+        ('tiger shark', (3, 224, 224))
+    """
+    check_classifier(classifier)
+    _check_images(images, names)
+    check_whole_number("internal_batch_size", internal_batch_size, 1)
+    check_kind("`edit`", edit, Edit, "Pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
+    if edit.selector is None:
+        raise SettingError(
+            "The selector of `edit` is None, but ParchGrad needs one. Pass Edit(selector=GradientEnergy()), for "
+            "example."
+        )
+    remedy = "Pass the method's options by name"
+    check_kind("`method_options`", method_options or {}, Mapping, remedy, wanted="a dictionary")
+    options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size, **(method_options or {})}
+    explainer = Explainer.from_edit(classifier.model, edit, **options)
+    plain = Explainer(classifier.model, None, **options)
+    settled = explainer.edit
+    settings = {
+        "model": classifier.name,
+        "preprocessing": str(classifier.preprocess.transform),
+        "method": method,
+        "method_options": {name: _describe(value) for name, value in explainer.method_options.items()},
+        "internal_batch_size": internal_batch_size,
+        "selector": _describe(settled.selector),
+        "layers": list(explainer.layers),
+        "layers_choice": _describe_layers(settled.layers),
+        # JSON has no infinity.
+        "gamma": "inf" if math.isinf(settled.gamma) else float(settled.gamma),
+        "conserve": settled.conserve,
+        "gates": float(settled.gates or 0),
+        "antialias": settled.antialias,
+        "target_choice": "predicted" if target is None else target,
+    }
+
+    explanations = []
+    for start in range(0, len(images), internal_batch_size):
+        inputs = torch.stack([classifier.preprocess(image) for image in images[start : start + internal_batch_size]])
+        inputs = inputs.to(next(classifier.model.parameters()))
+        # Predict first, since its checks explain invalid inputs best.
+        targets = explainer.predict(inputs) if target is None else integer_targets(target).expand(len(inputs))
+        chosen = targets.tolist()
+        maps = zip(explainer.attribute(inputs, targets), plain.attribute(inputs, targets), strict=True)
+        stable: list[float | None] = [None] * len(inputs)
+        if stability:
+            stable = explainer.stability(inputs, targets, noise=_NOISE, draws=_DRAWS).tolist()
+        ranked = classifier.predict(inputs, count=len(classifier.categories))
+        for row, (attribution, plain_attribution) in enumerate(maps):
+            explanations.append(
+                Explanation(
+                    name=names[start + row] if names else f"photograph {start + row + 1}",
+                    picture=classifier.preprocess.picture(inputs[row]),
+                    attribution=attribution,
+                    plain=plain_attribution,
+                    target=next(prediction for prediction in ranked[row] if prediction.index == chosen[row]),
+                    predictions=ranked[row][:5],
+                    settings=settings,
+                    stability=stable[row],
+                )
+            )
+    return explanations
+
+
+def _check_images(images: object, names: Sequence[str] | None) -> None:
+    if isinstance(images, str) or not isinstance(images, Sequence):
+        raise InputError(
+            f"`images` is of type {type(images).__name__}, but it must be a list of PIL images. Open files with "
+            "parchgrad.data.images.read_image(path)."
+        )
+    if names is not None and (isinstance(names, str) or len(names) != len(images)):
+        raise SettingError(f"`names` is {names!r}, but it must be a list of {len(images)} names, one per image.")
+
+
+def _describe_layers(layers: LayerChoice | None) -> object:
+    if is_number(layers):
+        return float(layers)
+    if isinstance(layers, str):
+        return layers
+    return [_describe(layer) for layer in cast(Sequence[object], layers)]
+
+
+def _describe(value: object) -> object:
+    """Convert a selector or layer choice to JSON: its class and its simple settings."""
+    if isinstance(value, Selector):
+        plain = (str, int, float, bool, np.generic, type(None))
+        settings: dict[str, object] = {
+            name: _describe(v) for name, v in vars(value).items() if isinstance(v, plain) and not name.startswith("_")
+        }
+        held, hidden = getattr(value, "statistics", None), ("categories", "collections")
+        if isinstance(held, ChannelStatistics):
+            settings["statistics"] = {name: text for name, text in held.metadata.items() if name not in hidden}
+        return {"name": type(value).__name__, **settings}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (nn.Module, Tensor)):
+        return type(value).__name__
+    return value if isinstance(value, (str, int, float, type(None))) else repr(value)

@@ -1,0 +1,176 @@
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from parchgrad.core.layers import bare_model, choose_layers, find_convolutions, has_published_layers
+from parchgrad.errors import LayerError, ModelError
+from tests.conftest import small_network
+
+
+def chain(n, kind=nn.Conv2d):
+    return nn.Sequential(*[kind(2, 2, 1) for _ in range(n)])
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolutions_are_found_by_type_in_module_order(kind):
+    model = nn.Sequential(kind(2, 2, 1), nn.ModuleDict({"a": kind(2, 2, 1), "b": nn.Linear(2, 2)}), nn.ReLU())
+    assert list(find_convolutions(model)) == ["0", "1.a"]
+
+
+def test_transposed_convolutions_are_left_alone_and_shared_ones_listed_once():
+    shared = nn.Conv2d(2, 2, 1)
+    model = nn.Sequential(shared, nn.ConvTranspose2d(2, 2, 1), shared)
+    assert find_convolutions(model) == {"0": shared}
+
+
+def test_a_convolution_alone_is_a_model():
+    assert list(choose_layers(nn.Conv2d(1, 1, 1), "all")) == [""]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(1.0, "0 1 2 3 4"), (1, "0 1 2 3 4"), (0.5, "3 4"), (0.6, "2 3 4"), (0.01, "4")],
+)
+def test_ratio_takes_the_last_convolutions(ratio, expected):
+    assert list(choose_layers(chain(5), ratio)) == expected.split()
+
+
+def test_patterns_and_modules_keep_module_order():
+    model = chain(5)
+    assert list(choose_layers(model, ["4", "[01]"])) == ["0", "1", "4"]
+    assert list(choose_layers(model, "[01]")) == ["0", "1"]
+    assert list(choose_layers(model, [model[3], model[1], model[3]])) == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (["layer9.*"], r"'layer9\.\*' matches none of the 20 convolutions.*: layer"),
+        (["layer4"], r": layer4\.\*, layer4\.0\.conv1"),
+        ("layer4.0.conv9", r": layer4\.0\.conv"),
+        (["layer4.*", "zzz"], "'zzz' matches none"),
+        (0.0, "ratio 0,"),
+        (1.5, "ratio 1.5,"),
+        (float("nan"), "ratio nan"),
+        ([], "`layers` is .*, but it must be 'all', 'published', a ratio"),
+        ([1, 2], "`layers` is .*, but it must be 'all', 'published', a ratio"),
+        (True, "`layers` is .*, but it must be 'all', 'published', a ratio"),
+        (None, "`layers` is .*, but it must be 'all', 'published', a ratio"),
+        ([nn.Conv2d(1, 1, 1)], "^`layers` contains a Conv2d"),
+        (np.array(["conv1", "layer4.*"]), "`layers` is array.* but it must be"),
+        ([nn.ReLU()], "^`layers` contains a ReLU"),
+    ],
+    ids=str,
+)
+def test_bad_choices_name_the_remedy(layers, words):
+    with pytest.raises(LayerError, match=words):
+        choose_layers(torchvision.models.resnet18(), layers)
+
+
+def test_model_without_convolutions():
+    with pytest.raises(ModelError, match="Linear has no convolution"):
+        choose_layers(nn.Linear(2, 2), "all")
+
+
+# torch announces that it will do without scripts.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_model_of_torchscript_is_refused_as_such():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 1, 1)).eval())
+    with pytest.raises(ModelError, match="TorchScript"):
+        choose_layers(scripted, "all")
+
+
+@pytest.mark.parametrize("library", [torchvision.models.resnet18, lambda: timm.create_model("resnet18")])
+def test_published_layers_of_resnets(library):
+    names = list(choose_layers(library(), "published"))
+    assert names == [f"layer{stage}.{block}.conv{i}" for stage in (3, 4) for block in (0, 1) for i in (1, 2)]
+
+
+def test_published_layers_of_deep_resnets_counts_the_blocks_convolutions():
+    # layer3 holds 6 bottlenecks and layer4 3, of three convolutions each.
+    assert len(choose_layers(torchvision.models.resnet50(), "published")) == 27
+
+
+def test_published_layers_of_vgg():
+    names = list(choose_layers(torchvision.models.vgg16_bn(), "published"))
+    assert names == [f"features.{i}" for i in (20, 24, 27, 30, 34, 37, 40)][-6:]
+    # timm's VGG has convolutions behind `features`, which are not of the set.
+    assert all(name.startswith("features.") for name in choose_layers(timm.create_model("vgg11"), "published"))
+
+
+def test_published_layers_of_efficientnets():
+    names = list(choose_layers(torchvision.models.efficientnet_b0(), "published"))
+    assert names == ["features.6.0.block.1.0", "features.7.0.block.1.0", "features.8.0"]
+    names = list(choose_layers(timm.create_model("tf_efficientnet_lite0"), "published"))
+    assert names == ["blocks.5.0.conv_dw", "blocks.6.0.conv_dw", "conv_head"]
+
+
+def test_published_layers_are_found_inside_a_wrapper_and_without_attention():
+    wrapped = nn.Sequential(nn.Identity(), torchvision.models.resnet18())
+    alone = choose_layers(torchvision.models.resnet18(), "published")
+    assert list(choose_layers(wrapped, "published")) == [f"1.{name}" for name in alone]
+    assert len(choose_layers(timm.create_model("seresnet50"), "published")) == 27
+    assert has_published_layers(wrapped)
+
+
+@pytest.mark.parametrize(
+    "model",
+    # This EfficientNet has one stage less.
+    [small_network, lambda: chain(5), torchvision.models.squeezenet1_1, torchvision.models.efficientnet_v2_s],
+)
+def test_networks_without_published_layers_are_refused_by_name(model):
+    model = model()
+    assert not has_published_layers(model)
+    with pytest.raises(LayerError, match=type(model).__name__):
+        choose_layers(model, "published")
+    with pytest.raises(LayerError, match="'default' matches none"):
+        choose_layers(model, "default")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "mixer_s32_224",
+        "hiera_tiny_224",
+    ],
+)
+@pytest.mark.parametrize("layers", ["published", "all", 0.5])
+def test_networks_whose_convolutions_only_cut_patches_are_refused(name, layers):
+    model = timm.create_model(name)
+    with pytest.raises(ModelError, match=r"its only convolutions \((patch_embed|stem)\.proj\)"):
+        choose_layers(model, layers)
+
+
+def test_networks_with_patches_and_other_convolutions_are_not():
+    assert choose_layers(timm.create_model("convnext_atto"), "all")
+    assert choose_layers(timm.create_model("vit_small_r26_s32_224"), "all")
+    # A patch embedding with an ordinary head.
+    patches = nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+    )
+    assert list(choose_layers(patches, 0.5)) == ["0"]
+    # Convolutions that halve the image one after the other, before a deep head or with linear layers in between.
+    halves = [nn.Conv2d(3, 8, 2, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 2, stride=2), nn.ReLU()]
+    deep = nn.Sequential(*halves, nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
+    assert list(choose_layers(deep, "all")) == ["0", "2"]
+    # Whoever names layers is not asked again.
+    assert list(choose_layers(timm.create_model("deit_tiny_patch16_224"), "patch_embed.*")) == ["patch_embed.proj"]
+    # A convolution that looks at more than its step, and an ordinary head of any depth.
+    dense = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
+    assert list(choose_layers(dense, 0.5)) == ["0"]
+    dense[0] = nn.Conv2d(3, 8, 3, stride=2)
+    assert list(choose_layers(dense, 0.5)) == ["0"]
+    dense[0].stride = 1
+    assert list(choose_layers(dense, 0.5)) == ["0"]
+
+
+def test_bare_models_are_themselves():
+    model = chain(2)
+    assert bare_model(model) is model

@@ -1,0 +1,359 @@
+"""What the explorer shows, beside the library itself and beside the script it gives."""
+
+import math
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import parchgrad as pg
+from parchgrad.core.layers import parse_layers
+from parchgrad.core.selectors import find_selector
+from parchgrad.errors import (
+    ImageError,
+    InputError,
+    LayerError,
+    ParchGradError,
+    SettingError,
+    StatisticsError,
+    TargetError,
+)
+from parchgrad.evaluation.localisation import mosaic
+from parchgrad.explain.methods import METHODS
+from parchgrad.explorer.views import EXAMPLES, Explorer, Photograph, View, _Recent, check_photograph, tinted
+from parchgrad.visual import blend, blend_signed
+from parchgrad.workflows.demonstration import example_photographs
+
+STATISTICS = ("class", "instance")
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    return Explorer()
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return pg.load_model("efficientnet_lite0")
+
+
+@pytest.fixture
+def photograph(tmp_path, monkeypatch):
+    """A file whose name is enough to find it, as in the script."""
+    monkeypatch.chdir(tmp_path)
+    example_photographs()[1].save("a cup's.png")
+    return Photograph("a cup's.png", tmp_path / "a cup's.png")
+
+
+def same_map(found, expected):
+    """Equal but for the rounding of other batch sizes."""
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
+def test_maps_are_those_of_the_explainer(explorer, lite0, photograph, selector):
+    view = View(
+        selector=selector, quantile=0.2, softness=0.3, layers="0.3", target=281, gamma=20.0, gates=3.0, antialias=False
+    )
+    found = explorer.explore(photograph, view)
+    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+    # With all classes, where the explorer keeps the column of one.
+    statistics = pg.ChannelStatistics.bundled("efficientnet_lite0")
+    of_library = pg.Explainer(
+        lite0.model,
+        find_selector(selector).make(quantile=0.2, softness=0.3, statistics=statistics),
+        layers=0.3,
+        gamma=20.0,
+        gates=3.0,
+        antialias=False,
+    )
+    assert torch.equal(found.attribution, of_library.attribute(inputs, 281)[0])
+    assert torch.equal(found.plain, pg.Explainer(lite0.model, None).attribute(inputs, 281)[0])
+    assert found.layers == of_library.layers
+    logits = lite0.model(inputs)[0].detach()
+    assert found.target.index == 281
+    assert found.target.probability == pytest.approx(float(logits.softmax(0)[281]), rel=1e-5)
+    assert [item.index for item in found.predictions] == logits.topk(5).indices.tolist()
+
+
+def test_the_first_view_is_the_best_setting(explorer, lite0, photograph):
+    found = explorer.explore(photograph, View())
+    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+    best = pg.Explainer(lite0.model)
+    assert torch.equal(found.attribution, best.attribute(inputs)[0])
+    assert "\nexplainer = pg.Explainer(classifier.model)\n" in found.code
+    assert "selector" not in found.code
+    same_map(run(found.code)["attribution"][0], found.attribution)
+    edit = best.edit
+    assert found.view == View(
+        layers=str(edit.layers),
+        quantile=edit.selector.quantile,
+        softness=edit.selector.softness,
+        gates=edit.gates,
+        antialias=edit.antialias,
+    )
+
+
+@pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
+@pytest.mark.parametrize("softness", [None, 0])
+def test_what_is_not_given_suits_the_selector(explorer, lite0, selector, softness):
+    found = explorer.explore(Photograph("coffee"), View(selector=selector, softness=softness))
+    statistics = pg.ChannelStatistics.bundled("efficientnet_lite0")
+    of_library = pg.Explainer(lite0.model, find_selector(selector).make(softness=softness, statistics=statistics))
+    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+    assert torch.equal(found.attribution, of_library.attribute(inputs)[0])
+    assert found.view.gates == of_library.edit.gates
+    assert found.view.antialias == of_library.edit.antialias
+    # Nothing is written out that Explainer would choose itself.
+    assert not any(setting in found.code for setting in ("layers=", "gates=", "antialias="))
+    assert ("softness=" in found.code) == (softness == 0 and selector != "random")
+
+
+@pytest.mark.parametrize("view", [View(), View(selector="energy", softness=0, gates=0.0, layers="published")])
+def test_stability_is_that_of_the_explainer(explorer, lite0, view):
+    found = explorer.stability(Photograph("coffee"), view)
+    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+    resolved = view.resolved()
+    explainer = pg.Explainer(
+        lite0.model,
+        find_selector(view.selector).make(softness=view.softness),
+        layers=parse_layers(resolved.layers),
+        gates=resolved.gates,
+        antialias=resolved.antialias,
+    )
+    assert found == pytest.approx(float(explainer.stability(inputs)), rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
+def test_methods_with_rectifiers_of_their_own_need_no_gates(explorer):
+    found = explorer.explore(Photograph("cat"), View(network="shapes", method="DeepLift"))
+    same_map(run(found.code)["attribution"][0], found.attribution)
+    with pytest.raises(SettingError, match="replaces the backward pass of rectifiers"):
+        explorer.explore(Photograph("cat"), View(network="shapes", method="DeepLift", gates=2))
+
+
+@pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
+def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, selector):
+    view = View(
+        selector=selector,
+        layers="0.3",
+        quantile=0.15,
+        softness=0.8,
+        gates=4,
+        antialias=False,
+        opacity=0.7,
+        signed=selector == "energy",
+    )
+    found = explorer.explore(photograph, view)
+    given = run(found.code)
+    assert ("softness=0.8" in found.code) == (selector != "random")
+    assert "layers=0.3, gates=4, antialias=False)" in found.code
+    same_map(given["attribution"][0], found.attribution)
+    top, _ = tinted(found.maps(), signed=view.signed)
+    assert given["top"] == pytest.approx(top, rel=1e-3)
+    draw = blend_signed if view.signed else blend
+    picture = draw(found.picture, found.maps()[1], top=top, opacity=0.7)
+    written = np.asarray(Image.open("map.png").convert("RGB")) / 255
+    assert np.abs(written - picture).max() < 0.02
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("opacity", [1, 0.4, 0])
+def test_the_figure_has_the_opacity_of_the_maps(explorer, signed, opacity):
+    view = View(network="shapes", layers="all", signed=signed, opacity=opacity)
+    found, game = (
+        explorer.explore(Photograph("cat"), view),
+        explorer.play([Photograph(name) for name in EXAMPLES], view),
+    )
+    draw = blend_signed if signed else blend
+    for shown, (plain, partitioned) in ((found, [[one] for one in found.maps()]), (game, game.maps())):
+        top, _ = tinted([*plain, *partitioned], signed=signed)
+        wanted = [
+            picture
+            for maps in zip(plain, partitioned, strict=True)
+            for picture in (shown.picture, *(draw(shown.picture, one, top=top, opacity=opacity) for one in maps))
+        ]
+        drawn = [axes.images[0].get_array() for axes in shown.figure().axes if axes.images]
+        assert len(drawn) >= len(wanted)
+        for one, expected in zip(drawn, wanted, strict=False):
+            np.testing.assert_allclose(one, expected, atol=1e-6)
+
+
+def test_layers_without_statistics_are_told_with_what_can_be_chosen(explorer):
+    # The statistics that come with the package are of the upper half.
+    with pytest.raises(StatisticsError, match=r"25 of the chosen ones, such as 'conv_stem'"):
+        explorer.explore(Photograph("cat"), View(selector="class", layers="all"))
+
+
+def test_a_damaged_photograph_is_named_without_its_folder(explorer, tmp_path):
+    example_photographs()[0].save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:20_000])
+    check_photograph(tmp_path / "cut.jpg", megapixels=50)
+    with pytest.raises(ImageError, match=r"^Cannot read 'cut.jpg'") as told:
+        explorer.explore(Photograph("cut.jpg", tmp_path / "cut.jpg"), View(network="shapes"))
+    assert str(tmp_path) not in str(told.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_script_gives_the_map_of_every_method_again(explorer, photograph, method):
+    view = View(network="shapes", method=method, layers="all", gamma=7.5, quantile=0.3)
+    found = explorer.explore(photograph, view)
+    same_map(run(found.code)["attribution"][0], found.attribution)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_script_reads_the_examples(explorer, tmp_path, monkeypatch, example):
+    monkeypatch.chdir(tmp_path)
+    found = explorer.explore(Photograph(example), View(network="shapes", layers="features.5.*,features.7.*"))
+    same_map(run(found.code)["attribution"][0], found.attribution)
+
+
+def run(code):
+    given = {}
+    with warnings.catch_warnings():
+        # Written by the explorer: nothing of the user but a file's name is in it.
+        exec(compile(code, "script", "exec"), given)
+    return given
+
+
+def test_names_of_files_stay_text_in_the_script(explorer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "x')) + print('gone'.png"
+    example_photographs()[0].save(tmp_path / name)
+    found = explorer.explore(Photograph(name, tmp_path / name), View(network="shapes"))
+    same_map(run(found.code)["attribution"][0], found.attribution)
+
+
+def test_the_score_of_a_mosaic_is_its_mass_in_the_cell_of_the_class(explorer, capsys):
+    photographs = [Photograph(name) for name in EXAMPLES]
+    view = View(network="shapes", layers="all")
+    game = explorer.play(photographs, view)
+    shapes = pg.load_model("shapes")
+    inputs = torch.stack([shapes.preprocess(image) for image in example_photographs()])
+    classes = shapes.model(inputs).argmax(dim=1)
+    whole = mosaic(inputs, rows=2, columns=2)
+    explainer, plain = pg.Explainer(shapes.model, layers="all"), pg.Explainer(shapes.model, None)
+    for cell, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        for found, shares in ((explainer, game.shares), (plain, game.plain_shares)):
+            heat = found.attribute(whole, int(classes[cell]))[0].abs().double().sum(dim=0)
+            own = heat[64 * row : 64 * (row + 1), 64 * column : 64 * (column + 1)].sum() / heat.sum()
+            assert shares[cell] == pytest.approx(float(own), abs=1e-4)
+    assert [target.index for target in game.targets] == classes.tolist()
+    given = run(game.code)
+    same_map(given["attribution"], game.attribution)
+    assert f"ParchGrad {np.mean(game.shares):.2f}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="`photographs` has 3 images"):
+        explorer.play(photographs[:3], view)
+
+
+def test_a_sweep_takes_the_quantiles_that_the_statistics_serve(explorer):
+    view = View(selector="class", layers="0.2", target=967)
+    found = explorer.sweep(Photograph("coffee"), view)
+    assert found.values == (0.5, 0.3, 0.2, 0.1, 0.05)
+    heat = pg.heatmap(explorer.explore(Photograph("coffee"), view).attribution.unsqueeze(0))[0]
+    np.testing.assert_allclose(found.heats[3], heat, rtol=1e-4, atol=1e-9)
+
+
+def test_statistics_of_a_file_serve_their_network(tmp_path):
+    shapes = pg.load_model("shapes")
+    path = tmp_path / "held.safetensors"
+    pg.collect_statistics(
+        shapes.model, torch.utils.data.TensorDataset(torch.rand(30, 3, 64, 64), torch.arange(30) % 10)
+    ).save(path)
+    explorer = Explorer(statistics={"shapes": path})
+    assert explorer.selectors("shapes")[-2:] == STATISTICS
+    found = explorer.explore(Photograph("cat"), View(network="shapes", selector="class", target=4, quantile=0.3))
+    selector = pg.ClassWise(pg.ChannelStatistics.load(path), quantile=0.3)
+    inputs = shapes.preprocess(example_photographs()[0]).unsqueeze(0)
+    expected = pg.Explainer(shapes.model, selector).attribute(inputs, 4)[0]
+    assert torch.equal(found.attribution, expected)
+    assert "pg.ChannelStatistics.load('held.safetensors', classifier.model)" in found.code
+
+
+def test_what_is_wrong_is_said(explorer, tmp_path):
+    cup = Photograph("coffee")
+    for changes, error in (
+        ({"target": 10}, TargetError),
+        ({"target": -1}, TargetError),
+        ({"layers": "nothing.*"}, LayerError),
+        ({"layers": ""}, LayerError),
+        ({"layers": "nan"}, LayerError),
+        ({"layers": "published"}, LayerError),
+        ({"quantile": 0.0}, SettingError),
+        ({"gamma": math.nan}, SettingError),
+        ({"method": "magic"}, SettingError),
+        ({"selector": "class"}, ParchGradError),
+        ({"network": "shape"}, ParchGradError),
+    ):
+        with pytest.raises(error):
+            explorer.explore(cup, View(**{"network": "shapes", **changes}))
+    for changes in ({"opacity": 1.5}, {"softness": 1.1}, {"softness": math.nan}, {"gates": -1}, {"antialias": 1}):
+        with pytest.raises(SettingError, match=next(iter(changes))):
+            View(**changes)
+    with pytest.raises(SettingError, match="'magic'"):
+        View(selector="magic").resolved()
+    with pytest.raises(ImageError, match="no example 'dog'"):
+        explorer.explore(Photograph("dog"), View(network="shapes"))
+    with pytest.raises(ImageError, match=r"'gone.png' no longer exists"):
+        explorer.explore(Photograph("gone.png", tmp_path / "gone.png"), View(network="shapes"))
+
+
+# Pillow's own notice of many pixels.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_files_are_looked_at_before_they_are_decoded(tmp_path):
+    wide = tmp_path / "wide.png"
+    Image.new("1", (12_000, 10_000)).save(wide)
+    with pytest.raises(ImageError, match=r"^'wide.png' has 120.0 megapixels, but the limit is 50"):
+        check_photograph(wide, megapixels=50)
+    script = tmp_path / "picture.png"
+    script.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="EPS file"):
+        check_photograph(script, megapixels=50)
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    with pytest.raises(ImageError, match=r"^'text.png' is not a readable image"):
+        check_photograph(text, megapixels=50)
+
+
+def test_threads_get_their_own_maps(explorer):
+    views = [View(network="shapes", layers="all", target=target, quantile=0.25) for target in range(10)]
+    found = [None] * 40
+
+    def look(place):
+        found[place] = explorer.explore(Photograph(EXAMPLES[place % 4]), views[place % 10])
+
+    threads = [threading.Thread(target=look, args=(place,)) for place in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shapes = pg.load_model("shapes")
+    alone = pg.Explainer(shapes.model, pg.Evidence(quantile=0.25), layers="all")
+    inputs = torch.stack([shapes.preprocess(image) for image in example_photographs()])
+    for place, one in enumerate(found):
+        expected = alone.attribute(inputs[place % 4 : place % 4 + 1], place % 10)[0]
+        assert torch.equal(one.attribution, expected)
+
+
+def test_what_was_asked_for_lately_is_held_up_to_a_size():
+    made = []
+
+    def make(name, size):
+        return lambda: made.append(name) or torch.zeros(size)
+
+    recent = _Recent(100 * 4, lambda tensor: tensor.nbytes)
+    recent.get("a", make("a", 40))
+    recent.get("b", make("b", 40))
+    recent.get("a", make("a", 40))
+    recent.get("c", make("c", 40))
+    recent.get("a", make("a", 40))
+    assert made == ["a", "b", "c"]
+    recent.get("b", make("b", 40))
+    assert made == ["a", "b", "c", "b"]
+    # Larger than the limit, yet given and held alone.
+    assert len(recent.get("d", make("d", 1000))) == 1000
+    recent.get("d", make("d", 1000))
+    assert made[4:] == ["d"]

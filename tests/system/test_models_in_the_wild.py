@@ -1,0 +1,211 @@
+"""Networks as torchvision and timm register them, with random weights and small pictures, and the page about them.
+
+The families come from the registries of the installed versions; which network of each is the smallest, and what is
+to be expected of it, from docs/models.md, which `make survey` writes. A newer timm may have families that the page
+does not know: they are nobody's fault here, and are tried by the next survey.
+"""
+
+import copy
+import importlib
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import parchgrad as pg
+from parchgrad.errors import ModelError, ModelWarning
+from tests.conftest import small_network
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+try:
+    survey, checks = (importlib.import_module(name) for name in ("survey_models", "survey_checks"))
+finally:
+    sys.path.remove(str(TOOLS))
+
+PAGE = survey.PAGE.read_text(encoding="utf-8")
+ROWS, VERSIONS = survey.read_page(PAGE)
+FAMILIES = {(family.library, family.name): family for family in survey.find_families()}
+# Of timm those that are quickest to try: few parameters, and content with small pictures.
+SMALL_OF_TIMM = 28
+
+
+def registered(outcome, library):
+    """Rows of the page whose network the installed version still has, the smallest first."""
+    rows = [
+        row
+        for row in ROWS
+        if (row.outcome, row.library) == (outcome, library)
+        and (row.library, row.family) in FAMILIES
+        and row.variant in FAMILIES[row.library, row.family].variants
+    ]
+    return sorted(rows, key=lambda row: (row.size > min(checks.SIZES), row.parameters))
+
+
+def named(row):
+    return f"{row.library}-{row.family}"
+
+
+WORKING = [*registered("works", "torchvision"), *registered("works", "timm")[:SMALL_OF_TIMM]]
+REFUSED = [*registered("refused", "torchvision"), *registered("refused", "timm")]
+
+
+def test_there_are_enough_to_speak_of():
+    assert sum(row.library == "torchvision" for row in WORKING) >= 15
+    assert sum(row.library == "timm" for row in WORKING) >= 25
+    assert {"vision_transformer", "deit", "swin_transformer", "mlp_mixer"} <= {row.family for row in REFUSED}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning:torchvision")
+@pytest.mark.parametrize("row", WORKING, ids=named)
+def test_a_network_of_the_family_is_explained(row):
+    torch.manual_seed(0)
+    model = checks.enliven(survey.build(row.library, row.variant))
+    inputs, targets = checks.workable_inputs(model), torch.tensor([1, 3])
+    weights, hooks = copy.deepcopy(model.state_dict()), checks.hook_count(model)
+    flags = [(module.training, getattr(module, "inplace", None)) for module in model.modules()]
+
+    def explain(quantile):
+        selector = pg.GradientEnergy(quantile=quantile, softness=0)
+        return pg.Explainer(model, selector, layers="all").attribute(inputs, targets)
+
+    with warnings.catch_warnings():
+        # Auxiliary heads hold convolutions that serve in training alone.
+        warnings.filterwarnings("ignore", "[12] of .* were never called", ModelWarning)
+        found, whole = explain(0.1), explain(1.0)
+        best = pg.Explainer(model).attribute(inputs, targets)
+        # Gates and strides alone: the logits are the same bit for bit.
+        with torch.no_grad():
+            expected = model(inputs)
+        with pg.ParchGrad(model, None, gates=2, antialias=True):
+            logits = model(inputs.clone().requires_grad_())
+    assert torch.equal(logits, expected)
+    for each in (found, best):
+        assert each.isfinite().all()
+        assert (each.flatten(1).abs().amax(dim=1) > 0).all()
+    plain = checks.seeded_gradient(model, inputs, targets)
+    assert checks.difference(whole, plain) < 1e-4
+    assert checks.difference(found, plain) > 1e-3
+    assert checks.is_unchanged(model, weights)
+    assert checks.hook_count(model) == hooks
+    assert flags == [(module.training, getattr(module, "inplace", None)) for module in model.modules()]
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", REFUSED, ids=named)
+def test_a_network_without_convolutions_of_its_own_is_refused(row):
+    skeleton = survey.build_skeleton(row.library, row.variant)
+    with pytest.raises(ModelError) as refused:
+        pg.ParchGrad(skeleton, pg.GradientEnergy())
+    said, _, remedy = str(refused.value).partition(". ")
+    assert "cut the image into patches" in said or "has no convolution" in said
+    assert "selector=None" in remedy
+    if survey.installed() == VERSIONS:
+        # Other versions may have other names for the same layer.
+        assert said == row.note
+
+
+def test_the_remedy_for_what_is_refused_works():
+    model = checks.enliven(survey.build("timm", "vit_tiny_patch16_224"))
+    inputs, targets = torch.randn(2, 3, 224, 224), torch.tensor([1, 3])
+    with pytest.raises(ModelError, match=r"VisionTransformer.*selector=None"):
+        pg.Explainer(model, pg.GradientEnergy())
+    found = pg.Explainer(model, None).attribute(inputs, targets)
+    assert checks.difference(found, checks.seeded_gradient(model, inputs, targets)) < 1e-6
+    assert pg.Explainer(model, pg.GradientEnergy(), layers=["patch_embed.proj"]).attribute(inputs, targets).any()
+
+
+def test_the_page_is_what_was_generated_and_nothing_fails():
+    assert survey.render(ROWS, VERSIONS) == PAGE
+    assert not [row for row in ROWS if row.outcome == "fails"]
+
+
+def test_the_page_has_a_row_for_every_family():
+    on_page = {(row.library, row.family) for row in ROWS}
+    assert len(on_page) == len(ROWS)
+    for module in (torchvision, timm):
+        library = module.__name__
+        # Builds of a version for several devices have one registry.
+        if f"{library} {module.__version__.split('+')[0]}" in VERSIONS:
+            of_library = {(row.library, row.family) for row in ROWS if row.library == library}
+            assert of_library == {key for key in FAMILIES if key[0] == library}
+
+
+def test_a_page_is_read_as_it_was_written():
+    row = survey.Row(library="timm", family="a", variant="", outcome="fails", note="RuntimeError: 2 | 3")
+    others = [
+        survey.Row(library=library, family="b", variant="c", outcome="works", parameters=1_200_000, size=64, edited=2)
+        for library in survey.LIBRARIES
+    ]
+    page = survey.render([*others, row], "torch 1, timm 2")
+    assert survey.read_page(page) == ([*others, row], "torch 1, timm 2")
+    assert "| timm | 1 | 0 | 1 |" in page
+
+
+def test_the_smallest_network_is_found_without_its_weights():
+    family = survey.Family(library="torchvision", name="resnet", variants=("resnet34", "resnet18", "resnet50"))
+    variant, skeleton = survey.smallest(family)
+    assert variant == "resnet18"
+    assert survey.count_parameters(skeleton) == sum(p.numel() for p in torchvision.models.resnet18().parameters())
+    assert next(skeleton.parameters()).is_meta
+
+
+class Counting(nn.Module):
+    """Changes itself in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = small_network(dtype=torch.float32)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.network(x)
+
+
+def test_what_is_not_true_of_maps_is_found(monkeypatch):
+    model, inputs = small_network(dtype=torch.float32), torch.randn(2, 3, 8, 8)
+    assert checks.check_maps(model, inputs, "all") == []
+    with pytest.raises(checks.FaultError, match="the weights are not as they were"):
+        checks.check_maps(Counting().eval(), inputs, "all")
+    with monkeypatch.context() as patched:
+        patched.setattr(checks.Reference, "_edit", lambda self, name, gradient: gradient)
+        with pytest.raises(checks.FaultError, match="against the reference, the maps are"):
+            checks.check_maps(model, inputs, "all")
+    with monkeypatch.context() as patched:
+        patched.setattr(checks, "seeded_gradient", lambda *_: 2 * inputs)
+        with pytest.raises(checks.FaultError, match="with all channels kept, the maps are"):
+            checks.check_maps(model, inputs, "all")
+    model[-1].weight.data.zero_()
+    with pytest.raises(checks.FaultError, match="the plain gradient is zero"):
+        checks.check_maps(model, inputs, "all")
+
+
+@pytest.mark.slow
+def test_a_survey_from_the_registry_to_the_page(monkeypatch, tmp_path, capsys):
+    wanted = {("timm", "deit"): "deit_tiny_patch16_224", ("torchvision", "squeezenet"): "squeezenet1_1"}
+    families = [
+        survey.Family(library=library, name=name, variants=(variant,)) for (library, name), variant in wanted.items()
+    ]
+    monkeypatch.setattr(survey, "find_families", lambda: families)
+    monkeypatch.setattr(survey, "survey_apart", survey.survey_family)
+    monkeypatch.setattr(sys, "argv", ["survey_models.py", "--out", str(tmp_path / "models.md")])
+    threads = torch.get_num_threads()
+    try:
+        assert survey.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows, versions = survey.read_page((tmp_path / "models.md").read_text())
+    assert {(row.library, row.family): row.outcome for row in rows} == {
+        ("timm", "deit"): "refused",
+        ("torchvision", "squeezenet"): "works",
+    }
+    assert versions == survey.installed()
+    assert "squeezenet1_1" in capsys.readouterr().out
