@@ -52,7 +52,7 @@ test-system: $(VENV)/.dev  ## run the tests that start browsers, processes and c
 test-all: test test-system  ## run every test
 
 test-lowest: $(LOWEST)/.dev  ## run the tests with the lowest versions that pyproject.toml admits, on Python 3.10 if found
-	$(subst $(VENV),$(LOWEST),$(PYTEST)) --ignore=tests/system
+	$(subst $(VENV),$(LOWEST),$(PYTEST)) --ignore=tests/system --ignore=tests/explorer --ignore=src/parchgrad/explorer
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from parchgrad.statistics import ChannelStatistics, LayerStatistics
 
@@ -12,6 +13,13 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _with_harmless_pickles(monkeypatch):
+    """Let older releases of torch, for which pickles are refused, read those of the tests."""
+    if torch.__version__ < TorchVersion("2.10"):
+        monkeypatch.setattr("parchgrad.legacy.pickles._SAFE_TORCH", TorchVersion("2.4"))
 
 
 @pytest.fixture

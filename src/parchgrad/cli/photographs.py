@@ -442,14 +442,13 @@ def _make_sweeps(
     pictures = [read_image(path) for path in images]
     given = None if values is None else _parse_values(values)
 
-    from parchgrad.visual.sweeps import ALPHAS, QUANTILES, alpha_sweep, quantile_sweep
+    from parchgrad.visual.sweeps import ALPHAS, alpha_sweep, quantile_sweep
 
     classifier, target, edits = _prepare(asked, names, say)
 
     def swept(picture: "Image.Image", edit: "Edit") -> "Sweep":
         if over is SettingName.quantile:
-            chosen = given or QUANTILES
-            return quantile_sweep(classifier, picture, edit, quantiles=chosen, target=target, method=asked.method)
+            return quantile_sweep(classifier, picture, edit, quantiles=given, target=target, method=asked.method)
         return alpha_sweep(classifier, picture, edit, alphas=given or ALPHAS, target=target, method=asked.method)
 
     for picture in pictures:

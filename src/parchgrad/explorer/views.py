@@ -32,10 +32,9 @@ from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
 from parchgrad.models.classifier import Classifier, Prediction
 from parchgrad.models.loading import OFFLINE_MODEL, load_model
-from parchgrad.statistics import ChannelStatistics, RankedLayerStatistics
-from parchgrad.statistics.selectors import ClassWise
+from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import blend, blend_signed, panel, shared_top, signed_panel, tint, tint_signed
-from parchgrad.visual.sweeps import QUANTILES, Sweep, quantile_sweep
+from parchgrad.visual.sweeps import Sweep, quantile_sweep
 from parchgrad.workflows.demonstration import PHOTOGRAPHS, example_photographs
 
 __all__ = [
@@ -482,19 +481,7 @@ class Explorer:
         network = self._network(view.network)
         target = self.explore(photograph, view).target.index
         edit = self._edit(network, view, (target,))
-        most = 1.0
-        if isinstance(edit.selector, ClassWise):
-            # Compact statistics only rank the best channels.
-            held = edit.selector.statistics.values()
-            most = min((layer.share for layer in held if isinstance(layer, RankedLayerStatistics)), default=1.0)
-        return quantile_sweep(
-            network.classifier,
-            photograph.read(),
-            edit,
-            quantiles=[quantile for quantile in QUANTILES if quantile <= most],
-            target=target,
-            method=view.method,
-        )
+        return quantile_sweep(network.classifier, photograph.read(), edit, target=target, method=view.method)
 
     def _network(self, name: str) -> "_Network":
         return self._networks.get(name, lambda: self._load(name))

@@ -213,7 +213,7 @@ def _compose(panels: Sequence[NDArray[np.uint8]], titles: Sequence[str], caption
     """Place panels side by side on white, with titles above and captions below."""
     height, width = panels[0].shape[:2]
     letters, line = _letters_and_line(width)
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), letters)
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", letters)
     paper = Image.new("RGB", (_GAP + len(panels) * (max(width, _ROOM) + _GAP), height + 2 * line + _GAP), _PAPER)
     pen = ImageDraw.Draw(paper)
     for place, (panel, title, caption) in enumerate(zip(panels, titles, captions, strict=True)):

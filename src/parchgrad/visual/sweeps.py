@@ -20,6 +20,8 @@ from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap
 from parchgrad.explain.recording import Recorder
 from parchgrad.models.classifier import Classifier, Prediction, check_classifier
+from parchgrad.statistics import RankedLayerStatistics
+from parchgrad.statistics.selectors import ClassWise
 from parchgrad.visual.maps import strip
 
 __all__ = ["ALPHAS", "QUANTILES", "Sweep", "alpha_sweep", "quantile_sweep"]
@@ -89,7 +91,7 @@ def quantile_sweep(
     image: Image.Image,
     edit: Edit = Edit(),
     *,
-    quantiles: Iterable[float] = QUANTILES,
+    quantiles: Iterable[float] | None = None,
     target: int | None = None,
     method: str = "gradient",
 ) -> Sweep:
@@ -99,7 +101,8 @@ def quantile_sweep(
         classifier: the network.
         image: image of any size and mode.
         edit: the edit; its selector's quantile is replaced.
-        quantiles: quantiles, in (0, 1].
+        quantiles: quantiles, in (0, 1]; None uses those of `QUANTILES` that the selector can apply, since compact
+            statistics rank only some channels.
         target: class to explain; None uses the predicted one.
         method: attribution method; see `Explainer`.
 
@@ -113,8 +116,18 @@ def quantile_sweep(
         >>> quantile_sweep(shapes, Image.new("RGB", (64, 64), "grey"), quantiles=(0.5, 0.1)).heats.shape
         (2, 64, 64)
     """
+    if quantiles is None:
+        quantiles = [value for value in QUANTILES if value <= _share_ranked(edit.selector)]
     values = _values("quantile", quantiles)
     return _sweep("quantile", values, _with_quantile, classifier, image, edit, target=target, method=method)
+
+
+def _share_ranked(selector: Selector | None) -> float:
+    """Share of the channels whose rank for each class is known."""
+    if not isinstance(selector, ClassWise):
+        return 1.0
+    held = selector.statistics.values()
+    return min((layer.share for layer in held if isinstance(layer, RankedLayerStatistics)), default=1.0)
 
 
 def alpha_sweep(
