@@ -117,16 +117,16 @@ def quantile_sweep(
         (2, 64, 64)
     """
     if quantiles is None:
-        quantiles = [value for value in QUANTILES if value <= _share_ranked(edit.selector)]
+        quantiles = [value for value in QUANTILES if value <= _share_ranked(edit)]
     values = _values("quantile", quantiles)
     return _sweep("quantile", values, _with_quantile, classifier, image, edit, target=target, method=method)
 
 
-def _share_ranked(selector: Selector | None) -> float:
+def _share_ranked(edit: Edit) -> float:
     """Share of the channels whose rank for each class is known."""
-    if not isinstance(selector, ClassWise):
+    if not isinstance(edit, Edit) or not isinstance(edit.selector, ClassWise):
         return 1.0
-    held = selector.statistics.values()
+    held = edit.selector.statistics.values()
     return min((layer.share for layer in held if isinstance(layer, RankedLayerStatistics)), default=1.0)
 
 
