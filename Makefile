@@ -79,7 +79,7 @@ bench: $(VENV)/.dev  ## measure imports, speed and memory beside Captum, and sta
 soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one model, and thousands of explanations
 	PARCHGRAD_SOAK_SECONDS=60 $(BIN)/python -m pytest tests/system/test_crowd.py tests/system/test_concurrency.py tests/system/test_leaks.py
 
-study: $(VENV)/.dev  ## vary every setting on three networks, write docs/study; over an hour, resumed where it stopped
+study: $(VENV)/.dev  ## vary every setting on four networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
 
 survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; ten minutes on one core

@@ -52,6 +52,12 @@ def test_each_map_is_the_explainers_at_that_quantile(classifier, image):
     assert 0.085 < found.kept[1] <= 0.105
 
 
+def test_without_quantiles_it_takes_those_that_compact_statistics_rank(classifier, image, held):
+    edit = pg.Edit(selector=pg.ClassWise(held, quantile=0.2), layers=["conv_head"])
+    # The bundled statistics rank the best half of the channels.
+    assert quantile_sweep(classifier, image, edit).values == (0.5, 0.3, 0.2, 0.1, 0.05)
+
+
 def test_alpha_replaces_the_quantile(classifier, image, held):
     edit = pg.Edit(selector=pg.ClassWise(held, quantile=0.2), layers=0.25)
     found = alpha_sweep(classifier, image, edit, alphas=(0.1, 0.01))
