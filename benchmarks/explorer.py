@@ -34,7 +34,8 @@ from PIL import Image
 
 import parchgrad as pg
 from parchgrad.core.layers import parse_layers
-from parchgrad.explorer.views import EXAMPLES, Explorer, Photograph, View, tinted
+from parchgrad.explorer.inputs import EXAMPLES, Photograph, View
+from parchgrad.explorer.views import Explorer, tinted
 from parchgrad.workflows.demonstration import example_photographs
 
 NETWORK = "efficientnet_lite0"

@@ -65,6 +65,21 @@ def test_nothing_prints_outside_the_command_line():
         assert "cli" in path.relative_to(SOURCE).parts or not printing, path
 
 
+def test_private_names_of_torch_are_in_one_module():
+    of_tensors_and_modules = {"_version", "_parameters", "_modules", "_buffers", "_conv_forward"}
+    for path in sorted(SOURCE.rglob("*.py")):
+        found = {
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute)
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+            and (ast.unparse(node).startswith("torch.") or node.attr in of_tensors_and_modules)
+            and not ast.unparse(node).startswith("self.")
+        }
+        assert not found or path.name == "_torch.py", f"{path} uses {found}"
+
+
 def test_lazy_names_are_the_public_names():
     assert set(parchgrad._HOMES) | {"__version__"} == set(parchgrad.__all__)
     assert all(getattr(parchgrad, name) is not None for name in parchgrad.__all__)

@@ -25,7 +25,8 @@ from PIL import Image
 import parchgrad as pg
 from parchgrad.core.selectors import find_selector
 from parchgrad.errors import SettingError
-from parchgrad.explorer.views import EXAMPLES, Explorer, Photograph, View, tinted
+from parchgrad.explorer.inputs import EXAMPLES, Photograph, View
+from parchgrad.explorer.views import Explorer, tinted
 from parchgrad.visual import save_figure
 from parchgrad.workflows.demonstration import example_photographs
 

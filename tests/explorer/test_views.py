@@ -23,7 +23,8 @@ from parchgrad.errors import (
 )
 from parchgrad.evaluation.localisation import mosaic
 from parchgrad.explain.methods import METHODS
-from parchgrad.explorer.views import EXAMPLES, Explorer, Photograph, View, _Recent, check_photograph, tinted
+from parchgrad.explorer.inputs import EXAMPLES, Photograph, View, check_photograph
+from parchgrad.explorer.views import Explorer, _Recent, tinted
 from parchgrad.visual import blend, blend_signed
 from parchgrad.workflows.demonstration import example_photographs
 

@@ -34,7 +34,7 @@ from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Setting
-from parchgrad.explorer.views import check_photograph
+from parchgrad.explorer.inputs import check_photograph
 from parchgrad.legacy.pickles import read_tensor_list
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.workflows.evaluation import read_settings

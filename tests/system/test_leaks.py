@@ -208,7 +208,8 @@ def explorations() -> dict[str, object]:
     import matplotlib.pyplot as plt
 
     from parchgrad.errors import ParchGradError
-    from parchgrad.explorer.views import EXAMPLES, Explorer, Photograph, View, tinted
+    from parchgrad.explorer.inputs import EXAMPLES, Photograph, View
+    from parchgrad.explorer.views import Explorer, tinted
     from parchgrad.visual import save_figure
 
     explorer = Explorer(megabytes=2)
@@ -253,8 +254,9 @@ def pages() -> dict[str, object]:
     import httpx
     from PIL import Image
 
+    from parchgrad.explorer.inputs import EXAMPLES
     from parchgrad.explorer.page import WebSettings, serve
-    from parchgrad.explorer.views import EXAMPLES, Explorer
+    from parchgrad.explorer.views import Explorer
 
     # What is held of maps is bounded in bytes; here so that the bound is reached, for which the page has no setting.
     small = mock.patch("parchgrad.explorer.page.Explorer", functools.partial(Explorer, megabytes=1))

@@ -8,8 +8,9 @@ is never computed.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from parchgrad.core._torch import has_plain_forward, own_parameter
 from parchgrad.core.layers import Convolution
 from parchgrad.core.partition import without_autocast
 
@@ -32,15 +33,15 @@ def plain_geometry(convolution: Convolution) -> Geometry | None:
     that are recomputed in every pass.
 
     Example:
+        >>> from torch import nn
         >>> plain_geometry(nn.Conv2d(4, 8, 3, padding="same", groups=2))
         Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2)
         >>> plain_geometry(nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect")) is None
         True
     """
-    own = vars(convolution)
-    if not _is_plain_class(type(convolution)) or "forward" in own or "_conv_forward" in own:
+    if not has_plain_forward(convolution):
         return None
-    weight = convolution._parameters.get("weight")
+    weight = own_parameter(convolution, "weight")
     if weight is None:
         return None
     kernel = weight.shape[2:]
@@ -57,14 +58,6 @@ def plain_geometry(convolution: Convolution) -> Geometry | None:
     if convolution.padding_mode != "zeros" or isinstance(padding, str):
         return None
     return Geometry(stride, _per_dimension(padding, len(kernel)), dilation, convolution.groups)
-
-
-def _is_plain_class(found: type[Convolution]) -> bool:
-    """Whether a class is a torch convolution, or a subclass that does not change the computation."""
-    if found is nn.Conv2d or found is nn.Conv1d or found is nn.Conv3d:
-        return True
-    kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if issubclass(found, kind)), None)
-    return kind is not None and found.forward is kind.forward and found._conv_forward is kind._conv_forward
 
 
 def _per_dimension(value: int | tuple[int, ...], dimensions: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parchgrad.core._torch import is_compiled
 from parchgrad.core.edit import DEFAULT_SELECTOR, Edit
 from parchgrad.core.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
 from parchgrad.core.partition import (
@@ -146,12 +147,12 @@ class ParchGrad:
         self._enter(self._plan.model)
         return self
 
-    def _enter(self, head: nn.Module) -> None:
-        """Set the hooks; classes are read at the output of `head`, which calls the model."""
+    def _enter(self, output: nn.Module) -> None:
+        """Set the hooks; classes are read at the output of `output`, which calls the model."""
         if not self.edit.is_plain:
             check_evaluation_mode(self._plan.model)
             _check_not_compiled(self._plan.model)
-        session = Session(self._plan, head)
+        session = Session(self._plan, output)
         self._sessions.append(session)
         session.open()
 
@@ -207,8 +208,7 @@ def _check_not_compiled(model: nn.Module) -> None:
             "The model or a part of it is TorchScript, which bypasses the hooks of its layers. Explain the model from "
             "before torch.jit."
         )
-    # Direct look-ups avoid nn.Module's slow __getattr__.
-    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+    if any(is_compiled(module) for module in model.modules()):
         raise ModelError(
             "The model or a part of it was compiled by torch.compile, which may bypass the hooks of its layers. "
             "Explain the original model, such as model._orig_mod or an uncompiled copy."
@@ -216,23 +216,23 @@ def _check_not_compiled(model: nn.Module) -> None:
 
 
 @contextmanager
-def partitioned_before(head: nn.Module, partition: ParchGrad) -> Iterator[None]:
+def partitioned_before(output: nn.Module, partition: ParchGrad) -> Iterator[None]:
     """Enter a block whose classes are read at the output of a module that wraps the model.
 
     Args:
-        head: calls the model and returns logits (B, K).
+        output: calls the model and returns logits (B, K).
         partition: the block, made for the model itself.
 
     Example:
         >>> import parchgrad as pg
         >>> model = nn.Sequential(nn.Conv1d(1, 4, 1)).eval()
-        >>> head = nn.Sequential(model, nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
+        >>> output = nn.Sequential(model, nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
         >>> x = torch.ones(1, 1, 3, requires_grad=True)
-        >>> with partitioned_before(head, pg.ParchGrad(model, pg.GradientEnergy())):
-        ...     torch.autograd.grad(head(x)[:, 2].sum(), x)[0].shape
+        >>> with partitioned_before(output, pg.ParchGrad(model, pg.GradientEnergy())):
+        ...     torch.autograd.grad(output(x)[:, 2].sum(), x)[0].shape
         torch.Size([1, 1, 3])
     """
-    partition._enter(head)
+    partition._enter(output)
     try:
         yield
     except BaseException as error:

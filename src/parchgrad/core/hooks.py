@@ -4,10 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["TransientHook", "current_backward_pass", "tensors_in"]
+from parchgrad.core._torch import leaves
+
+__all__ = ["TransientHook", "tensors_in"]
 
 
 class TransientHook(functools.partial[Any]):
@@ -35,23 +36,12 @@ def _nothing_to_do() -> Callable[..., None]:
     return _do_nothing
 
 
-def current_backward_pass() -> int:
-    """Return the id of the running backward pass, or -1 outside of any, as torch's multi-tensor hooks do.
-
-    Example:
-        >>> current_backward_pass()
-        -1
-    """
-    number: int = torch._C._current_graph_task_id()
-    return number
-
-
 def tensors_in(values: Any) -> list[Tensor]:
     """Collect the floating-point tensors in nested tuples, lists and dicts, such as a module's inputs or output.
 
     Example:
+        >>> import torch
         >>> tensors_in({"out": torch.zeros(1), "classes": [torch.tensor(1)]})
         [tensor([0.])]
     """
-    found, _ = torch.utils._pytree.tree_flatten(values)
-    return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parchgrad._io.checks import is_number
+from parchgrad.core._torch import in_place_changes
 from parchgrad.core.partition import at_least_float32, channel_norms, in_ordinary_range, restored_range, row_norms
 from parchgrad.errors import ModelError, SettingError
 
@@ -491,14 +492,14 @@ class _SoftWinners(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, hidden: list[Tensor], windows: Windows, width: float) -> Tensor:
         # Not by save_for_backward: checkpointing counts saved tensors. The maxima may be overwritten later.
-        ctx.values, ctx.maxima, ctx.version = values.detach(), hidden[0].clone(), values._version
+        ctx.values, ctx.maxima, ctx.version = values.detach(), hidden[0].clone(), in_place_changes(values)
         ctx.windows, ctx.width = windows, width
         return hidden[0].detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        if ctx.values._version != ctx.version:
+        if in_place_changes(ctx.values) != ctx.version:
             raise ModelError("The input of max pooling was changed in place after the pooling. Change a copy instead.")
         return soft_winners(gradient, ctx.values, ctx.maxima, ctx.windows, ctx.width), None, None, None
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parchgrad._io.checks import check_kind, is_number, is_whole_number
+from parchgrad.core._torch import without_function_modes
 from parchgrad.core.partition import Conserve, at_least_float32, channel_norms, without_autocast
 from parchgrad.errors import SettingError, StatisticsError
 
@@ -506,7 +507,7 @@ class Evidence(_RankingSelector):
     def observe(self, output: Tensor) -> _Centred:
         """Subtract the spatial mean from the output (see `Selector.observe`)."""
         # Hiding these calls from the soft gates, which intercept the forward pass, saves time.
-        with torch._C.DisableTorchFunction():
+        with without_function_modes():
             return _centred(at_least_float32(_flat(output)))
 
     def select(self, signal: LayerSignal) -> Selection:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from parchgrad.core._torch import are_transforms_active, current_backward_pass, in_place_changes
 from parchgrad.core.convolution import Geometry, partitioned_input_gradient, plain_geometry
 from parchgrad.core.edit import Edit
-from parchgrad.core.hooks import TransientHook, current_backward_pass, tensors_in
+from parchgrad.core.hooks import TransientHook, tensors_in
 from parchgrad.core.layers import Convolution
 from parchgrad.core.partition import (
     Conserve,
@@ -71,10 +72,10 @@ class Plan:
 class Session:
     """One entered block: its hooks, and the modules that it covers."""
 
-    def __init__(self, plan: Plan, head: nn.Module) -> None:
+    def __init__(self, plan: Plan, output: nn.Module) -> None:
         """Store the plan, and the module at whose output the classes are read."""
         self.plan = plan
-        self._head = head
+        self._output = output
         self.covered = {id(module) for module in plan.model.modules()}
         self._handles: list[RemovableHandle] = []
         self.is_open = True
@@ -94,12 +95,12 @@ class Session:
     def open(self) -> None:
         """Set the hooks."""
         try:
-            self._handles.append(self._head.register_forward_pre_hook(TransientHook(self._begin)))
+            self._handles.append(self._output.register_forward_pre_hook(TransientHook(self._begin)))
             for name, convolution in self.plan.convolutions.items():
                 hook = TransientHook(self._attach, name)
                 self._handles.append(convolution.register_forward_hook(hook, prepend=True))
             # Called after an exception too, so that a failed pass leaves no state behind.
-            self._handles.append(self._head.register_forward_hook(TransientHook(self._end), always_call=True))
+            self._handles.append(self._output.register_forward_hook(TransientHook(self._end), always_call=True))
             SESSIONS.set((*open_sessions(), self))
         except BaseException:
             self.close()
@@ -227,7 +228,7 @@ class Session:
 
 
 def _refuse_transforms() -> None:
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         raise ModelError(
             "ParchGrad does not work within transforms of torch.func such as grad, vmap and jacrev. Use "
             "torch.autograd.grad or a Captum method."
@@ -368,13 +369,13 @@ class _EditedConvolution(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, hidden: list[Tensor], geometry: Geometry, edit: LayerEdit) -> Tensor:
         output, weight = hidden
         # Not by save_for_backward: checkpointing counts saved tensors, and may recompute outside of the block.
-        ctx.weight, ctx.version = weight, _version(weight)
+        ctx.weight, ctx.version = weight, in_place_changes(weight)
         ctx.geometry, ctx.input_shape, ctx.edit = geometry, source.shape, edit
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if _version(ctx.weight) != ctx.version:
+        if in_place_changes(ctx.weight) != ctx.version:
             raise ModelError(
                 "The weight of a convolution was changed between the forward and the backward pass. Run both again."
             )
@@ -429,8 +430,3 @@ def _may_go_back(output: object) -> bool:
     """Whether a backward pass may start from an output, which may be of any type."""
     tensors = tensors_in(output)
     return any(values.requires_grad for values in tensors) if tensors else torch.is_grad_enabled()
-
-
-def _version(values: Tensor) -> int | None:
-    """Counter of in-place changes; None for inference tensors, which have none."""
-    return None if values.is_inference() else values._version

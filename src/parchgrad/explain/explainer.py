@@ -195,7 +195,7 @@ class Explainer:
                     self.edit.selector.check_targets(sorted(set(targets.tolist())))
             size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
             parts = []
-            with partitioned_before(scores.head, self._partition):
+            with partitioned_before(scores.output, self._partition):
                 for start in range(0, inputs.shape[0], size):
                     rows = slice(start, start + size)
                     part = batch[rows].requires_grad_()
@@ -204,7 +204,7 @@ class Explainer:
                         parts.append(self._method(scores, part, of_part, rows, self._internal_batch_size))
             found = torch.cat(parts).detach()
             finite = found.flatten(1).isfinite().all(dim=1)
-            if not (scores.head.was_finite and bool(finite.all())):
+            if not (scores.output.was_finite and bool(finite.all())):
                 raise self._non_finite(scores, batch, targets, size, finite)
         return found
 
@@ -231,7 +231,7 @@ class Explainer:
             # The user's function may expect the same rows as before.
             return found.sum() if targets is None else found[:, targets[row]].sum()
 
-        with partitioned_before(scores.head, self._partition):
+        with partitioned_before(scores.output, self._partition):
             place = find_non_finite(self._model, explained, inputs)
         if place is None:
             return NonFiniteError(

@@ -143,7 +143,7 @@ class Logits(Output):
         self._highest_target = highest_target
 
     @property
-    def head(self) -> Output:
+    def output(self) -> Output:
         """The module that calls the model."""
         return self
 
@@ -168,7 +168,7 @@ class Logits(Output):
 class Scores(nn.Module):
     """One score per row, computed from the model's output by a user's function."""
 
-    def __init__(self, head: Output, score: Score) -> None:
+    def __init__(self, output: Output, score: Score) -> None:
         """Wrap the module that calls the model, and the function.
 
         Raises:
@@ -177,17 +177,17 @@ class Scores(nn.Module):
         super().__init__()
         if isinstance(score, type):
             raise TargetError(f"`target` is the class {score.__name__} itself. Pass an instance of it.")
-        self.head = head
-        self.training = head.training
+        self.output = output
+        self.training = output.training
         self._score = score
 
     def broken_rows(self, inputs: Tensor) -> Tensor:
         """Find rows with a score that is NaN or infinite, shape (B,)."""
-        return broken(self._score(self.head(inputs)))
+        return broken(self._score(self.output(inputs)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return scores (B,)."""
-        scores = self._score(self.head(inputs))
+        scores = self._score(self.output(inputs))
         rows = inputs.shape[0]
         if not isinstance(scores, Tensor) or scores.shape != (rows,):
             raise TargetError(
@@ -199,7 +199,7 @@ class Scores(nn.Module):
                 "The score that `target` returns does not depend on the model's output, or is detached from it. "
                 "Compute it from the output, without detach() or argmax()."
             )
-        self.head.note(scores)
+        self.output.note(scores)
         return scores
 
 

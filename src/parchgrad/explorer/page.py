@@ -29,18 +29,9 @@ from parchgrad.core.layers import has_published_layers
 from parchgrad.core.selectors import find_selector, registered_selectors
 from parchgrad.errors import ImageError, ParchGradError, SettingError
 from parchgrad.explain.methods import METHODS
+from parchgrad.explorer.inputs import CELLS, EXAMPLES, Photograph, View, check_photograph
 from parchgrad.explorer.loading import Loading, StillLoadingError
-from parchgrad.explorer.views import (
-    CELLS,
-    EXAMPLES,
-    Exploration,
-    Explorer,
-    Game,
-    Photograph,
-    View,
-    check_photograph,
-    tinted,
-)
+from parchgrad.explorer.views import Exploration, Explorer, Game, tinted
 from parchgrad.models.loading import OFFLINE_MODEL, SHAPES_MODEL
 from parchgrad.visual import save_figure
 from parchgrad.visual.animation import save_animation

@@ -4,7 +4,6 @@ The web page only displays what this module computes.
 """
 
 import functools
-import math
 import threading
 import warnings
 from collections import OrderedDict
@@ -17,202 +16,28 @@ from typing import Any, Generic, TypeVar
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-import parchgrad
 from parchgrad.core.edit import Edit
-from parchgrad.core.layers import LayerChoice, parse_layers
-from parchgrad.core.rules import check_antialias, check_gates
-from parchgrad.core.selectors import Selector, check_softness, find_selector, registered_selectors
-from parchgrad.data.images import opened_image, read_image, stored_frame
-from parchgrad.errors import ImageError, InputError, SettingError, StatisticsError, StatisticsWarning, TargetError
+from parchgrad.core.selectors import Selector, find_selector, registered_selectors
+from parchgrad.errors import InputError, StatisticsError, StatisticsWarning, TargetError
 from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
+from parchgrad.explorer.inputs import CELLS, COLUMNS, ROWS, Network, Photograph, View
+from parchgrad.explorer.snippet import mosaic_snippet, single_snippet
 from parchgrad.models.classifier import Classifier, Prediction
-from parchgrad.models.loading import OFFLINE_MODEL, load_model
+from parchgrad.models.loading import load_model
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import blend, blend_signed, panel, shared_top, signed_panel, tint, tint_signed
 from parchgrad.visual.sweeps import Sweep, quantile_sweep
-from parchgrad.workflows.demonstration import PHOTOGRAPHS, example_photographs
 
-__all__ = [
-    "CELLS",
-    "EXAMPLES",
-    "Exploration",
-    "Explorer",
-    "Game",
-    "Photograph",
-    "View",
-    "check_photograph",
-    "tinted",
-]
+__all__ = ["Exploration", "Explorer", "Game", "tinted"]
 
 T = TypeVar("T")
-EXAMPLES = tuple(PHOTOGRAPHS)
-"""Names of the photographs that come with scikit-image."""
-ROWS = COLUMNS = 2
-CELLS = ROWS * COLUMNS
-"""Number of images in a mosaic."""
-# Python expressions that load the examples.
-_EXAMPLE_CODE = {name: f"data.{name}()" for name in EXAMPLES} | {"motorcycle": "data.stereo_motorcycle()[0]"}
-# Pillow reads other formats with system programs or rarely tested decoders.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # Pixels per pass, which bounds the memory for mosaics and methods with many rows.
 _PIXELS_PER_PASS = 8 * 224 * 224
 _FILTERS = threading.Lock()
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """Settings of an explanation and its display. None uses the selector's default.
-
-    Attributes:
-        network: name of a model; see `load_model`.
-        target: class to explain; None uses the predicted one.
-        selector: short name of a selector; see `make_selector`.
-        method: attribution method; see `Explainer`.
-        layers: text of the layer choice; see `parse_layers`.
-        quantile: share of the channels to keep, in (0, 1].
-        softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut. See `soft_weights`.
-        gamma: factor of the kept signal relative to the rest, in (0, inf]; infinity prunes.
-        gates: width of the soft gates in standard deviations, at least 0; 0 is the true derivative. See `soft_gate`.
-        antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
-        signed: whether to show signed maps.
-        opacity: opacity of the maps over the image, in [0, 1].
-
-    Raises:
-        SettingError: if `softness`, `gates`, `antialias` or `opacity` is out of range. `Explorer` checks the rest.
-
-    Example:
-        >>> view = View(selector="energy").resolved()
-        >>> view.layers, view.softness, view.gates, view.antialias
-        ('0.5', 0.5, 1.0, True)
-    """
-
-    network: str = OFFLINE_MODEL
-    target: int | None = None
-    selector: str = "evidence"
-    method: str = "gradient"
-    layers: str | None = None
-    quantile: float | None = None
-    softness: float | None = None
-    gamma: float = math.inf
-    gates: float | None = None
-    antialias: bool | None = None
-    signed: bool = False
-    opacity: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.softness is not None:
-            check_softness(self.softness)
-        if self.gates is not None:
-            check_gates(self.gates)
-        if self.antialias is not None:
-            check_antialias(self.antialias)
-        if not 0 <= self.opacity <= 1:
-            raise SettingError(f"`opacity` is {self.opacity}, but it must be in [0, 1].")
-
-    def resolved(self) -> "View":
-        """Replace every None except `target` by the selector's default.
-
-        Raises:
-            SettingError: if the selector is unknown.
-        """
-        suits = find_selector(self.selector).suits(self.softness)
-        return replace(
-            self,
-            layers=str(suits.layers) if self.layers is None else self.layers,
-            quantile=find_selector(self.selector).default("quantile") if self.quantile is None else self.quantile,
-            softness=find_selector(self.selector).default("softness") if self.softness is None else self.softness,
-            gates=suits.gates if self.gates is None else self.gates,
-            antialias=suits.antialias if self.antialias is None else self.antialias,
-        )
-
-
-@dataclass(frozen=True)
-class Photograph:
-    """An image file, or one of `EXAMPLES`.
-
-    Attributes:
-        name: name of the file or example.
-        path: path of the file; None for an example.
-
-    Example:
-        >>> Photograph("coffee").read().size
-        (600, 400)
-    """
-
-    name: str
-    path: Path | None = None
-
-    @property
-    def key(self) -> Hashable:
-        """Cache key, which changes if the file is replaced.
-
-        Raises:
-            ImageError: if the file no longer exists.
-        """
-        if self.path is None:
-            return self.name
-        try:
-            state = self.path.stat()
-        except OSError as error:
-            raise ImageError(f"{self.name!r} no longer exists. Upload the file again.") from error
-        return str(self.path), state.st_mtime_ns, state.st_size
-
-    def read(self) -> Image.Image:
-        """Read the image as RGB.
-
-        Raises:
-            ImageError: if the example or file does not exist, or the file is not a complete image.
-        """
-        if self.path is not None:
-            with _named_alone(self.path):
-                return read_image(self.path)
-        if self.name not in EXAMPLES:
-            raise ImageError(f"There is no example {self.name!r}. Use one of {', '.join(EXAMPLES)}.")
-        return example_photographs()[EXAMPLES.index(self.name)]
-
-    def code(self) -> str:
-        """Python expression that reads the image."""
-        return f"read_image({self.name!r})" if self.path else f"Image.fromarray({_EXAMPLE_CODE[self.name]})"
-
-
-def check_photograph(path: str | Path, *, megapixels: float) -> None:
-    """Check the format and size of an image file without decoding its pixels.
-
-    Args:
-        path: path of the file.
-        megapixels: size limit in millions of pixels.
-
-    Raises:
-        ImageError: if the file is not an image in a common format, or is too large.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder, "wide.png")
-        ...     Image.new("1", (4000, 1000)).save(path)
-        ...     check_photograph(path, megapixels=4)
-        ...     check_photograph(path, megapixels=3)
-        Traceback (most recent call last):
-        ...
-        parchgrad.errors.ImageError: 'wide.png' has 4.0 megapixels, but the limit is 3. Scale it down first.
-    """
-    path = Path(path)
-    with _named_alone(path):
-        width, height, _ = stored_frame(path)
-        with opened_image(path) as opened:
-            kind = opened.format
-    if kind not in _FORMATS:
-        raise ImageError(f"{path.name!r} is a {kind} file. Use JPEG, PNG, WebP or another common format.")
-    found = width * height / 1e6
-    if found > megapixels:
-        raise ImageError(
-            f"{path.name!r} has {found:,.1f} megapixels, but the limit is {megapixels:g}. Scale it down first."
-        )
 
 
 @contextmanager
@@ -221,15 +46,6 @@ def _silent(category: type[Warning]) -> Iterator[None]:
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", category)
         yield
-
-
-@contextmanager
-def _named_alone(path: Path) -> Iterator[None]:
-    """Remove the server's folder from file names in errors."""
-    try:
-        yield
-    except ImageError as error:
-        raise ImageError(str(error).replace(repr(str(path)), repr(path.name))) from error
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -353,7 +169,7 @@ class Explorer:
             megabytes: maximum memory for cached maps.
         """
         self._files = {name: Path(file) for name, file in (statistics or {}).items()}
-        self._networks: _Recent[_Network] = _Recent(networks, lambda network: 1)
+        self._networks: _Recent[Network] = _Recent(networks, lambda network: 1)
         self._tensors: _Recent[Tensor] = _Recent(int(megabytes * 1e6), lambda tensor: tensor.nbytes)
         # Statistics of a few classes, some hundred kilobytes each.
         self._columns: _Recent[ChannelStatistics] = _Recent(32, lambda statistics: 1)
@@ -436,7 +252,7 @@ class Explorer:
             attribution=partitioned[0],
             plain=plain[0],
             layers=explainer.layers,
-            code=_single_code(network, photograph, view, target),
+            code=single_snippet(network, photograph, view, target),
         )
 
     def play(self, photographs: Sequence[Photograph], view: View) -> Game:
@@ -465,7 +281,7 @@ class Explorer:
             plain=plain,
             shares=_own_shares(partitioned),
             plain_shares=_own_shares(plain),
-            code=_game_code(network, photographs, view, targets),
+            code=mosaic_snippet(network, photographs, view, targets),
         )
 
     def sweep(self, photograph: Photograph, view: View) -> Sweep:
@@ -483,27 +299,27 @@ class Explorer:
         edit = self._edit(network, view, (target,))
         return quantile_sweep(network.classifier, photograph.read(), edit, target=target, method=view.method)
 
-    def _network(self, name: str) -> "_Network":
+    def _network(self, name: str) -> Network:
         return self._networks.get(name, lambda: self._load(name))
 
-    def _load(self, name: str) -> "_Network":
+    def _load(self, name: str) -> Network:
         classifier = load_model(name)
         file = self._files.get(name)
         if file is not None:
-            return _Network(classifier, ChannelStatistics.load(file, classifier.model), file.name)
+            return Network(classifier, ChannelStatistics.load(file, classifier.model), file.name)
         try:
-            return _Network(classifier, ChannelStatistics.bundled(name))
+            return Network(classifier, ChannelStatistics.bundled(name))
         except StatisticsError:
-            return _Network(classifier)
+            return Network(classifier)
 
-    def _inputs(self, network: "_Network", photograph: Photograph) -> Tensor:
+    def _inputs(self, network: Network, photograph: Photograph) -> Tensor:
         classifier = network.classifier
         return self._tensors.get(
             ("inputs", classifier.name, photograph.key),
             lambda: classifier.preprocess(photograph.read()).unsqueeze(0),
         )
 
-    def _probabilities(self, network: "_Network", photograph: Photograph) -> Tensor:
+    def _probabilities(self, network: Network, photograph: Photograph) -> Tensor:
         def predict() -> Tensor:
             with torch.no_grad():
                 probabilities: Tensor = network.classifier.model(self._inputs(network, photograph)).softmax(dim=1)[0]
@@ -512,7 +328,7 @@ class Explorer:
         return self._tensors.get(("probabilities", network.classifier.name, photograph.key), predict)
 
     def _attribute(
-        self, network: "_Network", view: View, inputs: Tensor, targets: tuple[int, ...], key: tuple[Hashable, ...]
+        self, network: Network, view: View, inputs: Tensor, targets: tuple[int, ...], key: tuple[Hashable, ...]
     ) -> tuple[Explainer, Tensor, Tensor]:
         """The explainer, and the attributions of the inputs with and without ParchGrad."""
         explainer = self._explainer(network, view, inputs, targets)
@@ -526,22 +342,22 @@ class Explorer:
             self._tensors.get((*key, view.method), lambda: plain.attribute(inputs, classes)),
         )
 
-    def _explainer(self, network: "_Network", view: View, inputs: Tensor, targets: tuple[int, ...] | None) -> Explainer:
+    def _explainer(self, network: Network, view: View, inputs: Tensor, targets: tuple[int, ...] | None) -> Explainer:
         """The explainer for some classes under a view, or the plain one if `targets` is None."""
         rows = max(1, _PIXELS_PER_PASS // (inputs.shape[2] * inputs.shape[3]))
         edit = Edit(selector=None) if targets is None else self._edit(network, view, targets)
         return Explainer.from_edit(network.classifier.model, edit, method=view.method, internal_batch_size=rows)
 
-    def _edit(self, network: "_Network", view: View, targets: tuple[int, ...]) -> Edit:
+    def _edit(self, network: Network, view: View, targets: tuple[int, ...]) -> Edit:
         return Edit(
             selector=self._selector(network, view, targets),
-            layers=_layers(view),
+            layers=view.layer_choice,
             gamma=view.gamma,
             gates=view.gates,
             antialias=view.antialias,
         )
 
-    def _selector(self, network: "_Network", view: View, targets: tuple[int, ...]) -> Selector:
+    def _selector(self, network: Network, view: View, targets: tuple[int, ...]) -> Selector:
         statistics = network.statistics
         if view.selector == "class" and statistics is not None:
             # Computing the masks of all classes would take most of a second for every new quantile.
@@ -551,18 +367,6 @@ class Explorer:
             return find_selector(view.selector).make(
                 quantile=view.quantile, softness=view.softness, statistics=statistics
             )
-
-
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """A classifier with its statistics, and the name of their file unless they are bundled."""
-
-    classifier: Classifier
-    statistics: ChannelStatistics | None = None
-    file: str | None = None
-
-    def prediction(self, index: int, probabilities: Tensor) -> Prediction:
-        return Prediction(index, self.classifier.categories[index], float(probabilities[index]))
 
 
 class _Recent(Generic[T]):
@@ -594,10 +398,6 @@ class _Recent(Generic[T]):
         return made
 
 
-def _layers(view: View) -> LayerChoice | None:
-    return None if view.layers is None else parse_layers(view.layers)
-
-
 def _maps(attribution: Tensor, view: View) -> Tensor:
     return signed_heatmap(attribution) if view.signed else heatmap(attribution)
 
@@ -623,110 +423,3 @@ def _figure(
 
 def _own_shares(attribution: Tensor) -> tuple[float, ...]:
     return tuple(cell_shares(heatmap(attribution), rows=ROWS, columns=COLUMNS).diagonal().tolist())
-
-
-def _single_code(network: _Network, photograph: Photograph, view: View, target: int) -> str:
-    """Script that reproduces the attribution of one image and its picture."""
-    kind = ("blend_signed", "signed_heatmap") if view.signed else ("blend", "heatmap")
-    opacity = f", opacity={view.opacity:g}" if view.opacity < 1 else ""
-    return f"""\
-{_imports([photograph], numeric=(), visual=(kind[0], "shared_top"))}
-{_explainers(network, view)}
-
-x = classifier.preprocess({photograph.code()}).unsqueeze(0)
-target = {target}  # {_comment(network.classifier.categories[target])}
-attribution = explainer.attribute(x, target=target)
-
-# On one scale with the plain map.
-heat = pg.{kind[1]}(attribution)[0]
-plain_heat = pg.{kind[1]}(plain.attribute(x, target=target))[0]
-top = shared_top([plain_heat, heat])
-picture = {kind[0]}(classifier.preprocess.picture(x[0]), heat, top=top{opacity})
-imsave("map.png", picture.clip(0, 1))
-"""
-
-
-def _game_code(network: _Network, photographs: Sequence[Photograph], view: View, targets: Sequence[int]) -> str:
-    """Script that reproduces the grid pointing game on a mosaic."""
-    read = "".join(f"    {photograph.code()},\n" for photograph in photographs)
-    names = ", ".join(_comment(network.classifier.categories[target]) for target in targets)
-    return f"""\
-{_imports(photographs, numeric=("import torch",), visual=())}
-{_explainers(network, view)}
-
-photographs = [
-{read}]
-images = torch.stack([classifier.preprocess(photograph) for photograph in photographs])
-x = mosaic(images, rows={ROWS}, columns={COLUMNS})
-targets = torch.tensor({list(targets)})  # {names}
-x = x.expand(len(targets), -1, -1, -1)
-attribution = explainer.attribute(x, target=targets)
-
-# Share of each map in the cell of its class; chance is {1 / CELLS:g}.
-shares = cell_shares(pg.heatmap(attribution), rows={ROWS}, columns={COLUMNS}).diagonal()
-plain_shares = cell_shares(pg.heatmap(plain.attribute(x, target=targets)), rows={ROWS}, columns={COLUMNS}).diagonal()
-print(f"plain {{plain_shares.mean():.2f}}, ParchGrad {{shares.mean():.2f}}")
-"""
-
-
-def _imports(photographs: Sequence[Photograph], *, numeric: Sequence[str], visual: Sequence[str]) -> str:
-    of_others, own = list(numeric), ["import parchgrad as pg"]
-    if visual:
-        of_others.append("from matplotlib.image import imsave")
-    if any(photograph.path is None for photograph in photographs):
-        of_others += ["from PIL import Image", "from skimage import data"]
-    if any(photograph.path is not None for photograph in photographs):
-        own.append("from parchgrad.data.images import read_image")
-    if visual:
-        own.append(f"from parchgrad.visual import {', '.join(visual)}")
-    else:
-        own.append("from parchgrad.evaluation.localisation import cell_shares, mosaic")
-    # `import` lines come before `from` lines.
-    return "\n".join([*sorted(of_others, key=lambda line: line.startswith("from")), "", *own, ""])
-
-
-def _explainers(network: _Network, view: View) -> str:
-    """Lines that load the network and make the explainers with and without ParchGrad."""
-    lines = [f"classifier = pg.load_model({view.network!r})"]
-    selector, suits = find_selector(view.selector), find_selector(view.selector).suits(view.softness)
-    name, view = view.selector, view.resolved()
-    arguments = [
-        f"{setting}={value!r}"
-        for setting, value in (("quantile", view.quantile), ("softness", view.softness))
-        if selector.has(setting) and value != selector.default(setting)
-    ]
-    if selector.needs_statistics and network.statistics is not None:
-        source = f"bundled({view.network!r})" if network.file is None else f"load({network.file!r}, classifier.model)"
-        lines.append(f"statistics = pg.ChannelStatistics.{source}")
-        test = network.statistics.test if selector.has("test") else "welch"
-        # Always write their quantile, which has no default because of alpha.
-        arguments = ["statistics", f"quantile={view.quantile!r}", *(a for a in arguments if a.startswith("softness"))]
-        arguments += [] if test == "welch" else [f"test={test!r}"]
-    explained = ["classifier.model"]
-    if name != View.selector or arguments:
-        is_own = selector.kind.__name__ in parchgrad.__all__
-        if not is_own:
-            lines.append(f"from {selector.kind.__module__} import {selector.kind.__name__}")
-        lines.append(f"selector = {'pg.' * is_own}{selector.kind.__name__}({', '.join(arguments)})")
-        explained.append("selector")
-    method = [] if view.method == "gradient" else [f"method={view.method!r}"]
-    explained += [
-        f"{setting}={value!r}"
-        for setting, value, usual in (
-            ("layers", _layers(view), suits.layers),
-            ("gamma", view.gamma, math.inf),
-            ("gates", view.gates, suits.gates),
-            ("antialias", view.antialias, suits.antialias),
-        )
-        if value != usual
-    ]
-    lines += [
-        f"explainer = pg.Explainer({', '.join([*explained, *method])})",
-        f"plain = pg.Explainer({', '.join(['classifier.model', 'None', *method])})",
-    ]
-    return "\n".join(lines)
-
-
-def _comment(text: str) -> str:
-    """A class name on a single line."""
-    return "".join(character if character.isprintable() else " " for character in text)

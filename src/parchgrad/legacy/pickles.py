@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from parchgrad._io.files import refuse_special
+from parchgrad.core._torch import rebuilt_tensor, storage_bytes
 from parchgrad.core.layers import find_convolutions
 from parchgrad.errors import StatisticsError, reason_of
 from parchgrad.statistics.layer import PARTS_READ, PICKLES, RankedLayerStatistics
@@ -222,13 +223,11 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tu
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise _RefusedError("a tensor of invalid size or stride")
-    # The public ways to get its size warn that TypedStorage is deprecated.
-    held = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    held = storage_bytes(storage) // storage.dtype.itemsize
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if 0 not in size and (last >= held or math.prod(size) > held):
         raise _RefusedError("a tensor beyond its storage")
-    rebuild: Callable[..., Tensor] = torch._utils._rebuild_tensor_v2
-    return rebuild(storage, offset, size, stride, False, OrderedDict())
+    return rebuilt_tensor(storage, offset, size, stride)
 
 
 def _no_hooks() -> OrderedDict[str, Any]:

@@ -91,7 +91,7 @@ def joined_processes() -> Iterator[Processes]:
     """
     launched = dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched()
     if launched:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        _join_launched()
     try:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             yield Processes()
@@ -104,6 +104,18 @@ def joined_processes() -> Iterator[Processes]:
     finally:
         if launched:
             dist.destroy_process_group()
+
+
+def _join_launched() -> None:
+    # Missing from builds of torch without distributed processes.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+    # The store keeps the addresses of the groups before, which gloo would try for this one.
+    turn = store.add(f"parchgrad/{rank}", 1)
+    store = PrefixStore(f"parchgrad/{turn}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
 
 
 def is_first_process() -> bool:

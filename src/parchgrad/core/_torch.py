@@ -1,0 +1,93 @@
+"""The private names of torch that the package needs, all in one place."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "are_transforms_active",
+    "current_backward_pass",
+    "has_plain_forward",
+    "in_place_changes",
+    "is_compiled",
+    "leaves",
+    "own_parameter",
+    "rebuilt_tensor",
+    "storage_bytes",
+    "without_function_modes",
+]
+
+
+def are_transforms_active() -> bool:
+    """Whether the caller runs inside a transform of torch.func."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def current_backward_pass() -> int:
+    """Return the id of the running backward pass, or -1 outside of any.
+
+    Example:
+        >>> current_backward_pass()
+        -1
+    """
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def without_function_modes() -> AbstractContextManager[object]:
+    """Hide the calls of a block from torch's function modes."""
+    hidden: AbstractContextManager[object] = torch._C.DisableTorchFunction()
+    return hidden
+
+
+def in_place_changes(values: Tensor) -> int | None:
+    """Count the in-place changes of a tensor; None for inference tensors, which have no counter."""
+    return None if values.is_inference() else values._version
+
+
+def leaves(values: Any) -> list[Any]:
+    """Flatten nested tuples, lists, dicts and registered dataclasses such as the outputs of Hugging Face's models.
+
+    Example:
+        >>> leaves({"logits": 1, "hidden": (2, [3])})
+        [1, 2, 3]
+    """
+    found: list[Any] = torch.utils._pytree.tree_flatten(values)[0]
+    return found
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile wraps this module or was applied to it in place."""
+    # Direct look-ups avoid nn.Module's slow __getattr__.
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return a module's parameter, or None where it is computed in every pass, as a parametrized weight is."""
+    return module._parameters.get(name)
+
+
+def has_plain_forward(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether a convolution computes as its torch class does, with no forward of its own or of its class."""
+    found = type(convolution)
+    kinds: tuple[type[nn.Conv1d | nn.Conv2d | nn.Conv3d], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    kind = next((kind for kind in kinds if issubclass(found, kind)), None)
+    if kind is None or "forward" in vars(convolution) or "_conv_forward" in vars(convolution):
+        return False
+    return found is kind or (found.forward is kind.forward and found._conv_forward is kind._conv_forward)
+
+
+def storage_bytes(storage: torch.storage.TypedStorage) -> int:
+    """Return the size of a typed storage; the public ways warn that such storages are deprecated."""
+    return storage._untyped_storage.nbytes()
+
+
+def rebuilt_tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """Make a tensor over a typed storage, as torch's pickles do. It extends a storage that is too small."""
+    rebuild: Callable[..., Tensor] = torch._utils._rebuild_tensor_v2
+    return rebuild(storage, offset, size, stride, False, OrderedDict())
