@@ -129,7 +129,9 @@ def test_stability_is_that_of_the_explainer(explorer, lite0, view):
 
 
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
-def test_methods_with_rectifiers_of_their_own_need_no_gates(explorer):
+def test_methods_with_rectifiers_of_their_own_need_no_gates(explorer, tmp_path, monkeypatch):
+    # The script writes its picture here.
+    monkeypatch.chdir(tmp_path)
     found = explorer.explore(Photograph("cat"), View(network="shapes", method="DeepLift"))
     same_map(run(found.code)["attribution"][0], found.attribution)
     with pytest.raises(SettingError, match="replaces the backward pass of rectifiers"):
