@@ -15,7 +15,7 @@ from rich.markup import escape
 from parchgrad._version import __version__
 from parchgrad.cli.evaluation import evaluate, report
 from parchgrad.cli.explorer import explore
-from parchgrad.cli.photographs import animate, demo, explain, models, sweep
+from parchgrad.cli.photographs import animate, demo, explain, models, selectors, sweep
 from parchgrad.cli.shared import console, error_console
 from parchgrad.cli.statistics import stats
 from parchgrad.errors import ModelWarning, ParchGradError, SettingError, StatisticsWarning, reason_of
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _command in (explain, sweep, animate, models, demo, explore, evaluate, report):
+for _command in (explain, sweep, animate, models, selectors, demo, explore, evaluate, report):
     app.command()(_command)
 app.add_typer(stats, name="stats")
 

@@ -66,7 +66,7 @@ def evaluate(
     selector: Annotated[
         list[str] | None,
         typer.Option(
-            help="Selector: energy, activation, evidence, random, class, instance, or none.",
+            help="Selector, or none; see `parchgrad selectors`.",
             rich_help_panel=_COMPARED,
             show_default="evidence",
         ),

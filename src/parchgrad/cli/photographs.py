@@ -144,9 +144,7 @@ def explain(
         str,
         typer.Option(
             metavar="NAME",
-            help="How channels are ranked: evidence, energy (of the gradient), activation (gradient x activation), "
-            "random, or by statistics of their response to the class (class) or to this image (instance). Also "
-            "selectors registered with `parchgrad --import`.",
+            help="How channels are ranked, such as evidence, energy or class; see `parchgrad selectors`.",
         ),
     ] = "evidence",
     statistics: StatisticsFile = None,
@@ -256,7 +254,7 @@ def sweep(
     model: ModelName = "efficientnet_lite0",
     target: TargetName = None,
     selector: Annotated[
-        str, typer.Option(metavar="NAME", help="How channels are ranked; see `parchgrad explain --help`.")
+        str, typer.Option(metavar="NAME", help="How channels are ranked; see `parchgrad selectors`.")
     ] = "evidence",
     statistics: StatisticsFile = None,
     over: Over = SettingName.quantile,
@@ -309,7 +307,7 @@ def animate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="How channels are ranked; repeat the option to show several selectors side by side.",
+            help="How channels are ranked; see `parchgrad selectors`. Repeat the option to show several side by side.",
             show_default="evidence",
         ),
     ] = None,
@@ -379,6 +377,17 @@ def models(
     if len(shown) < len(entries):
         hint = f"and {len(entries) - len(shown)} more from timm. Pass a pattern: parchgrad models 'convnext*'"
         console.print(hint, highlight=False, soft_wrap=True)
+
+
+def selectors() -> None:
+    """List the selectors, with those that `parchgrad --import` registers."""
+    import parchgrad.statistics  # noqa: F401 - it registers two
+    from parchgrad.core.selectors import registered_selectors
+
+    table = make_table("name", "keeps", "needs")
+    for name, found in registered_selectors().items():
+        table.add_row(name, printable(found.summary), "statistics" if found.needs_statistics else "")
+    console.print(table)
 
 
 def demo(

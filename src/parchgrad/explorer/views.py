@@ -218,8 +218,8 @@ class Explorer:
             ParchGradError: see `classifier`.
 
         Example:
-            >>> Explorer().selectors("shapes")
-            ('energy', 'activation', 'evidence', 'random')
+            >>> "class" in Explorer().selectors("shapes")
+            False
         """
         has_statistics = bool(self._network(name).statistics)
         return tuple(
