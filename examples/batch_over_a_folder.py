@@ -1,12 +1,12 @@
-"""Explain every photograph of a folder, batch by batch, each for the class that the network predicts.
+"""Explain all images in a folder in batches, each for its predicted class.
 
-    python examples/batch_over_a_folder.py                    # makes a folder of scikit-image's photographs first
+    python examples/batch_over_a_folder.py                    # creates a folder of scikit-image's example images first
     python examples/batch_over_a_folder.py holiday/ --batch 16
 
-For each photograph come out a picture, the raw map (.npy) and all settings (.json), and for the folder maps.csv and an
-overview; in outputs/examples/folder unless --out says otherwise. Memory depends on the batch, not on the folder, and
-files that are no complete image are named and left out. The number in the table is how little of the picture holds half
-of the map: small where the map is concentrated.
+For each image the script writes a figure, the raw map (.npy) and all settings (.json); for the folder it writes
+maps.csv and an overview. The output folder is outputs/examples/folder; --out changes it. Memory depends on the batch
+size, not on the folder. Files that are not complete images are reported and skipped. The table shows the smallest share
+of the pixels that holds half of the map: the more concentrated the map, the smaller it is.
 """
 
 import argparse
@@ -31,13 +31,13 @@ SHOWN = 6
 
 
 def half_of_the_map(attribution: Tensor) -> float:
-    """Share of the pixels, the strongest first, that hold half of the map of (3, H, W)."""
+    """Compute the smallest share of the pixels that holds half of the map of an attribution (3, H, W)."""
     sums = pg.heatmap(attribution.unsqueeze(0)).flatten().double().sort(descending=True).values.cumsum(dim=0)
     return (int((sums < sums[-1] / 2).sum()) + 1) / len(sums)
 
 
 def name_results(files: Sequence[Path], root: Path) -> dict[Path, str]:
-    """Name each file's results after its folders and itself; equal names, of a.jpg and a.png, are numbered."""
+    """Name results by folders and file; number equal names, such as those of a.jpg and a.png."""
     names: dict[Path, str] = {}
     for file in files:
         stem = name = "-".join(file.relative_to(root).with_suffix("").parts)
@@ -49,10 +49,10 @@ def name_results(files: Sequence[Path], root: Path) -> dict[Path, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Explain the folder."""
+    """Explain all images in the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="folder of photographs")
-    parser.add_argument("--batch", type=int, default=4, help="photographs in one pass")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of images")
+    parser.add_argument("--batch", type=int, default=4, help="number of images per pass")
     parser.add_argument("--out", type=Path, default=Path("outputs/examples/folder"))
     given = parser.parse_args(arguments)
     if given.batch < 1:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Image.fromarray(getattr(data, name)()).save(given.folder / f"{name}.png")
     files = find_files(given.folder, SUFFIXES)
     if not files:
-        sys.exit(f"There is no photograph in {given.folder}.")
+        sys.exit(f"No images in {given.folder}. Name a folder of {', '.join(SUFFIXES)} files.")
     names = name_results(files, given.folder)
     classifier = pg.load_model("efficientnet_lite0")
 
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 images[file] = read_image(file)
             except pg.ParchGradError as error:
-                print(f"left out: {error}")
-        # `target=None` explains each row's predicted class; all rows go through the network together.
+                print(f"skipped: {error}")
+        # `target=None` explains the predicted class of each image, in one batch.
         found = pg.explain_images(classifier, list(images.values()), internal_batch_size=given.batch)
         for file, explanation in zip(images, found, strict=True):
             name = names[file]
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         columns = {"gradient": list(pg.heatmap(plain)), "gradient + ParchGrad": list(pg.heatmap(partitioned))}
         labels = [explanation.target.category for explanation in shown]
         save_figure(panel([e.picture for e in shown], columns, labels=labels), given.out / "overview.jpg")
-    print(f"wrote {len(rows)} maps, maps.csv and overview.jpg into {given.out}")
+    print(f"wrote {len(rows)} maps, maps.csv and overview.jpg to {given.out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Put ParchGrad under methods of Captum, and see what it changes, without a word to ParchGrad about the class.
+"""Combine ParchGrad with Captum methods, without telling ParchGrad the class.
 
     python examples/captum_composition.py
 
-Two photographs side by side, a cat and an espresso, are one picture for EfficientNet-Lite0. Both classes are explained
-in one batch by Saliency, input times gradient, integrated gradients and SmoothGrad (Captum's NoiseTunnel), each as
-Captum has it and again in a `with pg.ParchGrad(...)` block. Out come the shares of the maps in the cell of their own
-class (chance 0.5), and pictures: outputs/examples/captum_cat.png and captum_espresso.png.
+A cat and an espresso side by side form one image for EfficientNet-Lite0. Saliency, input times gradient, integrated
+gradients and SmoothGrad (Captum's NoiseTunnel) explain both classes in one batch, each alone and in a
+`with pg.ParchGrad(...)` block. The script prints the share of each map in the cell of its own class (chance 0.5), and
+writes outputs/examples/captum_cat.png and captum_espresso.png.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Attribute = Callable[[Tensor], Tensor]
 
 
 def make_methods(model: torch.nn.Module, target: Tensor) -> dict[str, Attribute]:
-    """Captum's methods, set up as they would be without ParchGrad."""
+    """Create Captum's methods, exactly as without ParchGrad."""
     steps = {"n_steps": SAMPLES, "internal_batch_size": SAMPLES}
     noise = {"nt_type": "smoothgrad", "nt_samples": SAMPLES, "nt_samples_batch_size": SAMPLES, "stdevs": 0.5}
     return {
@@ -39,7 +39,7 @@ def make_methods(model: torch.nn.Module, target: Tensor) -> dict[str, Attribute]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Explain both classes by each method."""
+    """Explain both classes with each method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/examples"))
     out = parser.parse_args(arguments).out
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = torch.tensor([classifier.find_category(name) for name in names])
 
     maps: dict[str, Tensor] = {}
-    print(f"{'share in its own cell':24}{'as it is':>10}{'with ParchGrad':>16}")
+    print(f"{'share in its own cell':24}{'plain':>10}{'with ParchGrad':>16}")
     for name, attribute in make_methods(model, target).items():
         torch.manual_seed(0)
         plain = pg.heatmap(attribute(inputs).detach())
         torch.manual_seed(0)
-        # The class of each row is read off the backward signal, whatever batch expansion the method does.
+        # ParchGrad reads the class of each row off the backward signal, even if the method expands the batch.
         with pg.ParchGrad(model):
             partitioned = pg.heatmap(attribute(inputs).detach())
         maps |= {name: plain, f"{name} + ParchGrad": partitioned}
@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:24}{shares[0]:10.2f}{shares[1]:16.2f}")
     picture = classifier.preprocess.picture(both[0])
     for row, name in enumerate(names):
-        # One row for each method: as it is, and with ParchGrad.
+        # One row per method: plain, and with ParchGrad.
         heats = [heat[row] for heat in maps.values()]
-        columns = {"as it is": heats[0::2], "with ParchGrad": heats[1::2]}
+        columns = {"plain": heats[0::2], "with ParchGrad": heats[1::2]}
         path = out / f"captum_{name.split()[-1]}.png"
         save_figure(panel([picture] * len(heats[0::2]), columns, labels=list(maps)[0::2]), path)
         print(f"wrote {path}")

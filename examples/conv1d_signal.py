@@ -1,11 +1,11 @@
-"""Explain a network on signals: ParchGrad works on Conv1d (and Conv3d) as it does on images.
+"""Explain a network on signals: ParchGrad edits Conv1d and Conv3d like Conv2d.
 
     python examples/conv1d_signal.py
 
-A small Conv1d network learns which kind of burst hides in noise: one of rising, falling or steady pitch (a few
-seconds). What share of the map lies on the burst, which takes a fifth of the signal? Out come the shares over 300 new
-signals and a picture, outputs/examples/conv1d_signal.png. `Evidence` is well ahead of the plain gradient here;
-`GradientEnergy`, which does not ask whether a channel raises the score, is about where the plain gradient is.
+A small Conv1d network learns to classify a burst hidden in noise by its pitch: rising, falling or steady (a few
+seconds). The score is the share of the map on the burst, which covers a fifth of the signal. The script prints it over
+300 new signals and writes outputs/examples/conv1d_signal.png. `Evidence` is well ahead of the plain gradient.
+`GradientEnergy`, which ignores whether a channel raises the score, is about equal to it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SELECTORS = {"plain gradient": None, "GradientEnergy": pg.GradientEnergy(quantil
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Signals (N, 1, L), the kind of each burst (N,) and where it is (N, L)."""
+    """Generate signals (N, 1, L), the kind of each burst (N,) and the mask of its position (N, L)."""
     kinds = torch.randint(len(KINDS), (count,), generator=generator)
     starts = torch.randint(LENGTH - BURST + 1, (count, 1), generator=generator)
     place = (torch.arange(LENGTH) - starts) / BURST
@@ -38,7 +38,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor
 
 
 def train(generator: torch.Generator) -> nn.Module:
-    """Train the network on signals that are drawn as it goes."""
+    """Train the network on signals generated on the fly."""
     torch.manual_seed(0)
     blocks: list[nn.Module] = []
     for channels, width in ((1, 16), (16, 32), (32, 32)):
@@ -55,7 +55,7 @@ def train(generator: torch.Generator) -> nn.Module:
 
 
 def figure(signals: Tensor, inside: Tensor, maps: dict[str, Tensor], titles: Sequence[str]) -> Figure:
-    """One column for each signal, with its maps below it, the burst's place shaded."""
+    """Draw one column per signal, with its maps below and the burst shaded."""
     drawn = Figure(figsize=(3.6 * len(signals), 1.3 * (1 + len(maps)) + 0.4), layout="constrained")
     grid = drawn.subplots(1 + len(maps), len(signals), sharex=True, sharey="row", squeeze=False)
     rows = {"signal": signals[:, 0]} | {name: found / found.mean(dim=1, keepdim=True) for name, found in maps.items()}
@@ -72,12 +72,12 @@ def figure(signals: Tensor, inside: Tensor, maps: dict[str, Tensor], titles: Seq
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
         grid[number, 0].set_ylabel(name, fontsize=9.5)
-    drawn.supxlabel("time; the burst is shaded, maps are in multiples of their mean", fontsize=9)
+    drawn.supxlabel("time; bursts are shaded, maps are in multiples of their mean", fontsize=9)
     return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, explain, and write the picture."""
+    """Train, explain, and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/examples"))
     out = parser.parse_args(arguments).out
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = train(generator)
     signals, kinds, inside = draw(300, generator)
     accuracy = (model(signals).argmax(dim=1) == kinds).float().mean()
-    print(f"accuracy on new signals: {accuracy:.2f}; a map that knows nothing has {BURST / LENGTH:.2f} on the burst")
+    print(f"accuracy on new signals: {accuracy:.2f}; a uniform map has {BURST / LENGTH:.2f} on the burst")
     maps = {}
     for name, selector in SELECTORS.items():
         maps[name] = pg.heatmap(pg.Explainer(model, selector, layers="all").attribute(signals, kinds))

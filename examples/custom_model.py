@@ -1,12 +1,12 @@
-"""Explain a network of your own: nothing is registered, and the network is not changed.
+"""Explain your own network, without registering or changing it.
 
     python examples/custom_model.py
 
-A small residual network, which returns a dictionary, learns to tell photographs of brick, grass and gravel apart (a
-few seconds). Then two of them stand side by side in a picture, and both classes are explained: what share of the map is
-in the half of the explained class (chance 0.5)? Out come these shares over 100 pictures, from parts of the photographs
-that were not used before, and a picture, outputs/examples/custom_model.png. `Evidence` is well ahead of the plain
-gradient; on so small a network `GradientEnergy`, which does not ask what raises the score, is about where it is.
+A small residual network that returns a dictionary learns to classify image textures: brick, grass and gravel (a few
+seconds). Each test image then shows two textures side by side, and both classes are explained. The score is the share
+of the map in the half of the explained class; chance is 0.5. The script prints it over 100 images, cut from a held-out
+part of the textures, and writes outputs/examples/custom_model.png. `Evidence` is well ahead of the plain gradient.
+`GradientEnergy`, which ignores what raises the score, is about equal to it on such a small network.
 """
 
 import argparse
@@ -27,10 +27,10 @@ SIZE = 64
 
 
 class Network(nn.Module):
-    """Operations in place and a skip path; the output is a dictionary."""
+    """A network with in-place operations, a skip connection and a dictionary as output."""
 
     def __init__(self) -> None:
-        """Three convolutions and a linear layer."""
+        """Create three convolutions and a linear layer."""
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 5, 2, padding=2), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
         self.first = nn.Sequential(nn.Conv2d(16, 32, 3, 2, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
@@ -38,22 +38,22 @@ class Network(nn.Module):
         self.head = nn.Linear(32, len(TEXTURES))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 1, H, W) in, features (B, 32, H / 4, W / 4) and logits (B, K) out."""
+        """Map images (B, 1, H, W) to features (B, 32, H / 4, W / 4) and logits (B, K)."""
         features = self.first(self.stem(images))
         features = features + self.second(features)
         return {"features": features, "logits": self.head(features.mean(dim=(2, 3)))}
 
 
 class Logits(nn.Sequential):
-    """All there is to write: a module that returns the logits alone."""
+    """A wrapper that returns only the logits."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 1, H, W) in, logits (B, K) out."""
+        """Map images (B, 1, H, W) to logits (B, K)."""
         return super().forward(images)["logits"]
 
 
 def crop(photographs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Random squares (N, 1, SIZE, SIZE) of the photographs (K, H, W) of these labels, all equally bright on average."""
+    """Crop random squares (N, 1, SIZE, SIZE) from the images (K, H, W) of these labels, with equal mean brightness."""
     height, width = photographs.shape[1:]
     tops, lefts = (torch.randint(end - SIZE, labels.shape, generator=generator) for end in (height, width))
     places = zip(labels, tops, lefts, strict=True)
@@ -62,14 +62,14 @@ def crop(photographs: Tensor, labels: Tensor, generator: torch.Generator) -> Ten
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, explain, and write the picture."""
+    """Train, explain, and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/examples"))
     path = parser.parse_args(arguments).out / "custom_model.png"
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     photographs = torch.stack([torch.from_numpy(getattr(data, name)()) for name in TEXTURES]) / 255
-    # At half the size, in which a square shows several bricks.
+    # Halve the size, so that a square shows several bricks.
     photographs = nn.functional.avg_pool2d(photographs, 2)
     network = Network()
     optimiser = torch.optim.Adam(network.parameters(), 2e-3)
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, selector in SELECTORS.items():
         explainer = pg.Explainer(model, selector, layers="all")
         maps[name] = pg.heatmap(explainer.attribute(pictures, pairs.flatten()))
-        # The first row of each two explains the left half, the second the right half.
+        # Rows alternate: the first of each pair explains the left half, the second the right half.
         shares = cell_shares(maps[name], rows=1, columns=2).unflatten(0, (-1, 2)).diagonal(dim1=1, dim2=2)
         print(f"share in its own half, {name}: {shares.mean():.2f}")
     shown = [picture.expand(3, -1, -1).movedim(0, -1) for picture in pictures[:4]]

@@ -1,12 +1,12 @@
-"""Choose which convolutions of a timm network are edited: those that suit the selector, by ratio, or by name.
+"""Choose which convolutions of a timm network to edit: by default, by ratio, or by name.
 
     python examples/timm_model.py                                          # offline, with random weights
     python examples/timm_model.py --model efficientnet_lite0 --pretrained  # offline with parchgrad[demo]
     python examples/timm_model.py --model resnet50d --pretrained           # downloads the weights once
 
-Any name of `timm.list_models()` with convolutions will do. Each choice of layers is listed with its convolutions and
-with how much its map still resembles the plain gradient's (Pearson's correlation). With --pretrained the maps are drawn
-into outputs/examples/timm_model.png; those of random weights show nothing that a network sees, and are not.
+Any name in `timm.list_models()` works if the network has convolutions. For each choice of layers, the script prints the
+convolutions and the Pearson correlation between its map and the plain gradient's. With --pretrained it also draws the
+maps to outputs/examples/timm_model.png; maps of random weights are not worth drawing.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from parchgrad.visual import save_figure, strip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Explain one photograph with each choice of layers."""
+    """Explain one image with each choice of layers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="convnext_atto", help="name of a timm network")
-    parser.add_argument("--pretrained", action="store_true", help="load weights, and draw the maps")
-    parser.add_argument("--photograph", type=Path, help="a photograph of your own")
+    parser.add_argument("--model", default="convnext_atto", help="timm model name")
+    parser.add_argument("--pretrained", action="store_true", help="load pretrained weights, and draw the maps")
+    parser.add_argument("--photograph", type=Path, help="your own image (default: scikit-image's coffee)")
     parser.add_argument("--out", type=Path, default=Path("outputs/examples"))
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     x = classifier.preprocess(photograph).unsqueeze(0)
     (best, *_), *_ = classifier.predict(x)
     print(f"{given.model}: {len(pg.find_convolutions(model))} convolutions, input {tuple(x.shape[1:])}")
-    print(f"predicted: {best.category} ({best.probability:.1%}){'' if given.pretrained else ', by random weights'}")
+    print(f"predicted: {best.category} ({best.probability:.1%}){'' if given.pretrained else ', with random weights'}")
 
     names = list(pg.find_convolutions(model))
     pattern = ".".join(names[len(names) * 3 // 4].split(".")[:2]) + "*"
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save_figure(strip(classifier.preprocess.picture(x[0]), maps, label=best.category, columns=3), path)
         print(f"wrote {path}")
     else:
-        print("no picture of random weights; add --pretrained for one")
+        print("no figure for random weights; add --pretrained")
 
 
 if __name__ == "__main__":

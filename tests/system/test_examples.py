@@ -180,7 +180,7 @@ def test_batch_over_a_folder(tmp_path, capsys):
     (folder / "damaged.jpg").write_bytes(b"\xff\xd8 no photograph")
     load("batch_over_a_folder").main([str(folder), "--batch", "2", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.startswith("left out:") and "damaged.jpg" in line]) == 1
+    assert len([line for line in lines if line.startswith("skipped:") and "damaged.jpg" in line]) == 1
     with open(out / "maps.csv", newline="", encoding="utf-8") as table:
         rows = {row["photograph"]: row for row in csv.DictReader(table)}
     assert {name: row["class"] for name, row in rows.items()} == {
@@ -201,7 +201,7 @@ def test_batch_over_a_folder(tmp_path, capsys):
 
 
 def test_an_empty_folder_is_told_in_words(tmp_path):
-    with pytest.raises(SystemExit, match="There is no photograph in"):
+    with pytest.raises(SystemExit, match="No images in"):
         load("batch_over_a_folder").main([str(tmp_path), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="batch"):
         load("batch_over_a_folder").main(["--batch", "0", "--out", str(tmp_path / "out")])
