@@ -1,10 +1,10 @@
-"""Class-wise selection on CIFAR-10: statistics from training images, the grid pointing game on test images.
+"""Class-wise selection on CIFAR-10: statistics of training images, the grid pointing game on test images.
 
     python benchmarks/cifar10.py ../shared/data/cifar10
 
-The folder holds `train` and `test` with a folder of images for each class, and `resnet20.th`. Prints for each method
-the share of its map that lies in the right cell of 2 x 2 mosaics of confidently classified test images of different
-classes. A map that knows nothing scores 0.25.
+The folder contains `train` and `test`, each with one folder of images per class, and `resnet20.th`. For each method,
+prints the share of the map in the right cell of 2 x 2 mosaics of confidently classified test images of different
+classes. Chance is 0.25.
 """
 
 import argparse
@@ -26,10 +26,10 @@ TRANSFORM = transforms.Compose(
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut that drops every second pixel and pads the channels with zeros."""
+    """Two convolutions and a shortcut, which with a stride skips pixels and pads the channels with zeros."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        """Make the layers, named as in the file of weights."""
+        """Create the layers, with the names in the weights file."""
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -45,10 +45,10 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """The ResNet of 20 layers for CIFAR-10 (He et al. 2016, section 4.2)."""
+    """The 20-layer ResNet for CIFAR-10 (He et al. 2016, section 4.2)."""
 
     def __init__(self) -> None:
-        """Make the layers, named as in the file of weights."""
+        """Create the layers, with the names in the weights file."""
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
@@ -63,7 +63,7 @@ class ResNet20(nn.Module):
 
 
 def load_resnet20(path: Path) -> ResNet20:
-    """Load the usual file of weights, whose names start with `module.`."""
+    """Load the usual weights file, whose names start with `module.`."""
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     model = ResNet20()
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
@@ -71,13 +71,13 @@ def load_resnet20(path: Path) -> ResNet20:
 
 
 def labelled(folder: Path) -> PhotographFolder:
-    """The images below a folder, whose class folders in sorted order are CIFAR-10's classes in their order."""
+    """Open the images in a folder, whose sorted class folders are CIFAR-10's classes in order."""
     images = PhotographFolder(folder, TRANSFORM)
     return images.with_classes({name: index for index, name in enumerate(images.folders)})
 
 
 def draw_mosaics(model: nn.Module, images: PhotographFolder, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw mosaics (count, 3, 64, 64) of four confidently classified images, and their classes (count, 4)."""
+    """Make random mosaics (count, 3, 64, 64) of four confidently classified images; return them with their classes."""
     inputs, labels = (torch.stack([torch.as_tensor(item[part]) for item in images]) for part in range(2))
     with torch.no_grad():
         probability = torch.cat([model(part).softmax(1) for part in torch.split(inputs, 100)])
@@ -94,7 +94,7 @@ def draw_mosaics(model: nn.Module, images: PhotographFolder, count: int, seed: i
 
 
 def play(explainer: pg.Explainer, mosaics: Tensor, classes: Tensor) -> Tensor:
-    """Share of each class's map in its own cell, (4 * count,)."""
+    """Compute the share of each class's map in its own cell, shape (4 * count,)."""
     repeated = mosaics.repeat_interleave(4, dim=0)
     heat = pg.heatmap(explainer.attribute(repeated, classes.flatten()))
     cells = torch.arange(4).repeat(len(mosaics))
@@ -102,7 +102,7 @@ def play(explainer: pg.Explainer, mosaics: Tensor, classes: Tensor) -> Tensor:
 
 
 def scores(folder: Path, *, mosaics: int = 100, seed: int = 0) -> dict[str, Tensor]:
-    """Collect on the training images, and play with each method on mosaics of the test images."""
+    """Collect statistics on the training images, and score each method on mosaics of the test images."""
     model = load_resnet20(folder / "resnet20.th")
     held = pg.collect_statistics(model, labelled(folder / "train"), layers=0.5, batch_size=100)
     inputs, classes = draw_mosaics(model, labelled(folder / "test"), mosaics, seed)
@@ -121,7 +121,7 @@ def scores(folder: Path, *, mosaics: int = 100, seed: int = 0) -> dict[str, Tens
 def main() -> None:
     """Parse the arguments and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder of CIFAR-10 and the weights")
     parser.add_argument("--mosaics", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What collecting channel statistics costs: time over the bare forward loop, and memory against the number of images.
+"""The cost of collecting channel statistics: time relative to a bare forward loop, and memory by number of images.
 
     python benchmarks/collection.py                # the overhead on EfficientNet-Lite0
     python benchmarks/collection.py --memory       # peak memory at 1x and 10x the images
 
-Rounds are interleaved; a ratio is the median over rounds. Images are random, in memory.
+Rounds are interleaved; a ratio is the median over rounds. Images are random and in memory.
 """
 
 import argparse
@@ -27,10 +27,10 @@ CLASSES = 1000
 
 
 class RandomImages(Dataset[tuple[Tensor, int]]):
-    """Random images (3, 224, 224), sorted by class as folders are; a few distinct ones, so that none is generated."""
+    """Random images (3, 224, 224), sorted by class like folders; a few distinct ones repeat, which saves time."""
 
     def __init__(self, count: int) -> None:
-        """Choose the number of images."""
+        """Store the number of images, and generate the distinct ones."""
         self.count = count
         self.distinct = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
@@ -42,14 +42,14 @@ class RandomImages(Dataset[tuple[Tensor, int]]):
 
 
 def bare(model: torch.nn.Module, data: RandomImages) -> None:
-    """Run the forward loop without anything else."""
+    """Run only the forward loop."""
     with torch.inference_mode():
         for inputs, _ in DataLoader(data, BATCH):
             model(inputs)
 
 
 def overhead(images: int, rounds: int) -> None:
-    """Print the time of each way to collect, relative to the bare loop."""
+    """Print the time of each kind of collection, relative to the bare loop."""
     model, data = pg.load_model("efficientnet_lite0").model, RandomImages(images)
     collect = partial(pg.collect_statistics, model, data, batch_size=BATCH)
     ways: dict[str, Callable[[], object]] = {
@@ -81,12 +81,12 @@ def overhead(images: int, rounds: int) -> None:
         ratio = statistics.median(a / b for a, b in zip(passes[name], passes["bare forward loop"], strict=True))
         print(
             f"{name:30s} {statistics.median(passes[name]):7.2f} s  x {ratio:.3f}"
-            f"   and once at the end {statistics.median(tests[name]):5.2f} s"
+            f"   plus {statistics.median(tests[name]):5.2f} s once at the end"
         )
 
 
 def peak(images: int) -> float:
-    """Peak memory in GB of a process that collects over so many images."""
+    """Collect over this many images, and return the peak memory in GB."""
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 256, 16, 16),
         torch.nn.ReLU(),
@@ -99,7 +99,7 @@ def peak(images: int) -> float:
 
 
 def memory(images: int) -> None:
-    """Print the peak memory at 1x and 10x the images, each in a process of its own."""
+    """Print the peak memory at 1x and 10x the images, each in a separate process."""
     for count in (images, 10 * images):
         ran = subprocess.run(
             [sys.executable, __file__, "--peak", str(count)], check=True, capture_output=True, text=True
@@ -108,7 +108,7 @@ def memory(images: int) -> None:
 
 
 def main() -> None:
-    """Parse the arguments and measure."""
+    """Parse the arguments and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)

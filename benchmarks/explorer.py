@@ -1,9 +1,9 @@
-"""How fast the explorer answers, and what becomes of it when many use it at once.
+"""How fast the explorer responds, and how it behaves under many users.
 
     python benchmarks/explorer.py                            # from a new quantile to the map, by selector
-    python benchmarks/explorer.py --users 20 --seconds 60    # good and bad requests over loopback, every map checked
+    python benchmarks/explorer.py --users 20 --seconds 60    # valid and invalid requests, every map checked
 
-The second serves the explorer in a process of its own, whose memory is read from /proc where there is one.
+The second command serves the explorer on loopback in a separate process; its memory is read from /proc if available.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from parchgrad.workflows.demonstration import example_photographs
 
 NETWORK = "efficientnet_lite0"
 MEGABYTES = 2
-# Seconds after which a crowd that has not asked everything yet ends all the same.
+# Time limit in seconds for a crowd that has not made every kind of request.
 LONGEST = 180
 OUTSIDE = ("file=/etc/passwd", "file=../../etc/passwd", "file=%2e%2e/%2e%2e/etc/passwd", "file=http://127.0.0.1/x.png")
 MALFORMED = (
@@ -54,7 +54,7 @@ MALFORMED = (
     b"\xff\xfe",
     b'{"data": [{"path": "http://127.0.0.1/x.png"}], "fn_index": 0, "session_hash": "a"}',
 )
-# All that may become of a request.
+# All acceptable outcomes of a request.
 RIGHT = (
     "right map",
     "bad file refused",
@@ -68,7 +68,7 @@ QUANTILES = [round(0.05 + 0.05 * step, 2) for step in range(9)]
 
 
 def answers(rounds: int) -> None:
-    """Print the time from a new quantile to the coloured maps, for each selector, median and worst."""
+    """Print the median and worst time from a new quantile to the coloured maps, for each selector."""
     explorer = Explorer()
     photograph = Photograph("coffee")
     # The first passes of a process are slow.
@@ -77,7 +77,7 @@ def answers(rounds: int) -> None:
     for layers in ("0.5", "0.75", "all"):
         for selector in explorer.selectors(NETWORK):
             if selector in ("class", "instance") and layers != "0.5":
-                # The statistics that come with the package are of the upper half.
+                # The bundled statistics cover only the upper half.
                 continue
             explorer.explore(photograph, View(selector=selector, layers=layers, quantile=0.5))
             times = []
@@ -91,13 +91,13 @@ def answers(rounds: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Crowd:
-    """What many users do at once, and how.
+    """Many concurrent users.
 
     Attributes:
-        users: how many.
-        seconds: for how long; on a busy machine longer, until everything has been asked once.
-        network: of the maps that they look at.
-        layers: of the same.
+        users: number of users.
+        seconds: duration; extended on a busy machine until every kind of request was made.
+        network: name of the network to explain.
+        layers: layer choice, as text.
     """
 
     users: int
@@ -108,18 +108,18 @@ class Crowd:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What became of their requests.
+    """Outcomes of the requests of a crowd.
 
     Attributes:
-        counts: of each outcome; `WRONG` stands before what must not happen.
-        times: of all requests, in seconds.
-        places: the longest queue that a user was told to stand in.
-        before: memory of the server once every network and map was made, in bytes.
-        peak: the most that it had later.
-        after: what it had in the end.
-        course: that of every quarter, in bytes.
-        alive: whether it was still there.
-        said: what it wrote on its error stream.
+        counts: number of requests by outcome; outcomes that must not happen start with `WRONG`.
+        times: durations of all requests, in seconds.
+        places: longest queue reported to a user.
+        before: memory of the server after the warm-up, in bytes.
+        peak: maximum memory afterwards, in bytes.
+        after: memory at the end, in bytes.
+        course: memory after each quarter of the duration, in bytes.
+        alive: whether the server was still running at the end.
+        said: output of the server on its error stream.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -134,26 +134,26 @@ class Tally:
 
     @property
     def wrong(self) -> dict[str, int]:
-        """What must not happen, and how often it did."""
+        """Outcomes that must not happen, with their counts."""
         return {name: count for name, count in self.counts.items() if name.startswith("WRONG")}
 
 
 class User:
-    """One session of the page, and what this user does next, good or bad."""
+    """One session of the page, which makes valid and invalid requests."""
 
     def __init__(self, url: str, crowd: Crowd, number: int, folder: Path, wanted: Mapping[Any, Any]) -> None:
-        """Begin a session; `wanted` are the right maps, and the number tells one user's choices from another's."""
-        # No certificates need be read for plain HTTP, which takes longer than most answers.
+        """Start a session; `wanted` holds the expected maps, and `number` is the random seed of the user."""
+        # Skip loading certificates, which takes longer than most responses.
         self._client = Client(url, verbose=False, ssl_verify=False, httpx_kwargs={"timeout": 60})
         self._url, self._crowd, self._folder, self._wanted = url.rstrip("/"), crowd, folder, wanted
         self._draw = random.Random(number)
-        # The longest queue this user was told to stand in.
+        # Longest queue reported to this user.
         self.place = 0
 
     def act(self) -> str:
-        """Do something, and say how it was answered."""
+        """Make a random request, and return its outcome."""
         bad = (self._bad_file, self._bad_layers, self._bad_network, self._traversal, self._oversize, self._malformed)
-        # Every third request is a bad one.
+        # A third of the requests are invalid.
         if self._draw.random() < 1 / 3:
             return self._draw.choice(bad)()
         name, quantile = self._draw.choice(EXAMPLES), self._draw.choice(QUANTILES)
@@ -176,13 +176,13 @@ class User:
             self._client.predict(name, api_name="/take_example")
 
     def _show(self, quantile: float, **changed: str) -> str:
-        """Ask for the page as it is with these settings, and watch the queue meanwhile."""
+        """Request the page with these settings, and watch the queue meanwhile."""
         best = View().resolved()
         settings: dict[str, Any] = {"selector": best.selector, "softness": best.softness, "gates": best.gates}
         settings |= {"antialias": best.antialias, "method": best.method, "prune": True, "gamma": 1, "signed": False}
         settings |= {"network": self._crowd.network, "layers": self._crowd.layers, "opacity": 1} | changed
         result = ""
-        # A network that is not there yet comes by itself.
+        # Wait for a network that is still loading.
         while not result or "Results appear when it is ready" in result:
             job = self._client.submit(target=None, stamp="", quantile=quantile, **settings, api_name="/show")
             while not job.done():
@@ -218,7 +218,7 @@ class User:
         try:
             status = httpx.post(f"{self._url}/gradio_api/upload", files=files, timeout=60).status_code
         except (httpx.WriteError, httpx.ReadError):
-            # The server may answer, and end the connection, before it has been sent all.
+            # The server may respond and close the connection before it has received everything.
             status = 413
         return "oversize refused" if status == 413 else f"WRONG: oversize answered by {status}"
 
@@ -230,7 +230,7 @@ class User:
 
 
 def observe(crowd: Crowd) -> Tally:
-    """Serve the explorer to a crowd, and see what becomes of its good and bad requests."""
+    """Serve the explorer to a crowd, and tally the outcomes of its requests."""
     wanted, lock, tally = expected_maps(crowd), threading.Lock(), Tally()
     with tempfile.TemporaryDirectory() as place, served(crowd.network) as (url, process, errors):
         folder = Path(place)
@@ -238,7 +238,7 @@ def observe(crowd: Crowd) -> Tally:
             image.save(folder / f"{name}.png")
         (folder / "bad.png").write_text("no picture")
         users = [User(url, crowd, number, folder, wanted) for number in range(crowd.users)]
-        # Everything once, so that what is counted is what becomes more.
+        # Warm up, so that only growth is measured.
         for _ in range(12):
             tally.counts[users[0].act()] += 1
         tally.before, began = memory(process.pid), time.monotonic()
@@ -249,7 +249,7 @@ def observe(crowd: Crowd) -> Tally:
                 try:
                     found = user.act()
                 except Exception as error:
-                    # Whatever it is, it counts.
+                    # Count any exception as an outcome.
                     found = f"WRONG: {type(error).__name__}: {str(error)[:200]}"
                 with lock:
                     tally.counts[found] += 1
@@ -275,20 +275,20 @@ def observe(crowd: Crowd) -> Tally:
 
 
 def report(tally: Tally) -> None:
-    """Print what became of a crowd's requests."""
+    """Print the outcomes of a crowd's requests."""
     for name, count in tally.counts.most_common():
         print(f"{count:6d} {name}")
     ordered = sorted(tally.times)
     print(f"median {statistics.median(ordered):.2f} s, 95 % within {ordered[int(0.95 * len(ordered))]:.2f} s")
-    print(f"the last in the queue was told that {tally.places} were before")
-    print(f"MiB of the server: {tally.before >> 20} before, at most {tally.peak >> 20}, {tally.after >> 20} in the end")
+    print(f"longest reported queue: {tally.places}")
+    print(f"MiB of the server: {tally.before >> 20} before, {tally.peak >> 20} at most, {tally.after >> 20} at the end")
     print(f"MiB after each quarter: {[size >> 20 for size in tally.course]}; alive: {tally.alive}")
     if tally.said:
-        print(f"it said: {tally.said}")
+        print(f"error output: {tally.said}")
 
 
 def expected_maps(crowd: Crowd) -> dict[Any, Any]:
-    """The map of each photograph and quantile, by the library itself, one after the other."""
+    """Compute the expected map of each image and quantile with the library."""
     classifier, wanted = pg.load_model(crowd.network), {}
     for name, image in zip(EXAMPLES, example_photographs(), strict=True):
         inputs = classifier.preprocess(image).unsqueeze(0)
@@ -305,7 +305,7 @@ def expected_maps(crowd: Crowd) -> dict[Any, Any]:
 def served(
     network: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
-    """Run the command; give its address, its process, and the file of what it says on its error stream."""
+    """Run the command; yield its URL, its process, and the file of its error output."""
     command = [sys.executable, "-m", "parchgrad", "explore", "--port", "0", "--no-browser", "--model", network]
     command += ["--max-megabytes", str(MEGABYTES)]
     with tempfile.TemporaryDirectory() as folder:
@@ -326,7 +326,7 @@ def served(
 
 
 def memory(process: int) -> int:
-    """Resident memory in bytes; 0 where the system does not say."""
+    """Return the resident memory in bytes; 0 if the system does not report it."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:

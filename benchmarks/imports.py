@@ -1,9 +1,9 @@
-"""How long a fresh process takes to import the package, beside what it stands on.
+"""How long a fresh process takes to import the package, compared with its dependencies.
 
     python benchmarks/imports.py
 
-Prints of each statement the median seconds on the clock and of processor time, and the fastest, over fresh processes;
-the statements take turns, so that what else the machine does hits all alike. Python's own start is not counted.
+For each statement, prints the median wall-clock and processor time and the fastest time over fresh processes. The
+statements take turns, so that other load affects all of them alike. Python's own start is not counted.
 """
 
 import statistics
@@ -30,16 +30,16 @@ print(time.perf_counter() - clock, time.process_time() - processor)
 
 
 def seconds_of(statement: str) -> tuple[float, float]:
-    """Seconds on the clock and of processor time that a statement takes in a fresh process."""
+    """Measure the wall-clock and processor time of a statement in a fresh process, in seconds."""
     command = [sys.executable, "-c", _TIMED.format(statement=statement)]
     clock, processor = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(clock), float(processor)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     for statement in STATEMENTS:
-        # Read from disk once before anything counts.
+        # Warm up the file cache.
         seconds_of(statement)
     measured = {statement: [] for statement in STATEMENTS}
     for _ in range(ROUNDS):

@@ -1,9 +1,9 @@
-"""When it pays to send the kept channels of a convolution back alone: what the cost rule in convolution.py rests on.
+"""When it pays to propagate only a convolution's kept channels: the basis of the cost rule in convolution.py.
 
     python benchmarks/sparse.py
 
-For layers of common networks, quantiles and batches of rows that all differ: the time of the sparse way over that of
-the dense one, measured by turns, and which of the two the rule takes. Minutes.
+For layers of common networks, quantiles and batches whose rows all differ: the time of the sparse way relative to the
+dense one, measured by turns, and which of the two the rule chooses. Takes minutes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch import nn
 from parchgrad.core import convolution as module
 from parchgrad.core.convolution import partitioned_input_gradient, plain_geometry
 
-# Channels in, channels out, kernel, stride, groups, size of the input.
+# Input channels, output channels, kernel, stride, groups, input size.
 LAYERS = (
     (3, 64, 7, 2, 1, 224),
     (64, 64, 3, 1, 1, 56),
@@ -37,7 +37,7 @@ LAYERS = (
 
 
 def ratio(layer: tuple[int, ...], rows: int, quantile: float, rounds: int) -> tuple[float, bool]:
-    """Time of the sparse way over the dense one's, and whether the rule takes it."""
+    """Measure the time of the sparse way relative to the dense one, and whether the rule chooses it."""
     inputs, outputs, kernel, stride, groups, size = layer
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups)
     geometry, weight = plain_geometry(convolution), convolution.weight.detach()
@@ -65,12 +65,12 @@ def ratio(layer: tuple[int, ...], rows: int, quantile: float, rounds: int) -> tu
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    table = Table(title="sparse / dense; * where the rule goes the sparse way", title_justify="left", box=None)
+    table = Table(title="sparse / dense; * if the rule chooses the sparse way", title_justify="left", box=None)
     table.add_column("in, out, kernel, stride, groups, size")
     cases = list(itertools.product((1, 8), (0.1, 0.3, 0.5)))
     for rows, quantile in cases:

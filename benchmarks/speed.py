@@ -1,10 +1,10 @@
-"""How long attribution takes, with and without ParchGrad, beside Captum and beside the research code's way.
+"""How long attribution takes with and without ParchGrad, compared with Captum and the research code's way.
 
     python benchmarks/speed.py                      # everything, about 40 minutes on two cores
     python benchmarks/speed.py --networks resnet18 --batches 1 --skip steps memory scaling
 
-All ways run in one process, by turns; a ratio is the median over rounds of the ratio within a round. Weights are
-random. A table goes to the terminal, everything to outputs/speed.json.
+All variants run in one process, by turns; a ratio is the median over rounds of the ratio within a round. Weights are
+random. Tables are printed, and all results written to outputs/speed.json.
 """
 
 import argparse
@@ -41,18 +41,18 @@ Way = Callable[[Tensor, Tensor], object]
 
 
 def network(name: str) -> nn.Module:
-    """A network of random weights."""
+    """Create a network with random weights."""
     torch.manual_seed(0)
     model: nn.Module = getattr(torchvision.models, name)(weights=None)
     return model.eval()
 
 
 def photographs(batch: int, size: int = 224) -> tuple[Tensor, Tensor]:
-    """Random inputs, each of a class of its own."""
+    """Make random inputs (B, 3, size, size) and a different class for each."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)), torch.arange(batch)
 
 
-# Settings by what the tables call them.
+# Settings by their names in the tables.
 EDITS = {
     "plain": pg.Edit(selector=None),
     "plain with gates and strides": pg.Edit(selector=None, gates=pg.Edit().resolved().gates, antialias=True),
@@ -64,32 +64,32 @@ EDITS = {
 
 
 def explain(model: nn.Module, edit: pg.Edit, inputs: Tensor, target: Tensor, *, method: str = "gradient") -> Tensor:
-    """Explain with this package."""
+    """Compute the attribution with this package."""
     explainer = pg.Explainer.from_edit(model, edit, method=method, internal_batch_size=ROWS_PER_PASS)
     return explainer.attribute(inputs, target)
 
 
 def bare_block(model: nn.Module, edit: pg.Edit, inputs: Tensor, target: Tensor) -> Tensor:
-    """Captum's Saliency in a ParchGrad block."""
+    """Compute Captum's Saliency in a ParchGrad block."""
     settings = {item.name: getattr(edit, item.name) for item in fields(edit) if item.name != "selector"}
     with pg.ParchGrad(model, edit.selector, **settings):
         return saliency(model, inputs, target)
 
 
 def saliency(model: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
-    """The plain gradient, by Captum."""
+    """Compute the plain gradient with Captum."""
     return Saliency(model).attribute(inputs.clone().requires_grad_(), target=target)
 
 
 def integrated(model: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
-    """Integrated gradients, by Captum, in passes of as many rows as this package's."""
+    """Compute integrated gradients with Captum, with as many rows per pass as this package."""
     return IntegratedGradients(model).attribute(
         inputs.clone().requires_grad_(), target=target, n_steps=STEPS, internal_batch_size=ROWS_PER_PASS
     )
 
 
 def smoothed(model: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
-    """SmoothGrad, by Captum, in passes of as many rows as this package's."""
+    """Compute SmoothGrad with Captum, with as many rows per pass as this package."""
     return NoiseTunnel(Saliency(model)).attribute(
         inputs.clone().requires_grad_(),
         target=target,
@@ -100,14 +100,14 @@ def smoothed(model: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
 
 
 class ResearchWay:
-    """The way of the research code: image by image, all gradients, each input gradient computed a second time.
+    """The research code's way: image by image, all gradients, and each input gradient computed twice.
 
     A forward hook keeps inputs; a full backward hook edits the gradient at the output and calls `conv2d_input`. Such
-    hooks break on operations in place, so that the network is a copy without them.
+    hooks break on in-place operations, so the network is copied without them.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Copy the network and hook all of its convolutions."""
+        """Copy the network and hook all its convolutions."""
         self.model = copy.deepcopy(model)
         for module in self.model.modules():
             if hasattr(module, "inplace"):
@@ -122,7 +122,7 @@ class ResearchWay:
         self.inputs[module] = inputs[0]
 
     def edit(self, module: nn.Conv2d, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> object:
-        """Prune, re-scale, and send back."""
+        """Prune, re-scale, and compute the gradient at the input."""
         if inputs[0] is None:
             return None
         gradient = outputs[0]
@@ -143,14 +143,14 @@ class ResearchWay:
             leaf = image.unsqueeze(0).clone().requires_grad_()
             self.model(leaf)[0, category].backward()
             maps.append(leaf.grad)
-        # Nothing is held between calls, which is what memory is compared with.
+        # Hold nothing between calls, so that the memory comparison is fair.
         self.inputs.clear()
         self.model.zero_grad()
         return torch.cat(maps)
 
 
 def gradient_ways(model: nn.Module) -> dict[str, Way]:
-    """One gradient for each row."""
+    """Return the variants that compute one gradient per row."""
     return {
         BASE: partial(saliency, model),
         **{f"ParchGrad block, {name}": partial(bare_block, model, edit) for name, edit in EDITS.items()},
@@ -161,7 +161,7 @@ def gradient_ways(model: nn.Module) -> dict[str, Way]:
 
 
 def step_ways(model: nn.Module) -> dict[str, dict[str, Way]]:
-    """Twenty-five gradients for each row: by method, Captum's first."""
+    """Return the variants that compute 25 gradients per row, by method, Captum's first."""
     return {
         title: {
             f"Captum {title}": theirs(model),
@@ -181,11 +181,11 @@ Figures = dict[str, dict[str, float]]
 
 
 def by_turns(ways: dict[str, Way], inputs: Tensor, target: Tensor, rounds: int, *, warm: bool = True) -> Figures:
-    """Median seconds of each way, and the median over rounds of its ratio to the first in the list."""
+    """Measure the median seconds of each variant, and the median over rounds of its ratio to the first one."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for turn in range(rounds + warm):
-        # Everyone goes first in turn.
+        # Each variant goes first in turn.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
             ways[name](inputs, target)
@@ -202,14 +202,14 @@ def by_turns(ways: dict[str, Way], inputs: Tensor, target: Tensor, rounds: int, 
 
 
 def peak(name: str, batch: int, way: str) -> float:
-    """Megabytes that a way takes at its peak, over those that the process holds before."""
+    """Measure the peak memory of a variant in megabytes, minus that of the process before."""
     torch.set_flush_denormal(True)
     model = network(name)
     inputs, target = photographs(batch)
     found = gradient_ways(model)[way]
     # The first call loads kernels, which stay.
     found(inputs, target)
-    # Forgets the peak so far (proc(5)); what getrusage tells begins with the peak of the process that started this one.
+    # Reset the peak (proc(5)); the one of getrusage would include the peak of the parent process.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     for _ in range(3):
@@ -218,17 +218,17 @@ def peak(name: str, batch: int, way: str) -> float:
 
 
 def resident(field: str) -> float:
-    """Megabytes of memory by the kernel's account, now (`VmRSS`) or at the peak (`VmHWM`)."""
+    """Read the process's memory in megabytes, now (`VmRSS`) or at the peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def measure_memory(name: str, batch: int) -> Figures:
-    """Peak memory of each way, in a process of its own."""
+    """Measure the peak memory of each variant, each in a separate process."""
     found: Figures = {}
     for way in (BASE, "ParchGrad block, default", "ParchGrad block, energy, all", "research code's way, all"):
         call = [sys.executable, __file__, "--peak", name, str(batch), way]
-        # Memory that is freed goes back at once, so that what is held tells what is in use.
+        # Return freed memory at once, so that resident memory is memory in use.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         ran = subprocess.run(call, check=True, capture_output=True, text=True, env=environment)
         found[way] = {"megabytes": json.loads(ran.stdout)}
@@ -238,7 +238,7 @@ def measure_memory(name: str, batch: int) -> Figures:
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on."""
+    """Describe the machine and the versions."""
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().splitlines() if listed.exists() else []
     return {
@@ -255,7 +255,7 @@ def machine() -> dict[str, object]:
 
 
 def show(title: str, results: dict[str, Figures], unit: str) -> None:
-    """Print a table: a row for each way, a column for each case."""
+    """Print a table with one row per variant and one column per case."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for case in results:
@@ -263,7 +263,7 @@ def show(title: str, results: dict[str, Figures], unit: str) -> None:
     for way in next(iter(results.values())):
         table.add_row(way, *(f"{ways[way]['ratio']:.2f}" for ways in results.values()))
     absolute = [f"{next(iter(ways.values()))[unit]:,.3f}" for ways in results.values()]
-    table.add_row(f"[dim]1.00 stands for, {unit}", *(f"[dim]{value}" for value in absolute))
+    table.add_row(f"[dim]1.00 corresponds to, {unit}", *(f"[dim]{value}" for value in absolute))
     console = Console(width=max(120, 40 + 18 * len(results)))
     console.print(title, style="bold")
     console.print(table)
@@ -271,7 +271,7 @@ def show(title: str, results: dict[str, Figures], unit: str) -> None:
 
 
 def main() -> None:
-    """Parse the arguments, measure, print and write."""
+    """Parse the arguments, measure, and print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -284,7 +284,7 @@ def main() -> None:
         name, batch, way = arguments.peak
         print(peak(name, int(batch), way))
         return
-    # Gradients vanish in random networks, and arithmetic on denormal numbers would be measured.
+    # Gradients vanish in random networks; slow arithmetic on denormal numbers would distort the times.
     torch.set_flush_denormal(True)
     cases = [(name, batch) for name in arguments.networks for batch in arguments.batches]
     found: dict[str, object] = {"machine": machine(), "command": " ".join(sys.argv[1:])}
@@ -318,7 +318,7 @@ def main() -> None:
         found["memory"] = results
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"Everything is in {arguments.out}")
+    print(f"Wrote all results to {arguments.out}")
 
 
 if __name__ == "__main__":

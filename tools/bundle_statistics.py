@@ -1,9 +1,9 @@
-"""Rebuild the compact channel statistics that come with the package for EfficientNet-Lite0.
+"""Rebuild the compact channel statistics of EfficientNet-Lite0 that come with the package.
 
     python tools/bundle_statistics.py FOLDER
 
-FOLDER holds photographs of ImageNet's classes; their labels are not used, only the network's own predictions. The
-statistics cover the upper half of the convolutions, which the published layers are part of.
+FOLDER contains images of ImageNet's classes. Their labels are not used, only the network's predictions. The statistics
+cover the upper half of the convolutions, which includes the published layers.
 """
 
 import argparse
@@ -19,10 +19,10 @@ TARGET = Path(parchgrad.__file__).parent / "statistics" / "bundled" / f"{OFFLINE
 
 
 def main() -> None:
-    """Collect, make compact, save."""
+    """Collect the statistics, compact them, and save them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--full", type=Path, help="save the full statistics too")
+    parser.add_argument("folder", type=Path, help="folder of images")
+    parser.add_argument("--full", type=Path, help="also save the full statistics to this file")
     arguments = parser.parse_args()
     classifier = parchgrad.load_model(OFFLINE_MODEL)
     with ProgressBars() as progress:
@@ -31,7 +31,7 @@ def main() -> None:
         )
     missing = set(parchgrad.choose_layers(classifier.model, "published")) - set(found)
     if missing:
-        raise SystemExit(f"The published layers {sorted(missing)} are not among those collected.")
+        raise SystemExit(f"The statistics lack the published layers {sorted(missing)}. Raise LAYERS.")
     if arguments.full:
         found.save(arguments.full)
     found.compact(share=SHARE).save(TARGET)

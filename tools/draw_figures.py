@@ -1,4 +1,4 @@
-"""Draw the pictures of README.md and docs/method.md, from photographs of scikit-image and generated shapes.
+"""Draw the figures of README.md and docs/method.md from scikit-image's images and generated shapes.
 
 python tools/draw_figures.py
 """
@@ -29,13 +29,13 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def save_on_white(figure: Figure, name: str) -> None:
-    """Write a figure of the pages, which may be dark."""
+    """Save a figure on white, since pages may have a dark background."""
     figure.set_facecolor("white")
     save_figure(figure, IMAGES / name)
 
 
 def draw_hero() -> None:
-    """Four photographs, explained by the default and by what people use, each map on its own scale."""
+    """Draw four images explained by the default and by common methods, each map on its own scale."""
     classifier = pg.load_model("efficientnet_lite0")
     inputs = torch.stack([classifier.preprocess(picture) for picture in example_photographs()])
     explainer = pg.Explainer(classifier.model)
@@ -54,7 +54,7 @@ def draw_hero() -> None:
         axes[0, place].set_title(title, fontsize=13)
         for axis, cell in zip(axes[:, place], cells, strict=True):
             axis.imshow(cell)
-            # Maps are half transparent.
+            # Maps are partly transparent.
             axis.set_facecolor("black")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
@@ -64,27 +64,27 @@ def draw_hero() -> None:
 
 
 def draw_demonstration() -> None:
-    """The overview that `parchgrad demo` writes."""
+    """Draw the overview that `parchgrad demo` writes."""
     with tempfile.TemporaryDirectory() as folder:
         demonstrate().save(folder)
         shutil.copy(Path(folder, "overview.jpg"), IMAGES / "demo.jpg")
 
 
 def draw_noise() -> None:
-    """Why many weak channels turn the sum of few strong ones, and what strides leave."""
+    """Draw how many weak channels change the direction of the sum, and the pattern that strides leave."""
     save_on_white(sum_directions().figure(), "method-directions.png")
     save_on_white(checkerboard_figure(), "method-checkerboard.png")
 
 
 def draw_sweep() -> None:
-    """A cat explained with ever fewer channels."""
+    """Draw a cat explained with fewer and fewer channels."""
     classifier = pg.load_model("efficientnet_lite0")
     sweep = quantile_sweep(classifier, Image.fromarray(data.cat()), pg.Edit(selector=pg.GradientEnergy()))
     save_figure(sweep.figure(columns=4), IMAGES / "method-sweep.jpg", dots_per_inch=90)
 
 
 def draw_kept_channels() -> None:
-    """Which channels are kept for either of two classes in one picture."""
+    """Draw which channels are kept for each of two classes in one image."""
     classifier = pg.load_model("efficientnet_lite0")
     both = torch.cat(
         [classifier.preprocess(Image.fromarray(picture)) for picture in (data.cat(), data.coffee())], dim=2
@@ -97,10 +97,10 @@ def draw_kept_channels() -> None:
 
 
 def draw_responses() -> None:
-    """How the best channel of a layer for one class responds to it, and to all other classes."""
+    """Draw how a layer's best channel for a class responds to that class and to all others."""
     shapes, category = pg.load_model("shapes"), "star"
     label = shapes.find_category(category)
-    # The channel is chosen on other images than it is shown on.
+    # Choose the channel on other images than those shown.
     held = pg.collect_statistics(shapes.model, Pairs(GeneratedShapes(count=1200, seed=1)), layers=0.5)
     layer = list(held)[-1]
     channel = int(held[layer].class_log_p()[:, label].argmin())

@@ -1,8 +1,8 @@
-"""Print the lowest version that pyproject.toml admits of each requirement, as constraints for pip.
+"""Print the lowest version of each requirement that pyproject.toml allows, as constraints for pip.
 
     python tools/lowest_versions.py EXTRA... > constraints.txt
 
-Without an extra, only what the package itself requires. What the requirements themselves require is left to pip.
+Without an extra, print only the requirements of the package itself. Indirect requirements are left to pip.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def requirements(project: dict, extras: Iterable[str]) -> Iterator[Requirement]:
-    """The requirements of a project and of its extras, with those of extras that name further extras of its own."""
+    """Yield the requirements of a project and its extras, including extras that those extras name."""
     waiting, seen = [*map(Requirement, project["dependencies"])], set()
     waiting.append(Requirement(f"{project['name']}[{','.join(extras)}]"))
     while waiting:
@@ -35,10 +35,10 @@ def requirements(project: dict, extras: Iterable[str]) -> Iterator[Requirement]:
 
 
 def lowest(requirement: Requirement) -> str:
-    """The constraint that holds a requirement at its lower bound.
+    """Return the constraint that pins a requirement to its lower bound.
 
     Raises:
-        ValueError: if it has none, so that nothing shows how old a version it works with.
+        ValueError: if it does not have exactly one lower bound.
 
     Example:
         >>> lowest(Requirement("tomli>=2.0,<3; python_version < '3.11'"))
@@ -46,17 +46,17 @@ def lowest(requirement: Requirement) -> str:
     """
     bounds = [bound.version for bound in requirement.specifier if bound.operator == ">="]
     if len(bounds) != 1:
-        raise ValueError(f"{requirement} has no one lower bound; declare it as NAME>=VERSION.")
+        raise ValueError(f"{requirement} needs exactly one lower bound. Declare it as NAME>=VERSION.")
     marker = f"; {requirement.marker}".replace('"', "'") if requirement.marker else ""
     return f"{requirement.name}=={bounds[0]}{marker}"
 
 
 def main() -> None:
-    """Print one constraint a line."""
+    """Print one constraint per line."""
     parser = argparse.ArgumentParser(description=re.split(r"\n\s*\n", __doc__)[0])
-    parser.add_argument("extras", nargs="*", metavar="EXTRA", help="of pyproject.toml, such as dev")
+    parser.add_argument("extras", nargs="*", metavar="EXTRA", help="extra in pyproject.toml, such as dev")
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-    # Several extras may require the same.
+    # Several extras may have the same requirement.
     for line in dict.fromkeys(map(lowest, requirements(project, parser.parse_args().extras))):
         print(line)
 

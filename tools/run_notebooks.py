@@ -1,6 +1,6 @@
-"""Run the notebooks of docs/ in an empty folder and write their outputs into them.
+"""Run the notebooks of docs/ in an empty folder and save their outputs in them.
 
-Pictures become JPEG, which keeps the files small.
+Figures are converted to JPEG, which keeps the files small.
 
 python tools/run_notebooks.py [docs/tutorial.ipynb ...]
 """
@@ -21,11 +21,11 @@ QUALITY = 85
 
 
 def run(path: Path) -> None:
-    """Run one notebook from top to bottom, and write it where every cell ran."""
+    """Run one notebook from top to bottom, and save it if every cell succeeds."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
-        # Of bars that nobody would see move.
+        # Progress bars are not visible here.
         quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
         client = NotebookClient(notebook, timeout=600, resources=resources, record_timing=False, coalesce_streams=True)
         client.execute(env=quiet)
@@ -39,13 +39,13 @@ def run(path: Path) -> None:
             data = output.get("data", {})
             if "image/png" in data:
                 data["image/jpeg"] = as_jpeg(data.pop("image/png"))
-                # The size and address of a figure, which say nothing in its stead.
+                # Drop the text form, the size and address of the figure.
                 data.pop("text/plain", None)
     nbformat.write(notebook, path)
 
 
 def as_jpeg(png: str) -> str:
-    """Turn a picture in base64 into a JPEG on white."""
+    """Convert a base64 PNG to a base64 JPEG on white."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
     paper = Image.new("RGB", picture.size, "white")
     paper.paste(picture, mask=picture)

@@ -1,4 +1,4 @@
-"""What must be true of the maps of any network, and a second, slower way to them."""
+"""Properties that the maps of any network must have, and a second, slower implementation of the method."""
 
 import copy
 import functools
@@ -15,14 +15,14 @@ QUANTILE = 0.1
 
 
 class FaultError(Exception):
-    """What must be true of a map is not."""
+    """A map lacks a property that it must have."""
 
 
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
     """Add noise to every parameter that starts as a constant.
 
-    Many networks start with branches, gains or classifiers at zero, so that their gradient is zero until they are
-    trained: a map of zeros would say nothing about the edit.
+    Many networks initialise branches, scales or classifiers with zeros, so that their gradient is zero before training.
+    A zero map would say nothing about the edit.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def workable_inputs(model: nn.Module) -> Tensor:
-    """Two pictures of noise, of the first size that the network takes; else of the size it is made for."""
+    """Make two noise images of the smallest size that the network accepts, or else of its default size."""
     demanded = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]
     sizes = [*SIZES, demanded]
     for size in sizes:
@@ -52,20 +52,20 @@ def workable_inputs(model: nn.Module) -> Tensor:
 
 
 class Reference:
-    """The partitioned gradient in another way: a hook on each convolution's output, and the design's equations.
+    """A second implementation of the partitioned gradient: the equations in a hook on each convolution's output.
 
     Attributes:
-        tied: convolutions whose last kept channel and first pruned one differed by no more than rounding.
+        tied: names of convolutions whose last kept and first pruned channels differ by no more than rounding.
     """
 
     def __init__(self, model: nn.Module, layers: LayerChoice) -> None:
-        """Take a network in float64 and the convolutions that are edited."""
+        """Store a network in float64 and choose the convolutions to edit."""
         self._model = model
         self._convolutions = choose_layers(model, layers)
         self.tied: set[str] = set()
 
     def map(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Explain inputs (B, 3, H, W), in float64, for targets (B,)."""
+        """Explain float64 inputs (B, 3, H, W) for targets (B,)."""
         handles = [
             module.register_forward_hook(functools.partial(self._attach, name))
             for name, module in self._convolutions.items()
@@ -90,13 +90,13 @@ class Reference:
         if (near.sum(dim=1) > 1).logical_and(last.squeeze(1) > 0).any():
             self.tied.add(name)
         kept, rest = ((flat * chosen.unsqueeze(2)).sum(dim=1) for chosen in (mask, ~mask))
-        # A kept sum that is the same everywhere varies by its rounding alone.
+        # A constant kept sum varies only by rounding.
         rounding = 1e-14 * flat.abs().sum(dim=1).amax(dim=1)
         if flat.shape[2] == 1:
             m, n = kept.abs()[:, 0], rest.abs()[:, 0]
             beta, usable = ((m + n) / m).sqrt(), m > rounding
         else:
-            # Deviations rather than variances, whose squares of small numbers would vanish.
+            # Standard deviations, since variances of small numbers would underflow.
             m, n = kept.std(dim=1), rest.std(dim=1)
             beta, usable = torch.hypot(m, n) / m, m > rounding
         one_sided = mask.all(dim=1) | ~mask.any(dim=1)
@@ -106,7 +106,7 @@ class Reference:
 
 
 def seeded_gradient(model: nn.Module, inputs: Tensor, targets: Tensor, factor: float = 1.0) -> Tensor:
-    """Gradient of the chosen logits, times a factor, straight from autograd."""
+    """Compute the gradient of the target logits, times a factor, with plain autograd."""
     leaf = inputs.clone().requires_grad_()
     logits = model(leaf)
     seed = torch.zeros_like(logits).scatter_(1, targets.unsqueeze(1), factor)
@@ -114,38 +114,38 @@ def seeded_gradient(model: nn.Module, inputs: Tensor, targets: Tensor, factor: f
 
 
 def hook_count(model: nn.Module) -> int:
-    """Number of hooks of any kind on any module."""
+    """Count the hooks of all kinds on all modules."""
     kinds = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def is_unchanged(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether parameters and buffers are still those of a state dict, bit by bit."""
+    """Whether parameters and buffers equal those of a state dict, bit by bit."""
     return all(torch.equal(values, weights[name]) for name, values in model.state_dict().items())
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest value of each row's expected map."""
+    """Compute the largest difference, relative to the peak of each row's expected map."""
     peaks = expected.abs().flatten(1).amax(dim=1)
     return float(((found - expected).abs().flatten(1).amax(dim=1) / peaks).max())
 
 
 def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[str]:
-    """Hold the maps of a network against what must be true of them.
+    """Check the maps of a network by the published method.
 
     Args:
-        model: float32, in evaluation mode; left as it is.
-        inputs: two different pictures, shape (2, 3, H, W).
-        layers: which convolutions are edited.
+        model: a float32 model in evaluation mode; not modified.
+        inputs: two different images, shape (2, 3, H, W).
+        layers: convolutions to edit.
 
     Returns:
-        What is to be known.
+        Notes on the network.
 
     Raises:
-        FaultError: with what is not true.
+        FaultError: if a check fails.
     """
     targets = torch.tensor([1, 3])
-    # The published method, which the reference is of.
+    # The reference implements the published method.
     selector = pg.GradientEnergy(quantile=QUANTILE, softness=0)
     hooks, weights = hook_count(model), copy.deepcopy(model.state_dict())
     notes = []
@@ -161,7 +161,7 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
         raise FaultError("the plain gradient is zero")
     everything = pg.GradientEnergy(quantile=1.0, softness=0)
     _agree(explain(model, inputs, targets, everything), plain, 1e-4, "with all channels kept")
-    # In double precision, so that rounding decides about no channel.
+    # Double precision, so that rounding does not change which channels are kept.
     wide, pictures = copy.deepcopy(model).double(), inputs.double()
     layers, tied = without_ties(wide, pictures, targets, layers)
     if tied:
@@ -192,14 +192,14 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
 
 
 def check_default(model: nn.Module, inputs: Tensor) -> None:
-    """Hold the maps of `pg.Explainer(model)`, soft gates and smooth strides among them, against what must be true.
+    """Check the maps of `pg.Explainer(model)`, including soft gates and smooth strides.
 
     Args:
-        model: in evaluation mode; left as it is.
-        inputs: two different pictures, shape (2, 3, H, W).
+        model: a model in evaluation mode; not modified.
+        inputs: two different images, shape (2, 3, H, W).
 
     Raises:
-        FaultError: with what is not true.
+        FaultError: if a check fails.
     """
     wide, pictures, targets = copy.deepcopy(model).double(), inputs.double(), torch.tensor([1, 3])
     found = pg.Explainer(wide).attribute(pictures, targets)
@@ -213,7 +213,7 @@ def check_default(model: nn.Module, inputs: Tensor) -> None:
     with pg.ParchGrad(model):
         logits = model(inputs.clone().requires_grad_())
     if not torch.equal(logits, model(inputs.clone().requires_grad_())):
-        raise FaultError("the values of the network are others")
+        raise FaultError("the block changes the network's outputs")
     halves = [(pictures[row : row + 1], targets[row : row + 1]) for row in (0, 1)]
     if difference(torch.cat([seeded_gradient(wide, *half) for half in halves]), plain) < 1e-6:
         rows = torch.cat([pg.Explainer(wide).attribute(*half) for half in halves])
@@ -222,15 +222,15 @@ def check_default(model: nn.Module, inputs: Tensor) -> None:
 
 def _agree(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     off = difference(found, expected)
-    # Put so that NaN fails too.
+    # Written this way so that NaN fails too.
     if not off < tolerance:
         raise FaultError(f"{what}, the maps are {off:.1e} off")
 
 
 def without_ties(model: nn.Module, inputs: Tensor, targets: Tensor, layers: LayerChoice) -> tuple[LayerChoice, int]:
-    """Leave out the convolutions where rounding decides which of two channels is kept, and count them.
+    """Leave out convolutions where rounding decides which of two channels is kept, and count them.
 
-    An attention that weighs two branches by a softmax sends opposite gradients to them, whose energies are equal.
+    An attention that weights two branches by a softmax sends them opposite gradients of equal energy.
     """
     chosen, tied = list(choose_layers(model, layers)), 0
     while True:

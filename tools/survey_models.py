@@ -1,9 +1,9 @@
-"""Try ParchGrad on every family of classifiers in torchvision and timm, and write docs/models.md.
+"""Try ParchGrad on every classifier family in torchvision and timm, and write docs/models.md.
 
     python tools/survey_models.py [--only NAME ...] [--out PATH]
 
-A family is a module of a library that registers classifiers. Of each the smallest network is built, offline and with
-random weights, and its maps are held against what must be true of them; see `check_maps`. Ten minutes on one core.
+A family is a module of a library that registers classifiers. The smallest network of each family is built offline with
+random weights, and its maps are checked; see `check_maps`. This takes ten minutes on one core.
 """
 
 import argparse
@@ -49,18 +49,18 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What became of a family; a line of the page.
+    """Result for a family, one line of the page.
 
     Attributes:
-        library: torchvision or timm.
+        library: name of the library, torchvision or timm.
         family: name of the module.
-        variant: the smallest network of the family.
+        variant: name of the smallest network of the family.
         outcome: one of `OUTCOMES`.
-        parameters: how many the network has.
-        size: side of the pictures in pixels; 0 where none was needed.
-        edited: convolutions edited by default.
-        convolutions: all of them.
-        note: why, or what is to be known.
+        parameters: number of parameters.
+        size: side of the images in pixels; 0 if none were needed.
+        edited: number of convolutions in the upper half.
+        convolutions: number of all convolutions.
+        note: reason for the outcome, or notes on the network.
     """
 
     library: str
@@ -75,11 +75,11 @@ class Row:
 
 
 def find_families() -> list[Family]:
-    """Find the families in the registries themselves, so that none is forgotten."""
+    """Find all families in the registries of the libraries."""
     by_module = defaultdict(list)
     for name in torchvision.models.list_models(torchvision.models):
         by_module[torchvision.models.get_model_builder(name).__module__.rsplit(".", 1)[1]].append(name)
-    # Networks by the name of test_ are timm's own toys.
+    # Networks named test_* are timm's own test models.
     in_timm = {
         module: [name for name in timm.list_models(module=module) if not name.startswith("test_")]
         for module in timm.list_modules()
@@ -93,7 +93,7 @@ def find_families() -> list[Family]:
 
 
 def build(library: str, variant: str) -> nn.Module:
-    """Build a classifier with random weights, in evaluation mode; nothing is downloaded."""
+    """Build a classifier with random weights, in evaluation mode, without a download."""
     if library == "timm":
         model = timm.create_model(variant, pretrained=False)
     else:
@@ -102,7 +102,7 @@ def build(library: str, variant: str) -> nn.Module:
 
 
 class _WithoutFilling(TorchFunctionMode):
-    """Leaves out what fills tensors in place: on the meta device there is nothing to fill, and it takes most time."""
+    """Skips in-place initialisation, which takes most of the time but does nothing on the meta device."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -114,7 +114,7 @@ class _WithoutFilling(TorchFunctionMode):
 
 
 def build_skeleton(library: str, variant: str) -> nn.Module:
-    """Build a classifier whose parameters hold nothing, if its constructor does not compute with tensors."""
+    """Build a classifier on the meta device, unless its constructor computes with tensors."""
     try:
         with torch.device("meta"), _WithoutFilling():
             return build(library, variant)
@@ -123,19 +123,19 @@ def build_skeleton(library: str, variant: str) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of values in all parameters of a network."""
+    """Count the values of all parameters of a network."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def smallest(family: Family) -> tuple[str, nn.Module]:
-    """The variant with the fewest parameters, as a skeleton."""
+    """Find the variant with the fewest parameters, and build it as a skeleton."""
     found = {variant: count_parameters(build_skeleton(family.library, variant)) for variant in family.variants}
     variant = min(found, key=lambda name: (found[name], name))
     return variant, build_skeleton(family.library, variant)
 
 
 def survey_family(family: Family) -> Row:
-    """Build the smallest network of a family and try it."""
+    """Build the smallest network of a family and check its maps."""
     variant, skeleton = smallest(family)
     facts: dict[str, Any] = {
         "library": family.library,
@@ -174,7 +174,7 @@ def survey_family(family: Family) -> Row:
 
 
 def survey_apart(family: Family, seconds: float = SECONDS) -> Row:
-    """Try a family in a process of its own, which is ended when its time is up."""
+    """Survey a family in its own process, which is killed after a time limit."""
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_report, args=(there, family))
     process.start()
@@ -203,12 +203,12 @@ def _report(connection: Connection, family: Family) -> None:
 
 
 def installed() -> str:
-    """The versions of the libraries, as the page names them."""
+    """Return the versions of the libraries, as shown on the page."""
     return ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, torchvision, timm))
 
 
 def render(rows: Sequence[Row], versions: str) -> str:
-    """The page: how many families work, then a table for each outcome."""
+    """Render the page: counts of the outcomes, then the families by outcome."""
     counts = [
         [library, *(sum((row.library, row.outcome) == (library, outcome) for row in rows) for outcome in OUTCOMES)]
         for library in LIBRARIES
@@ -240,7 +240,7 @@ def _table(headings: Sequence[str], lines: Iterable[Iterable[object]], alignment
 
 
 def read_page(page: str) -> tuple[list[Row], str]:
-    """The rows and the versions of a page that `render` wrote."""
+    """Parse the rows and the versions of a page written by `render`."""
     rows = []
     parts = re.split(r"^## Families (.*)\n", page, flags=re.MULTILINE)
     for title, part in zip(parts[1::2], parts[2::2], strict=True):
@@ -299,9 +299,14 @@ What the maps are worth is another question: see [the study](study/README.md).
 
 
 def main() -> int:
-    """Try the families and write the page; the exit code is the number of those that fail."""
+    """Survey the families and write the page; the exit code is the number of failing families."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these families alone, printed rather than written")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="survey only these families, and print the results instead of writing them",
+    )
     parser.add_argument("--out", type=Path, default=PAGE)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,12 +1,12 @@
-"""Train the small network that comes with the package for the generated shapes: three and a half minutes of one core.
+"""Train the small network for the generated shapes that comes with the package: three and a half minutes on one core.
 
     python tools/train_shapes.py [--out FILE]
 
-Once the network has begun to learn from single shapes, half of the batches are mosaics of four pictures, and sizes
-vary. The loss asks of each class whether it is there, so that a logit does not hang on what else is in the picture.
+After a first phase on single shapes, half of the batches are mosaics of four images, and sizes vary. The loss is binary
+per class, so that a logit does not depend on what else is in the image.
 
-Training and test pictures differ by their seed. The file's metadata hold the settings and the scores on the test set.
-The same machine and number of threads give the same weights; another one rounds otherwise.
+Training and test images differ by their seed. The file's metadata contain the settings and the test scores. The weights
+are reproducible on one machine with one number of threads; elsewhere rounding differs.
 """
 
 import argparse
@@ -34,15 +34,15 @@ TRAINING_SEED, TEST_SEED, NETWORK_SEED = 1, 2, 3
 TRAINING_COUNT, TEST_COUNT = 12_000, 2_000
 EPOCHS, BATCH = 4, 32
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 0.004, 0.25, 0.02
-# Shares: of the training, on plain pictures first; of the batches after that, which are made mosaics.
+# Share of the training that uses single images only, and share of the later batches that are mosaics.
 PLAIN, MOSAICS = 0.3, 0.5
 SCALES = (0.75, 1.0, 1.0, 1.25)
-# Probabilities that are asked for of a class that is not there, and of one that is.
+# Target probabilities of classes that are absent and present.
 ABSENT, PRESENT = 0.005, 0.98
 
 
 def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw pictures (N, 3, H, W) and classes (N,)."""
+    """Generate images (N, 3, H, W) and classes (N,)."""
     loader = DataLoader(
         GeneratedShapes(count=count, seed=seed), batch_size=250, num_workers=torch.get_num_threads(), collate_fn=stack
     )
@@ -51,12 +51,12 @@ def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def stack(samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    """Stack some samples; half precision, which the levels of a picture need no more than, halves the memory."""
+    """Stack samples in half precision, which is enough for image levels and halves the memory."""
     return torch.stack([sample.image for sample in samples]).half(), torch.tensor([sample.label for sample in samples])
 
 
 def vary(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror and turn a batch by quarters and swap its colour channels: no class becomes another."""
+    """Flip a batch, rotate it by quarter turns and permute its colour channels, which keeps the classes."""
     mirrored, quarters = torch.randint(4, (2,), generator=generator).tolist()
     images = images.rot90(quarters, dims=(2, 3))
     images = images.flip(3) if mirrored % 2 else images
@@ -64,19 +64,19 @@ def vary(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def resize(images: Tensor, scale: float) -> Tensor:
-    """Resize a batch: shapes are as large as in smaller and larger pictures."""
+    """Resize a batch, so that shapes come in more sizes."""
     if scale == 1:
         return images
     return functional.interpolate(images, scale_factor=scale, mode="bilinear", antialias=scale < 1)
 
 
 def mosaics(images: Tensor) -> Tensor:
-    """Tile each four pictures of a batch (4 N, C, H, W) in a square: (N, C, 2 H, 2 W)."""
+    """Tile groups of four images (4 N, C, H, W) into mosaics (N, C, 2 H, 2 W)."""
     return torch.cat([mosaic(four, rows=2, columns=2) for four in torch.split(images, 4)])
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Train with AdamW, the learning rate rising and falling once."""
+    """Train with AdamW and a one-cycle learning rate."""
     generator = torch.Generator().manual_seed(NETWORK_SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     batches = len(images) // BATCH
@@ -109,35 +109,35 @@ def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of pictures whose class is found."""
+    """Compute the share of images whose class is predicted."""
     return (logits_of(model, images).argmax(dim=1) == labels).double().mean().item()
 
 
 def mosaic_recall(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of the classes in mosaics of four pictures, of different classes, that are among the four highest."""
+    """Compute the share of the classes in mosaics of four images that are among the four highest logits."""
     found = logits_of(model, mosaics(images)).topk(4).indices
     return (found.unsqueeze(2) == labels.reshape(-1, 1, 4)).any(dim=1).double().mean().item()
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits (N, K) of pictures in half precision."""
+    """Return the logits (N, K) of images in half precision."""
     with torch.no_grad():
         return torch.cat([model(part.float()) for part in torch.split(images, 100)])
 
 
 def main() -> None:
-    """Draw, train, test, save."""
+    """Generate the images, train, test, and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=TARGET)
     arguments = parser.parse_args()
     start = time.monotonic()
     torch.manual_seed(NETWORK_SEED)
     model = ShapesNetwork(len(SHAPE_CATEGORIES))
-    # At first, each class is there with a probability of one in ten or so, by the sum over 8 x 8 places.
+    # Start with a probability of about one in ten per class, given the sum over 8 x 8 positions.
     nn.init.constant_(model.classifier.bias, -2 - math.log(64))
     model = model.to(memory_format=torch.channels_last)
     images, labels = draw(TRAINING_COUNT, TRAINING_SEED)
-    print(f"drawn after {time.monotonic() - start:.0f} s", flush=True)
+    print(f"images generated after {time.monotonic() - start:.0f} s", flush=True)
     train(model, images, labels)
     trained = time.monotonic() - start
     test_images, test_labels = draw(TEST_COUNT, TEST_SEED)
