@@ -19,7 +19,7 @@ from parchgrad.models.loading import OFFLINE_MODEL
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.workflows.demonstration import PHOTOGRAPHS, example_photographs
 
-__all__ = ["CELLS", "COLUMNS", "EXAMPLES", "ROWS", "Network", "Photograph", "View", "check_photograph"]
+__all__ = ["CELLS", "EXAMPLES", "Network", "Photograph", "View", "check_photograph"]
 
 EXAMPLES = tuple(PHOTOGRAPHS)
 """Names of the images that come with scikit-image."""
