@@ -262,39 +262,39 @@ def read_page(page: str) -> tuple[list[Row], str]:
 
 
 _INTRODUCTION = """\
-# Networks that were tried
+# Tested networks
 
-`make survey` writes this page anew. It finds every module that registers classifiers in torchvision and timm, builds
-the smallest network of each with random weights, and explains two pictures of noise by the gradient with
+`make survey` generates this page. It finds every module in torchvision and timm that registers classifiers, builds
+the smallest network of each with random weights, and explains two noise images by the gradient with
 `GradientEnergy(quantile=0.1, softness=0)`: once with the upper half of the convolutions, once with all. A family
 *works* if
 
-- the maps are finite, not zero, and not the plain ones;
-- they equal, in double precision, those of a second and slower way: a hook on every convolution's output that applies
-  [the method's equations](method.md) again;
-- with all channels kept they are the plain gradient;
-- a batch gives the maps of its single pictures;
-- a seed of 2 to the power of -40 in place of 1 scales the map by as much;
-- the weights are as they were, and no hook is left on the network.
+- the maps are finite, not zero, and differ from the plain gradient;
+- in double precision, they equal those of a second, slower implementation, which applies [the method's
+  equations](method.md) in a hook on each convolution's output;
+- with all channels kept, they equal the plain gradient;
+- the maps of a batch equal those of its single images;
+- scaling the gradient at the output by 2 to the power of -40 scales the maps by the same factor;
+- the weights are unchanged, and no hook is left on the network.
 
-Gains, branches and classifiers that start at a constant get some noise first, since a network whose branches start at
-zero has a gradient of zero before it is trained. The pictures have 64 pixels a side, or as many as the network needs.
+Scales, branches and classifiers that start at a constant get some noise first, since a network whose branches start
+at zero has a zero gradient. The images have 64 pixels a side, or as many as the network needs.
 
-A family is *refused*, in the words given, if it has no convolutions whose channels could be partitioned; the plain
-method explains it (`selector=None`). A family that *works* may still be half a transformer: the edit reaches its
-convolutions alone, and of some there are few.
+A family is *refused*, with the error message below, if it has no convolutions whose channels could be partitioned.
+The plain method still explains it (`selector=None`). A family that *works* may still be half a transformer: ParchGrad
+only edits its convolutions, and some networks have few.
 
-The tables give millions of parameters, pixels a side, how many convolutions there are and how many the upper half of
-them are, and notes:
+The tables list parameters in millions, pixels a side, the number of convolutions and of those in the upper half, and
+notes:
 
-- *n in training alone*: convolutions of auxiliary heads, which have no part in what is explained; a warning says so.
-- *n ties*: convolutions left out of the comparison, since two channels would have to be told apart by rounding alone.
-  An attention that weighs two branches by a softmax sends opposite gradients to them.
-- *single differs*: plain autograd gives a picture on its own another gradient than in a batch, without ParchGrad: on
-  the CPU the backward pass of torch's `BatchNorm2d` misreads a transposed gradient of a single row. Explain two
-  pictures or more with such networks, the same one twice if need be.
+- *n in training alone*: convolutions of auxiliary heads, which only run in training; a warning names them.
+- *n ties*: convolutions left out of the comparison, since two channels differ only by rounding. An attention that
+  weights two branches by a softmax sends opposite gradients to them.
+- *single differs*: plain autograd, without ParchGrad, gives a single image another gradient than in a batch: on the
+  CPU, the backward pass of torch's `BatchNorm2d` misreads the transposed gradient of a single row. Explain at least
+  two images at a time with such networks, or the same image twice.
 
-What the maps are worth is another question: see [the study](study/README.md).
+These checks say nothing about the quality of the maps; see [the study](study/README.md).
 """
 
 
