@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parchgrad.core.partition import (
+    channel_norms,
+    channel_scales,
     in_ordinary_range,
     partition_gradient,
     row_norms,
@@ -278,12 +280,38 @@ def test_memory_formats_and_the_incoming_tensor():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(0, 6, 3, 4), (2, 0, 3, 4), (2, 6, 0, 4)])
+@pytest.mark.parametrize("shape", [(0, 6, 3, 4), (2, 0, 3, 4), (2, 6, 0, 4), (0, 6)])
+@pytest.mark.parametrize("conserve", CONSERVE)
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_nothing_to_edit(shape, gamma, dtype):
-    gradient = torch.zeros(shape, dtype=dtype)
-    edited = partition_gradient(gradient, torch.ones(shape[:2], dtype=torch.bool), gamma=gamma, conserve="exact")
+def test_nothing_to_edit(shape, gamma, conserve, dtype):
+    gradient, mask = torch.zeros(shape, dtype=dtype), torch.ones(shape[:2], dtype=torch.bool)
+    places = torch.ones(shape[0], *shape[2:])
+    edited = partition_gradient(gradient, mask, position_weights=places, gamma=gamma, conserve=conserve)
     assert edited.shape == shape
+    assert in_ordinary_range(gradient) == (gradient, None)
+
+
+def test_a_single_number_is_weighted_and_brought_into_range():
+    gradient, mask = torch.tensor([[[3e-30]]]), torch.tensor([[True]])
+    edited = partition_gradient(gradient, mask, position_weights=torch.tensor([[0.5]]))
+    assert edited.item() == pytest.approx(1.5e-30)
+    assert 0.5 <= in_ordinary_range(gradient)[0].item() <= 1
+
+
+@pytest.mark.parametrize("conserve", CONSERVE)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_row_of_zeros_amplifies_no_channel(gamma, conserve):
+    gradient, weights = torch.zeros(2, 3, 4), torch.tensor([[1.0, 0.5, 0.0], [0.3, 0.3, 0.3]])
+    scales = channel_scales(gradient, channel_norms(gradient), weights, gamma=gamma, conserve=conserve)
+    torch.testing.assert_close(scales, weights if math.isinf(gamma) else torch.ones_like(weights))
+
+
+def test_a_gamma_beyond_float32_is_applied():
+    gradient, mask = random_case(31, batch=2, spatial=(5,), dtype=torch.float32)
+    mask[:] = torch.tensor([True, True, True, False, False, False])
+    gradient[:, 3:] *= 1e-4
+    edited = partition_gradient(gradient, mask, gamma=1e40, conserve="none")
+    np.testing.assert_allclose(edited, reference.edit(gradient, mask, 1e40, "none"), rtol=1e-4)
 
 
 @pytest.mark.parametrize("spatial", [(1,), (3, 4)])
@@ -336,8 +364,9 @@ class WidestCopies(TorchDispatchMode):
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_the_gradient_is_never_copied_into_a_wider_type(gamma, conserve):
     gradient, mask = random_case(29, channels=40, dtype=torch.float32)
+    places = torch.ones(3, 3, 4, dtype=torch.float64)
     with WidestCopies() as copies:
-        partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+        partition_gradient(gradient, mask, position_weights=places, gamma=gamma, conserve=conserve)
     assert max(copies.sizes) < gradient.numel() / 10
 
 

@@ -108,8 +108,6 @@ def partition_gradient(
     """
     check_edit_settings(gamma, conserve)
     check_channel_weights(channel_weights, gradient)
-    if gradient.numel() == 0:
-        return gradient.clone()
     if position_weights is not None:
         check_position_weights(position_weights, gradient)
     wide, unit = in_ordinary_range(at_least_float32(gradient))
@@ -285,23 +283,17 @@ def _damping_scales(groups: _Groups, *, gamma: float, conserve: Conserve) -> tup
     usable = kept > 0
     # sqrt(N / M); rows with M = 0 are replaced at the end.
     ratio = _root_ratio(rest, kept, single)
-
-    # (g_hat, 1) divided by its length, since g_hat itself may overflow.
-    length = torch.hypot(ones, gamma * ratio)
-    gain, damping = torch.hypot(ones, 1 / (gamma * ratio)).reciprocal(), length.reciprocal()
-
     if conserve == "none":
         kept_scale, rest_scale = gamma * ratio, ones
-    elif conserve == "energy":
-        # The norm is restored later. If L has no variance, H would be lost.
-        kept_scale, rest_scale = gain, damping
-        usable = usable & (rest > 0)
     elif conserve == "exact":
+        # (g_hat, 1) divided by its length, since g_hat itself may overflow.
+        length = torch.hypot(ones, gamma * ratio)
+        gain, damping = torch.hypot(ones, 1 / (gamma * ratio)).reciprocal(), length.reciprocal()
         edited = gain.unsqueeze(1) * groups.kept + damping.unsqueeze(1) * groups.rest
         errors = torch.stack(
             (errors.sum(dim=0), gain * groups.kept_rounding + damping * groups.rest_rounding),
         )
-        before, after = _above(_strength(torch.stack((groups.kept + groups.rest, edited.to(groups.kept)))), errors)
+        before, after = _above(_strength(torch.stack((groups.kept + groups.rest, edited))), errors)
         beta = _root_ratio(before, after, single)
         usable = usable & (after > 0)
         # At a single position a magnitude replaces the variance, and grows with the length, not its square.
@@ -309,6 +301,7 @@ def _damping_scales(groups: _Groups, *, gamma: float, conserve: Conserve) -> tup
         kept_scale, rest_scale = beta * gain, beta * damping
     else:
         # From M g_hat^2 = gamma^2 N. With N = 0 the edited sum would have no variance, so the row is left unchanged.
+        # "energy" needs only the ratio of the two scales, since the norm is restored later.
         kept_scale = gamma / math.hypot(1.0, gamma) * torch.hypot(ones, ratio)
         rest_scale = torch.hypot(ones, 1 / ratio) / math.hypot(1.0, gamma)
         usable = usable & (rest > 0)

@@ -159,7 +159,7 @@ def kth_largest(scores: Tensor, share: float) -> Tensor:
         >>> kth_largest(torch.tensor([[3.0, 1.0, 2.0, 2.5]]), 0.5)
         tensor([[2.5000]])
     """
-    return scores.topk(max(1, int(share * scores.shape[1])), dim=1).values[:, -1:]
+    return scores.topk(max(1, int(share * scores.shape[1]))).values[:, -1:]
 
 
 def soft_weights(scores: Tensor, threshold: Tensor | float, softness: float) -> Tensor:
@@ -294,7 +294,7 @@ class RegisteredSelector:
             raise StatisticsError(f"Selector {self.name!r} needs channel statistics. Collect some, or choose 'energy'.")
         settings = {
             "quantile": self.default("quantile") if quantile is None else quantile,
-            "softness": self.default("softness") if softness is None else softness,
+            "softness": softness,
             "statistics": statistics,
             "seed": seed,
             # Compact statistics contain the results of one test only.
@@ -512,7 +512,8 @@ class Evidence(_RankingSelector):
 
     def select(self, signal: LayerSignal) -> Selection:
         """Rank by `sum_S relu(e) * g * c / |c|` with `e = sum_C g * c`, positions by `e` (see `Selector.select`)."""
-        centred, norms = cast(_Centred, given(signal.observation, "observation"))
+        observation: _Centred = given(signal.observation, "observation")
+        centred, norms = observation
         products = at_least_float32(_flat(signal.gradient)) * centred
         evidence = products.sum(dim=1)
         with without_autocast(products.device.type):

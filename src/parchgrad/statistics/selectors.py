@@ -187,8 +187,8 @@ class ClassWise(_StatisticalSelector):
         # Classes that the model does not have are reported elsewhere.
         classes = [index for index in targets if 0 <= index < self.statistics.model_classes]
         known = self._known[self.statistics.columns(classes)].tolist()
-        unknown = next((index for index, found in zip(classes, known, strict=True) if not found), None)
-        if unknown is not None:
+        if not all(known):
+            unknown = classes[known.index(False)]
             raise StatisticsError(
                 f"The statistics include no image of class {unknown}. Collect them with images of this class, or with "
                 "`labels='predicted'`."

@@ -96,7 +96,8 @@ def _log_p_of_channels(
     test: TTest,
 ) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
-        size = np.where(square > 0, weight**2 / square, 0.0)
+        # NaN for a class without samples, whose test is undefined.
+        size = weight**2 / square
         class_m2 = np.where(size > 1, class_variance * (weight - square / weight), 0.0)
         # Sums of the remaining weights 1 - w and of their squares.
         rest_weight, rest_square = count - weight, count - 2 * weight + square
@@ -121,8 +122,9 @@ def _log_p_of_channels(
         # A constant channel's moments contain the rounding error of its mean.
         constant = (np.sqrt(variance) <= _ROUNDING * np.abs(mean))[:, None]
         defined = ~constant & (weight > 0) & (rest_weight > 0) & (freedom > 0) & ~np.isnan(t)
-    log_p = student_t_log_sf(np.where(defined, t, 0.0), np.where(defined, freedom, 1.0))
-    return np.maximum(np.where(defined, log_p, 0.0), _SEPARATED)
+    log_p = np.zeros_like(t)
+    log_p[defined] = student_t_log_sf(t[defined], freedom[defined])
+    return np.maximum(log_p, _SEPARATED)
 
 
 def _rest_of_each_class(
