@@ -12,6 +12,7 @@ from parchgrad.core.partition import (
     channel_scales,
     in_ordinary_range,
     partition_gradient,
+    restored_range,
     row_norms,
     without_autocast,
 )
@@ -344,6 +345,40 @@ def test_rows_of_extreme_size_come_into_range_by_powers_of_two():
     peaks = scaled.abs().amax(dim=(1, 2))
     assert ((peaks[1:4] >= 0.5) & (peaks[1:4] <= 1)).all()
     assert in_ordinary_range(whole.unsqueeze(0))[1] is None
+
+
+def test_rows_that_end_or_leave_the_range_of_float32():
+    # The unit of the largest numbers is finite, and a row that is not finite stays as it is.
+    rows = torch.tensor([[[3.4e38, -3e38]], [[math.inf, 3.0]], [[math.nan, 2.0**40]]])
+    scaled, unit = in_ordinary_range(rows)
+    assert unit.tolist()[1:] == [1.0, 1.0]
+    assert 0 < unit[0] < math.inf
+    assert scaled[0].abs().max() <= 4
+    torch.testing.assert_close(restored_range(scaled, unit), rows, rtol=0, atol=0, equal_nan=True)
+
+
+def test_norms_that_are_known_are_not_computed_again():
+    rows = torch.ones(1, 2, 3)
+    assert in_ordinary_range(rows, torch.full((1, 2), 1.7))[1] is None
+    assert in_ordinary_range(rows, torch.full((1, 2), 1e30))[1] is not None
+    # The default edit reads the norms alone, not the gradient.
+    unread = torch.full_like(rows, math.nan)
+    scales = channel_scales(unread, torch.tensor([[3.0, 4.0]]), torch.eye(2)[:1], gamma=math.inf, conserve="energy")
+    torch.testing.assert_close(scales, torch.tensor([[5 / 3, 0.0]]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("conserve", CONSERVE)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_row_that_is_not_finite_spoils_no_other(gamma, conserve, value):
+    gradient, mask = random_case(37)
+    mask[1] = torch.tensor([True, True, True, False, False, False])
+    expected = partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+    # In a channel that is pruned.
+    gradient[1, 4, 0, 0] = value
+    edited = partition_gradient(gradient, mask, gamma=gamma, conserve=conserve)
+    assert torch.equal(edited[::2], expected[::2])
+    assert edited[1].isnan().all()
 
 
 class WidestCopies(TorchDispatchMode):

@@ -142,8 +142,7 @@ def channel_scales(
     weights = channel_weights.to(norms.dtype)
     if math.isinf(gamma) and conserve == "energy":
         # Rows of equal weights need no special case: a norm divided by itself is exactly 1.
-        scale = torch.where(weights.any(dim=1, keepdim=True), _norm_keeping(weights, norms), 1.0)
-        return scale.to(gradient.dtype)
+        return torch.where(weights.any(dim=1, keepdim=True), _norm_keeping(weights, norms), 1.0)
     scale = weights
     if math.isfinite(gamma) or conserve != "none":
         sums = _group_sums(gradient, norms, weights)
