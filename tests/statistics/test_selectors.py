@@ -44,12 +44,12 @@ def few_ranked():
 @pytest.mark.parametrize(
     ("channels", "facts"),
     [
-        ({"head": 3, "conv": 3, "last": 3}, ("2 convolutions", "'conv'", "'tail'", "2 of the chosen", "'head'")),
+        ({"head": 3, "conv": 3, "last": 3}, ("3 convolutions", "'conv'", "'tail'", "2 of the chosen", "'head'")),
         ({"conv": 3, "tail": 4}, ("'tail'", "2 channels", "4")),
     ],
 )
 def test_statistics_that_do_not_fit_the_layers(kind, channels, facts):
-    selector = kind(random_statistics({"conv": 3, "tail": 2}), quantile=0.5)
+    selector = kind(random_statistics({"conv": 3, "body": 4, "tail": 2}), quantile=0.5)
     selector.check({"conv": 3})
     selector.check({"tail": 2, "conv": 3})
     with pytest.raises(StatisticsError) as caught:

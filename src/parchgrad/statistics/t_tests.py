@@ -121,7 +121,7 @@ def _log_p_of_channels(
         t = difference / np.sqrt(squared_error)
         # A constant channel's moments contain the rounding error of its mean.
         constant = (np.sqrt(variance) <= _ROUNDING * np.abs(mean))[:, None]
-        defined = ~constant & (weight > 0) & (rest_weight > 0) & (freedom > 0) & ~np.isnan(t)
+        defined = ~constant & (rest_weight > 0) & (freedom > 0) & ~np.isnan(t)
     log_p: Floats = np.zeros_like(t)
     log_p[defined] = student_t_log_sf(t[defined], freedom[defined])
     return np.maximum(log_p, _SEPARATED)
