@@ -26,9 +26,8 @@ from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid, Setting
 from parchgrad.visual.sweeps import quantile_sweep
-from tests.conftest import random_statistics, small_network
+from tests.support import ROOT, cli, python, random_statistics, small_network
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = Path(pg.__file__).parent
 
 # What is raised beside this package's errors, and why.
@@ -348,18 +347,6 @@ def test_numbers_of_numpy_serve_as_numbers(given):
     assert held.class_indices == (0, 2)
 
 
-def in_python(script, *arguments, **environment):
-    """Run a script in a process of its own with Python's own filters of warnings."""
-    return subprocess.run(
-        [sys.executable, *arguments] if script is None else [sys.executable, "-c", textwrap.dedent(script), *arguments],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
 def test_warnings_are_shown_once_for_each_cause_and_name_the_users_line(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -392,7 +379,7 @@ def test_warnings_are_shown_once_for_each_cause_and_name_the_users_line(tmp_path
             found.compact(share=share)  # compact
         """)
     )
-    ended = in_python(None, str(script))
+    ended = python(script)
     assert ended.returncode == 0, ended.stderr
     lines = script.read_text().splitlines()
     found = re.findall(r"^(.*):(\d+): (\w+): (.*)$", ended.stderr, flags=re.MULTILINE)
@@ -401,14 +388,6 @@ def test_warnings_are_shown_once_for_each_cause_and_name_the_users_line(tmp_path
     assert comments == ["idle", "idle", "empty", "single", "replaced", "compact"]
     idle = [text for _, _, kind, text in found if kind == "ModelWarning"]
     assert [text[:13] for text in idle] == ["1 of 2 chosen", "2 of 3 chosen", "Nothing was e"]
-
-
-def run(capsys, *arguments):
-    """Exit code, standard output and standard error of one call."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
 
 
 @pytest.fixture
@@ -428,7 +407,7 @@ def test_a_warning_is_said_once_by_a_command(desk, capsys):
     Image.new("RGB", (70, 70), "blue").save("blue.png")
     asked = ["--model", "shapes", "--selector", "class", "--statistics", "few.safetensors", "--target", "0"]
     for command in (["sweep", "--values", "0.5,0.2", "--layers", "0.5"], ["explain", "--layers", "0.5"]):
-        code, _, said = run(capsys, command[0], "red.png", "blue.png", *asked, *command[1:], "--out", command[0])
+        code, _, said = cli(capsys, command[0], "red.png", "blue.png", *asked, *command[1:], "--out", command[0])
         assert code == 0
         assert said.count("fewer than two images") == 1
         assert said.startswith("Note: 1 of 10 classes")
@@ -511,6 +490,8 @@ stats merge none -o x
 stats merge folder -o x
 stats import-pickles none --model shapes -o x
 stats import-pickles folder --model nonsuch -o x
+explore --port x
+explore --nope
 nope
 """
 
@@ -518,7 +499,7 @@ nope
 @pytest.mark.parametrize("typed", MISTAKES.strip().splitlines())
 def test_every_mistake_ends_a_command_with_a_sentence(desk, capsys, typed):
     before = sorted(desk.rglob("*"))
-    code, out, said = run(capsys, *typed.split(" "))
+    code, out, said = cli(capsys, *typed.split(" "))
     assert code == 2
     assert "Traceback" not in said
     # Words that no command knows are answered by Typer, in a box.
@@ -529,42 +510,12 @@ def test_every_mistake_ends_a_command_with_a_sentence(desk, capsys, typed):
     assert sorted(desk.rglob("*")) == before
 
 
-EXPLORING = ("--port 99999", "--port x", "--model nonsuch", "--statistics none", "--statistics .", "--max-megabytes 0")
-
-
-@pytest.mark.slow
-def test_every_mistake_ends_the_explorer_with_a_sentence(tmp_path):
-    pytest.importorskip("gradio", reason="The explorer needs the extra web.")
-    # In a process of its own: Gradio leaves sockets behind, and takes long to import.
-    ended = in_python(
-        """
-        import sys
-        from parchgrad.cli import main
-        for typed in sys.argv[1:]:
-            print("asked", typed, file=sys.stderr)
-            try:
-                main(["explore", *typed.split()])
-            except SystemExit as end:
-                print(f"ended {end.code}", file=sys.stderr)
-        """,
-        *EXPLORING,
-        COLUMNS="200",
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "Traceback" not in ended.stderr
-    told = re.findall(r"^asked (.*)\n([\s\S]*?)ended (.*)\n", ended.stderr, flags=re.MULTILINE)
-    assert [typed for typed, *_ in told] == list(EXPLORING)
-    for typed, said, code in told:
-        assert code == "2", typed
-        assert said.startswith("Usage:") or re.fullmatch(r"Error: .*\.\n", said), said
-
-
 def test_ctrl_c_leaves_no_traceback(desk, capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("parchgrad.data.images.read_image", interrupted)
-    code, _, said = run(capsys, "explain", "red.png")
+    code, _, said = cli(capsys, "explain", "red.png")
     assert code == 130
     assert "Traceback" not in said
 
@@ -589,7 +540,7 @@ def test_letters_that_a_terminal_lacks_are_written_as_numbers(desk, monkeypatch)
 
 def test_a_narrow_terminal_folds_no_error(desk, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
-    code, _, said = run(capsys, "explain", "none.png")
+    code, _, said = cli(capsys, "explain", "none.png")
     assert (code, said) == (2, "Error: There is no file 'none.png'. Check the path.\n")
 
 

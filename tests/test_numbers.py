@@ -21,8 +21,7 @@ from parchgrad.evaluation.scores import FAMILIES, ScoreSettings, score_maps
 from parchgrad.evaluation.sparsity import gini
 from parchgrad.models import loading as models
 from parchgrad.models.classifier import Classifier
-from tests.cli.test_cli import run
-from tests.conftest import random_statistics, small_network
+from tests.support import cli, random_statistics, small_network
 
 INPUTS = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 TARGETS = torch.tensor([0, 2, 4])
@@ -179,7 +178,7 @@ def test_images_that_are_all_the_same_tell_no_channel_from_another():
 def test_a_photograph_of_one_colour(capsys, tmp_path, colour):
     path, out = tmp_path / "plain.png", tmp_path / "out"
     Image.new("RGB", (80, 60), colour).save(path)
-    code, _, errors = run(capsys, "explain", path, "--model", "shapes", "--out", out)
+    code, _, errors = cli(capsys, "explain", path, "--model", "shapes", "--out", out)
     assert (code, errors) == (0, "")
     assert np.isfinite(np.load(out / "plain.npy")).all()
     assert json.loads((out / "plain.json").read_text())["target"]
@@ -327,7 +326,7 @@ def test_photographs_that_hold_no_numbers_are_refused(capsys, tmp_path, value):
         match=r"measured\.tif': it contains NaN or infinite values",
     ):
         read_image(path)
-    code, printed, errors = run(capsys, "explain", path, "--model", "shapes", "--out", tmp_path / "out")
+    code, printed, errors = cli(capsys, "explain", path, "--model", "shapes", "--out", tmp_path / "out")
     assert (code, printed) == (2, "")
     assert "measured.tif': it contains NaN or infinite values" in errors
     assert not (tmp_path / "out").exists()
@@ -355,7 +354,7 @@ def test_no_file_is_written_of_a_network_whose_maps_are_no_numbers(capsys, tmp_p
     monkeypatch.setattr(models, "load_model", lambda name: classifier)
     path = tmp_path / "photograph.png"
     Image.fromarray((255 * PHOTOGRAPH).astype(np.uint8)).save(path)
-    code, printed, errors = run(capsys, "explain", path, "--out", tmp_path / "out")
+    code, printed, errors = cli(capsys, "explain", path, "--out", tmp_path / "out")
     assert (code, printed) == (2, "")
     assert "NaN or infinite values" in errors
     assert "layer '2'" in errors or "layer '3' (Division)" in errors

@@ -1,11 +1,8 @@
 import json
-import os
 import pickle
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +18,12 @@ from parchgrad.cli.shared import interrupted_by_signals
 from parchgrad.core.selectors import find_selector
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.errors import SettingError
-from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.settings import Grid
 from parchgrad.models import loading as models
 from parchgrad.models.classifier import Classifier
 from parchgrad.visual import save_figure
 from parchgrad.visual.sweeps import quantile_sweep
-from tests.evaluation.test_runs import close, comparable, order
+from tests.support import cli
 
 
 @pytest.fixture
@@ -37,20 +33,12 @@ def coffee(tmp_path):
     return path
 
 
-def run(capsys, *arguments):
-    """Exit code, standard output and standard error of one call."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
-
-
 def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):
     out = tmp_path / "out"
     options = ["--target", "cup", "--quantile", "0.2", "--layers", "blocks.5.*,conv_head", "--gamma", "3"]
     options += ["--conserve", "exact", "--selector", "activation", "--method", "input_x_gradient", "--out", out]
     options += ["--softness", "0.25", "--gates", "2", "--no-antialias"]
-    code, printed, _ = run(capsys, "explain", coffee, *options)
+    code, printed, _ = cli(capsys, "explain", coffee, *options)
     assert code == 0
     assert "cup" in printed
     assert "espresso (9" in printed
@@ -66,7 +54,7 @@ def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):
 
 
 def test_the_default_is_the_best_setting(capsys, coffee, tmp_path):
-    code, printed, said = run(capsys, "explain", coffee, "--stability", "--out", tmp_path / "out")
+    code, printed, said = cli(capsys, "explain", coffee, "--stability", "--out", tmp_path / "out")
     assert (code, "Warning" in said) == (0, False)
     assert "36 of 49 convolutions edited" in printed
     classifier = models.load_model("efficientnet_lite0")
@@ -82,7 +70,7 @@ def test_the_default_is_the_best_setting(capsys, coffee, tmp_path):
 
 def test_the_published_method_is_one_command_away(capsys, coffee, tmp_path):
     options = ["--selector", "class", "--layers", "published", "--softness", "0", "--conserve", "independent"]
-    assert run(capsys, "explain", coffee, *options, "--out", tmp_path / "out")[0] == 0
+    assert cli(capsys, "explain", coffee, *options, "--out", tmp_path / "out")[0] == 0
     classifier = models.load_model("efficientnet_lite0")
     held = parchgrad.ChannelStatistics.bundled("efficientnet_lite0")
     selector = parchgrad.ClassWise(held, quantile=0.1, softness=0)
@@ -95,7 +83,7 @@ def test_the_published_method_is_one_command_away(capsys, coffee, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     settings = json.loads((tmp_path / "out" / "coffee.json").read_text())["settings"]
     assert (settings["layers"], settings["layers_choice"]) == (names, "published")
-    code, _, said = run(
+    code, _, said = cli(
         capsys, "explain", coffee, "--model", "shapes", "--layers", "published", "--out", tmp_path / "a"
     )
     assert (code, "The paper has no layer set" in said) == (2, True)
@@ -103,7 +91,7 @@ def test_the_published_method_is_one_command_away(capsys, coffee, tmp_path):
 
 def test_an_unstable_map_comes_with_a_warning(capsys, coffee, tmp_path):
     hard = ["--selector", "energy", "--layers", "all", "--softness", "0", "--conserve", "independent"]
-    code, printed, said = run(capsys, "explain", coffee, *hard, "--stability", "--out", tmp_path / "out")
+    code, printed, said = cli(capsys, "explain", coffee, *hard, "--stability", "--out", tmp_path / "out")
     assert code == 0
     cosine = json.loads((tmp_path / "out" / "coffee.json").read_text())["stability"]["cosine"]
     assert 0 < cosine < 0.5
@@ -111,7 +99,7 @@ def test_an_unstable_map_comes_with_a_warning(capsys, coffee, tmp_path):
     assert said.startswith("Warning: 1 of 1 maps (coffee.png) have a stability below 0.5.")
     assert said.count("\n") == 1
     # Unless it is asked for, nothing is measured.
-    code, printed, said = run(capsys, "explain", coffee, *hard, "--out", tmp_path / "out", "--force")
+    code, printed, said = cli(capsys, "explain", coffee, *hard, "--out", tmp_path / "out", "--force")
     assert (code, "stability" in printed, said) == (0, False, "")
 
 
@@ -119,7 +107,7 @@ def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_p
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / "coffee.png"
     Image.fromarray(data.camera()).save(other)
-    code, said, _ = run(capsys, "explain", coffee, other, "--out", tmp_path / "out")
+    code, said, _ = cli(capsys, "explain", coffee, other, "--out", tmp_path / "out")
     assert code == 0
     found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("coffee", "coffee-2")}
     assert {name: held["target"]["category"] for name, held in found.items()} == {
@@ -155,7 +143,7 @@ def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_p
     ],
 )
 def test_bad_options_are_one_sentence_and_write_nothing(capsys, coffee, tmp_path, options, words):
-    code, printed, errors = run(capsys, "explain", coffee, *options, "--out", tmp_path / "out")
+    code, printed, errors = cli(capsys, "explain", coffee, *options, "--out", tmp_path / "out")
     assert code == 2
     assert words in " ".join(errors.replace("│", " ").split())
     assert "Traceback" not in errors
@@ -176,7 +164,7 @@ def test_networks_that_cannot_be_explained(capsys, coffee, tmp_path, monkeypatch
 
     classifier = Classifier(model.eval(), Preprocessing(shrink, (0.0,) * 3, (1.0,) * 3), ("a", "b", "c"), "tiny")
     monkeypatch.setattr(models, "load_model", lambda name: classifier)
-    code, _, errors = run(capsys, "explain", coffee, "--out", tmp_path / "out")
+    code, _, errors = cli(capsys, "explain", coffee, "--out", tmp_path / "out")
     assert code == 2
     assert words in errors
     assert not (tmp_path / "out").exists()
@@ -185,7 +173,7 @@ def test_networks_that_cannot_be_explained(capsys, coffee, tmp_path, monkeypatch
 def test_one_bad_image_stops_all_before_anything_is_written(capsys, coffee, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_text("text")
-    code, _, errors = run(capsys, "explain", coffee, bad, "--out", tmp_path / "out")
+    code, _, errors = cli(capsys, "explain", coffee, bad, "--out", tmp_path / "out")
     assert code == 2
     assert "bad.jpg' is not a readable image" in errors
     assert errors.strip().count("\n") == 0
@@ -194,27 +182,27 @@ def test_one_bad_image_stops_all_before_anything_is_written(capsys, coffee, tmp_
 
 def test_earlier_results_stay_unless_forced(capsys, coffee, tmp_path):
     arguments = ["explain", coffee, "--out", tmp_path / "out"]
-    assert run(capsys, *arguments)[0] == 0
-    code, _, errors = run(capsys, *arguments)
+    assert cli(capsys, *arguments)[0] == 0
+    code, _, errors = cli(capsys, *arguments)
     assert code == 2
     assert "already exists" in errors
-    assert run(capsys, *arguments, "--force")[0] == 0
+    assert cli(capsys, *arguments, "--force")[0] == 0
 
 
 def test_models(capsys):
-    code, printed, _ = run(capsys, "models")
+    code, printed, _ = cli(capsys, "models")
     assert code == 0
     assert "efficientnet_lite0   timm          installed" in printed
     assert "resnet50" in printed
     assert "more from timm" in printed
-    code, printed, _ = run(capsys, "models", "convnext_n*")
+    code, printed, _ = cli(capsys, "models", "convnext_n*")
     assert "convnext_nano" in printed
-    assert run(capsys, "models", "nothing*")[0] == 2
+    assert cli(capsys, "models", "nothing*")[0] == 2
 
 
 def test_version_and_help(capsys):
-    assert run(capsys, "--version")[1].strip() == f"parchgrad {parchgrad.__version__}"
-    code, printed, _ = run(capsys, "--help")
+    assert cli(capsys, "--version")[1].strip() == f"parchgrad {parchgrad.__version__}"
+    code, printed, _ = cli(capsys, "--help")
     assert code == 0
     for command in ("explain", "models", "demo"):
         assert command in printed
@@ -222,7 +210,7 @@ def test_version_and_help(capsys):
 
 def test_demo(capsys, tmp_path):
     out = tmp_path / "demo"
-    code, printed, _ = run(capsys, "demo", "--out", out)
+    code, printed, _ = cli(capsys, "demo", "--out", out)
     assert code == 0
     rows = [line.split() for line in printed.splitlines()]
     for category in ("espresso", "tripod", "moped", "mean"):
@@ -236,7 +224,7 @@ def test_demo(capsys, tmp_path):
     assert page.count("data:image/jpeg;base64,") == 4 * 5 + 1 + 4 * 4
     assert "http" not in page
     assert (out / "overview.jpg").exists()
-    assert run(capsys, "demo", "--out", out)[0] == 2
+    assert cli(capsys, "demo", "--out", out)[0] == 2
 
 
 def test_photographs_are_explained_a_few_at_a_time(capsys, tmp_path, monkeypatch):
@@ -245,9 +233,9 @@ def test_photographs_are_explained_a_few_at_a_time(capsys, tmp_path, monkeypatch
     for path in images:
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
     options = ["--model", "shapes", "--layers", "all", "--out"]
-    assert run(capsys, "explain", *images, *options, tmp_path / "all")[0] == 0
+    assert cli(capsys, "explain", *images, *options, tmp_path / "all")[0] == 0
     for path in (images[0], images[8], images[18]):
-        assert run(capsys, "explain", path, *options, tmp_path / "one")[0] == 0
+        assert cli(capsys, "explain", path, *options, tmp_path / "one")[0] == 0
         found, alone = (np.load(tmp_path / folder / f"{path.stem}.npy") for folder in ("all", "one"))
         np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5 * abs(alone).max())
 
@@ -263,7 +251,7 @@ def test_photographs_are_explained_a_few_at_a_time(capsys, tmp_path, monkeypatch
         return explain_images(classifier, photographs, *given, **options)
 
     monkeypatch.setattr(explanation, "explain_images", stop)
-    code, _, said = run(capsys, "explain", *images, *options, tmp_path / "stopped")
+    code, _, said = cli(capsys, "explain", *images, *options, tmp_path / "stopped")
     assert (code, held) == (130, [8, 8, 3])
     assert "Stopped. 16 of 19 images are done" in said
     assert len([*(tmp_path / "stopped").glob("*.npy")]) == 16
@@ -286,7 +274,7 @@ LAYERS = ("--layers", "blocks.6.0.*,conv_head")
 def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_path, coffee):
     file = tmp_path / "lite0.safetensors"
     options = ["--data", photographs, *LAYERS, "--batch-size", "4", "-o", file]
-    code, printed, said = run(capsys, "stats", "collect", *options)
+    code, printed, said = cli(capsys, "stats", "collect", *options)
     assert code == 0, said
     assert "4 layers, 3,904 channels, 2 of 1000 classes, 6 images" in printed
     assert [entry.name for entry in tmp_path.glob("*checkpoint*")] == [".lite0.safetensors.checkpoint.lock"]
@@ -294,20 +282,20 @@ def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_pat
     assert statistics["conv_head"].class_count.nonzero().flatten().tolist() == [281, 967]
     assert statistics.metadata["data"] == "6 photographs in photographs, 2 class folders by WordNet id"
 
-    code, printed, _ = run(capsys, "stats", "show", file, "--target", "espresso", "--top", "2")
+    code, printed, _ = cli(capsys, "stats", "show", file, "--target", "espresso", "--top", "2")
     best = statistics["conv_head"].class_log_p()[:, 967].argsort(stable=True)[:2].tolist()
     (line,) = (line for line in printed.splitlines() if line.startswith("conv_head"))
     assert [int(part.rstrip(":")) for part in line.split() if part.endswith(":")] == best
     assert all(len(line) <= 80 for line in printed.splitlines() if line.startswith(("blocks", "conv")))
     assert "blocks.6.0.conv_dw" in printed
     for command in (["stats", "show", file], ["explain", coffee, "--selector", "class", "--statistics", file, *LAYERS]):
-        code, _, said = run(capsys, *command, "--target", "golden retriever")
+        code, _, said = cli(capsys, *command, "--target", "golden retriever")
         assert code == 2
         assert "no image of class 207" in said
-    code, _, said = run(capsys, "stats", "show", tmp_path)
+    code, _, said = cli(capsys, "stats", "show", tmp_path)
     assert code == 2
     assert "is a folder." in said
-    code, printed, _ = run(capsys, "stats", "show", file, "--quantile", "0.05")
+    code, printed, _ = cli(capsys, "stats", "show", file, "--quantile", "0.05")
     (line,) = (line.split() for line in printed.splitlines() if line.startswith("conv_head"))
     gated = int((statistics["conv_head"].shapiro_p < 0.05).sum())
     assert line[1:3] == ["1280", str(gated)]
@@ -315,7 +303,7 @@ def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_pat
     for selector, name in (("class", "ClassWise"), ("instance", "InstanceWise")):
         out = tmp_path / selector
         options = ["--selector", selector, "--statistics", file, *LAYERS, "--out", out]
-        code, _, said = run(capsys, "explain", coffee, *options)
+        code, _, said = cli(capsys, "explain", coffee, *options)
         assert code == 0, said
         settings = json.loads((out / "coffee.json").read_text())["settings"]
         assert settings["selector"]["name"] == name
@@ -350,12 +338,12 @@ def test_a_damaged_photograph_costs_itself_alone(capsys, photographs, tmp_path, 
     damaged = [photographs / "n02123045" / "2.png", photographs / "n02123045" / "3.png"]
     for path in damaged:
         path.write_bytes(sound[: len(sound) // 2])
-    code, _, said = run(capsys, *options, "-o", file)
+    code, _, said = cli(capsys, *options, "-o", file)
     assert code == 2
     assert "--skip-unreadable" in said
     assert (tmp_path / "one.safetensors.checkpoint").exists()
     assert f"Error: Cannot read '{damaged[0]}'" in " ".join(said.split())
-    code, _, said = run(capsys, *options, "-o", file, "--skip-unreadable")
+    code, _, said = cli(capsys, *options, "-o", file, "--skip-unreadable")
     assert (code, said.count("Left out: ")) == (0, 2)
     assert all(f"Cannot read '{path}'" in said for path in damaged)
     assert "9/9" in said
@@ -367,20 +355,20 @@ def test_a_damaged_photograph_costs_itself_alone(capsys, photographs, tmp_path, 
     first_sound = first.read_bytes()
     first.write_bytes(sound[: len(sound) // 2])
     nowhere.symlink_to("nowhere.png")
-    code, _, said = run(capsys, *options, "-o", tmp_path / "fewer.safetensors")
+    code, _, said = cli(capsys, *options, "-o", tmp_path / "fewer.safetensors")
     assert code == 2
     assert "--skip-unreadable" in said
-    code, _, said = run(capsys, *options, "-o", tmp_path / "fewer.safetensors", "--skip-unreadable")
+    code, _, said = cli(capsys, *options, "-o", tmp_path / "fewer.safetensors", "--skip-unreadable")
     assert (code, said.count("Left out: ")) == (0, 4)
     nowhere.unlink()
     first.write_bytes(first_sound)
-    code, _, said = run(capsys, "stats", "collect", "--data", "nowhere", "-o", file, "--force")
+    code, _, said = cli(capsys, "stats", "collect", "--data", "nowhere", "-o", file, "--force")
     assert (code, said.strip()) == (2, "Error: There is no folder 'nowhere'. Check the path.")
 
     # As if they had never been there, but for the order of the sums.
     for path in damaged:
         path.unlink()
-    assert run(capsys, *options, "-o", tmp_path / "other.safetensors")[0] == 0
+    assert cli(capsys, *options, "-o", tmp_path / "other.safetensors")[0] == 0
     other = parchgrad.ChannelStatistics.load(tmp_path / "other.safetensors")
     for name, layer in found.items():
         for part in ("mean", "std", "class_mean", "class_variance"):
@@ -406,7 +394,7 @@ def test_statistics_go_on_after_a_stop_and_merge(capsys, photographs, tmp_path, 
 
         with monkeypatch.context() as patched:
             patched.setattr("parchgrad.cli.shared.ProgressBars.update", end)
-            code, _, said = run(capsys, "stats", "collect", *options, "-o", tmp_path / f"{name}.safetensors")
+            code, _, said = cli(capsys, "stats", "collect", *options, "-o", tmp_path / f"{name}.safetensors")
         assert (code, said.strip()) == (130, "Stopped. Run the same command again to resume from the checkpoint.")
         assert (tmp_path / f"{name}.safetensors.checkpoint").exists()
     with monkeypatch.context() as patched:
@@ -414,28 +402,28 @@ def test_statistics_go_on_after_a_stop_and_merge(capsys, photographs, tmp_path, 
         with pytest.raises(StoppedError):
             main([str(part) for part in ["stats", "collect", *options, "-o", file]])
     assert (tmp_path / "one.safetensors.checkpoint").exists()
-    code, _, said = run(capsys, "stats", "collect", *options, "-o", file)
+    code, _, said = cli(capsys, "stats", "collect", *options, "-o", file)
     assert code == 0, said
     assert int(parchgrad.ChannelStatistics.load(file)["conv_head"].count) == 6
 
     (photographs / "n02123045" / "0.png").unlink()
     other = tmp_path / "two.safetensors"
-    assert run(capsys, "stats", "collect", *options, "--seed", "5", "-o", other)[0] == 0
-    code, printed, said = run(capsys, "stats", "merge", file, other, "-o", tmp_path / "both.safetensors")
+    assert cli(capsys, "stats", "collect", *options, "--seed", "5", "-o", other)[0] == 0
+    code, printed, said = cli(capsys, "stats", "merge", file, other, "-o", tmp_path / "both.safetensors")
     assert code == 0, said
     assert "11 images" in printed
-    code, _, said = run(capsys, "stats", "merge", file, file, "-o", tmp_path / "twice.safetensors")
+    code, _, said = cli(capsys, "stats", "merge", file, file, "-o", tmp_path / "twice.safetensors")
     assert code == 2
     assert "Parts 1 and 2 " in said
 
 
 def test_bundled_statistics_need_no_set_up(capsys, coffee, tmp_path):
-    code, _, said = run(capsys, "explain", coffee, "--selector", "class", "--layers", "0.5", "--out", tmp_path / "out")
+    code, _, said = cli(capsys, "explain", coffee, "--selector", "class", "--layers", "0.5", "--out", tmp_path / "out")
     assert code == 0, said
     settings = json.loads((tmp_path / "out" / "coffee.json").read_text())["settings"]
     assert settings["selector"]["statistics"]["images"] == "1000"
     bundled = Path(parchgrad.__file__).parent / "statistics" / "bundled" / "efficientnet_lite0.safetensors"
-    code, printed, _ = run(capsys, "stats", "show", bundled)
+    code, printed, _ = cli(capsys, "stats", "show", bundled)
     assert code == 0
     assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("preprocessing"))
 
@@ -450,10 +438,10 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
     for name, tensors in lists.items():
         (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(tensors, pickle.HIGHEST_PROTOCOL))
     file = tmp_path / "resnet18.safetensors"
-    code, printed, said = run(capsys, "stats", "import-pickles", tmp_path, "--model", "resnet18", "-o", file)
+    code, printed, said = cli(capsys, "stats", "import-pickles", tmp_path, "--model", "resnet18", "-o", file)
     assert code == 0, said
     assert "20 layers, 4,800 channels, 1000 of 1000 classes" in printed
-    code, _, said = run(capsys, "stats", "import-pickles", tmp_path, "--model", "resnet34", "-o", tmp_path / "other")
+    code, _, said = cli(capsys, "stats", "import-pickles", tmp_path, "--model", "resnet34", "-o", tmp_path / "other")
     assert code == 2
     assert re.search("20 layers.* resnet34 .*36", said)
 
@@ -478,7 +466,7 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
 )  # fmt: skip
 def test_mistakes_with_statistics_are_one_sentence(capsys, coffee, monkeypatch, arguments, words):
     monkeypatch.chdir(coffee.parent)
-    code, _, said = run(capsys, *arguments)
+    code, _, said = cli(capsys, *arguments)
     assert code == 2
     assert said.startswith("Error: ")
     assert words in said
@@ -495,7 +483,7 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
         'model = "efficientnet_lite0"\n[data]\nname = "folder"\nroot = "photos"\n'
         '[grid]\nlayers = [["conv_head"]]\n[scores]\nfamilies = ["sparsity"]\n'
     )
-    code, printed, said = run(capsys, "evaluate", "study.toml", "--out", "runs")
+    code, printed, said = cli(capsys, "evaluate", "study.toml", "--out", "runs")
     assert code == 0, said
     assert "parchgrad report runs/efficientnet_lite0" in printed
     written = Path("runs/efficientnet_lite0/rows-0.jsonl").read_text()
@@ -506,9 +494,9 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
         ("espresso/photo.png", 967),
         ("tripod/photo.png", 872),
     }
-    assert run(capsys, "evaluate", "study.toml", "--out", "runs")[0] == 0
+    assert cli(capsys, "evaluate", "study.toml", "--out", "runs")[0] == 0
     assert Path("runs/efficientnet_lite0/rows-0.jsonl").read_text() == written
-    code, printed, _ = run(capsys, "report", "runs/efficientnet_lite0", "--out", "report", "--score", "gini")
+    code, printed, _ = cli(capsys, "report", "runs/efficientnet_lite0", "--out", "report", "--score", "gini")
     assert code == 0
     assert "efficientnet_lite0, 3 images" in printed
     assert "gradient, evidence 0.2, conv_head layers" in printed
@@ -527,7 +515,7 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
         (("evaluate", "study.toml", "--target", "tripod"), "'target' in the settings is 'tripod'"),
         (("evaluate", "study.toml", "--selector", "best"), "`selector` is 'best'"),
     ):
-        code, _, said = run(capsys, *arguments)
+        code, _, said = cli(capsys, *arguments)
         assert code == 2
         assert words in said
         assert said.count("\n") == 1
@@ -559,7 +547,7 @@ def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch)
         'model = "vgg16"\n[data]\nname = "shapes"\ncount = 1\n[grid]\nmethods = ["IntegratedGradients"]\n'
     )
     for arguments in (["study.toml"], flags, ["other.toml", *flags]):
-        code, _, said = run(capsys, "evaluate", *arguments)
+        code, _, said = cli(capsys, "evaluate", *arguments)
         assert code == 0, said
     assert asked[0] == asked[1] == asked[2]
 
@@ -582,37 +570,10 @@ def test_the_help_of_evaluate_says_the_defaults():
     assert shown["antialias"].startswith("on; off") == energy.antialias == evidence.antialias
 
 
-@pytest.mark.slow
-def test_processes_under_torchrun_share_an_evaluation(tmp_path):
-    flags = shlex.split("--model shapes --data shapes --count 7 --batch-size 1 --layers all --scores perturbation")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for launcher, out in (([], "alone"), (torchrun, "shared")):
-        ended = subprocess.run(
-            [sys.executable, *launcher, "-m", "parchgrad", "evaluate", *flags, "--out", str(tmp_path / out)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert ended.returncode == 0, ended.stderr
-        # Of several processes one speaks.
-        assert ended.stdout.count("View the results with") == 1
-    alone, shared = (read_rows(tmp_path / out / "shapes") for out in ("alone", "shared"))
-    assert len(alone) == 7 * 6
-    close(sorted(comparable(shared), key=order), sorted(comparable(alone), key=order))
-    written = [
-        [(row["setting"], row["index"]) for row in map(json.loads, file.read_text().splitlines())]
-        for file in sorted((tmp_path / "shared" / "shapes").glob("rows-*.jsonl"))
-    ]
-    assert [len(rows) for rows in written] == [4 * 6, 3 * 6]
-    assert [{index for _, index in rows} for rows in written] == [{0, 2, 4, 6}, {1, 3, 5}]
-    assert len({*written[0], *written[1]}) == 7 * 6
-
-
 def test_a_sweep_is_a_panel_of_the_values(capsys, coffee, tmp_path):
     out = tmp_path / "out"
     options = ["--layers", "0.25", "--values", "0.5,0.1", "--target", "cup", "--columns", "2", "--out", out]
-    code, printed, _ = run(capsys, "sweep", coffee, *options)
+    code, printed, _ = cli(capsys, "sweep", coffee, *options)
     assert code == 0
     assert [path.name for path in out.iterdir()] == ["coffee.png"]
     classifier = parchgrad.load_model("efficientnet_lite0")
@@ -629,17 +590,17 @@ def test_a_sweep_is_a_panel_of_the_values(capsys, coffee, tmp_path):
     with Image.open(out / "coffee.png") as drawn, Image.open(tmp_path / "expected.png") as expected:
         assert drawn.size == expected.size
         assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(expected, dtype=float)).mean() < 0.1
-    code, _, said = run(capsys, "sweep", coffee, *options)
+    code, _, said = cli(capsys, "sweep", coffee, *options)
     assert (code, "already exists" in said) == (2, True)
 
 
 def test_a_sweep_over_alpha_needs_a_selector_that_has_one(capsys, coffee, tmp_path):
     options = ["--over", "alpha", "--layers", "0.25", "--out", tmp_path / "out"]
-    code, printed, _ = run(capsys, "sweep", coffee, *options, "--selector", "instance")
+    code, printed, _ = cli(capsys, "sweep", coffee, *options, "--selector", "instance")
     assert code == 0
     assert "alpha" in printed
     assert "kept" in printed
-    code, _, said = run(capsys, "sweep", coffee, *options, "--force")
+    code, _, said = cli(capsys, "sweep", coffee, *options, "--force")
     assert code == 2
     assert re.search("--over is alpha.* evidence", said)
 
@@ -657,7 +618,7 @@ def test_every_option_of_a_sweep_reaches_it(capsys, coffee, tmp_path, monkeypatc
     options += ["--softness", "0.25", "--gates", "2", "--no-antialias"]
     for command in ("sweep", "animate"):
         asked.clear()
-        assert run(capsys, command, coffee, *options, "--out", tmp_path / "out")[0] == 2
+        assert cli(capsys, command, coffee, *options, "--out", tmp_path / "out")[0] == 2
         assert asked == {
             "selector": parchgrad.GradientTimesActivation(softness=0.25),
             "quantiles": (0.4, 0.2),
@@ -675,14 +636,14 @@ def test_a_selector_has_its_own_share_unless_told(capsys, coffee, tmp_path):
     for place, (options, share) in enumerate(((["--quantile", "0.3"], 0.3), ([], 0.2))):
         out = tmp_path / str(place)
         assert (
-            run(capsys, "explain", coffee, "--selector", "evidence", "--model", "shapes", *options, "--out", out)[0]
+            cli(capsys, "explain", coffee, "--selector", "evidence", "--model", "shapes", *options, "--out", out)[0]
             == 0
         )
         assert json.loads((out / "coffee.json").read_text())["settings"]["selector"]["quantile"] == share
 
 
 def test_a_second_panel_shows_signs(capsys, coffee, tmp_path):
-    code, printed, _ = run(capsys, "explain", coffee, "--signed", "--out", tmp_path / "out")
+    code, printed, _ = cli(capsys, "explain", coffee, "--signed", "--out", tmp_path / "out")
     assert code == 0
     assert "36 of 49 convolutions edited" in printed
     with (
@@ -697,7 +658,7 @@ def test_a_second_panel_shows_signs(capsys, coffee, tmp_path):
 def test_an_animation_plays_its_selectors_side_by_side(capsys, coffee, tmp_path):
     out = tmp_path / "out"
     options = ["--selector", "energy", "--selector", "evidence", "--layers", "0.25", "--values", "0.5,0.1"]
-    code, printed, _ = run(capsys, "animate", coffee, *options, "--out", out)
+    code, printed, _ = cli(capsys, "animate", coffee, *options, "--out", out)
     assert code == 0
     assert "Gradient energy" in printed
     assert (out / "coffee.gif").stat().st_size <= 500_000
@@ -705,7 +666,7 @@ def test_an_animation_plays_its_selectors_side_by_side(capsys, coffee, tmp_path)
         # Two values, two frames between them each way; four panels.
         assert moving.n_frames == 6
         assert moving.width > 3 * moving.height
-    code, _, _ = run(capsys, "animate", coffee, *options, "--out", out, "--format", "webp", "--most-kilobytes", "100")
+    code, _, _ = cli(capsys, "animate", coffee, *options, "--out", out, "--format", "webp", "--most-kilobytes", "100")
     assert code == 0
     assert (out / "coffee.webp").stat().st_size <= 100_000
 
@@ -723,7 +684,7 @@ def test_an_animation_plays_its_selectors_side_by_side(capsys, coffee, tmp_path)
 )
 def test_mistakes_with_sweeps_are_one_sentence(capsys, coffee, tmp_path, options, words):
     for command in ("sweep", "animate"):
-        code, _, said = run(capsys, command, coffee, *options, "--out", tmp_path / "out")
+        code, _, said = cli(capsys, command, coffee, *options, "--out", tmp_path / "out")
         assert code == 2
         assert words in said
         assert "Traceback" not in said

@@ -31,7 +31,7 @@ from parchgrad.errors import (
     TargetError,
 )
 from tests import reference
-from tests.conftest import random_statistics, small_network
+from tests.support import Raises, all_selectors, hooks, random_statistics, small_network
 
 
 class PinnedChannels(pg.Selector):
@@ -818,35 +818,10 @@ def test_threads_on_one_model_do_not_see_each_other(network):
 # The model stays as it was
 
 
-def hooks(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    kinds += ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-
-
 def snapshot(model):
     state = copy.deepcopy(model.state_dict())
     flags = [(module.training, getattr(module, "inplace", None), sorted(vars(module))) for module in model.modules()]
     return state, flags, [(p.requires_grad, p.grad is None) for p in model.parameters()]
-
-
-def all_selectors():
-    statistics = random_statistics({"0": 6, "2": 6})
-    masks = {name: parities(6)[0] for name in ("0", "2")}
-    return [
-        pg.GradientEnergy(quantile=0.3),
-        pg.GradientTimesActivation(quantile=0.3),
-        pg.Evidence(quantile=0.3),
-        pg.RandomChannels(quantile=0.3),
-        pg.FixedChannels(masks),
-        pg.ClassWise(statistics, quantile=0.3),
-        pg.InstanceWise(statistics, quantile=0.3),
-    ]
-
-
-class Raises(nn.Module):
-    def forward(self, x):
-        raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("selector", all_selectors(), ids=lambda selector: type(selector).__name__)

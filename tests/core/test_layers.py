@@ -7,7 +7,7 @@ from torch import nn
 
 from parchgrad.core.layers import bare_model, choose_layers, find_convolutions, has_published_layers
 from parchgrad.errors import LayerError, ModelError
-from tests.conftest import small_network
+from tests.support import small_network
 
 
 def chain(n, kind=nn.Conv2d):

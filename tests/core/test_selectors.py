@@ -25,8 +25,8 @@ from parchgrad.core.selectors import (
 from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
 from parchgrad.statistics import RankedLayerStatistics
 from tests import reference
-from tests.conftest import random_statistics, small_network
 from tests.messages import check_message
+from tests.support import random_statistics, small_network
 
 
 def signal(gradient, observation=None, classes=None):

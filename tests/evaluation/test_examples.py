@@ -1,10 +1,6 @@
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +18,7 @@ from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid, Setting
 from parchgrad.visual.maps import normalise, shared_top
-from tests.conftest import small_network
-from tests.evaluation.test_runs import Noise
+from tests.support import Noise, small_network
 
 EDIT = "gradient, energy 0.1, all layers"
 OTHER = "gradient, activation 0.1, all layers"
@@ -401,32 +396,3 @@ def test_pictures_and_sizes_pass_through_a_run(tmp_path):
     found = Examples.load(path)
     assert {picture.shape for picture in found.pictures} == {(8, 8, 3), (8, 9, 3)}
     assert all((picture == 51).all() for picture in found.pictures)
-
-
-def test_two_processes_keep_them_once_both_are_done(tmp_path):
-    expected = Examples.load(run(tmp_path / "whole"))
-    script = (
-        "import sys; from pathlib import Path; from tests.evaluation.test_examples import Noise, run\n"
-        "run(Path(sys.argv[1]), data=Noise(8, pause=0.02))"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "shared")],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
-    found = Examples.load(tmp_path / "shared" / EXAMPLES_FILE)
-    assert indices(found.choice.examples) == indices(expected.choice.examples)
-    assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == [
-        ".rows-0.jsonl.lock",
-        ".rows-1.jsonl.lock",
-        EXAMPLES_FILE,
-        "rows-0.jsonl",
-        "rows-1.jsonl",
-        "run.json",
-    ]
-    for one, other in zip(found.maps, expected.maps, strict=True):
-        np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)

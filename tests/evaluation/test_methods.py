@@ -23,7 +23,7 @@ from parchgrad.evaluation.methods import (
     random_map,
     shuffled_masks,
 )
-from tests.conftest import random_statistics
+from tests.support import random_statistics
 
 
 def batch(count=3):

@@ -1,16 +1,8 @@
 import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 import parchgrad as pg
 from parchgrad.data.samples import Sample
@@ -25,51 +17,7 @@ from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
 from parchgrad.evaluation.settings import Setting
-from tests.conftest import random_statistics, small_network
-
-SETTINGS = (Setting(), Setting(method="centre_blob"), Setting(selector="energy", quantile=0.34, layers="all"))
-SCORES = ScoreSettings(ratios=(0.2, 0.6), tolerance=1)
-
-
-class Noise(Dataset):
-    """Noise with a box, a mask, or nothing known, by turns."""
-
-    categories, fingerprint = tuple("abcde"), "noise"
-
-    def __init__(self, count=7, pause=0.0):
-        self.count, self.pause = count, pause
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        time.sleep(self.pause)
-        generator = torch.Generator().manual_seed(index)
-        image = torch.randn(3, 8, 8, generator=generator)
-        boxes = torch.tensor([[1.0, 2.0, 5.0, 6.0]]) if index % 3 == 0 else None
-        mask = torch.rand(8, 8, generator=generator) > 0.5 if index % 3 == 1 else None
-        return Sample(image=image, label=index % 5, name=f"noise {index}", boxes=boxes, mask=mask)
-
-
-def run(folder, data=None, settings=SETTINGS, **options):
-    evaluate(small_network(), data or Noise(), settings, folder, scores=SCORES, batch_size=3, **options)
-    return comparable(read_rows(folder))
-
-
-def comparable(rows):
-    """Without times, and with NaN that equals itself."""
-    return [
-        {key: "NaN" if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        for row in ({key: value for key, value in row.items() if key != "seconds"} for row in rows)
-    ]
-
-
-def close(first, second):
-    """Rows of the same images under the same settings, up to the rounding that another batch brings."""
-    assert [row.keys() for row in first] == [row.keys() for row in second]
-    for one, other in zip(first, second, strict=True):
-        for key, value in one.items():
-            assert value == (pytest.approx(other[key], rel=1e-9, abs=1e-12) if isinstance(value, float) else other[key])
+from tests.support import SCORES, SETTINGS, Noise, close, comparable, order, random_statistics, run, small_network
 
 
 def test_rows_are_what_the_scores_of_each_image_say(tmp_path):
@@ -161,48 +109,16 @@ def test_a_line_that_was_cut_off_is_had_again(tmp_path, cut):
     assert len(file.read_text().splitlines()) == 21
 
 
-def test_killed_at_any_time_it_goes_on(tmp_path):
-    whole = run(tmp_path / "whole", data=Noise(40))
-    script = (
-        "import sys; from tests.evaluation.test_runs import Noise, run\nrun(sys.argv[1], data=Noise(40, pause=0.05))"
-    )
-    folder, kills = tmp_path / "killed", 0
-    for rows in (3, 30, 60):
-        process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=Path(__file__).parents[2])
-        file = folder / "rows-0.jsonl"
-        while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") > rows):
-            time.sleep(0.005)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills > 0
-    assert len(read_rows(folder)) < 120
-    close(run(folder, data=Noise(40)), whole)
-
-
-def test_two_processes_share_the_images(tmp_path):
+def test_processes_that_share_the_images_write_the_rows_of_one(tmp_path):
     whole = run(tmp_path / "whole")
-    script = "import sys; from tests.evaluation.test_runs import Noise, run\nrun(sys.argv[1], data=Noise(pause=0.05))"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "shared")],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    for rank in range(2):
+        run(tmp_path / "shared", process=(rank, 2))
     counts = [len((tmp_path / "shared" / f"rows-{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
     assert counts == [12, 9]
     close(sorted(comparable(read_rows(tmp_path / "shared")), key=order), sorted(whole, key=order))
     # Another number of processes finds everything done.
     run(tmp_path / "shared")
     assert (tmp_path / "shared" / "rows-0.jsonl").read_text().count("\n") == 12
-
-
-def order(row):
-    return row["setting"], row["index"]
 
 
 def test_a_run_of_something_else_is_not_mixed_in(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from parchgrad.evaluation.methods import (
     shuffled_masks,
 )
 from parchgrad.evaluation.settings import Grid, Setting, make_method
-from tests.conftest import random_statistics
+from tests.support import random_statistics
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from parchgrad.errors import InputError, SettingError
 from parchgrad.evaluation.methods import maps_of
 from parchgrad.evaluation.stability import stability
 from parchgrad.explain.stability import cosine, noisy_copies
-from tests.conftest import small_network
+from tests.support import small_network
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 TARGET = torch.tensor([0, 1, 4])

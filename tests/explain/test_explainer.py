@@ -8,7 +8,7 @@ from torch import nn
 import parchgrad as pg
 from parchgrad.errors import InputError, ModelError, SettingError, TargetError
 from parchgrad.explain.methods import METHODS
-from tests.conftest import small_network
+from tests.support import small_network
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 TARGETS = torch.tensor([4, 0, 2, 1])

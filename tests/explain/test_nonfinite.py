@@ -9,7 +9,7 @@ from torch import nn
 import parchgrad as pg
 from parchgrad.errors import InputError, NonFiniteError
 from parchgrad.explain.nonfinite import find_non_finite
-from tests.conftest import small_network
+from tests.support import small_network
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 SELECTORS = [None, pg.GradientEnergy(quantile=0.3), pg.Evidence(), pg.GradientTimesActivation(quantile=0.3)]

@@ -12,7 +12,7 @@ from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_re
 import parchgrad as pg
 from parchgrad.errors import InputError, ModelError, NonFiniteError, SettingError, TargetError
 from parchgrad.explain.methods import METHODS
-from tests.conftest import random_statistics, small_network
+from tests.support import random_statistics, small_network
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 TARGETS = torch.tensor([4, 0, 2, 1])
@@ -185,7 +185,6 @@ def segmenter(request):
     return network, torch.rand(2, 3, 64, 64)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_segmentation_explains_a_class_over_a_region(segmenter, masked):
     network, images = segmenter

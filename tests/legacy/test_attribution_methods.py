@@ -2,7 +2,6 @@ import copy
 import math
 import re
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,11 +22,11 @@ from parchgrad.errors import (
 from parchgrad.legacy.attribution_methods import get_input_attrib
 from parchgrad.legacy.pickles import import_pickles
 from parchgrad.legacy.pretrained_models import get_pretrained_model
-from tests.conftest import random_statistics, small_network
+from tests.support import ROOT, random_statistics, small_network
 
 from .test_hook_wrapper import published_choice, write_pickles, write_statistics
 
-PAGE = Path(__file__).parents[2] / "docs" / "coming_from_the_research_code.md"
+PAGE = ROOT / "docs" / "coming_from_the_research_code.md"
 CLASSES = 10
 
 # The calls of the research code's README, with the flags of its tutorial.

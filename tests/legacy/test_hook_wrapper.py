@@ -1,5 +1,4 @@
 import pickle
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 import parchgrad as pg
 from parchgrad.errors import LayerError, ModelError, SettingError, StatisticsError
 from parchgrad.legacy import hook_wrapper
-from tests.conftest import random_statistics, small_network
+from tests.support import ROOT, random_statistics, small_network
 
 SETTINGS = {"quantile": 0.5, "alpha": None, "normality_threshold": 0.05, "gamma": 2.0, "conserve": "exact"}
 
@@ -139,7 +138,7 @@ def test_the_calls_on_the_page_run_on_the_two_published_pickles(tmp_path, monkey
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10).eval()
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: model)
-    page = Path(__file__).parents[2] / "docs" / "coming_from_the_research_code.md"
+    page = ROOT / "docs" / "coming_from_the_research_code.md"
     calls = next(block for block in page.read_text().split("```python\n") if "prepare_parchgrad" in block).split("```")[
         0
     ]

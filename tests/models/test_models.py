@@ -1,19 +1,12 @@
-import http.server
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-import threading
 import urllib.error
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -262,84 +255,6 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(WeightsError, match=r"weights of convnext_nano .*use efficientnet_lite0"):
         pg.load_model("convnext_nano")
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Weights by model, as the Hugging Face Hub gives them; one is out of order, of others it has none."""
-
-    weights: ClassVar[dict[str, bytes]] = {}
-    asked: ClassVar[list[str]] = []
-
-    def do_HEAD(self):
-        self.asked.append(f"{self.command} {self.path}")
-        name, _, rest = self.path.removeprefix("/timm/").partition(".r160_in1k/resolve/main/")
-        known = rest == "model.safetensors" and name in self.weights
-        self.send_response(503 if "test_vit." in self.path else 200 if known else 404)
-        self.send_header("Content-Length", str(len(self.weights[name]) if known else 0))
-        self.send_header("ETag", '"of-the-weights"')
-        self.send_header("X-Repo-Commit" if known else "X-Error-Code", "0" * 40 if known else "RepoNotFound")
-        self.end_headers()
-        if known and self.command == "GET":
-            self.wfile.write(self.weights[name])
-
-    def do_GET(self):
-        self.do_HEAD()
-
-    def log_message(self, *arguments):
-        pass
-
-
-_FETCH = """
-import sys, time
-import parchgrad as pg
-from parchgrad.errors import WeightsError
-
-def sleep(seconds):
-    raise AssertionError("tried again")
-
-time.sleep = sleep
-for line in sys.stdin:
-    try:
-        print(float(sum(values.double().sum() for values in pg.load_model(line.strip()).model.state_dict().values())))
-    except WeightsError as error:
-        print(error)
-    sys.stdout.flush()
-"""
-
-
-@pytest.mark.slow
-def test_weights_of_timm_come_from_a_hub_that_answers_and_fail_at_once_from_one_that_does_not(monkeypatch, tmp_path):
-    network = timm.create_model("test_byobnet")
-    monkeypatch.setattr(Hub, "weights", {"test_byobnet": safetensors.torch.save(network.state_dict())})
-    wanted = float(sum(values.double().sum() for values in network.state_dict().values()))
-
-    def fetch(process, name):
-        process.stdin.write(f"{name}\n")
-        process.stdin.flush()
-        return process.stdout.readline()
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        command = [sys.executable, "-c", _FETCH]
-        with subprocess.Popen(command, env=os.environ | home, text=True, **pipes) as process:
-            assert float(fetch(process, "test_byobnet") or process.communicate()[1]) == wanted
-            assert "weights of test_resnet (404" in fetch(process, "test_resnet")
-            broken = fetch(process, "test_vit")
-            assert "weights of test_vit (" in broken
-            assert "503" in broken
-            assert len([line for line in Hub.asked if "test_vit." in line]) == 1
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            # Nobody is there any more; what was fetched is.
-            assert float(fetch(process, "test_byobnet")) == wanted
-            assert "use efficientnet_lite0" in fetch(process, "test_resnet")
-            process.stdin.close()
-            assert process.wait(timeout=240) == 0
 
 
 @pytest.mark.parametrize(

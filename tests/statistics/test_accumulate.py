@@ -14,9 +14,8 @@ import parchgrad as pg
 from parchgrad.errors import StatisticsError
 from parchgrad.statistics import ChannelStatistics, LayerStatistics, accumulate
 from parchgrad.statistics.accumulate import Accumulator, merge_statistics
-from tests.conftest import small_network
+from tests.support import NUMBERS, assert_same, small_network
 
-NUMBERS = ("count", "mean", "std", "class_count", "class_square", "class_mean", "class_variance", "shapiro_p")
 CHANNELS = {"a": 2, "b": 3}
 
 
@@ -36,15 +35,6 @@ def gathered(values, weights, first=0, classes=3):
 
 def statistics_of(accumulator, **metadata):
     return accumulator.statistics(CHANNELS, accumulator.shapiro_p(), metadata, {"a": "1", "b": "2"})
-
-
-def assert_same(first, second, rtol=1e-12):
-    assert list(first) == list(second)
-    for layer in first:
-        for name in NUMBERS:
-            torch.testing.assert_close(
-                getattr(first[layer], name), getattr(second[layer], name), rtol=rtol, atol=0, equal_nan=True
-            )
 
 
 @pytest.mark.parametrize(

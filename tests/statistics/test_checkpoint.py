@@ -1,9 +1,4 @@
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +6,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
-import parchgrad as pg
 from parchgrad.errors import SettingError, StatisticsError
 from parchgrad.statistics import checkpoint
-from tests.conftest import small_network
-from tests.statistics.test_accumulate import assert_same
-
-IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-DATA = TensorDataset(IMAGES, torch.arange(60) % 5)
+from tests.support import DATA, IMAGES, assert_same, collect, small_network
 
 
 class StoppedError(Exception):
@@ -31,12 +21,6 @@ def stop_after(images):
             raise StoppedError
 
     return told
-
-
-def collect(path=None, model=None, data=DATA, **options):
-    return pg.collect_statistics(
-        model or small_network(), data, **{"batch_size": 7, "checkpoint_every": 2, "checkpoint": path, **options}
-    )
 
 
 @pytest.mark.parametrize("labels", ["given", "predicted"])
@@ -146,55 +130,6 @@ def test_files_that_are_no_checkpoint(tmp_path):
     collect().save(path)
     with pytest.raises(StatisticsError, match="not a checkpoint"):
         collect(path)
-
-
-SCRIPT = """
-import sys, time
-import torch
-import parchgrad as pg
-from tests.conftest import small_network
-from tests.statistics.test_checkpoint import DATA
-
-class Slow(type(DATA)):
-    def __getitem__(self, index):
-        time.sleep(0.01)
-        return super().__getitem__(index)
-
-data = Slow(*DATA.tensors)
-found = pg.collect_statistics(
-    small_network(), data, batch_size=3, checkpoint=sys.argv[1], checkpoint_every=1,
-    on_progress=lambda *told: print(*told, flush=True),
-)
-found.save(sys.argv[2])
-"""
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_statistics(tmp_path):
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run.checkpoint"), str(tmp_path / "out.safetensors")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    starts = []
-    for delay in (0.02, 0.05, 0.11, None):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, cwd=root)
-        starts.append(int(process.stdout.readline().split()[1]))
-        if len(starts) > 1:
-            # The first line is what the checkpoint held, the next follows one of its own.
-            process.stdout.readline()
-        if delay is None:
-            process.communicate()
-        else:
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            assert not (tmp_path / "out.safetensors").exists()
-    assert process.returncode == 0
-    # Every start went on where the one before it was, or behind.
-    assert starts == sorted(starts)
-    assert starts[-1] > starts[0]
-    found = pg.ChannelStatistics.load(tmp_path / "out.safetensors")
-    assert int(found["0"].count) == 60
-    assert_same(found, collect(batch_size=3))
 
 
 class Arrays:

@@ -12,7 +12,7 @@ from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError, ModelError, SettingError, StatisticsError, StatisticsWarning
 from parchgrad.statistics import accumulate, collect
 from parchgrad.statistics.batches import LeftOut
-from tests.conftest import small_network
+from tests.support import small_network
 
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 LABELS = torch.arange(60) % 5

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 import parchgrad as pg
 from parchgrad.errors import SettingError, StatisticsError
 from parchgrad.statistics.compact import compact_log_p, expand_log_p, keep_share
-from tests.conftest import random_statistics
-from tests.statistics.test_store import header
+from tests.support import header, random_statistics
 
 
 @settings(max_examples=50, deadline=None)

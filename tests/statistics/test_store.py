@@ -1,6 +1,5 @@
 import contextlib
 import hashlib
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import parchgrad as pg
 from parchgrad.errors import StatisticsError
 from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics, RowSample
 from parchgrad.statistics.store import weight_digest
-from tests.conftest import random_statistics, small_network
+from tests.support import header, random_statistics, small_network
 
 FIELDS = ("count", "mean", "std", "class_count", "class_mean", "class_variance", "shapiro_p")
 
@@ -75,11 +74,6 @@ def test_layers_must_agree_on_the_classes():
         ChannelStatistics({})
     with pytest.raises(StatisticsError, match=r"'b' has statistics of 3 classes, .* 5"):
         ChannelStatistics({"a": random_statistics({"a": 2})["a"], "b": LayerStatistics(**arrays())})
-
-
-def header(path):
-    size = int.from_bytes(path.read_bytes()[:8], "little")
-    return json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
 
 
 def saved(tmp_path):

@@ -16,8 +16,7 @@ from torch.nn import functional
 import parchgrad as pg
 from parchgrad.core import engine, rules, session
 from parchgrad.errors import InputError, ModelWarning, ParchGradError, TargetError
-from tests.conftest import random_statistics
-from tests.core.test_engine import hooks
+from tests.support import hooks, random_statistics
 
 THREADS, ROUNDS = 8, 200
 
@@ -157,7 +156,6 @@ def failures_of(model, number):
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_threads_on_one_shared_model_get_the_maps_that_they_get_alone(model):
     """Equal bit for bit: maps this small are summed by one thread, in one order."""

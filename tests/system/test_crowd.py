@@ -12,14 +12,13 @@ import pytest
 import safetensors.torch
 import timm
 
-from tests.models.test_models import Hub
+from tests.support import Hub, maps_on
 
-pytestmark = pytest.mark.slow
 gradio_client = pytest.importorskip("gradio_client", reason="Gradio, of the extra web, is not installed.")
 
 from benchmarks import explorer as crowds  # noqa: E402  # it needs Gradio itself
 
-from tests.explorer.test_page import Page, User, browser, needs_browser, pictures  # noqa: E402  # so does this
+from tests.system.browser import Page, User, browser, needs_browser  # noqa: E402  # so does this
 
 SECONDS = float(os.environ.get("PARCHGRAD_SOAK_SECONDS", "8"))
 
@@ -87,14 +86,14 @@ def test_a_network_that_takes_long_to_arrive_holds_up_nobody_else(url):
         for _ in range(3):
             for user in crowd:
                 assert "Loading test_byobnet. Results appear when it is ready." in user.ask(**slow)
-            assert len(pictures(other.ask())) == 2
+            assert len(maps_on(other.ask())) == 2
         # One that cannot be had is told, and another time as well.
         for _ in range(2):
             assert "Cannot load the weights of test_resnet (404" in other.show(network="test_resnet")
         assert not SlowHub.gate.is_set()
         SlowHub.gate.set()
         for user in crowd:
-            assert len(pictures(user.show(**slow))) == 2
+            assert len(maps_on(user.show(**slow))) == 2
     finally:
         SlowHub.gate.clear()
         for user in (*crowd, other):
@@ -121,7 +120,7 @@ def test_who_comes_to_a_full_queue_is_told(url):
     # Afterwards it is as it was.
     end = time.monotonic() + 60
     page = ""
-    while not pictures(page):
+    while not maps_on(page):
         assert time.monotonic() < end
         # The client has errors of its own for a queue that is full.
         with contextlib.suppress(Exception):

@@ -27,16 +27,14 @@ from torchvision.models.segmentation import fcn_resnet50
 
 import parchgrad
 from parchgrad import cli, errors
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
 NOTEBOOKS = {str(path.relative_to(ROOT)): path for path in sorted(DOCS.rglob("*.ipynb"))}
 
 # Commands that name these need weights, images or processes that are not there: only their options are looked at.
 _ELSEWHERE = ("resnet", "imagenet", "torchrun", "first.safetensors", "parchgrad explore")
-# Their commands evaluate many settings.
-_SLOW = ("README.md",)
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -46,12 +44,8 @@ def blocks_of(path, language):
     return [text for found, text in _BLOCK.findall(path.read_text(encoding="utf-8")) if found == language]
 
 
-def pages_with(language, slow=()):
-    return [
-        pytest.param(path, id=name, marks=[pytest.mark.slow] if name in slow else [])
-        for name, path in PAGES.items()
-        if blocks_of(path, language)
-    ]
+def pages_with(language):
+    return [pytest.param(path, id=name) for name, path in PAGES.items() if blocks_of(path, language)]
 
 
 def commands_of(path):
@@ -127,7 +121,7 @@ def test_options_between_backticks_are_left_alone(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("page", pages_with("sh", slow=_SLOW))
+@pytest.mark.parametrize("page", pages_with("sh"))
 def test_the_commands_of_a_page_run_or_at_least_exist(page, reader, capsys):
     for settings in blocks_of(page, "toml")[:1]:
         assert not (reader / "study.toml").exists()
@@ -250,7 +244,6 @@ def test_the_reference_has_every_public_name():
     assert directives == set(parchgrad.__all__) - {"__version__"}
 
 
-@pytest.mark.slow
 def test_the_pages_are_built_without_a_warning_and_need_no_network(tmp_path):
     asked = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path)]
     built = subprocess.run(asked, capture_output=True, text=True)

@@ -17,8 +17,9 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.evaluation.localisation import cell_shares
+from tests.support import ROOT
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
@@ -143,7 +144,6 @@ def test_a_network_that_does_not_exist_is_told_in_words():
         load("timm_model").main(["--model", "convnext_att"])
 
 
-@pytest.mark.slow
 def test_captum_composition(tmp_path, capsys, monkeypatch):
     module = load("captum_composition")
     monkeypatch.setattr(module, "SAMPLES", 2)
@@ -168,7 +168,6 @@ def test_captum_composition(tmp_path, capsys, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"captum_cat.png", "captum_espresso.png"}
 
 
-@pytest.mark.slow
 def test_batch_over_a_folder(tmp_path, capsys):
     folder, out = tmp_path / "photographs", tmp_path / "out"
     (folder / "inner").mkdir(parents=True)

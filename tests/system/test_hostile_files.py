@@ -39,10 +39,8 @@ from parchgrad.legacy.pickles import read_tensor_list
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.workflows.evaluation import read_settings
 from parchgrad.workflows.report_page import make_report
-from tests import hostile
-from tests.cli.test_cli import run
-from tests.conftest import random_statistics, small_network
-from tests.evaluation.test_runs import Noise
+from tests.support import Noise, cli, random_statistics, small_network
+from tests.system import hostile
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "200"))
 
@@ -150,7 +148,7 @@ def test_names_in_statistics_do_not_steer_the_terminal(capsys, tmp_path):
     path = tmp_path / "a.safetensors"
     ChannelStatistics(held.layers, {"categories": json.dumps([STEERING, "b"]), STEERING: STEERING}).save(path)
     for options in ((), ("--target", "0")):
-        code, printed, _ = run(capsys, "stats", "show", path, *options)
+        code, printed, _ = cli(capsys, "stats", "show", path, *options)
         assert code == 0
         assert "red [31m 2J  [bold]" in printed
         assert printed.replace("\n", "").isprintable()
@@ -294,7 +292,7 @@ def test_names_in_rows_do_not_steer_the_terminal(capsys, tmp_path):
         # The others are compared with this one.
         row["setting"] = row["setting"] if row["setting"] == "gradient" else STEERING
     (place / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, printed, errors = run(capsys, "report", place, "--out", tmp_path / "out")
+    code, printed, errors = cli(capsys, "report", place, "--out", tmp_path / "out")
     assert (code, errors) == (0, "")
     assert printed.count("red [31m") == 2
     assert printed.replace("\n", "").isprintable()

@@ -23,13 +23,12 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Only Linux says in /proc what a process holds."),
-]
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="Only Linux says in /proc what a process holds."
+)
 # As in pytest's own settings: old versions of other packages announce what they will do without.
 WARNINGS = ["-W", "error", "-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
 # Share by which resident memory may grow.
@@ -77,8 +76,7 @@ def explanations() -> dict[str, object]:
 
     import parchgrad as pg
     from parchgrad.errors import InputError, TargetError
-    from tests.conftest import random_statistics, small_network
-    from tests.core.test_engine import Raises, hooks
+    from tests.support import Raises, hooks, random_statistics, small_network
 
     model = small_network(dtype=torch.float32)
     broken = small_network(dtype=torch.float32).append(Raises().eval())
@@ -139,33 +137,14 @@ def explanations() -> dict[str, object]:
     return result
 
 
-class Noise(Dataset):
-    """Noisy pictures that are the same every time."""
-
-    categories = tuple("abcde")
-    fingerprint = "twelve noisy pictures"
-
-    def __init__(self, *, as_samples: bool) -> None:
-        self._as_samples = as_samples
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> object:
-        from parchgrad.data.samples import Sample
-
-        image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(index))
-        label = index % 5
-        return Sample(image=image, label=label, name=f"noise {index}") if self._as_samples else (image, label)
-
-
 def collections() -> dict[str, object]:
     """160 passes over a data set, with given and predicted labels, a file and a failure."""
     import parchgrad as pg
     from parchgrad.errors import ParchGradError
-    from tests.conftest import small_network
+    from tests.support import Noise, small_network
 
-    model, data = small_network(dtype=torch.float32), Noise(as_samples=False)
+    model, noise = small_network(dtype=torch.float32), Noise(12)
+    data = [(noise[index].image, noise[index].label) for index in range(12)]
 
     def act(turn: int) -> None:
         labels = ("given", "predicted")[turn % 2]
@@ -188,9 +167,9 @@ def evaluations() -> dict[str, object]:
     from parchgrad.evaluation.runs import evaluate
     from parchgrad.evaluation.scores import FAMILIES, ScoreSettings
     from parchgrad.evaluation.settings import Setting
-    from tests.conftest import small_network
+    from tests.support import Noise, small_network
 
-    model, data = small_network(dtype=torch.float32), Noise(as_samples=True)
+    model, data = small_network(dtype=torch.float32), Noise(12)
     scores = ScoreSettings(families=FAMILIES, ratios=(0.2, 0.5), steps=3, samples=2, randomised=(0.5,))
     settings = [Setting(), Setting(selector="energy", layers="all"), Setting(method="smoothgrad", selector="evidence")]
 

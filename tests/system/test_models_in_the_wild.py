@@ -9,7 +9,6 @@ import copy
 import importlib
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import timm
@@ -19,9 +18,9 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.errors import ModelError, ModelWarning
-from tests.conftest import small_network
+from tests.support import ROOT, small_network
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 try:
     survey, checks = (importlib.import_module(name) for name in ("survey_models", "survey_checks"))
@@ -61,7 +60,6 @@ def test_there_are_enough_to_speak_of():
     assert {"vision_transformer", "deit", "swin_transformer", "mlp_mixer"} <= {row.family for row in REFUSED}
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning:torchvision")
 @pytest.mark.parametrize("row", WORKING, ids=named)
 def test_a_network_of_the_family_is_explained(row):
@@ -98,7 +96,6 @@ def test_a_network_of_the_family_is_explained(row):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("row", REFUSED, ids=named)
 def test_a_network_without_convolutions_of_its_own_is_refused(row):
     skeleton = survey.build_skeleton(row.library, row.variant)
@@ -188,7 +185,6 @@ def test_what_is_not_true_of_maps_is_found(monkeypatch):
         checks.check_maps(model, inputs, "all")
 
 
-@pytest.mark.slow
 def test_a_survey_from_the_registry_to_the_page(monkeypatch, tmp_path, capsys):
     wanted = {("timm", "deit"): "deit_tiny_patch16_224", ("torchvision", "squeezenet"): "squeezenet1_1"}
     families = [

@@ -12,11 +12,11 @@ from PIL import Image
 
 import parchgrad as pg
 from parchgrad._io.files import check_outputs
-from parchgrad.cli import app, main
+from parchgrad.cli import app
 from parchgrad.errors import OutputError
 from parchgrad.evaluation.settings import Setting
 from parchgrad.workflows.demonstration import Demonstration
-from tests.evaluation.test_runs import Noise, run
+from tests.support import Noise, cli, contents, run
 
 # What each command with --force is given here; the place of its results comes last.
 WRITING = {
@@ -95,16 +95,6 @@ def quick_demonstration(monkeypatch):
     monkeypatch.setattr("parchgrad.workflows.demonstration.demonstrate", lambda: found)
 
 
-def ended(capsys, *arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code, capsys.readouterr().err
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.usefixtures("quick_demonstration")
 @pytest.mark.parametrize("command", WRITING)
 def test_what_is_there_stays_unless_forced(desk, tmp_path, monkeypatch, capsys, command):
@@ -116,7 +106,7 @@ def test_what_is_there_stays_unless_forced(desk, tmp_path, monkeypatch, capsys, 
     # Any of them is enough.
     for name in names:
         (tmp_path / name).write_text("earlier")
-        code, said = ended(capsys, *typed)
+        code, _, said = cli(capsys, *typed)
         assert code == 2
         assert said.startswith(f"Error: {str(tmp_path / name)!r} already exists. ")
         assert "--force" in said
@@ -124,7 +114,7 @@ def test_what_is_there_stays_unless_forced(desk, tmp_path, monkeypatch, capsys, 
         (tmp_path / name).unlink()
     for name in names:
         (tmp_path / name).write_text("earlier")
-    code, said = ended(capsys, *typed, "--force")
+    code, _, said = cli(capsys, *typed, "--force")
     assert code == 0, said
     written = contents(tmp_path)
     assert sorted(written) == sorted([*names, *LOCKS.get(command, ()), "notes.txt"]), "and these are all that it writes"
@@ -164,7 +154,7 @@ def test_what_appears_while_a_command_goes_on_stays(desk, tmp_path, monkeypatch,
 
     monkeypatch.setattr(function, meanwhile)
     typed = [*command.split(), *WRITING[command].split(), place / name if command.startswith("stats") else place]
-    code, said = ended(capsys, *typed)
+    code, _, said = cli(capsys, *typed)
     assert code == 2
     assert f"Error: {str(place / name)!r} already exists. " in said
     assert (place / name).read_text() == "meanwhile"
@@ -182,7 +172,7 @@ def test_statistics_do_not_overwrite_what_they_are_made_from(desk, tmp_path, mon
     shutil.copytree(desk, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
-    code, said = ended(capsys, *command.split(), "--force", *WRITING[command].split(), read)
+    code, _, said = cli(capsys, *command.split(), "--force", *WRITING[command].split(), read)
     assert code == 2
     assert "is an input" in said
     assert contents(tmp_path) == before
@@ -193,15 +183,15 @@ EVALUATING = "evaluate --model shapes --data shapes --count 2 --scores sparsity 
 
 def test_an_evaluation_adds_to_its_own_run_alone(tmp_path, capsys):
     typed = [*EVALUATING.split(), tmp_path]
-    assert ended(capsys, *typed)[0] == 0
+    assert cli(capsys, *typed)[0] == 0
     before = contents(tmp_path)
-    code, _ = ended(capsys, *typed)
+    code, *_ = cli(capsys, *typed)
     assert (code, contents(tmp_path)) == (0, before)
-    code, said = ended(capsys, *typed, "--seed", "7")
+    code, _, said = cli(capsys, *typed, "--seed", "7")
     assert code == 2
     assert "Choose another folder" in said
     assert contents(tmp_path) == before
-    assert ended(capsys, *typed, "--selector", "energy")[0] == 0
+    assert cli(capsys, *typed, "--selector", "energy")[0] == 0
     after = contents(tmp_path)
     assert after["shapes/rows-0.jsonl"].startswith(before["shapes/rows-0.jsonl"])
     assert after["shapes/run.json"] == before["shapes/run.json"]
@@ -247,7 +237,7 @@ def test_a_photograph_is_not_overwritten_by_its_own_panel(tmp_path, capsys, comm
     (tmp_path / "link").symlink_to(tmp_path)
     before = contents(tmp_path)
     for folder in (tmp_path, tmp_path / "link"):
-        code, said = ended(capsys, command, photograph, "--model", "shapes", "--out", folder, "--force")
+        code, _, said = cli(capsys, command, photograph, "--model", "shapes", "--out", folder, "--force")
         assert code == 2
         assert "is an input" in said
         assert contents(tmp_path) == before
@@ -257,7 +247,7 @@ def test_two_results_of_one_name_are_refused(tmp_path, capsys):
     for name in ("red.png", "red-signed.png"):
         Image.new("RGB", (70, 70), "red").save(tmp_path / name)
     photographs = [tmp_path / "red.png", tmp_path / "red-signed.png"]
-    code, said = ended(capsys, "explain", *photographs, "--model", "shapes", "--signed", "--out", tmp_path / "out")
+    code, _, said = cli(capsys, "explain", *photographs, "--model", "shapes", "--signed", "--out", tmp_path / "out")
     assert code == 2
     assert "Two results would be written to" in said
     assert not (tmp_path / "out").exists()

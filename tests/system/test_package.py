@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import parchgrad
+from tests.support import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +26,6 @@ else:
     import tomli as tomllib
 
 pytest.importorskip("hatchling", reason="builds the wheel; of the extra dev")
-ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -202,7 +202,6 @@ def test_maps_and_scores_need_neither_other_extras_nor_the_network(run, installe
     assert not modules_of(OPTIONAL - USED - BROUGHT) & set(found["then"])
 
 
-@pytest.mark.slow
 def test_the_explorer_reports_to_nobody(run):
     pytest.importorskip("gradio", reason="Gradio, of the extra web, is not installed.")
     found = run(

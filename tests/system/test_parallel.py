@@ -21,9 +21,7 @@ from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Setting
 from parchgrad.explain.nonfinite import find_non_finite
-from tests.conftest import random_statistics, small_network
-from tests.core.test_engine import all_selectors, hooks
-from tests.evaluation.test_runs import Noise, close, comparable
+from tests.support import Noise, all_selectors, close, comparable, hooks, random_statistics, small_network
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 TARGETS = torch.tensor([4, 0, 2, 1])
@@ -49,7 +47,6 @@ def test_pickled_statistics_are_the_same_and_read_only():
             view["2"] = None
 
 
-@pytest.mark.slow
 def test_an_explainer_works_in_a_worker_process():
     selector = pg.ClassWise(random_statistics({"0": 6, "2": 6}), quantile=0.3)
     explainer = pg.Explainer(small_network(), selector, layers="all")

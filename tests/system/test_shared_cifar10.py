@@ -1,12 +1,11 @@
 import pytest
 from benchmarks.cifar10 import scores
 
-from tests.conftest import SHARED
+from tests.support import SHARED
 
 FOLDER = SHARED / "cifar10"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not FOLDER.exists(), reason="the shared CIFAR-10 images are not here")
 def test_class_wise_beats_the_plain_gradient_and_random_channels_on_unseen_images():
     found = {name.split("(")[0]: shares for name, shares in scores(FOLDER, mosaics=40).items()}

@@ -5,14 +5,13 @@ import torch
 from benchmarks.grid_pointing import draw_mosaics, play, probabilities, read_photographs
 
 import parchgrad as pg
-from tests.conftest import SHARED
+from tests.support import SHARED
 
 FILES = sorted((SHARED / "imagenet-one-per-class").glob("*.jpg"))
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(len(FILES) != 1000, reason="needs ../shared/data/imagenet-one-per-class, which is not here"),
-]
+pytestmark = pytest.mark.skipif(
+    len(FILES) != 1000, reason="needs ../shared/data/imagenet-one-per-class, which is not here"
+)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ def test_every_question_compares_settings_that_differ_from_its_reference():
     assert len({question.title for question in study.QUESTIONS}) == len(study.QUESTIONS)
 
 
-@pytest.mark.slow
 def test_the_study_runs_and_says_what_its_rows_say(tmp_path, monkeypatch):
     runs, out = tmp_path / "runs", tmp_path / "out"
     arguments = ["--tracks", "shapes", "--share", "0.02", "--runs", str(runs), "--out", str(out)]

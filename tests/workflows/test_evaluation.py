@@ -19,7 +19,7 @@ from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
 from parchgrad.evaluation.sparsity import gini
 from parchgrad.workflows.evaluation import DataSettings, EvaluationSettings, evaluate_all, open_data, read_settings
-from tests.conftest import random_statistics, small_network
+from tests.support import random_statistics, small_network
 
 WHOLE = """
 model = ["resnet18", "efficientnet_lite0"]
