@@ -41,6 +41,18 @@ def lite0():
     return pg.load_model("efficientnet_lite0")
 
 
+@pytest.fixture(scope="module")
+def networks(lite0):
+    return {"efficientnet_lite0": lite0, "shapes": pg.load_model("shapes")}
+
+
+# With statistics, which only one network brings, and without.
+SELECTORS = [
+    *(("shapes", name) for name in ("energy", "activation", "evidence", "random")),
+    *(("efficientnet_lite0", name) for name in STATISTICS),
+]
+
+
 @pytest.fixture
 def photograph(tmp_path, monkeypatch):
     """A file whose name is enough to find it, as in the script."""
@@ -54,29 +66,28 @@ def same_map(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
-def test_maps_are_those_of_the_explainer(explorer, lite0, photograph, selector):
-    view = View(
-        selector=selector, quantile=0.2, softness=0.3, layers="0.3", target=281, gamma=20.0, gates=3.0, antialias=False
-    )
-    found = explorer.explore(photograph, view)
-    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+@pytest.mark.parametrize(("network", "selector"), SELECTORS)
+def test_maps_are_those_of_the_explainer(explorer, networks, photograph, network, selector):
+    settings = {"quantile": 0.2, "softness": 0.3, "gamma": 20.0, "gates": 3.0, "antialias": False}
+    found = explorer.explore(photograph, View(network=network, selector=selector, layers="0.3", target=7, **settings))
+    classifier = networks[network]
+    inputs = classifier.preprocess(example_photographs()[1]).unsqueeze(0)
     # With all classes, where the explorer keeps the column of one.
     statistics = pg.ChannelStatistics.bundled("efficientnet_lite0")
     of_library = pg.Explainer(
-        lite0.model,
+        classifier.model,
         find_selector(selector).make(quantile=0.2, softness=0.3, statistics=statistics),
         layers=0.3,
         gamma=20.0,
         gates=3.0,
         antialias=False,
     )
-    assert torch.equal(found.attribution, of_library.attribute(inputs, 281)[0])
-    assert torch.equal(found.plain, pg.Explainer(lite0.model, None).attribute(inputs, 281)[0])
+    assert torch.equal(found.attribution, of_library.attribute(inputs, 7)[0])
+    assert torch.equal(found.plain, pg.Explainer(classifier.model, None).attribute(inputs, 7)[0])
     assert found.layers == of_library.layers
-    logits = lite0.model(inputs)[0].detach()
-    assert found.target.index == 281
-    assert found.target.probability == pytest.approx(float(logits.softmax(0)[281]), rel=1e-5)
+    logits = classifier.model(inputs)[0].detach()
+    assert found.target.index == 7
+    assert found.target.probability == pytest.approx(float(logits.softmax(0)[7]), rel=1e-5)
     assert [item.index for item in found.predictions] == logits.topk(5).indices.tolist()
 
 
@@ -98,13 +109,14 @@ def test_the_first_view_is_the_best_setting(explorer, lite0, photograph):
     )
 
 
-@pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
+@pytest.mark.parametrize(("network", "selector"), SELECTORS)
 @pytest.mark.parametrize("softness", [None, 0])
-def test_what_is_not_given_suits_the_selector(explorer, lite0, selector, softness):
-    found = explorer.explore(Photograph("coffee"), View(selector=selector, softness=softness))
-    statistics = pg.ChannelStatistics.bundled("efficientnet_lite0")
-    of_library = pg.Explainer(lite0.model, find_selector(selector).make(softness=softness, statistics=statistics))
-    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+def test_what_is_not_given_suits_the_selector(explorer, networks, network, selector, softness):
+    found = explorer.explore(Photograph("coffee"), View(network=network, selector=selector, softness=softness))
+    statistics, classifier = pg.ChannelStatistics.bundled("efficientnet_lite0"), networks[network]
+    made = find_selector(selector).make(softness=softness, statistics=statistics)
+    of_library = pg.Explainer(classifier.model, made)
+    inputs = classifier.preprocess(example_photographs()[1]).unsqueeze(0)
     assert torch.equal(found.attribution, of_library.attribute(inputs)[0])
     assert found.view.gates == of_library.edit.gates
     assert found.view.antialias == of_library.edit.antialias
@@ -138,9 +150,10 @@ def test_methods_with_rectifiers_of_their_own_need_no_gates(explorer, tmp_path, 
         explorer.explore(Photograph("cat"), View(network="shapes", method="DeepLift", gates=2))
 
 
-@pytest.mark.parametrize("selector", ["energy", "activation", "evidence", "random", *STATISTICS])
-def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, selector):
+@pytest.mark.parametrize(("network", "selector"), SELECTORS)
+def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, network, selector):
     view = View(
+        network=network,
         selector=selector,
         layers="0.3",
         quantile=0.15,
@@ -163,8 +176,7 @@ def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, se
     assert np.abs(written - picture).max() < 0.02
 
 
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("opacity", [1, 0.4, 0])
+@pytest.mark.parametrize(("signed", "opacity"), [(False, 1), (True, 0.4), (False, 0)])
 def test_the_figure_has_the_opacity_of_the_maps(explorer, signed, opacity):
     view = View(network="shapes", layers="all", signed=signed, opacity=opacity)
     found, game = (
