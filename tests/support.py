@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -185,6 +186,48 @@ def close(first, second):
 def order(row):
     """Sort rows by this where several processes wrote them."""
     return row["setting"], row["index"]
+
+
+# The research code
+
+FOR_CLASSES = ("cls_p_values", "shapiro_p_values")
+
+
+def write_pickles(folder, model, classes, names=(*FOR_CLASSES, "gap_mean", "gap_std")):
+    """Write pickles as the research code does: a list with a tensor per convolution in each file."""
+    generator = torch.Generator().manual_seed(5)
+    channels = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    lists = {
+        "cls_p_values": [torch.rand(count, classes, generator=generator) for count in channels],
+        "shapiro_p_values": [torch.rand(count, generator=generator) * 0.08 for count in channels],
+        "gap_mean": [torch.rand(count, generator=generator) * 0.1 for count in channels],
+        "gap_std": [torch.rand(count, generator=generator) * 0.1 + 0.05 for count in channels],
+    }
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(lists[name], pickle.HIGHEST_PROTOCOL))
+    return lists
+
+
+def write_statistics(path, model, classes):
+    """Write random statistics of all convolutions of a model."""
+    statistics = random_statistics(
+        {name: module.out_channels for name, module in pg.find_convolutions(model).items()}, classes
+    )
+    statistics.save(path)
+    return statistics
+
+
+def published_choice(name, model):
+    """List the convolutions that the research code edits by default."""
+    if name == "resnet50":
+        blocks = [block for layer in (model.layer3, model.layer4) for block in layer]
+        return [convolution for block in blocks for convolution in (block.conv1, block.conv2, block.conv3)]
+    if name == "vgg16":
+        upper = list(model.features)[len(model.features) // 2 :]
+        return [module for module in upper if isinstance(module, nn.Conv2d)]
+    first, second = (model.features[stage][0].block[1][0] for stage in (6, 7))
+    return [first, second, model.features[8][0]]
 
 
 # The explorer

@@ -10,6 +10,13 @@ from parchgrad.errors import LayerError, ModelError
 from tests.support import small_network
 
 
+@pytest.fixture(autouse=True)
+def _without_weights():
+    """Build networks without weights, which only their structure is looked at for."""
+    with torch.device("meta"):
+        yield
+
+
 def chain(n, kind=nn.Conv2d):
     return nn.Sequential(*[kind(2, 2, 1) for _ in range(n)])
 

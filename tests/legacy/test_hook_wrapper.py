@@ -1,4 +1,3 @@
-import pickle
 from unittest.mock import Mock
 
 import pytest
@@ -9,49 +8,12 @@ from torch import nn
 import parchgrad as pg
 from parchgrad.errors import LayerError, ModelError, SettingError, StatisticsError
 from parchgrad.legacy import hook_wrapper
-from tests.support import ROOT, random_statistics, small_network
+from tests.support import FOR_CLASSES, ROOT, published_choice, small_network, write_pickles, write_statistics
 
 SETTINGS = {"quantile": 0.5, "alpha": None, "normality_threshold": 0.05, "gamma": 2.0, "conserve": "exact"}
 
 
-FOR_CLASSES = ("cls_p_values", "shapiro_p_values")
 FOR_IMAGES = ("shapiro_p_values", "gap_mean", "gap_std")
-
-
-def write_pickles(folder, model, classes, names=(*FOR_CLASSES, "gap_mean", "gap_std")):
-    """Write what the research code wrote: a list with a tensor per convolution in each file."""
-    generator = torch.Generator().manual_seed(5)
-    channels = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
-    lists = {
-        "cls_p_values": [torch.rand(count, classes, generator=generator) for count in channels],
-        "shapiro_p_values": [torch.rand(count, generator=generator) * 0.08 for count in channels],
-        "gap_mean": [torch.rand(count, generator=generator) * 0.1 for count in channels],
-        "gap_std": [torch.rand(count, generator=generator) * 0.1 + 0.05 for count in channels],
-    }
-    folder.mkdir(parents=True)
-    for name in names:
-        (folder / f"{name}.pkl").write_bytes(pickle.dumps(lists[name], pickle.HIGHEST_PROTOCOL))
-    return lists
-
-
-def write_statistics(path, model, classes):
-    statistics = random_statistics(
-        {name: module.out_channels for name, module in pg.find_convolutions(model).items()}, classes
-    )
-    statistics.save(path)
-    return statistics
-
-
-def published_choice(name, model):
-    """The layers that the research code edits when it is given no ratio."""
-    if name == "resnet50":
-        blocks = [block for layer in (model.layer3, model.layer4) for block in layer]
-        return [convolution for block in blocks for convolution in (block.conv1, block.conv2, block.conv3)]
-    if name == "vgg16":
-        upper = list(model.features)[len(model.features) // 2 :]
-        return [module for module in upper if isinstance(module, nn.Conv2d)]
-    first, second = (model.features[stage][0].block[1][0] for stage in (6, 7))
-    return [first, second, model.features[8][0]]
 
 
 @pytest.mark.parametrize(
