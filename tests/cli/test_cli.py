@@ -189,7 +189,7 @@ def test_one_bad_image_stops_all_before_anything_is_written(capsys, coffee, tmp_
 
 
 def test_earlier_results_stay_unless_forced(capsys, coffee, tmp_path):
-    arguments = ["explain", coffee, "--out", tmp_path / "out"]
+    arguments = ["explain", coffee, "--model", "shapes", "--out", tmp_path / "out"]
     assert cli(capsys, *arguments)[0] == 0
     code, _, errors = cli(capsys, *arguments)
     assert code == 2
@@ -377,7 +377,7 @@ def test_a_damaged_photograph_costs_itself_alone(capsys, photographs, tmp_path, 
     # As if they had never been there, but for the order of the sums.
     for path in damaged:
         path.unlink()
-    assert cli(capsys, *options, "-o", tmp_path / "other.safetensors")[0] == 0
+    assert cli(capsys, *options, "--workers", 0, "-o", tmp_path / "other.safetensors")[0] == 0
     other = parchgrad.ChannelStatistics.load(tmp_path / "other.safetensors")
     for name, layer in found.items():
         for part in ("mean", "std", "class_mean", "class_variance"):
