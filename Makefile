@@ -85,7 +85,7 @@ study: $(VENV)/.dev  ## vary every setting on four networks, write docs/study; o
 survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; ten minutes on one core
 	$(BIN)/python tools/survey_models.py
 
-mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test fail; five minutes
+mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test fail; 15 minutes
 	rm -rf mutants
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
 	$(BIN)/mutmut results

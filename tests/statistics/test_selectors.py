@@ -8,7 +8,7 @@ import torch
 import parchgrad as pg
 from parchgrad.errors import StatisticsError
 from parchgrad.statistics import RankedLayerStatistics
-from tests.conftest import random_statistics
+from tests.support import random_statistics
 from tests.messages import check_message
 
 
