@@ -95,7 +95,7 @@ fuzz: $(VENV)/.dev  ## try every parser of files with FUZZ spoilt ones, others e
 	HYPOTHESIS_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest tests/system/test_hostile_files.py --durations=0 \
 	  --hypothesis-seed=$$($(BIN)/python -c 'import secrets; print(secrets.randbelow(10**9))')
 
-check: lint test  ## all that a change must pass
+check: lint test  ## the quick part of what CI runs
 
 clean:  ## remove the environment and everything generated
 	rm -rf $(VENV) $(LOWEST) outputs mutants build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

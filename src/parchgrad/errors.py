@@ -27,7 +27,7 @@ __all__ = [
 _LONGEST_REASON = 200
 _LONGEST = 1000
 # Packages whose frames `warn` skips to find the user's line.
-_BETWEEN = {"parchgrad", "dataclasses", "contextlib"}
+_BETWEEN = {"parchgrad", "torch", "captum", "dataclasses", "contextlib"}
 
 
 class ParchGradError(Exception):
@@ -76,6 +76,10 @@ class NonFiniteError(ParchGradError, ArithmeticError):
     """Scores or maps are NaN or infinite although the input is finite; the message names the layer where it began."""
 
 
+class BlockError(ParchGradError, RuntimeError):
+    """A `ParchGrad` block was entered twice, or left in another thread or task than it was entered in."""
+
+
 class TargetError(ParchGradError, ValueError):
     """The class to explain does not exist, or does not fit the batch.
 
@@ -107,7 +111,7 @@ class StatisticsWarning(UserWarning):
 class WeightsError(ParchGradError, OSError):
     """Pretrained weights are missing, damaged, or cannot be downloaded.
 
-    Common causes: no network connection, or an extra of the package that is not installed.
+    Common causes: no network connection, or the package with the weights is not installed.
     """
 
 

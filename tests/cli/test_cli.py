@@ -16,12 +16,12 @@ from typer.main import get_command
 import parchgrad
 from parchgrad.cli import app, main
 from parchgrad.cli.shared import interrupted_by_signals
-from parchgrad.core.selectors import find_selector
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.settings import Grid
 from parchgrad.models import loading as models
 from parchgrad.models.classifier import Classifier
+from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual import save_figure
 from parchgrad.visual.sweeps import quantile_sweep
 from tests.support import cli

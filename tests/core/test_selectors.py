@@ -10,20 +10,19 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.core.selectors import (
-    _REGISTERED,
+    REGISTERED,
     EditDefaults,
     LayerSignal,
     RegisteredSelector,
     as_selection,
     check_softness,
-    find_selector,
     kth_largest,
     register_selector,
-    registered_selectors,
     soft_weights,
 )
 from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
 from parchgrad.statistics import RankedLayerStatistics
+from parchgrad.statistics.selectors import find_selector, registered_selectors
 from tests import reference
 from tests.messages import check_message
 from tests.support import random_statistics, small_network
@@ -600,7 +599,7 @@ def test_a_registered_selector_keeps_its_names_and_none_is_replaced():
         check_message(caught.value, "'loudest'")
         assert find_selector("loudest").kind is Loudest
     finally:
-        _REGISTERED.pop("loudest", None)
+        REGISTERED.pop("loudest", None)
     with pytest.raises(SettingError) as caught:
         register_selector("bare", **described)(Bare)
     check_message(caught.value, "Bare", "@dataclass", "@register_selector")

@@ -11,7 +11,6 @@ from PIL import Image
 
 import parchgrad as pg
 from parchgrad.core.layers import parse_layers
-from parchgrad.core.selectors import find_selector
 from parchgrad.errors import (
     ImageError,
     InputError,
@@ -25,6 +24,7 @@ from parchgrad.evaluation.localisation import mosaic
 from parchgrad.explain.methods import METHODS
 from parchgrad.explorer.inputs import EXAMPLES, Photograph, View, check_photograph
 from parchgrad.explorer.views import Explorer, _Recent, tinted
+from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual import blend, blend_signed
 from parchgrad.workflows.demonstration import example_photographs
 

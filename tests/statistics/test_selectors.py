@@ -8,8 +8,8 @@ import torch
 import parchgrad as pg
 from parchgrad.errors import StatisticsError
 from parchgrad.statistics import RankedLayerStatistics
-from tests.support import random_statistics
 from tests.messages import check_message
+from tests.support import random_statistics
 
 
 def compact(log_p):

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import parchgrad as pg
-from parchgrad.core.selectors import find_selector
 from parchgrad.explorer.inputs import EXAMPLES, Photograph, View
 from parchgrad.explorer.views import Explorer
+from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual import save_figure
 from parchgrad.workflows.demonstration import example_photographs
 from tests.support import maps_on, python, shown_maps

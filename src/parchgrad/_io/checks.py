@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 
 from parchgrad.errors import ParchGradError, SettingError
 
-__all__ = ["check_kind", "check_whole_number", "is_number", "is_whole_number"]
+__all__ = ["check_kind", "check_seed", "check_whole_number", "is_number", "is_whole_number"]
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -40,6 +40,18 @@ def check_whole_number(name: str, value: object, least: int) -> None:
     """
     if not is_whole_number(value) or value < least:
         raise SettingError(f"`{name}` is {value!r}, but it must be a whole number of at least {least}.")
+
+
+def check_seed(seed: object) -> None:
+    """Raise `SettingError` unless a seed is a whole number that torch accepts.
+
+    Example:
+        >>> check_seed(0.5)
+        Traceback (most recent call last):
+        parchgrad.errors.SettingError: `seed` is 0.5, but it must be a whole number of fewer than 64 bits.
+    """
+    if not is_whole_number(seed) or abs(seed) >= 2**63:
+        raise SettingError(f"`seed` is {seed!r}, but it must be a whole number of fewer than 64 bits.")
 
 
 def check_kind(

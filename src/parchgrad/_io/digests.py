@@ -35,10 +35,11 @@ def digest(value: Any) -> str:
                 found.update(str(name).encode())
                 update(inner)
         elif isinstance(part, list | tuple):
+            found.update(f"{len(part)} items".encode())
             for inner in part:
                 update(inner)
         else:
-            found.update(without_addresses(repr(part)).encode())
+            found.update(without_addresses(f"{part!r};").encode())
 
     update(value)
     return found.hexdigest()

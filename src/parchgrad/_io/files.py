@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from parchgrad.errors import OutputError, reason_of
+from parchgrad.errors import OutputError, ParchGradError, reason_of
 
 __all__ = [
     "check_outputs",
@@ -63,8 +64,8 @@ def check_outputs(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path] 
             raise OutputError(f"{str(path)!r} is a folder. Name a file in it.")
         if os.path.lexists(path) and not force:
             raise _exists(path)
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
+        folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
             raise OutputError(f"Cannot write {str(path)!r} below {str(folder)!r}. Choose another folder.")
 
 
@@ -96,13 +97,16 @@ def distinct_stems(paths: Iterable[Path]) -> list[str]:
         >>> distinct_stems([Path("a.jpg"), Path("a.png"), Path("other", "a.jpg"), Path("b.jpg")])
         ['a', 'a-2', 'a-3', 'b']
     """
-    stems: list[str] = []
+    stems: dict[str, str] = {}
+    numbers: Counter[str] = Counter()
     for path in paths:
-        stem, number = path.stem, 2
-        while stem in stems:
-            stem, number = f"{path.stem}-{number}", number + 1
-        stems.append(stem)
-    return stems
+        stem = path.stem
+        # Some file systems ignore case.
+        while stem.casefold() in stems:
+            numbers[path.stem.casefold()] += 1
+            stem = f"{path.stem}-{numbers[path.stem.casefold()] + 1}"
+        stems[stem.casefold()] = stem
+    return list(stems.values())
 
 
 def save_array(values: NDArray[Any], path: Path) -> None:
@@ -232,7 +236,7 @@ def _naming(*paths: Path) -> Iterator[None]:
     """Convert errors while writing these files to `OutputError`."""
     try:
         yield
-    except OutputError:
+    except ParchGradError:
         raise
     except (OSError, SafetensorError) as error:
         # safetensors rephrases the system's errors.

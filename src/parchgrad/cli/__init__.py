@@ -1,6 +1,7 @@
 """The command line: read options, call the library, print results."""
 
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(arguments)
         except ParchGradError as error:
-            error_console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            said = escape(_naming_options(str(error)))
+            error_console.print(f"[bold red]Error:[/] {said}", soft_wrap=True, highlight=False)
             sys.exit(2)
+
+
+def _naming_options(text: str) -> str:
+    """Name the options of the commands in place of the parameters that they set."""
+    group = typer.main.get_command(app)
+    commands = [*getattr(group, "commands", {}).values()]
+    commands += [inner for command in commands for inner in getattr(command, "commands", {}).values()]
+    options = {item.name: item.opts[0] for command in commands for item in command.params if item.opts[0][:2] == "--"}
+    return re.sub(r"`(\w+)=?`", lambda found: options.get(found[1], found[0]), text)
 
 
 @contextmanager

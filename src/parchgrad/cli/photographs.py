@@ -1,13 +1,12 @@
 """The commands explain, sweep, animate, models and demo."""
 
-import enum
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 from rich.markup import escape
@@ -30,30 +29,6 @@ if TYPE_CHECKING:
     from parchgrad.core.selectors import RegisteredSelector
     from parchgrad.models.classifier import Classifier
     from parchgrad.visual.sweeps import Sweep
-
-
-class ConserveName(str, enum.Enum):
-    """What a layer conserves."""
-
-    energy = "energy"
-    independent = "independent"
-    exact = "exact"
-    none = "none"
-
-
-class SettingName(str, enum.Enum):
-    """Setting that a sweep varies."""
-
-    quantile = "quantile"
-    alpha = "alpha"
-
-
-class FormatName(str, enum.Enum):
-    """Formats of animations."""
-
-    gif = "gif"
-    webp = "webp"
-    mp4 = "mp4"
 
 
 # Images held in memory together with their maps.
@@ -96,7 +71,7 @@ Gamma: TypeAlias = Annotated[
     float, typer.Option(help="Factor of the kept signal relative to the rest; 'inf' prunes the rest.")
 ]
 Conservation: TypeAlias = Annotated[
-    ConserveName | None,
+    Literal["energy", "independent", "exact", "none"] | None,
     typer.Option(
         help="What a layer conserves: the norm of its gradient (energy), or the variance of the sum over its channels, "
         "estimated (independent, as published) or exact.",
@@ -130,7 +105,7 @@ Values: TypeAlias = Annotated[
 ]
 DeviceName: TypeAlias = Annotated[str, typer.Option(help="Device of the model: 'cpu', 'cuda', 'cuda:1', 'mps'.")]
 Over: TypeAlias = Annotated[
-    SettingName,
+    Literal["quantile", "alpha"],
     typer.Option(help="Setting to vary: quantile, or alpha (the p-value at the threshold) for class and instance."),
 ]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite existing results.")]
@@ -189,7 +164,7 @@ def explain(
         method=method,
         device=device,
     )
-    _check_statistics([selector], statistics)
+    _check_used([selector], asked)
     with error_console.status("Starting") as status:
         from parchgrad.data.images import read_image, stored_frame
 
@@ -207,7 +182,7 @@ def explain(
         check_outputs([*own, *signed_panels], force=force, inputs=images)
         classifier, index, (edit,) = _prepare(asked, [selector], status.update)
         explained = partial(explain_images, classifier, edit=edit, target=index, method=method, stability=stability)
-        columns = ("photograph", "explained class", *(["stability"] if stability else []), "also predicted")
+        columns = ("image", "explained class", *(["stability"] if stability else []), "also predicted")
         table, done = make_table(*columns), 0
         edited: list[str] = []
         unstable: list[str] = []
@@ -257,7 +232,7 @@ def sweep(
         str, typer.Option(metavar="NAME", help="How channels are ranked; see `parchgrad selectors`.")
     ] = "evidence",
     statistics: StatisticsFile = None,
-    over: Over = SettingName.quantile,
+    over: Over = "quantile",
     values: Values = None,
     softness: Softness = None,
     layers: LayersText = None,
@@ -312,7 +287,7 @@ def animate(
         ),
     ] = None,
     statistics: StatisticsFile = None,
-    over: Over = SettingName.quantile,
+    over: Over = "quantile",
     values: Values = None,
     softness: Softness = None,
     layers: LayersText = None,
@@ -323,8 +298,8 @@ def animate(
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
     form: Annotated[
-        FormatName, typer.Option("--format", help="Format of the animation; mp4 needs ffmpeg.")
-    ] = FormatName.gif,
+        Literal["gif", "webp", "mp4"], typer.Option("--format", help="Format of the animation; mp4 needs ffmpeg.")
+    ] = "gif",
     most_kilobytes: Annotated[int, typer.Option(help="Size limit of a file; panels shrink to fit.", min=1)] = 500,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/animate"),
     force: Force = False,
@@ -334,7 +309,7 @@ def animate(
     All maps in an animation share one scale, in multiples of a map's mean.
     """
     selectors = list(dict.fromkeys(selector or ["evidence"]))
-    paths = [out / f"{stem}.{form.value}" for stem in distinct_stems(images)]
+    paths = [out / f"{stem}.{form}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
     asked = _Options(
         model=model,
@@ -368,7 +343,8 @@ def models(
 
     entries = list_models(pattern or "*")
     if not entries:
-        raise SettingError(f"No model matches {pattern!r}. Try `parchgrad models '*{pattern}*'`, or '*' for all.")
+        wider = f"*{(pattern or '').strip('*')}*"
+        raise SettingError(f"No model matches {pattern!r}. Try `parchgrad models '{wider}'`, or '*' for all.")
     shown = [entry for entry in entries if pattern or entry.offline or entry.library != "timm"]
     table = make_table("name", "library", "weights")
     for entry in shown:
@@ -381,8 +357,7 @@ def models(
 
 def selectors() -> None:
     """List the selectors, with those that `parchgrad --import` registers."""
-    import parchgrad.statistics  # noqa: F401 - it registers two
-    from parchgrad.core.selectors import registered_selectors
+    from parchgrad.statistics.selectors import registered_selectors
 
     table = make_table("name", "keeps", "needs")
     for name, found in registered_selectors().items():
@@ -422,7 +397,7 @@ class _Options:
     softness: float | None
     layers: str | None
     gamma: float
-    conserve: ConserveName | None
+    conserve: Literal["energy", "independent", "exact", "none"] | None
     gates: float | None
     antialias: bool | None
     method: str
@@ -433,18 +408,18 @@ def _make_sweeps(
     images: Sequence[Path],
     names: Sequence[str],
     asked: _Options,
-    over: SettingName,
+    over: str,
     values: str | None,
     say: Callable[[str], None],
 ) -> "Iterator[list[Sweep]]":
     """Sweep one image after another, for each selector."""
     unranked = [name for name in names if not _find_selector(name).has("alpha")]
-    if over is SettingName.alpha and unranked:
+    if over == "alpha" and unranked:
         raise SettingError(
             f"--over is alpha, but the selector {unranked[0]} has no p-values. Pass --selector class or instance, or "
             "--over quantile."
         )
-    _check_statistics(names, asked.statistics)
+    _check_used(names, asked)
     from parchgrad.data.images import read_image
 
     # Check the images before the slow imports.
@@ -456,7 +431,7 @@ def _make_sweeps(
     classifier, target, edits = _prepare(asked, names, say)
 
     def swept(picture: "Image.Image", edit: "Edit") -> "Sweep":
-        if over is SettingName.quantile:
+        if over == "quantile":
             return quantile_sweep(classifier, picture, edit, quantiles=given, target=target, method=asked.method)
         return alpha_sweep(classifier, picture, edit, alphas=given or ALPHAS, target=target, method=asked.method)
 
@@ -465,18 +440,17 @@ def _make_sweeps(
 
 
 def _find_selector(name: str) -> "RegisteredSelector":
-    """Look up a selector by name, the two of channel statistics included."""
-    import parchgrad.statistics  # noqa: F401 - it registers them
-    from parchgrad.core.selectors import find_selector
+    """Call `parchgrad.statistics.selectors.find_selector`, imported lazily."""
+    from parchgrad.statistics.selectors import find_selector
 
     return find_selector(name)
 
 
-def _check_statistics(names: Sequence[str], statistics: Path | None) -> None:
-    if statistics is not None and not any(_find_selector(name).needs_statistics for name in names):
-        raise SettingError(
-            f"--statistics is set, but the selector {names[0]} uses none. Pass --selector class or instance."
-        )
+def _check_used(names: Sequence[str], asked: _Options) -> None:
+    """Refuse options that no selector uses."""
+    for option in ("statistics", "quantile", "softness"):
+        if getattr(asked, option) is not None and not any(_find_selector(name).has(option) for name in names):
+            raise SettingError(f"--{option} is set, but the selector {names[0]} has none. Leave it out.")
 
 
 def _prepare(
@@ -498,7 +472,7 @@ def _prepare(
             selector=_find_selector(name).make(quantile=asked.quantile, softness=asked.softness, statistics=held),
             layers=None if asked.layers is None else parse_layers(asked.layers),
             gamma=asked.gamma,
-            conserve=None if asked.conserve is None else asked.conserve.value,
+            conserve=asked.conserve,
             gates=asked.gates,
             antialias=asked.antialias,
         )

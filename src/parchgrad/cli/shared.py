@@ -17,7 +17,6 @@ from parchgrad.errors import SettingError, on_one_line
 if TYPE_CHECKING:
     import torch
 
-    from parchgrad.models.classifier import Classifier
 
 # Slow imports are inside the commands, so that --help is fast.
 
@@ -62,13 +61,6 @@ class ProgressBars:
         task = self._progress.tasks[self._tasks[stage]]
         rate = f"{task.speed:,.0f} {unit}" if task.speed else ""
         self._progress.update(task.id, completed=done, total=total, rate=rate)
-
-
-def move_model(classifier: "Classifier", device: str) -> "torch.device":
-    """Move the model to a device and return the device."""
-    place = place_of(device)
-    classifier.model.to(place)
-    return place
 
 
 def place_of(device: str) -> "torch.device":

@@ -1,12 +1,11 @@
 """The commands of `parchgrad stats`: collect, show, merge and import-pickles."""
 
-import enum
 import json
 import math
 import os
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 from rich.markup import escape
@@ -17,8 +16,8 @@ from parchgrad.cli.shared import (
     error_console,
     interrupted_by_signals,
     make_table,
-    move_model,
     parse_layers,
+    place_of,
     printable,
 )
 
@@ -33,21 +32,6 @@ stats = typer.Typer(
 _NO_CLASSES = "no p-values per class"
 
 
-class LabelsName(str, enum.Enum):
-    """Source of the class labels."""
-
-    given = "given"
-    predicted = "predicted"
-
-
-class DtypeName(str, enum.Enum):
-    """Precision of the forward passes."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 @stats.command()
 def collect(
     data: Annotated[
@@ -58,12 +42,12 @@ def collect(
         str, typer.Option(help="Model name from torchvision or timm; see `parchgrad models`.")
     ] = "efficientnet_lite0",
     labels: Annotated[
-        LabelsName,
+        Literal["given", "predicted"],
         typer.Option(help="Labels: 'given' by the class folders, or 'predicted' probabilities of the model."),
-    ] = LabelsName.given,
+    ] = "given",
     layers: Annotated[
         str,
-        typer.Option(help="Layers: 'all', 'default', a ratio (0.5: the upper half), or patterns ('layer3.*,conv1')."),
+        typer.Option(help="Layers: 'all', a ratio (0.5: the upper half), patterns ('layer3.*,conv1'), or 'published'."),
     ] = "all",
     batch_size: Annotated[int, typer.Option(help="Number of images per pass.")] = 32,
     workers: Annotated[
@@ -71,8 +55,9 @@ def collect(
     ] = 0,
     device: Annotated[str, typer.Option(help="Device of the model: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
     dtype: Annotated[
-        DtypeName, typer.Option(help="Precision of the forward passes; below float32 with autocast.")
-    ] = DtypeName.float32,
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Precision of the forward passes; below float32 with autocast."),
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Random seed of the image sample for the normality test.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Number of batches between checkpoints.")] = 250,
     skip_unreadable: Annotated[
@@ -103,8 +88,9 @@ def collect(
             [out], force=force, inputs=find_files(data, PHOTOGRAPH_SUFFIXES) if force and data.is_dir() else ()
         )
         classifier = load_model(model)
-        place = move_model(classifier, device)
-    precision = torch.autocast(place.type, getattr(torch, dtype.value), enabled=dtype is not DtypeName.float32)
+        place = place_of(device)
+        classifier.model.to(place)
+    precision = torch.autocast(place.type, getattr(torch, dtype), enabled=dtype != "float32")
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     try:
         # Clusters stop jobs with a signal; write a checkpoint as for Ctrl-C. With several processes, leave signals
@@ -118,7 +104,7 @@ def collect(
             found = collect_from_folder(
                 classifier,
                 data,
-                labels=labels.value,
+                labels=labels,
                 layers=parse_layers(layers),
                 batch_size=batch_size,
                 workers=workers,
@@ -144,7 +130,7 @@ def collect(
 @stats.command()
 def show(
     file: Annotated[Path, typer.Argument(help="File written by `parchgrad stats collect`.")],
-    quantile: Annotated[float, typer.Option(help="Share of the channels to keep, in (0, 1].")] = 0.1,
+    quantile: Annotated[float, typer.Option(help="Share of the channels at or above the threshold, in (0, 1].")] = 0.1,
     target: Annotated[str | None, typer.Option(help="Class, by name or index, whose best channels to show.")] = None,
     top: Annotated[int, typer.Option(help="Number of best channels to show.", min=1)] = 3,
 ) -> None:
@@ -154,9 +140,9 @@ def show(
         from parchgrad.statistics.selectors import ClassWise, InstanceWise
 
         held = ChannelStatistics.load(file)
-        selector: ClassWise | InstanceWise = InstanceWise(held, quantile=quantile)
+        selector: ClassWise | InstanceWise = InstanceWise(held, quantile=quantile, softness=0)
         if held.classes or target is not None:
-            selector = ClassWise(held, quantile=quantile, test=held.test)
+            selector = ClassWise(held, quantile=quantile, softness=0, test=held.test)
         selector.check({name: layer.channels for name, layer in held.items()})
         if target is None:
             columns, title = ["channels", "not normal"], "Channels that pass the normality gate"
@@ -168,7 +154,7 @@ def show(
                 gated = int((layer.shapiro_p < cast(float, selector.normality_threshold)).sum())
                 row = [printable(name), f"{layer.channels}", f"{gated}"]
                 if isinstance(selector, ClassWise):
-                    selected = (selector.class_weights(name) > 0).sum(dim=1)
+                    selected = selector.class_weights(name).sum(dim=1)
                     row += [f"{selected.double().mean():.1f}", f"{selected.min()}", f"{selected.max()}"]
                 table.add_row(*row)
         else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 __all__ = [
     "are_transforms_active",
     "current_backward_pass",
+    "forward_hooks",
     "has_plain_forward",
     "in_place_changes",
     "is_compiled",
@@ -70,6 +71,11 @@ def is_compiled(module: nn.Module) -> bool:
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """Return a module's parameter, or None where it is computed in every pass, as a parametrized weight is."""
     return module._parameters.get(name)
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """List the hooks that are called before and after a module's forward pass."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def has_plain_forward(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:

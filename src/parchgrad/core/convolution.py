@@ -5,6 +5,7 @@ different channels become groups of one grouped convolution, without a loop over
 is never computed.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from parchgrad.core._torch import has_plain_forward, own_parameter
 from parchgrad.core.layers import Convolution
 from parchgrad.core.partition import without_autocast
 
-__all__ = ["Geometry", "partitioned_input_gradient", "plain_geometry"]
+__all__ = ["Geometry", "partitioned_input_gradient", "per_dimension", "plain_geometry"]
 
 
 class Geometry(NamedTuple):
@@ -45,8 +46,8 @@ def plain_geometry(convolution: Convolution) -> Geometry | None:
     if weight is None:
         return None
     kernel = weight.shape[2:]
-    stride = _per_dimension(convolution.stride, len(kernel))
-    dilation = _per_dimension(convolution.dilation, len(kernel))
+    stride = per_dimension(convolution.stride, len(kernel))
+    dilation = per_dimension(convolution.dilation, len(kernel))
     padding: str | int | tuple[int, ...] = convolution.padding
     if padding == "same":
         around = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
@@ -57,12 +58,18 @@ def plain_geometry(convolution: Convolution) -> Geometry | None:
         padding = 0
     if convolution.padding_mode != "zeros" or isinstance(padding, str):
         return None
-    return Geometry(stride, _per_dimension(padding, len(kernel)), dilation, convolution.groups)
+    return Geometry(stride, per_dimension(padding, len(kernel)), dilation, convolution.groups)
 
 
-def _per_dimension(value: int | tuple[int, ...], dimensions: int) -> tuple[int, ...]:
-    """Expand one number to all dimensions: users may assign a single one to a convolution."""
-    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+def per_dimension(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """Expand one number to all dimensions: users may assign a single one to a convolution.
+
+    Example:
+        >>> per_dimension(2, 3), per_dimension((2,), 2), per_dimension((1, 2), 2)
+        ((2, 2, 2), (2, 2), (1, 2))
+    """
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dimensions if len(values) == 1 else values
 
 
 def partitioned_input_gradient(

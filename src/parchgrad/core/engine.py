@@ -22,7 +22,7 @@ from parchgrad.core.targets import (
     check_logits,
     integer_targets,
 )
-from parchgrad.errors import ModelError, ModelWarning, ParchGradError, warn
+from parchgrad.errors import BlockError, ModelError, ModelWarning, warn
 
 __all__ = ["ParchGrad", "partitioned_before", "plain_gradients"]
 
@@ -165,14 +165,14 @@ class ParchGrad:
         """Remove the hooks, also after an exception. Warns if the model was not called in the block.
 
         Raises:
-            ParchGradError: if the block was entered in another thread or task, or not at all.
+            BlockError: if the block was entered in another thread or task, or not at all.
         """
         session = next((session for session in reversed(SESSIONS.get()) if session.plan is self._plan), None)
         if session is None:
             # The other context is out of reach, but a single open session can still remove its hooks.
             if len(self._sessions) == 1:
                 self._sessions.pop().close()
-            raise ParchGradError(
+            raise BlockError(
                 "This ParchGrad block was entered in another thread or task. Enter and leave it in the same one."
             )
         was_open = session.is_open
@@ -180,7 +180,7 @@ class ParchGrad:
         if session in self._sessions:
             self._sessions.remove(session)
         if kind is None and not was_open:
-            raise ParchGradError(
+            raise BlockError(
                 "This ParchGrad block was already left from another thread or task, so later gradients were plain. "
                 "Enter and leave it in the same one."
             )

@@ -41,7 +41,7 @@ _WAYS = get_args(Conserve)
 def check_edit_settings(gamma: float, conserve: str) -> None:
     """Raise `SettingError` unless `gamma` and `conserve` are valid settings of `partition_gradient`."""
     if not is_number(gamma) or not gamma > 0:
-        raise SettingError(f"`gamma` is {gamma!r}, but it must be a positive number. Pass math.inf to prune the rest.")
+        raise SettingError(f"`gamma` is {gamma!r}, but it must be positive. Infinity prunes the rest.")
     if conserve not in _WAYS:
         raise SettingError(f"`conserve` is {conserve!r}, but it must be one of {', '.join(_WAYS)}.")
 

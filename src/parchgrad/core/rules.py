@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parchgrad._io.checks import is_number
-from parchgrad.core._torch import in_place_changes
+from parchgrad.core._torch import forward_hooks, in_place_changes
+from parchgrad.core.convolution import per_dimension
 from parchgrad.core.partition import at_least_float32, channel_norms, in_ordinary_range, restored_range, row_norms
 from parchgrad.errors import ModelError, SettingError
 
@@ -369,7 +370,7 @@ class BackwardRules(TorchFunctionMode):
             return _rectify(function, args, named, self.gates)
         if self.antialias and function in _STRIDED and self._applies(args, named):
             dimensions, read = _STRIDED[function]
-            strides = _per_dimension(read(*args, **named), dimensions)
+            strides = per_dimension(read(*args, **named), dimensions)
             if max(strides) > 1:
                 args, named = _with_input(args, named, _SmoothStride.apply(_input_of(args, named), strides))
         if self.gates and function in _MAX_POOLING and self._applies(args, named):
@@ -402,11 +403,6 @@ def _with_input(
     return ((values, *args[1:]), named) if args else ((), {**named, "input": values})
 
 
-def _per_dimension(value: Any, dimensions: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dimensions if len(values) == 1 else values
-
-
 def _rectify(function: Any, args: Sequence[Any], named: Mapping[str, Any], width: float) -> Tensor:
     """Call a rectifier unchanged, and return its result under a node with a soft derivative.
 
@@ -426,7 +422,7 @@ def _rectify(function: Any, args: Sequence[Any], named: Mapping[str, Any], width
 def _pool(function: Any, args: Sequence[Any], named: Mapping[str, Any], width: float) -> Any:
     """Call max pooling unchanged, and return its result under a node that shares the gradient."""
     dimensions = _MAX_POOLING[function]
-    windows = Windows(*[_per_dimension(value, dimensions) for value in _pooling_windows(*args, **named)])
+    windows = Windows(*[per_dimension(value, dimensions) for value in _pooling_windows(*args, **named)])
     result = function(*args, **named)
     maxima, *indices = result if isinstance(result, tuple) else (result,)
     if maxima.shape[-dimensions:].numel() == 1:
@@ -528,8 +524,7 @@ def has_replaced_rectifiers(model: nn.Module) -> bool:
     """Whether a Captum method has set hooks on the model's rectifiers to replace their backward pass."""
     for module in model.modules():
         if isinstance(module, _GATED_MODULES):
-            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-            places = [str(getattr(hook, "__module__", "")) for hook in hooks]
+            places = [str(getattr(hook, "__module__", "")) for hook in forward_hooks(module)]
             # Captum's layer methods only read; their hooks come from `captum._utils.gradient`.
             if any(place.startswith("captum.") and place != "captum._utils.gradient" for place in places):
                 return True

@@ -4,9 +4,8 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
@@ -18,6 +17,7 @@ from parchgrad.core.partition import Conserve, at_least_float32, channel_norms, 
 from parchgrad.errors import SettingError, StatisticsError
 
 __all__ = [
+    "REGISTERED",
     "EditDefaults",
     "Evidence",
     "FixedChannels",
@@ -31,11 +31,9 @@ __all__ = [
     "as_selection",
     "check_quantile",
     "check_softness",
-    "find_selector",
     "given",
     "kth_largest",
     "register_selector",
-    "registered_selectors",
     "soft_weights",
     "suited",
 ]
@@ -118,7 +116,7 @@ class Selector(ABC):
 
     @property
     def defaults(self) -> EditDefaults:
-        """Default settings of this selector; a hard cut uses the true derivatives."""
+        """Default settings of this selector; with `softness=0`, the published cut, those of the true derivatives."""
         return suited(self.suits, getattr(self, "softness", 1.0))
 
     def check(self, channels: Mapping[str, int]) -> None:  # noqa: B027 - overriding it is optional
@@ -245,21 +243,21 @@ class RegisteredSelector:
         return setting in self._fields
 
     def default(self, setting: str) -> float:
-        """Return its default `"quantile"` or `"softness"`; 0 if it has no such setting.
+        """Return its default `"quantile"` or `"softness"`; 0.1 and 0 if it has none.
 
         Example:
-            >>> find_selector("energy").default("softness"), find_selector("random").default("softness")
+            >>> REGISTERED["energy"].default("softness"), REGISTERED["random"].default("softness")
             (0.5, 0.0)
         """
-        found = self._fields.get(setting, 0.0)
         # Selectors that accept `alpha` instead of a quantile have None as their default.
-        return _USUAL_QUANTILE if found is None else float(found)
+        found = self._fields.get(setting)
+        return _USUAL[setting] if found in (None, MISSING) else float(found)
 
     def suits(self, softness: float | None = None) -> EditDefaults:
         """Return its default settings (see `Selector.defaults`), which differ for a hard cut, `softness=0`.
 
         Example:
-            >>> find_selector("evidence").suits().layers, find_selector("energy").suits(softness=0).gates
+            >>> REGISTERED["evidence"].suits().layers, REGISTERED["energy"].suits(softness=0).gates
             (0.75, 0.0)
         """
         if not self.has("softness"):
@@ -287,7 +285,7 @@ class RegisteredSelector:
             StatisticsError: if statistics are needed but not given.
 
         Example:
-            >>> find_selector("energy").make(quantile=0.2)
+            >>> REGISTERED["energy"].make(quantile=0.2)
             GradientEnergy(quantile=0.2, softness=0.5)
         """
         if self.needs_statistics and statistics is None:
@@ -303,8 +301,9 @@ class RegisteredSelector:
         return self.kind(**{name: value for name, value in settings.items() if self.has(name) and value is not None})
 
 
-_USUAL_QUANTILE = 0.1
-_REGISTERED: dict[str, RegisteredSelector] = {}
+_USUAL = {"quantile": 0.1, "softness": 0.0}
+REGISTERED: dict[str, RegisteredSelector] = {}
+"""The selectors by short name; those of channel statistics join when their module is imported."""
 _Kind = TypeVar("_Kind", bound=type[Selector])
 
 
@@ -326,45 +325,19 @@ def register_selector(name: str, *, title: str, summary: str) -> Callable[[_Kind
         ...     def select(self, signal):
         ...         norms = signal.channel_norms
         ...         return norms == norms.amax(dim=1, keepdim=True)
-        >>> find_selector("loudest").make()
+        >>> REGISTERED.pop("loudest").make()
         Loudest()
-        >>> del _REGISTERED["loudest"]
     """
 
     def register(kind: _Kind) -> _Kind:
-        if name in _REGISTERED:
+        if name in REGISTERED:
             raise SettingError(f"A selector named {name!r} is registered already. Choose another name.")
         if not is_dataclass(kind):
             raise SettingError(f"{kind.__name__} is not a dataclass. Put @dataclass below @register_selector.")
-        _REGISTERED[name] = RegisteredSelector(name=name, kind=kind, title=title, summary=summary)
+        REGISTERED[name] = RegisteredSelector(name=name, kind=kind, title=title, summary=summary)
         return kind
 
     return register
-
-
-def registered_selectors() -> Mapping[str, RegisteredSelector]:
-    """Return all registered selectors by short name, in the order of their registration.
-
-    Example:
-        >>> list(registered_selectors())[:4]
-        ['energy', 'activation', 'evidence', 'random']
-    """
-    return MappingProxyType(_REGISTERED)
-
-
-def find_selector(name: str) -> RegisteredSelector:
-    """Look up a registered selector.
-
-    Raises:
-        SettingError: if no selector has this name.
-
-    Example:
-        >>> find_selector("evidence").title
-        'Evidence'
-    """
-    if name not in _REGISTERED:
-        raise SettingError(f"`selector` is {name!r}, but it must be one of {', '.join(_REGISTERED)}.")
-    return _REGISTERED[name]
 
 
 @dataclass(frozen=True, kw_only=True)

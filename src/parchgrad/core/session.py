@@ -293,8 +293,8 @@ class _Forward:
 
     def classes_of(self, rows: int, layer: str, device: torch.device) -> Tensor:
         targets = self.plan.targets
-        classes = None if targets is None else targets.to(device)
-        if targets is None:
+        classes = targets
+        if classes is None:
             now = current_backward_pass()
             # Copied, since other threads append to it.
             classes = next((read for number, read in reversed(list(self._read)) if number == now), None)
@@ -308,7 +308,7 @@ class _Forward:
                 f"Layer {layer!r} has {rows} rows, but the model's output has {classes.numel()}. "
                 "Pass one `target=` for all rows."
             )
-        return classes.expand(rows)
+        return classes.to(device).expand(rows)
 
 
 class LayerEdit:

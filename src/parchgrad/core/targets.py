@@ -102,8 +102,7 @@ def check_target_range(highest: int, classes: int) -> None:
     """Raise `TargetError` if the highest target is out of range for this many classes."""
     if highest >= classes:
         raise TargetError(
-            f"target {highest} is out of range for a model with {classes} classes. Pass an index from 0 to "
-            f"{classes - 1}."
+            f"`target` holds {highest}, but the model has {classes} classes. Pass indices from 0 to {classes - 1}."
         )
 
 

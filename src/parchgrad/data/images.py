@@ -46,7 +46,6 @@ def read_image(path: str | Path) -> Image.Image:
     """
     with opened_image(path) as opened:
         check_proportions(opened)
-        _check_numbers(opened, "it")
         # In place, to avoid a copy of a large image.
         ImageOps.exif_transpose(opened, in_place=True)
         return to_rgb(opened)
@@ -165,7 +164,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         (255, 255, 255)
     """
     _check_image(image)
-    _check_numbers(image, "The image")
+    _check_numbers(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.array(image, dtype=np.float32)
         values *= np.float32(255 / _white(image, float(values.max(initial=0))))
@@ -187,7 +186,7 @@ def _white(image: Image.Image, brightest: float) -> float:
     return next((white for white in whites if brightest <= tolerance * white), whites[-1])
 
 
-def _check_numbers(image: Image.Image, name: str) -> None:
+def _check_numbers(image: Image.Image) -> None:
     """Raise `ImageError` if pixels are NaN or infinite, which would turn black or white."""
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise ImageError(f"{name} contains NaN or infinite values. Replace them with finite numbers.")
+        raise ImageError("The image contains NaN or infinite values. Replace them with finite numbers.")

@@ -28,6 +28,11 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def description(self) -> str:
+        """The transform on one line, for metadata."""
+        return " ".join(str(self.transform).split())
+
     def __call__(self, image: Image.Image) -> Tensor:
         """Preprocess one image of any mode to a tensor (3, H, W), or (1, H, W) if the transform is grey.
 

@@ -14,7 +14,7 @@ from parchgrad._io.extras import needs_extra
 from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError, InputError, SettingError
 
-with needs_extra("models"):
+with needs_extra("evaluation"):
     from torchvision.datasets import DatasetFolder
 
 __all__ = ["DrawnSamples", "LabelledImages", "Pairs", "Sample", "Samples"]

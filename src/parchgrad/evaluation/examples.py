@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from parchgrad._io.files import writing
+from parchgrad._io.images import to_bytes
 from parchgrad._io.tensors import read_tensors
 from parchgrad.data.samples import Samples
 from parchgrad.errors import InputError, SettingError, reason_of
@@ -277,13 +278,13 @@ def make_examples(
     pictures, maps = [], []
     for example in choice.examples:
         image = data[example.index].image
-        pictures.append(_levels(_draw(image, picture)))
+        pictures.append(to_bytes(_draw(image, picture)))
         images, target = image.unsqueeze(0).to(weight), torch.tensor([example.target], device=weight.device)
         heats = [methods[title](images, target)[0].detach().cpu() for title in choice.settings]
         # A map that is not finite cannot be drawn.
         heats = [heat if heat.isfinite().all() else torch.zeros_like(heat) for heat in heats]
         top = shared_top(heats)
-        maps.append(np.stack([_levels(normalise(heat, top=top)) for heat in heats]))
+        maps.append(np.stack([to_bytes(normalise(heat, top=top)) for heat in heats]))
     held = {index for example in choice.examples for index in (example.label, example.target, example.predicted)}
     categories = {
         index: data.categories[index] if index < len(data.categories) else f"class {index}" for index in sorted(held)
@@ -319,11 +320,6 @@ def _draw(image: Tensor, picture: MakePicture | None) -> NDArray[Any]:
             f"{(height, width, 3)}."
         )
     return np.broadcast_to(drawn, (height, width, 3))
-
-
-def _levels(values: NDArray[Any]) -> Levels:
-    levels: Levels = (values.clip(0, 1) * 255).round().astype(np.uint8)
-    return levels
 
 
 def _read_choice(described: Mapping[str, Any]) -> Choice:

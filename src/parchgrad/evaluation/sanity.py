@@ -17,6 +17,7 @@ from captum.metrics import sensitivity_max
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from parchgrad._io.checks import check_whole_number
 from parchgrad._io.extras import needs_extra
 from parchgrad.errors import InputError, LayerError, SettingError
 from parchgrad.evaluation.methods import Method
@@ -258,10 +259,9 @@ def max_sensitivity(
         >>> max_sensitivity(lambda images, target: images[:, 0] * 0 + 1, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
         tensor([0., 0.], dtype=torch.float64)
     """
-    if not radius > 0 or samples < 1:
-        raise SettingError(
-            f"`radius` is {radius} and `samples` is {samples}, but they must be positive and at least 1."
-        )
+    if not radius > 0:
+        raise SettingError(f"`radius` is {radius}, but it must be positive.")
+    check_whole_number("samples", samples, 1)
     generator = torch.Generator().manual_seed(seed)
 
     def perturbed(inputs: tuple[Tensor, ...] | Tensor, within: float) -> tuple[Tensor, ...]:

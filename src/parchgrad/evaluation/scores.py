@@ -144,10 +144,10 @@ class ScoreSettings:
         if not self.randomised or not all(0 < share <= 1 for share in self.randomised):
             raise SettingError(f"`randomised` is {self.randomised}, but it must be shares of the modules, in (0, 1].")
         check_noises(self.noises)
-        if not 0 <= self.tolerance < math.inf or not self.radius > 0:
-            raise SettingError(
-                f"`tolerance` is {self.tolerance} and `radius` {self.radius}, but they must be at least 0 and positive."
-            )
+        if not 0 <= self.tolerance < math.inf:
+            raise SettingError(f"`tolerance` is {self.tolerance}, but it must be finite and at least 0.")
+        if not self.radius > 0:
+            raise SettingError(f"`radius` is {self.radius}, but it must be positive.")
         for name, kind in (("replacement", Replacement), ("order", RandomisationOrder)):
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(

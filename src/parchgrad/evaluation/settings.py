@@ -14,7 +14,7 @@ from parchgrad._io.checks import check_kind, is_number
 from parchgrad.core.edit import Edit
 from parchgrad.core.layers import parse_layers
 from parchgrad.core.partition import Conserve
-from parchgrad.core.selectors import EditDefaults, check_softness, find_selector
+from parchgrad.core.selectors import EditDefaults, check_softness
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.methods import (
     Method,
@@ -29,6 +29,7 @@ from parchgrad.evaluation.methods import (
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.methods import replaces_rectifiers
 from parchgrad.statistics import ChannelStatistics
+from parchgrad.statistics.selectors import find_selector
 
 __all__ = ["Grid", "Masks", "Setting", "make_method"]
 
@@ -131,6 +132,8 @@ class Setting:
         if not selector.has("softness"):
             self._set(softness=None)
         self._fill(**{name: selector.default(name) for name in ("quantile", "softness")})
+        if not selector.has("quantile"):
+            self._set(quantile=None)
         self._fill(**asdict(self._suits))
         self._set(layers=_settled(self.layers))
 
@@ -164,7 +167,7 @@ class Setting:
         parts = [_TITLES.get(self.method, self.method.replace("_", " "))]
         suits = self._suits
         if self.selector is not None:
-            parts.append(f"{self.selector} {_number(self.quantile)}")
+            parts.append(self.selector if self.quantile is None else f"{self.selector} {_number(self.quantile)}")
             if self.softness != find_selector(self.selector).default("softness"):
                 parts.append(f"softness {_number(self.softness)}")
             parts.append(f"{_layers_words(self.layers)} layers")

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap, rankdata
 
+from parchgrad._io.checks import check_whole_number
 from parchgrad.errors import InputError, SettingError
 
 __all__ = ["FEWEST", "Comparison", "Mean", "compare", "rank_methods", "valid_mean"]
@@ -106,10 +107,9 @@ def compare(
         >>> round(found.difference, 3), found.images, found.settled
         (0.4, 24, True)
     """
-    if not 0 < confidence < 1 or resamples < 1:
-        raise SettingError(
-            f"`confidence` is {confidence} and `resamples` is {resamples}, but they must be in (0, 1) and at least 1."
-        )
+    if not 0 < confidence < 1:
+        raise SettingError(f"`confidence` is {confidence}, but it must lie in (0, 1).")
+    check_whole_number("resamples", resamples, 1)
     first, second = _scores(scores), _scores(baseline)
     if len(first) != len(second):
         raise InputError(

@@ -18,7 +18,7 @@ from parchgrad.core.targets import Target, check_logits, check_target_count, int
 from parchgrad.errors import ModelError, NonFiniteError, SettingError, TargetError
 from parchgrad.explain.heatmap import heatmap
 from parchgrad.explain.methods import find_method
-from parchgrad.explain.nonfinite import find_non_finite
+from parchgrad.explain.nonfinite import check_running_statistics, find_non_finite
 from parchgrad.explain.scores import Logits, Output, Score, Scores, check_inputs
 from parchgrad.explain.stability import cosine, noisy_copies
 
@@ -98,8 +98,8 @@ class Explainer:
         if self._method.replaces_rectifiers:
             if gates:
                 raise SettingError(
-                    f"method {self._method.name!r} replaces the backward pass of rectifiers, so gates={gates} "
-                    "would have no effect. Leave gates out, or choose another method."
+                    f"`gates` is {gates}, but the method {self._method.name!r} replaces the backward pass of "
+                    "rectifiers, so they would have no effect. Leave `gates` out, or choose another method."
                 )
             gates = 0.0
         self._partition = ParchGrad(
@@ -182,6 +182,7 @@ class Explainer:
         """
         check_evaluation_mode(self._model)
         check_inputs(inputs)
+        check_running_statistics(self._model)
         self._method.check_batch(inputs)
         with torch.inference_mode(False), torch.enable_grad():
             batch = inputs.detach().clone()

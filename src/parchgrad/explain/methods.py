@@ -12,11 +12,12 @@ import captum.attr
 import torch
 from torch import Tensor, nn
 
-from parchgrad._io.checks import check_kind, check_whole_number, is_number, is_whole_number
+from parchgrad._io.checks import check_kind, check_seed, check_whole_number, is_number
 from parchgrad.core.partition import at_least_float32
-from parchgrad.errors import ModelError, SettingError
+from parchgrad.errors import ModelError, SettingError, reason_of
+from parchgrad.explain.stability import standard_noise, value_range
 
-__all__ = ["METHODS", "replaces_rectifiers"]
+__all__ = ["METHODS", "find_method", "replaces_rectifiers"]
 
 _CAPTUM_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gradient": ("Saliency", {"abs": False}),
@@ -53,7 +54,15 @@ def replaces_rectifiers(method: str) -> bool:
 
 
 def find_method(name: str, options: Mapping[str, Any]) -> "CaptumMethod | SmoothGrad":
-    """Create the method of this name with these options, which must exist."""
+    """Create the method of this name with its options.
+
+    Raises:
+        SettingError: if there is no such method, or an option is unknown or missing.
+
+    Example:
+        >>> find_method("smoothgrad", {"samples": 4})
+        SmoothGrad(samples=4, sigma=0.15, seed=0)
+    """
     check_kind("`method`", name, str, f"Pass one of {', '.join(METHODS)}, or a Captum class name", wanted="a name")
     if name == "smoothgrad":
         _check_options(name, options, {member.name for member in fields(SmoothGrad)})
@@ -63,7 +72,7 @@ def find_method(name: str, options: Mapping[str, Any]) -> "CaptumMethod | Smooth
         known = [*METHODS, *_captum_classes()]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"Similar names: {', '.join(near)}" if near else f"Known methods: {', '.join(known)}"
-        raise SettingError(f"method {name!r} does not exist or does not explain the input by gradients. {hint}.")
+        raise SettingError(f"`method` is {name!r}, which is not one that explains the input by gradients. {hint}.")
     return CaptumMethod(name, class_name, {**defaults, **options})
 
 
@@ -85,7 +94,7 @@ def _check_options(method: str, options: Mapping[str, Any], known: set[str]) -> 
     for option in options:
         if option not in known:
             hint = ", ".join(sorted(known)) or "none"
-            raise SettingError(f"method {method!r} has no option {option!r}. Its options: {hint}.")
+            raise SettingError(f"`{option}` is not an option of the method {method!r}. Its options: {hint}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +110,7 @@ class CaptumMethod:
         _check_options(self.name, self.options, {*constructor, *call} - _RESERVED)
         for option, parameter in {**constructor, **call}.items():
             if parameter.default is inspect.Parameter.empty and option not in {*_RESERVED, *self.options}:
-                raise SettingError(f"method {self.name!r} needs the option {option!r}. Pass it by name.")
+                raise SettingError(f"The method {self.name!r} needs `{option}`. Pass it by name.")
         for option in ("n_steps", "n_samples"):
             check_whole_number(option, self.options.get(option, 1), 1)
 
@@ -165,11 +174,11 @@ class CaptumMethod:
         try:
             result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
         except RuntimeError as error:
-            if self.class_name not in _NEEDS_SEPARATE_MODULES:
+            if self.class_name not in _NEEDS_SEPARATE_MODULES or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ModelError(
-                f"{self.class_name} cannot explain this model. Make every activation a module of its own, used once "
-                "and not in place."
+                f"{self.class_name} failed ({reason_of(error)}). It needs every activation to be a module of its own, "
+                "used once and not in place."
             ) from error
         return result
 
@@ -232,8 +241,7 @@ class SmoothGrad:
         check_whole_number("samples", self.samples, 1)
         if not is_number(self.sigma) or not 0 <= self.sigma < math.inf:
             raise SettingError(f"`sigma` is {self.sigma!r}, but it must be a share of the input's range, 0 or more.")
-        if not is_whole_number(self.seed) or abs(self.seed) >= 2**63:
-            raise SettingError(f"`seed` is {self.seed!r}, but it must be a whole number of fewer than 64 bits.")
+        check_seed(self.seed)
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -253,16 +261,13 @@ class SmoothGrad:
     ) -> Tensor:
         saliency = captum.attr.Saliency(scores)
         batch = inputs.shape[0]
-        clean = inputs.detach()
-        # The same noise for every row, drawn on the CPU: a row's map depends on neither its batch nor the device.
-        generator = torch.Generator().manual_seed(int(self.seed))
-        noise = torch.randn(self.samples, *clean.shape[1:], generator=generator).to(clean)
-        spread = self.sigma * (clean.flatten(1).amax(dim=1) - clean.flatten(1).amin(dim=1))
-        spread = spread.reshape(batch, *[1] * clean.dim())
+        clean = at_least_float32(inputs.detach())
+        noise = standard_noise(clean, self.samples, self.seed)
+        spread = self.sigma * value_range(clean).unsqueeze(1)
         copies = self.samples if rows_per_pass is None else max(1, rows_per_pass // batch)
-        total = torch.zeros_like(at_least_float32(clean))
+        total = torch.zeros_like(clean)
         for part in torch.split(noise, copies):
-            noisy = (clean.unsqueeze(1) + spread * part).flatten(0, 1).requires_grad_()
+            noisy = (clean.unsqueeze(1) + spread * part).flatten(0, 1).to(inputs.dtype).requires_grad_()
             of_copies = None if targets is None else targets.repeat_interleave(len(part))
             maps = saliency.attribute(noisy, target=of_copies, abs=False)
             total += maps.unflatten(0, (batch, len(part))).sum(dim=1)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.core.hooks import TransientHook, tensors_in
+from parchgrad.errors import NonFiniteError
 
-__all__ = ["broken", "find_non_finite"]
+__all__ = ["broken", "check_running_statistics", "find_non_finite"]
 
 
 def broken(values: Tensor) -> Tensor:
@@ -22,6 +23,27 @@ def broken(values: Tensor) -> Tensor:
         tensor([False,  True,  True, False])
     """
     return values.isnan() | values.isposinf()
+
+
+def check_running_statistics(model: nn.Module) -> None:
+    """Raise `NonFiniteError` if running statistics of a normalisation are not finite, as after a float16 overflow.
+
+    An infinite variance would cut off its channel, and leave every activation finite.
+
+    Example:
+        >>> model = nn.BatchNorm1d(2)
+        >>> model.running_var[1] = torch.inf
+        >>> check_running_statistics(model)
+        Traceback (most recent call last):
+        parchgrad.errors.NonFiniteError: The running_var of the model has NaN or infinite values. Load sound weights.
+    """
+    held = {name: values for name, values in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    # On a device, one look at all of them waits once.
+    if not held or bool(torch.cat([values.detach().float().flatten() for values in held.values()]).isfinite().all()):
+        return
+    layer, _, name = next(name for name, values in held.items() if not values.isfinite().all()).rpartition(".")
+    where = f"layer {layer!r}" if layer else "the model"
+    raise NonFiniteError(f"The {name} of {where} has NaN or infinite values. Load sound weights.")
 
 
 def find_non_finite(model: nn.Module, score: Callable[[Tensor], Tensor], inputs: Tensor) -> str | None:

@@ -229,8 +229,10 @@ def _mismatch(model: nn.Module, inputs: Tensor, error: Exception) -> InputError 
     dimensions = len(first.kernel_size) + 2
     if inputs.dim() != dimensions:
         needs, remedy = f"needs {dimensions} dimensions", "Add a missing batch dimension with inputs.unsqueeze(0)"
-    elif inputs.shape[1] != first.in_channels:
-        needs, remedy = f"takes {first.in_channels} channels", "If they are last, move them with inputs.movedim(-1, 1)"
+    elif inputs.shape[1] != first.in_channels and "channels" in str(error):
+        needs = f"takes {first.in_channels} channels"
+        are_last = inputs.shape[-1] == first.in_channels
+        remedy = "Move the channels with inputs.movedim(-1, 1)" if are_last else "Pass as many as it takes"
     elif inputs.dtype != first.weight.dtype:
         needs, remedy = f"has weights of type {first.weight.dtype}", "Convert one of them with .to()"
     else:

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from parchgrad._io.checks import check_whole_number, is_number, is_whole_number
+from parchgrad._io.checks import check_seed, check_whole_number, is_number
 from parchgrad.errors import InputError, SettingError
 
-__all__ = ["cosine", "noisy_copies"]
+__all__ = ["cosine", "noisy_copies", "standard_noise", "value_range"]
 
 
 def noisy_copies(inputs: Tensor, *, noise: float, draws: int, seed: int) -> Tensor:
@@ -41,8 +41,7 @@ def noisy_copies(inputs: Tensor, *, noise: float, draws: int, seed: int) -> Tens
     if not is_number(noise) or not 0 <= noise < math.inf:
         raise SettingError(f"`noise` is {noise!r}. Pass a finite share of the input's range, 0 or more.")
     check_whole_number("draws", draws, 1)
-    if not is_whole_number(seed) or abs(seed) >= 2**63:
-        raise SettingError(f"`seed` is {seed!r}. Pass a whole number of fewer than 64 bits.")
+    check_seed(seed)
     if not inputs.is_floating_point() or inputs.dim() < 2 or not inputs.shape[1:].numel():
         raise InputError(
             f"`inputs` has shape {tuple(inputs.shape)} and dtype {inputs.dtype}. Pass a floating-point batch of shape "
@@ -50,12 +49,35 @@ def noisy_copies(inputs: Tensor, *, noise: float, draws: int, seed: int) -> Tens
         )
     # Half precision would round the noise twice.
     clean = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
-    flat = clean.flatten(1)
-    spread = noise * (flat.amax(dim=1) - flat.amin(dim=1)).reshape(-1, *[1] * (clean.dim() - 1))
+    normal = standard_noise(clean, draws, seed).unsqueeze(1)
+    return (clean + noise * value_range(clean) * normal).to(inputs.dtype)
+
+
+def standard_noise(inputs: Tensor, count: int, seed: int) -> Tensor:
+    """Draw standard normal noise of the shape of one row, the same for every batch and device.
+
+    Returns:
+        Noise of the dtype and device of `inputs`, shape (count, *S) for inputs (B, *S).
+
+    Example:
+        >>> standard_noise(torch.zeros(5, 3, 8, 8), 2, seed=0).shape
+        torch.Size([2, 3, 8, 8])
+    """
     generator = torch.Generator().manual_seed(int(seed))
     # The dtype is named, since otherwise the global default dtype would choose other numbers.
-    normal = torch.randn(draws, 1, *clean.shape[1:], generator=generator, dtype=torch.float32)
-    return (clean + spread * normal.to(clean)).to(inputs.dtype)
+    return torch.randn(count, *inputs.shape[1:], generator=generator, dtype=torch.float32).to(inputs)
+
+
+def value_range(inputs: Tensor) -> Tensor:
+    """Compute the range of each row of (B, *S), shape (B, 1, ..., 1).
+
+    Example:
+        >>> value_range(torch.tensor([[1.0, 4.0], [2.0, 2.0]]))
+        tensor([[3.],
+                [0.]])
+    """
+    dimensions = tuple(range(1, inputs.dim()))
+    return inputs.amax(dim=dimensions, keepdim=True) - inputs.amin(dim=dimensions, keepdim=True)
 
 
 def cosine(first: Tensor, second: Tensor) -> Tensor:

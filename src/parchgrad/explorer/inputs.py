@@ -11,12 +11,13 @@ from torch import Tensor
 
 from parchgrad.core.layers import LayerChoice, parse_layers
 from parchgrad.core.rules import check_antialias, check_gates
-from parchgrad.core.selectors import check_softness, find_selector
+from parchgrad.core.selectors import check_softness
 from parchgrad.data.images import opened_image, read_image, stored_frame
 from parchgrad.errors import ImageError, SettingError
 from parchgrad.models.classifier import Classifier, Prediction
 from parchgrad.models.loading import OFFLINE_MODEL
 from parchgrad.statistics import ChannelStatistics
+from parchgrad.statistics.selectors import find_selector
 from parchgrad.workflows.demonstration import PHOTOGRAPHS, example_photographs
 
 __all__ = ["CELLS", "EXAMPLES", "Network", "Photograph", "View", "check_photograph"]
@@ -39,7 +40,7 @@ class View:
     Attributes:
         network: name of a model; see `load_model`.
         target: class to explain; None uses the predicted one.
-        selector: short name of a selector; see `make_selector`.
+        selector: short name of a selector; see `find_selector`.
         method: attribution method; see `Explainer`.
         layers: text of the layer choice; see `parse_layers`.
         quantile: share of the channels to keep, in (0, 1].

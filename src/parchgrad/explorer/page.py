@@ -26,17 +26,18 @@ from parchgrad._io.extras import needs_extra
 from parchgrad._io.files import save_array, writing
 from parchgrad._io.images import data_url
 from parchgrad.core.layers import has_published_layers
-from parchgrad.core.selectors import find_selector, registered_selectors
 from parchgrad.errors import ImageError, ParchGradError, SettingError
 from parchgrad.explain.methods import METHODS
 from parchgrad.explorer.inputs import CELLS, EXAMPLES, Photograph, View, check_photograph
 from parchgrad.explorer.loading import Loading, StillLoadingError
 from parchgrad.explorer.views import Exploration, Explorer, Game, tinted
 from parchgrad.models.loading import OFFLINE_MODEL, SHAPES_MODEL
+from parchgrad.statistics.selectors import find_selector, registered_selectors
 from parchgrad.visual import save_figure
 from parchgrad.visual.animation import save_animation
 from parchgrad.visual.maps import COLOUR_MAP, SIGNED_COLOUR_MAP
 from parchgrad.workflows.demonstration import example_photographs
+from parchgrad.workflows.photographs import UNSTABLE
 
 with needs_extra("web"):
     import gradio as gr
@@ -728,7 +729,8 @@ def _stem(found: Exploration | Game) -> str:
         if isinstance(found, Exploration)
         else ["mosaic", *(item.category for item in found.targets)]
     )
-    settings = [view.network, view.method, view.selector, f"layers {view.layers}", f"q{view.quantile:g}"]
+    settings = [view.network, view.method, view.selector, f"layers {view.layers}"]
+    settings += [f"q{view.quantile:g}"] if find_selector(view.selector).has("quantile") else []
     settings += [f"s{view.softness:g}", f"gates{view.gates:g}", *(["strides"] if view.antialias else [])]
     settings += [] if math.isinf(view.gamma) else [f"gamma{_plain_number(view.gamma)}"]
     settings += ["signed"] if view.signed else []
@@ -750,15 +752,15 @@ def _steadiness(stability: float) -> str:
     if math.isnan(stability):
         return _status("Stability is undefined: the map is zero everywhere.")
     said = f"<strong>stability {stability:.2f}</strong>. "
-    if stability < _UNSTEADY:
-        told = "Warning: invisible noise changes this map completely, so it explains little."
+    if stability < UNSTABLE:
+        told = "Warning: invisible noise changes much of this map, so it explains little."
         return f"<span class='pg-status pg-warning' role='alert'>{said}{told}</span>"
     told = "hardly changes this map." if stability >= _STEADY else "changes parts of this map."
     return f"<span class='pg-status'>{said}Invisible noise {told}</span>"
 
 
-# Thresholds of the mean cosine between maps.
-_UNSTEADY, _STEADY = 0.5, 0.9
+# Threshold of the mean cosine between maps.
+_STEADY = 0.9
 
 
 def _edited(layers: Sequence[str]) -> str:
@@ -770,7 +772,10 @@ def _edited(layers: Sequence[str]) -> str:
 def _single_page(found: Exploration) -> str:
     view = found.view
     top, pictures = tinted(found.maps(), signed=view.signed)
-    strength = "" if math.isinf(view.gamma) else f", gamma {_plain_number(view.gamma)}"
+    selector = find_selector(view.selector)
+    setting = [selector.title.lower()]
+    setting += [f"quantile {view.quantile:g}"] if selector.has("quantile") else []
+    setting += [] if math.isinf(view.gamma) else [f"gamma {_plain_number(view.gamma)}"]
     return _render(
         "explorer_single.html",
         view,
@@ -780,7 +785,7 @@ def _single_page(found: Exploration) -> str:
         maps=[data_url(picture, "PNG") for picture in pictures],
         category=found.target.category,
         probability=found.target.probability,
-        setting=f"{find_selector(view.selector).title.lower()}, quantile {view.quantile:g}{strength}",
+        setting=", ".join(setting),
     )
 
 

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 
 import parchgrad
-from parchgrad.core.selectors import find_selector
+from parchgrad.errors import on_one_line
 from parchgrad.explorer.inputs import CELLS, COLUMNS, ROWS, Network, Photograph, View
+from parchgrad.statistics.selectors import find_selector
 
 __all__ = ["mosaic_snippet", "single_snippet"]
 
@@ -19,7 +20,7 @@ def single_snippet(network: Network, photograph: Photograph, view: View, target:
 {_explainers(network, view)}
 
 x = classifier.preprocess({photograph.code()}).unsqueeze(0)
-target = {target}  # {_comment(network.classifier.categories[target])}
+target = {target}  # {on_one_line(network.classifier.categories[target])}
 attribution = explainer.attribute(x, target=target)
 
 # On one scale with the plain map.
@@ -34,7 +35,7 @@ imsave("map.png", picture.clip(0, 1))
 def mosaic_snippet(network: Network, photographs: Sequence[Photograph], view: View, targets: Sequence[int]) -> str:
     """Script that reproduces the grid pointing game on a mosaic."""
     read = "".join(f"    {photograph.code()},\n" for photograph in photographs)
-    names = ", ".join(_comment(network.classifier.categories[target]) for target in targets)
+    names = ", ".join(on_one_line(network.classifier.categories[target]) for target in targets)
     return f"""\
 {_imports(photographs, numeric=("import torch",), visual=())}
 {_explainers(network, view)}
@@ -110,8 +111,3 @@ def _explainers(network: Network, view: View) -> str:
         f"plain = pg.Explainer({', '.join(['classifier.model', 'None', *method])})",
     ]
     return "\n".join(lines)
-
-
-def _comment(text: str) -> str:
-    """A class name on a single line."""
-    return "".join(character if character.isprintable() else " " for character in text)

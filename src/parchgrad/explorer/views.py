@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parchgrad.core.edit import Edit
-from parchgrad.core.selectors import Selector, find_selector, registered_selectors
+from parchgrad.core.selectors import Selector
 from parchgrad.errors import InputError, StatisticsError, StatisticsWarning, TargetError
 from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.explain.explainer import Explainer
@@ -29,6 +29,7 @@ from parchgrad.explorer.snippet import mosaic_snippet, single_snippet
 from parchgrad.models.classifier import Classifier, Prediction
 from parchgrad.models.loading import load_model
 from parchgrad.statistics import ChannelStatistics
+from parchgrad.statistics.selectors import find_selector, registered_selectors
 from parchgrad.visual import blend, blend_signed, panel, shared_top, signed_panel, tint, tint_signed
 from parchgrad.visual.sweeps import Sweep, quantile_sweep
 

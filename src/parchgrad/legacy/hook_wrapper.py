@@ -16,7 +16,6 @@ from parchgrad.core.targets import Target
 from parchgrad.errors import LayerError, SettingError, StatisticsError
 from parchgrad.legacy.pickles import import_pickles
 from parchgrad.legacy.pretrained_models import ENCODERS
-from parchgrad.models.loading import check_model_name
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.selectors import ClassWise, InstanceWise
 
@@ -68,6 +67,9 @@ class HookWrapper:
         if method not in _METHODS:
             raise SettingError(f"`method` is {method!r}, but it must be one of {', '.join(_METHODS)}.")
         if name not in ENCODERS:
+            # torchvision and timm are only needed for their own names.
+            from parchgrad.models.loading import check_model_name
+
             check_model_name(name)
         self.name = name
         self.model = model

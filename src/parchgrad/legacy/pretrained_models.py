@@ -5,8 +5,6 @@ from types import MappingProxyType
 
 from torch import nn
 
-from parchgrad.models.loading import load_model
-
 __all__ = ["ENCODERS", "get_pretrained_model"]
 
 ENCODERS: Mapping[str, str] = MappingProxyType(
@@ -39,6 +37,9 @@ def get_pretrained_model(name: str) -> nn.Module:
         >>> model.training
         False
     """
+    # The names need no other packages, but the networks do.
+    from parchgrad.models.loading import load_model
+
     if name in ENCODERS:
         return load_model(ENCODERS[name], weights=_WEIGHTS).model
     return load_model(name).model

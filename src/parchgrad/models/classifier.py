@@ -119,8 +119,7 @@ def find_category(query: str, categories: Sequence[str], model: str) -> int:
         1
     """
     check_kind("The class", query, str, "Pass its name, or its index as a string", error=TargetError, wanted="a string")
-    # Python refuses to parse numbers of thousands of digits.
-    if query.strip().isdecimal() and len(query) < 20:
+    if query.strip().isdecimal():
         index = int(query)
         if index < len(categories):
             return index
@@ -138,5 +137,5 @@ def find_category(query: str, categories: Sequence[str], model: str) -> int:
     containing = [name for name in names if wanted and wanted in name]
     near = sorted(containing, key=lambda name: wanted not in name.split())[:5]
     near = near or difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
-    hint = f"Close matches: {', '.join(near)}" if near else "Pass its index, or a name as ImageNet spells it"
+    hint = f"Close matches: {', '.join(near)}" if near else f"Pass its index, or a name such as {categories[0]!r}"
     raise TargetError(f"{model} has no class named {query!r}. {hint}.")

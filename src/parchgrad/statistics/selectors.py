@@ -1,9 +1,10 @@
-"""Selectors based on channel statistics: class-wise and instance-wise."""
+"""Selectors based on channel statistics, and the look-up of all selectors by their short names."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from parchgrad._io.checks import is_number
 from parchgrad.core.partition import at_least_float32
 from parchgrad.core.selectors import (
+    REGISTERED,
     LayerSignal,
+    RegisteredSelector,
     Selector,
     check_quantile,
     check_softness,
@@ -27,14 +30,14 @@ from parchgrad.statistics.layer import AnyLayerStatistics, LayerStatistics, Rank
 from parchgrad.statistics.store import ChannelStatistics
 from parchgrad.statistics.t_tests import TTest, check_test
 
-__all__ = ["ClassWise", "InstanceWise"]
+__all__ = ["ClassWise", "InstanceWise", "find_selector", "registered_selectors"]
 
 
 def _check_threshold(quantile: float | None, alpha: float | None) -> None:
     """Raise `SettingError` unless exactly one of the two thresholds is given and valid."""
     if (quantile is None) == (alpha is None):
-        given = "neither is" if quantile is None else "both are"
-        raise SettingError(f"Exactly one of `quantile=` and `alpha=` must be given, but {given}.")
+        found = "neither is" if quantile is None else "both are"
+        raise SettingError(f"Exactly one of `quantile=` and `alpha=` must be given, but {found}.")
     if quantile is not None:
         check_quantile(quantile)
     if alpha is not None and not (is_number(alpha) and 0 < alpha < 1):
@@ -166,6 +169,9 @@ class ClassWise(_StatisticalSelector):
     def select(self, signal: LayerSignal) -> Tensor:
         """Look up the weights for each row's class (see `Selector.select`)."""
         classes = given(signal.classes, "classes")
+        if not bool(self._known.all()):
+            # The gradient may start at a class without images, which would leave the map plain.
+            self.check_targets(classes.tolist())
         if self.statistics.class_indices is not None:
             classes = self._columns(classes)
         key = (signal.layer, signal.gradient.device)
@@ -276,3 +282,28 @@ class InstanceWise(_StatisticalSelector):
         score = torch.where(std > 0, (gap - mean) / std, -math.inf)
         allowed = (std > 0) & self._gate(layer).to(gap.device)
         return self._weights(score, allowed, None if self.alpha is None else -float(special.ndtri(self.alpha)))
+
+
+def registered_selectors() -> Mapping[str, RegisteredSelector]:
+    """Return all registered selectors by short name, in the order of their registration.
+
+    Example:
+        >>> list(registered_selectors())[:4]
+        ['energy', 'activation', 'evidence', 'random']
+    """
+    return MappingProxyType(REGISTERED)
+
+
+def find_selector(name: str) -> RegisteredSelector:
+    """Look up a registered selector.
+
+    Raises:
+        SettingError: if no selector has this name.
+
+    Example:
+        >>> find_selector("evidence").title
+        'Evidence'
+    """
+    if name not in REGISTERED:
+        raise SettingError(f"`selector` is {name!r}, but it must be one of {', '.join(REGISTERED)}.")
+    return REGISTERED[name]

@@ -222,7 +222,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         kept = {name: self[name] for name in self if name in set(wanted)}
         indices = self.class_indices
         if classes is not None:
-            indices = tuple(sorted(set(classes.tolist() if isinstance(classes, Tensor) else classes)))
+            indices = tuple(sorted({int(index) for index in classes}))
             if not indices:
                 raise StatisticsError("`classes` is empty. Pass at least one class.")
             columns = self.columns(indices)

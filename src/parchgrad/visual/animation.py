@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from parchgrad._io.checks import check_whole_number
 from parchgrad._io.files import writing
+from parchgrad._io.images import to_bytes
 from parchgrad.errors import InputError, OutputError, SettingError
 from parchgrad.visual.maps import paint, relative, shared_top
 from parchgrad.visual.sweeps import Sweep
@@ -89,10 +90,10 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
 
     def drawn(values: NDArray[Any]) -> NDArray[np.uint8]:
         scaled = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BOX))
-        return _bytes(paint(picture, np.clip(scaled / top, 0, 1)))
+        return to_bytes(paint(picture, np.clip(scaled / top, 0, 1)))
 
     multiples = [[relative(heat) for heat in sweep.heats] for sweep in sweeps.values()]
-    still = [_bytes(picture), drawn(relative(first.plain))]
+    still = [to_bytes(picture), drawn(relative(first.plain))]
     label = str(first.target)
     titles = [label, f"{first.method.replace('_', ' ')}, plain", *sweeps]
     frames, durations = [], []
@@ -255,13 +256,8 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def _resized_picture(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    resized = Image.fromarray(_bytes(picture)).resize(size, Image.Resampling.LANCZOS)
+    resized = Image.fromarray(to_bytes(picture)).resize(size, Image.Resampling.LANCZOS)
     return np.asarray(resized, dtype=np.float64) / 255
-
-
-def _bytes(picture: NDArray[Any]) -> NDArray[np.uint8]:
-    levels: NDArray[np.uint8] = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
-    return levels
 
 
 def _gif(moving: Animation) -> bytes:

@@ -470,11 +470,10 @@ def _cells(
     draw: Callable[[ArrayLike, ArrayLike], Picture],
 ) -> list[tuple[str, Picture]]:
     """Title and picture of each cell, row by row: an image, then its maps drawn over it."""
-    if not photographs or (labels is not None and len(labels) != len(photographs)):
-        raise InputError(
-            f"A panel of {len(photographs)} photographs cannot be drawn. Pass at least one of `photographs`, and one "
-            "of `labels` for each."
-        )
+    if not photographs:
+        raise InputError("`photographs` is empty. Pass at least one.")
+    if labels is not None and len(labels) != len(photographs):
+        raise InputError(f"`labels` has {len(labels)} texts for {len(photographs)} images. Pass one for each.")
     for name, column in maps.items():
         if len(column) != len(photographs):
             raise InputError(

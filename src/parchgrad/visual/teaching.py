@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from parchgrad._io.checks import check_whole_number
 from parchgrad.errors import SettingError
 from parchgrad.visual.charts import LIGHT, Theme, style_axes
 from parchgrad.visual.maps import COLOUR_MAP
@@ -98,12 +99,13 @@ def sum_directions(
         >>> found.strong.shape, found.weak.shape, found.deviation < 90
         ((10, 2), (100, 2), True)
     """
+    check_whole_number("strong", strong, 1)
+    check_whole_number("weak", weak, 1)
     # Written this way so that NaN fails too.
-    if not (_are_counts(strong, weak) and 0 < weakness < math.inf and 0 <= spread < math.inf):
-        raise SettingError(
-            f"strong={strong}, weak={weak}, weakness={weakness} and spread={spread} are not all valid. `strong` and "
-            "`weak` must be whole numbers from 1, `weakness` positive and `spread` at least 0."
-        )
+    if not 0 < weakness < math.inf:
+        raise SettingError(f"`weakness` is {weakness}, but it must be finite and positive.")
+    if not 0 <= spread < math.inf:
+        raise SettingError(f"`spread` is {spread}, but it must be finite and at least 0.")
     generator = np.random.default_rng(seed)
     angles = generator.normal(0, spread, strong)
     chance = generator.uniform(0, 2 * np.pi, weak)
@@ -136,8 +138,8 @@ def checkerboard(*, kernel: int, stride: int, magnitude: float = 1.0, size: int 
         array([[4., 2.],
                [2., 1.]])
     """
-    if not _are_counts(kernel, stride, size):
-        raise SettingError(f"kernel={kernel}, stride={stride} and size={size} must all be whole numbers of at least 1.")
+    for name, value in (("kernel", kernel), ("stride", stride), ("size", size)):
+        check_whole_number(name, value, 1)
     if not 0 < magnitude < math.inf:
         raise SettingError(f"`magnitude` is {magnitude}, but it must be positive.")
     margin = -(-kernel // stride)
@@ -199,10 +201,6 @@ def _bar(figure: Figure, axes: list[Any], top: float, theme: Theme) -> None:
     bar.set_label("gradient at each input pixel", fontsize=9, color=theme.ink)
     bar.ax.tick_params(labelsize=8, colors=theme.ink)
     bar.outline.set_visible(False)
-
-
-def _are_counts(*values: object) -> bool:
-    return all(isinstance(value, int) and value >= 1 for value in values)
 
 
 def _unit(angles: NDArray[np.float64]) -> NDArray[np.float64]:

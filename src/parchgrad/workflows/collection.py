@@ -91,7 +91,7 @@ def collect_from_folder(
             checkpoint_every=checkpoint_every,
             metadata={
                 "model": classifier.name,
-                "preprocessing": " ".join(str(classifier.preprocess.transform).split()),
+                "preprocessing": classifier.preprocess.description,
                 "data": described,
                 "categories": json.dumps(classifier.categories),
             },

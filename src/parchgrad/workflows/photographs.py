@@ -190,7 +190,7 @@ def explain_images(
     settled = explainer.edit
     settings = {
         "model": classifier.name,
-        "preprocessing": str(classifier.preprocess.transform),
+        "preprocessing": classifier.preprocess.description,
         "method": method,
         "method_options": {name: _describe(value) for name, value in explainer.method_options.items()},
         "internal_batch_size": internal_batch_size,

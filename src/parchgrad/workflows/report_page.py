@@ -259,7 +259,13 @@ def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
                 "Cost against quality",
                 "Time of a map relative to the plain gradient, as measured in this run. Random channels are explained "
                 "one image at a time, the others in batches.",
-                partial(scatter_chart, points, x_label="time", y_label=title_of(shown[0]), colours=_colours(summary)),
+                partial(
+                    scatter_chart,
+                    points,
+                    x_label="time",
+                    y_label=title_of(shown[0]),
+                    colours=_colours(summary),
+                ),
             )
         )
     return found
