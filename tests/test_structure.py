@@ -90,7 +90,10 @@ def test_lazy_names_are_the_public_names():
 
 def test_every_error_is_a_parchgrad_error_and_of_a_built_in_kind():
     classes = [value for value in vars(errors).values() if isinstance(value, type)]
-    assert all(issubclass(error, parchgrad.ParchGradError | UserWarning) for error in classes)
+    assert len(classes) == len(errors.__all__) - 3  # the functions
+    for error in classes:
+        assert issubclass(error, parchgrad.ParchGradError) or error.__bases__ == (UserWarning,)
+        assert error.__doc__.rstrip().endswith(".")
     for error in set(classes) - {parchgrad.ParchGradError}:
         assert issubclass(error, ValueError | ArithmeticError | OSError | ImportError | UserWarning), error
 

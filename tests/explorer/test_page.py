@@ -15,7 +15,7 @@ from PIL import Image
 import parchgrad as pg
 from parchgrad.errors import SettingError
 from parchgrad.workflows.demonstration import example_photographs
-from tests.support import maps_on, python, shown_maps
+from tests.support import maps_on, python, shown_maps, wait_for
 
 pytest.importorskip("gradio", reason="Gradio, of the extra web, is not installed.")
 
@@ -133,6 +133,20 @@ def test_a_selector_without_statistics_falls_back(user):
     assert "Using gradient energy." in user.updates["status"]["value"]
     user.show(quantile=0.3)
     assert "Using gradient energy." not in user.updates["status"]["value"]
+
+
+def test_a_change_of_the_network_offers_its_lists(user):
+    user.act("take_example", "coffee")
+    lite0 = {"network": "efficientnet_lite0"}
+    wait_for(lambda: "Results appear when it is ready" not in user.show(**lite0, layers="published"))
+    assert "3 convolutions edited" in user.updates["status"]["value"]
+    assert "published" in [value for _, value in user.updates["layers"]["choices"]]
+    # Still of the network before: a class that the other one does not have.
+    assert len(maps_on(user.show(**{"class": 967, "stamp": "of before"}))) == 2
+    assert "published" not in [value for _, value in user.updates["layers"]["choices"]]
+    assert "Choose covered layers" in user.show(**lite0, selector="class")
+    # The list is offered where an error stands as well.
+    assert "class" in [value for _, value in user.updates["selector"]["choices"]]
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,6 @@ def served(folder, *options):
                 process.kill()
 
 
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 class User:
     """One session of the page, driven as its script would drive it."""
 
@@ -55,7 +48,6 @@ class User:
         # No certificates need be read for plain HTTP, which takes most of a second in all.
         self._client = gradio_client.Client(address, verbose=False, ssl_verify=False, httpx_kwargs={"timeout": 60})
         self._target, self._stamp = None, ""
-        self.status = self.offered = None
 
     def take(self, path):
         self._client.predict(gradio_client.handle_file(str(path)), api_name="/take")
@@ -86,14 +78,9 @@ class User:
             api_name="/show",
         )
         # What did not change comes as an empty update.
-        result, self.status, stamp, self.offered = found[0], found[2], found[6], found[7]
-        self.code, self.offered_layers, self.steadiness = found[3], found[8], found[9]
+        result, stamp = found[0], found[6]
         self._stamp = stamp if isinstance(stamp, str) else self._stamp
         return result
-
-    def measure(self):
-        """What is said of the map's stability."""
-        return self._client.predict(api_name="/measure")
 
     def choose(self, target):
         self._target = target

@@ -1,10 +1,9 @@
-"""The explorer as people and programs reach it: requests, many users at once, and a real browser."""
+"""The explorer as people and programs reach it: requests, commands and a real browser."""
 
 import json
 import re
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from PIL import Image
 import parchgrad as pg
 from parchgrad.explorer.inputs import EXAMPLES, Photograph, View
 from parchgrad.explorer.views import Explorer
-from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual import save_figure
 from parchgrad.workflows.demonstration import example_photographs
-from tests.support import maps_on, python, shown_maps
-from tests.system.browser import Page, User, browser, needs_browser, served, wait_for
+from tests.support import maps_on, python, shown_maps, wait_for
+from tests.system.browser import Page, browser, needs_browser, served
 
 
 @pytest.fixture(scope="module")
@@ -50,89 +48,7 @@ def post_form(address, sizes):
     return httpx.post(f"{address}/gradio_api/upload", content=pieces(), headers=form)
 
 
-def expected(classifier, image, target, quantile, *, name="energy", layers="all"):
-    selector = find_selector(name).make(quantile=quantile)
-    return shown_maps(classifier, image, pg.Explainer(classifier.model, selector, layers=layers), target)
-
-
-def test_users_at_once_get_their_own_maps_and_errors(address, tmp_path):
-    shapes, problems, rounds = pg.load_model("shapes"), [], 3
-    bad = tmp_path / "bad.png"
-    bad.write_text("no picture")
-    images = example_photographs()
-    for name, image in zip(EXAMPLES, images, strict=True):
-        image.save(tmp_path / f"{name}.png")
-
-    def use(number):
-        user = User(address)
-        try:
-            for turn in range(rounds):
-                place = (number + turn) % 4
-                user.take(tmp_path / f"{EXAMPLES[place]}.png") if turn % 2 else user.take_example(EXAMPLES[place])
-                user.choose(None)
-                user.show()
-                target, quantile = (number + turn) % 10, round(0.1 + 0.1 * number, 2)
-                user.choose(target)
-                page = user.show(quantile=quantile)
-                for found, wanted in zip(maps_on(page), expected(shapes, images[place], target, quantile), strict=True):
-                    if np.abs(found - wanted).max() > 0.003:
-                        problems.append(f"user {number}, turn {turn}: another map")
-                if f"for {shapes.categories[target]}," not in page:
-                    problems.append(f"user {number}, turn {turn}: another class")
-                if "matches none of" not in user.show(layers="nothing"):
-                    problems.append(f"user {number}, turn {turn}: no error where one was due")
-            user.take(bad)
-            if "'bad.png' is not a readable image" not in user.show().replace("&#x27;", "'"):
-                problems.append(f"user {number}: the bad file was not refused")
-        finally:
-            user.close()
-
-    threads = [threading.Thread(target=use, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not problems
-
-
-def test_what_was_on_its_way_when_the_network_changed_is_no_error(address):
-    user = User(address)
-    user.take_example("coffee")
-    assert "for espresso," in user.show(network="efficientnet_lite0", layers="conv_head")
-    user.show(network="shapes")
-    # Of the network before: a class that the other has not, and a selector that it cannot have.
-    user.choose(967)
-    user._stamp = "of before"
-    page = user.show(network="shapes", selector="class")
-    assert len(maps_on(page)) == 2
-    assert "gradient energy, quantile 0.25" in page
-    assert "needs statistics, which shapes does not have. Using gradient energy." in user.status
-    assert user.offered["value"] == "energy"
-    # The list, which fell back, asks for the same again.
-    user.show(network="shapes")
-    assert "Using gradient energy." in user.status
-    user.show(network="shapes", quantile=0.3)
-    assert "Using gradient energy." not in user.status
-    page = user.show(network="efficientnet_lite0", selector="class", quantile=0.1)
-    assert "Choose covered layers" in page
-    # The list is offered where an error stands as well.
-    assert "class" in [value for _, value in user.offered["choices"]]
-    user.close()
-
-
-def test_the_published_set_is_offered_where_there_is_one(address):
-    user = User(address)
-    user.take_example("coffee")
-    user.show(network="efficientnet_lite0", layers="published")
-    assert "3 convolutions edited" in user.status
-    assert "published" in [value for _, value in user.offered_layers["choices"]]
-    assert "The paper has no layer set for ShapesNetwork" in user.show(layers="published")
-    assert "published" not in [value for _, value in user.offered_layers["choices"]]
-    user.close()
-
-
-def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
+def test_addresses_paths_and_large_files_are_refused(address, folder):
     for path in (
         "file=/etc/passwd",
         "file=http://example.com/x.png",
@@ -177,12 +93,6 @@ def test_addresses_paths_and_large_files_are_refused(address, folder, tmp_path):
     assert "not uploaded by a user" in done
     for content in (b"[" * 200_000, b" " * 1_100_000):
         assert httpx.post(join, content=content, headers={"content-type": "application/json"}).status_code in (403, 413)
-
-    user = User(address)
-    Image.new("1", (2000, 2000)).save(tmp_path / "wide.png")
-    user.take(tmp_path / "wide.png")
-    assert "has 4.0 megapixels, but the limit is 3" in user.show()
-    user.close()
 
 
 def test_files_are_refused_when_as_many_are_kept_as_may_be(tmp_path):
@@ -273,7 +183,7 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         page.changes(lambda: slider.send_keys(Keys.ARROW_RIGHT))
         page.wait(lambda: "quantile 0.21" in page.text("#result"))
         (found,) = maps_on(f'class="pg-map" src="{page.map()}"')
-        wanted = expected(lite0, cup, 281, 0.21, name="evidence", layers=0.75)[1]
+        wanted = shown_maps(lite0, cup, pg.Explainer(lite0.model, pg.Evidence(quantile=0.21), layers=0.75), 281)[1]
         assert np.abs(found - wanted).max() < 0.003
         assert "quantile=0.21" in page.text("#code")
 

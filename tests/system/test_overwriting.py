@@ -220,16 +220,6 @@ def test_rows_that_no_evaluation_wrote_are_not_cut(tmp_path, linked):
     assert mine.read_text() == rows.read_text() == '{"my": "only copy"}'
 
 
-@pytest.mark.parametrize("begun", ["", "{", '{"model": "cut o'])
-def test_a_row_that_was_begun_is_had_again(tmp_path, begun):
-    run(tmp_path, data=Noise(2), settings=[Setting()])
-    rows = tmp_path / "rows-0.jsonl"
-    rows.write_text(rows.read_text() + begun)
-    before = rows.read_text().splitlines()[:2]
-    run(tmp_path, data=Noise(2), settings=[Setting()])
-    assert rows.read_text().splitlines() == before
-
-
 @pytest.mark.parametrize("command", ["explain", "sweep"])
 def test_a_photograph_is_not_overwritten_by_its_own_panel(tmp_path, capsys, command):
     photograph = tmp_path / "red.png"
