@@ -21,7 +21,7 @@ from parchgrad.errors import SettingError
 from parchgrad.evaluation.settings import Grid
 from parchgrad.models import loading as models
 from parchgrad.models.classifier import Classifier
-from parchgrad.statistics.selectors import find_selector
+from parchgrad.statistics.selectors import find_selector, registered_selectors
 from parchgrad.visual import save_figure
 from parchgrad.visual.sweeps import quantile_sweep
 from tests.support import cli
@@ -132,21 +132,21 @@ def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_p
     [
         (["--target", "espreso"], "Close matches: espresso"),
         (["--target", "4000"], "0 to 999"),
-        (["--quantile", "0"], "`quantile` is 0.0"),
-        (["--gamma", "0"], "`gamma` is 0.0"),
-        (["--gamma", "nan"], "`gamma` is nan"),
+        (["--quantile", "0"], "--quantile is 0.0"),
+        (["--gamma", "0"], "--gamma is 0.0"),
+        (["--gamma", "nan"], "--gamma is nan"),
         (["--layers", "layer9.*"], "'layer9.*' matches none"),
         (["--layers", "2"], "ratio 2"),
-        (["--layers", ","], "`layers` is []"),
-        (["--method", "magic"], "method 'magic' does not exist"),
+        (["--layers", ","], "--layers is []"),
+        (["--method", "magic"], "--method is 'magic'"),
         (["--model", "resnet-18"], "Close matches: resnet18"),
-        (["--method", "LRP"], "method 'LRP' does not exist"),
+        (["--method", "LRP"], "--method is 'LRP'"),
         (["--method", "GuidedBackprop"], "acts on modules of type ReLU"),
-        (["--method", "GradientShap"], "needs the option 'baselines'"),
-        (["--selector", "magic"], "`selector` is 'magic'"),
+        (["--method", "GradientShap"], "needs `baselines`"),
+        (["--selector", "magic"], "--selector is 'magic'"),
         (["--conserve", "magic"], "'exact'"),
-        (["--softness", "2"], "`softness` is 2.0"),
-        (["--gates", "-1"], "`gates` is -1.0"),
+        (["--softness", "2"], "--softness is 2.0"),
+        (["--gates", "-1"], "--gates is -1.0"),
         (["--layers", "default"], "'default' matches none"),
     ],
 )
@@ -206,6 +206,24 @@ def test_models(capsys):
     code, printed, _ = cli(capsys, "models", "convnext_n*")
     assert "convnext_nano" in printed
     assert cli(capsys, "models", "nothing*")[0] == 2
+
+
+def test_selectors(capsys):
+    code, printed, _ = cli(capsys, "selectors")
+    assert code == 0
+    rows = {line.split()[0]: line for line in printed.splitlines()}
+    assert {name: row.endswith("statistics") for name, row in rows.items() if name != "name"} == {
+        name: found.needs_statistics for name, found in registered_selectors().items()
+    }
+
+
+def test_errors_name_the_option(capsys, coffee):
+    for option, value in (("--quantile", "10"), ("--gates", "-1"), ("--selector", "best")):
+        errors = cli(capsys, "explain", coffee, "--model", "shapes", option, value)[2]
+        assert f"{option} is" in errors
+    errors = cli(capsys, "explain", coffee, "--selector", "random", "--softness", "1")[2]
+    assert "--softness" in errors
+    assert "random" in errors
 
 
 def test_version_and_help(capsys):
@@ -459,7 +477,7 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
     ("arguments", "words"),
     [
         (["explain", "coffee.png", "--selector", "class", "--model", "resnet18"], "'resnet18'"),
-        (["explain", "coffee.png", "--statistics", "x"], "the selector evidence uses none"),
+        (["explain", "coffee.png", "--statistics", "x"], "the selector evidence has none"),
         (["explain", "coffee.png", "--selector", "class", "--statistics", "none"], "There is no statistics file"),
         (["explain", "coffee.png", "--device", "gpu"], "--device is 'gpu'"),
         (["explain", "coffee.png", "--device", "meta"], "--device is 'meta'"),
@@ -468,7 +486,7 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
         (["stats", "collect", "--data", "none", "-o", "x"], "There is no folder 'none'"),
         (["stats", "collect", "--data", ".", "-o", "x", "--device", "warp"], "--device is 'warp'"),
         (["stats", "collect", "--data", ".", "-o", "coffee.png"], "already exists"),
-        (["stats", "collect", "--data", ".", "--labels", "predicted", "--batch-size", "0", "-o", "x"], "size` is 0"),
+        ("stats collect --data . --labels predicted --batch-size 0 -o x".split(), "--batch-size is 0"),
         (["stats", "show", "coffee.png"], "as channel statistics"),
         (["stats", "import-pickles", ".", "--model", "resnet18", "-o", "x"], "cls_p_values.pkl"),
     ],
@@ -522,7 +540,7 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
         (("evaluate", "study.toml", "--conserve", "all"), "'grid.conserves' in the settings is 'all'"),
         (("evaluate", "study.toml", "--scores", "all"), "'scores.families' in the settings is 'all'"),
         (("evaluate", "study.toml", "--target", "tripod"), "'target' in the settings is 'tripod'"),
-        (("evaluate", "study.toml", "--selector", "best"), "`selector` is 'best'"),
+        (("evaluate", "study.toml", "--selector", "best"), "--selector is 'best'"),
     ):
         code, _, said = cli(capsys, *arguments)
         assert code == 2
@@ -685,8 +703,8 @@ def test_an_animation_plays_its_selectors_side_by_side(capsys, coffee, tmp_path)
     [
         (["--values", "a,b"], "numbers separated by commas"),
         (["--values", ","], "numbers separated by commas"),
-        (["--values", "0.5,2"], "`quantile` is 2"),
-        (["--statistics", "x.safetensors"], "uses none"),
+        (["--values", "0.5,2"], "--quantile is 2"),
+        (["--statistics", "x.safetensors"], "evidence has none"),
         (["--layers", "nothing"], "nothing"),
         (["--target", "nobody"], "no class named"),
     ],

@@ -361,7 +361,7 @@ def test_targets_that_do_not_fit(network):
     statistics = random_statistics({"2": 6})
     for target, words in [
         ([0, 1, 2], "`target` has 3 classes, but the pass has 2 rows"),
-        (5, "target 5 is out of range .* 5 classes"),
+        (5, "`target` holds 5, .* 5 classes"),
     ]:
         with (
             pytest.raises(TargetError, match=words),

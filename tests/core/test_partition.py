@@ -427,7 +427,7 @@ PLACE_FACTS = ("`position_weights`", "(3, 6, 3, 4)", "shape (3, 3, 4)")
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
-        *(({"gamma": gamma}, ("`gamma`", repr(gamma), "math.inf")) for gamma in (0.0, 0, -1.0, math.nan, "inf", None)),
+        *(({"gamma": gamma}, ("`gamma`", repr(gamma))) for gamma in (0.0, 0, -1.0, math.nan, "inf", None)),
         ({"conserve": "all"}, ("`conserve`", "'all'", ", ".join(CONSERVE))),
         ({"gradient": [1.0]}, ("`gradient`", "list", "Tensor", "torch.as_tensor")),
         ({"channel_weights": [True]}, ("`channel_weights`", "list", "Tensor", "torch.as_tensor")),

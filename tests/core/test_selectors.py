@@ -14,6 +14,7 @@ from parchgrad.core.selectors import (
     EditDefaults,
     LayerSignal,
     RegisteredSelector,
+    _RankingSelector,
     as_selection,
     check_softness,
     kth_largest,
@@ -301,7 +302,7 @@ def test_a_signal_without_what_the_selector_needs():
 
 def test_selectors_say_whether_they_need_a_class():
     gradient = torch.randn(2, 6, 3, 3)
-    for selector in every_selector():
+    for selector in EVERY.values():
         bare = signal(gradient, selector.observe(gradient))
         if selector.needs_class:
             with pytest.raises(SettingError, match="without classes"):
@@ -432,9 +433,11 @@ def test_constant_channels_and_classes_without_images_are_never_significant():
     statistics = pg.ChannelStatistics({"conv": with_empty})
     assert torch.equal(with_empty.class_log_p()[1], torch.zeros(3, dtype=torch.float64))
     of_empty = signal(torch.zeros(1, 4, 1), classes=torch.tensor([2]))
-    assert not pg.ClassWise(statistics, quantile=0.25, softness=0).select(of_empty).any()
-    # Of the others all weigh the same, so that the layer passes unchanged as well.
-    assert (pg.ClassWise(statistics, quantile=0.25).select(of_empty) == 1).all()
+    assert not pg.ClassWise(statistics, quantile=0.25, softness=0).class_weights("conv")[2].any()
+    # All weights would be equal, so the map would be plain.
+    for softness in (0, 0.5):
+        with pytest.raises(StatisticsError, match="class 2"):
+            pg.ClassWise(statistics, quantile=0.25, softness=softness).select(of_empty)
     gap = torch.full((1, 4), 9.0)
     assert pg.InstanceWise(statistics, alpha=0.05).select(signal(torch.zeros(1, 4, 1), gap))[0, 1] == 0
     mask = pg.InstanceWise(statistics, alpha=0.05, softness=0).select(signal(torch.zeros(1, 4, 1), observation=gap))
@@ -617,7 +620,7 @@ def test_selectors_by_their_short_names():
         check_message(caught.value, repr(name), "statistics", "'energy'")
     with pytest.raises(SettingError) as caught:
         find_selector("best")
-    check_message(caught.value, "`selector`", "'best'", "energy, activation, evidence, random, class, instance")
+    check_message(caught.value, "`selector`", "'best'", ", ".join(registered_selectors()))
 
 
 def test_a_selector_by_its_name_has_the_settings_that_are_given():
@@ -677,24 +680,20 @@ def test_a_layer_of_dead_channels_hides_no_class():
             pg.ClassWise(statistics, quantile=1.0).check_targets([0, 2, 7, -1])
 
 
-def every_selector(channels=6):
-    statistics = random_statistics({"conv": channels})
-    return [
-        pg.GradientEnergy(quantile=0.3),
-        pg.GradientTimesActivation(quantile=0.3),
-        pg.Evidence(quantile=0.3),
-        pg.Evidence(quantile=0.3, softness=0),
-        pg.RandomChannels(quantile=0.3),
-        pg.FixedChannels({"conv": torch.arange(channels) < 2}),
-        pg.FixedChannels({"conv": torch.linspace(0, 1, channels)}),
-        pg.ClassWise(statistics, quantile=0.3),
-        pg.ClassWise(statistics, alpha=0.3),
-        pg.InstanceWise(statistics, quantile=0.3),
-        pg.InstanceWise(statistics, alpha=0.3, normality_threshold=None),
-    ]
+STATISTICS = random_statistics({"conv": 6})
+BY_NAME = {name: found.make(quantile=0.3, statistics=STATISTICS) for name, found in registered_selectors().items()}
+EVERY = BY_NAME | {
+    "hard evidence": pg.Evidence(quantile=0.3, softness=0),
+    "mask": pg.FixedChannels({"conv": torch.arange(6) < 2}),
+    "weights": pg.FixedChannels({"conv": torch.linspace(0, 1, 6)}),
+    "class, alpha": pg.ClassWise(STATISTICS, alpha=0.3),
+    "instance, alpha": pg.InstanceWise(STATISTICS, alpha=0.3, normality_threshold=None),
+}
+every_selector = pytest.mark.parametrize("selector", EVERY.values(), ids=EVERY)
+every_ranking = pytest.mark.parametrize("selector", [s for s in EVERY.values() if isinstance(s, _RankingSelector)])
 
 
-@pytest.mark.parametrize("selector", every_selector(), ids=lambda selector: type(selector).__name__)
+@every_selector
 def test_no_number_is_read_off_a_device(selector):
     # A tensor of the meta device holds none: reading one, or mixing it with another device, is an error.
     selector = dataclasses.replace(selector)
@@ -709,7 +708,7 @@ def test_no_number_is_read_off_a_device(selector):
         assert [mask.device.type for mask in selector._cached.values()] == ["meta"]
 
 
-@pytest.mark.parametrize("selector", every_selector(), ids=lambda selector: type(selector).__name__)
+@every_selector
 def test_a_pass_without_rows(selector):
     gradient = torch.empty(0, 6, 4, 4)
     observation = selector.observe(gradient)
@@ -717,7 +716,7 @@ def test_a_pass_without_rows(selector):
     assert found.channel_weights.shape == (0, 6)
 
 
-@pytest.mark.parametrize("selector", every_selector()[:4], ids=lambda selector: type(selector).__name__)
+@every_ranking
 def test_a_layer_without_space(selector):
     gradient, output = torch.randn(4, 6), torch.randn(4, 6)
     found = as_selection(selector.select(signal(gradient, selector.observe(output))))
@@ -726,7 +725,7 @@ def test_a_layer_without_space(selector):
     assert found.position_weights is single.position_weights is None
 
 
-@pytest.mark.parametrize("selector", every_selector()[:4], ids=lambda selector: type(selector).__name__)
+@every_ranking
 def test_a_row_without_gradient_keeps_every_channel(selector):
     gradient, output = torch.randn(3, 6, 4, 4), torch.randn(3, 6, 4, 4)
     gradient[1] = 0

@@ -128,6 +128,6 @@ def test_scores_that_do_not_fit():
         valid_mean([[1.0]])
     with pytest.raises(InputError, match="different numbers"):
         rank_methods({"a": [1.0], "b": []}, higher_is_better=True)
-    for options in ({"confidence": 1.0}, {"resamples": 0}):
-        with pytest.raises(SettingError, match="`confidence` is"):
-            compare([1.0, 2.0], [0.0, 0.0], **options)
+    for name, value in (("confidence", 1.0), ("resamples", 0)):
+        with pytest.raises(SettingError, match=f"`{name}` is {value}"):
+            compare([1.0, 2.0], [0.0, 0.0], **{name: value})

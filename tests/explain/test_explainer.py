@@ -270,7 +270,7 @@ def test_one_dimensional_signals_and_float32():
 def test_methods_that_replace_rectifiers_go_without_soft_gates(method):
     model = out_of_place(small_network())
     for gates in (2, 0.5):
-        with pytest.raises(SettingError, match=f"gates={gates}"):
+        with pytest.raises(SettingError, match=f"`gates` is {gates}"):
             pg.Explainer(model, method=method, gates=gates)
     implied, said = pg.Explainer(model, method=method), pg.Explainer(model, method=method, gates=0)
     assert implied.edit.gates == said.edit.gates == 0
@@ -346,7 +346,7 @@ def test_bad_inputs(inputs, words):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        (5, "target 5 is out of range .* 5 classes"),
+        (5, "`target` holds 5, .* 5 classes"),
         (-1, "`target` holds -1"),
         (torch.tensor(1j), "torch.complex64 of shape"),
         ([0, 1], "`target` has 2 classes, but the batch has 4 rows"),
@@ -363,18 +363,18 @@ def test_bad_targets(selector, target, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "gradients"}, "'gradients' does not exist .*: gradient"),
-        ({"method": "LayerGradCam"}, "does not exist"),
-        ({"method": "NoiseTunnel"}, "does not exist"),
-        ({"samples": 3}, "method 'gradient' has no option 'samples'"),
+        ({"method": "gradients"}, "'gradients'.*: gradient"),
+        ({"method": "LayerGradCam"}, "'LayerGradCam'"),
+        ({"method": "NoiseTunnel"}, "'NoiseTunnel'"),
+        ({"samples": 3}, "`samples` .*'gradient'"),
         ({"method": "smoothgrad", "nt_samples": 3}, ": samples, seed, sigma"),
         ({"method": "smoothgrad", "samples": 0}, "`samples` is 0"),
-        ({"method": "integrated_gradients", "inputs": 3}, "no option 'inputs'"),
-        ({"method": "GradientShap"}, "needs the option 'baselines'"),
-        ({"method": "GuidedGradCam"}, "needs the option 'layer'"),
+        ({"method": "integrated_gradients", "inputs": 3}, "`inputs` is not an option"),
+        ({"method": "GradientShap"}, "needs `baselines`"),
+        ({"method": "GuidedGradCam"}, "needs `layer`"),
         ({"internal_batch_size": 0}, "`internal_batch_size` is 0"),
         ({"internal_batch_size": 2.5}, "`internal_batch_size` is 2.5"),
-        ({"method": "LRP"}, "does not exist"),
+        ({"method": "LRP"}, "'LRP'"),
         ({"method": "integrated_gradients", "n_steps": 0}, "`n_steps` is 0"),
         ({"method": "smoothgrad", "samples": 2.5}, "`samples` is 2.5"),
         ({"method": "smoothgrad", "sigma": -1}, "`sigma` is -1"),

@@ -235,7 +235,7 @@ def test_a_class_that_no_pixel_is_called_by_has_an_empty_map():
     [
         (SettingError, {"target": -1}, None, "`target` is -1, but it must be a whole number of at least 0"),
         (SettingError, {"target": True}, None, "`target` is True"),
-        (TargetError, {"target": 2}, torch.ones(1, 2, 3, 3), "target 2 is out of range .* 2 classes"),
+        (TargetError, {"target": 2}, torch.ones(1, 2, 3, 3), "`target` holds 2, .* 2 classes"),
         (ModelError, {"target": 0}, torch.ones(1, 2), r"returns shape \(1, 2\), but a region needs scores of shape"),
         (ModelError, {"target": 0}, {"out": 1}, "returns a dict, but a region needs scores"),
         (

@@ -379,7 +379,7 @@ def test_what_cannot_be_explained_is_said_in_words(wrapper, x):
         grad(wrapper, x[:1], 2, quantile=0.5)
     with pytest.raises(InputError, match="NaN or infinite"):
         grad(wrapper, x * math.nan, 2, quantile=0.5)
-    with pytest.raises(TargetError, match=r"target 5 is out of range .* 5 classes"):
+    with pytest.raises(TargetError, match=r"`target` holds 5, .* 5 classes"):
         grad(wrapper, x, torch.tensor([5]), quantile=0.5)
     with pytest.raises(TargetError, match="`target` is None, but it must be a class index"):
         grad(wrapper, x, None, quantile=0.5)
@@ -387,7 +387,7 @@ def test_what_cannot_be_explained_is_said_in_words(wrapper, x):
         grad(wrapper, x, torch.tensor([1, 2]), quantile=0.5)
     with pytest.raises(TargetError, match="cls` has 2 classes"):
         grad(wrapper, x, 1, cls=[1, 2], quantile=0.5)
-    with pytest.raises(TargetError, match="target 7 is out of range"):
+    with pytest.raises(TargetError, match="`target` holds 7"):
         grad(wrapper, x, 1, cls=7, quantile=0.5)
 
 

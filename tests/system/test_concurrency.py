@@ -176,7 +176,9 @@ def test_threads_on_one_shared_model_get_the_maps_that_they_get_alone(model):
                 try:
                     fail()
                     problems.append((number, turn, "did not fail"))
-                except Exception as found:
+                except Exception as raised:
+                    # torch raises its own exception where another thread sets hooks while a pass fails.
+                    found = raised.__context__ if "mutated during iteration" in str(raised) else raised
                     if not isinstance(found, error) or word not in str(found):
                         problems.append((number, turn, repr(found)))
             else:

@@ -109,7 +109,7 @@ def test_pictures_that_do_not_match():
         blend(np.full((4, 4, 3), 255) * np.eye(4)[..., None], np.zeros((4, 4)))
     with pytest.raises(SettingError, match="`percentile` is 150"):
         normalise(np.ones((2, 2)), percentile=150)
-    with pytest.raises(InputError, match="at least one of `photographs`"):
+    with pytest.raises(InputError, match="`photographs` is empty"):
         panel([], {})
     with pytest.raises(InputError, match="`labels`"):
         panel([np.zeros((4, 4, 3))], {}, labels=["a", "b"])

@@ -80,7 +80,7 @@ def test_a_given_target_keeps_its_probability(classifier, images):
     for wrong in (None, pg.GradientEnergy()):
         with pytest.raises(SettingError, match=r"edit.* is of type \w+, but an Edit is needed"):
             pg.explain_images(classifier, images[:1], wrong)
-    with pytest.raises(TargetError, match="out of range"):
+    with pytest.raises(TargetError, match="`target` holds 1000"):
         pg.explain_images(classifier, images[:1], target=1000)
 
 

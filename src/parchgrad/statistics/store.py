@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parchgrad._io.checks import check_kind
+from parchgrad._io.checks import check_kind, is_whole_number
 from parchgrad._io.files import writing
 from parchgrad._io.tensors import read_tensors
 from parchgrad.core.layers import Convolution, bare_model, find_convolutions
@@ -222,7 +222,9 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         kept = {name: self[name] for name in self if name in set(wanted)}
         indices = self.class_indices
         if classes is not None:
-            indices = tuple(sorted({int(index) for index in classes}))
+            listed = classes.tolist() if isinstance(classes, Tensor) else classes
+            # NumPy's integers cannot be written to a file's metadata.
+            indices = tuple(sorted({int(index) if is_whole_number(index) else index for index in listed}))
             if not indices:
                 raise StatisticsError("`classes` is empty. Pass at least one class.")
             columns = self.columns(indices)
