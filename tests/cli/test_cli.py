@@ -486,7 +486,7 @@ def test_pickles_of_the_research_code_are_imported(capsys, tmp_path):
         (["stats", "collect", "--data", "none", "-o", "x"], "There is no folder 'none'"),
         (["stats", "collect", "--data", ".", "-o", "x", "--device", "warp"], "--device is 'warp'"),
         (["stats", "collect", "--data", ".", "-o", "coffee.png"], "already exists"),
-        ("stats collect --data . --labels predicted --batch-size 0 -o x".split(), "--batch-size is 0"),
+        (["stats", "collect", "--data", ".", "--labels", "predicted", "--batch-size", "0", "-o", "x"], "size is 0"),
         (["stats", "show", "coffee.png"], "as channel statistics"),
         (["stats", "import-pickles", ".", "--model", "resnet18", "-o", "x"], "cls_p_values.pkl"),
     ],
