@@ -23,6 +23,7 @@ from parchgrad.core.selectors import Selection
 from parchgrad.core.targets import read_classes
 from parchgrad.errors import (
     InputError,
+    LayerError,
     ModelError,
     ModelWarning,
     ParchGradError,
@@ -585,12 +586,12 @@ def test_an_output_changed_in_place_that_others_need_is_noticed(network):
     """Torch's own check: what an operation saved may not be overwritten."""
     kept = []
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    with pg.ParchGrad(network, PinnedChannels(), layers="all"):
+    said = pytest.raises(RuntimeError, match="modified by an inplace operation")
+    with said, pg.ParchGrad(network, PinnedChannels(), layers="all"):
         handle = network[0].register_forward_hook(lambda module, inputs, output: kept.append(output.square()))
         score = network(x).sum() + kept[0].sum()
         handle.remove()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            score.backward()
+        score.backward()
 
 
 def test_an_empty_batch(network):
@@ -1279,10 +1280,13 @@ def test_without_gradients_nothing_stands_in_the_way_of_the_model():
     x = torch.randn(2, 3, 17)
     with torch.no_grad():
         expected = model(x)
-        with pg.ParchGrad(model, layers="all"):
+        with warnings.catch_warnings(record=True) as said, pg.ParchGrad(model, layers="all"):
+            warnings.simplefilter("always")
             assert torch.equal(model(x), expected)
             # Nor does a part on its own need a warning.
             model[0](x)
+        (warning,) = said
+        assert "no pass in this block recorded gradients" in str(warning.message)
 
 
 class Transposed(nn.Module):
@@ -1596,3 +1600,86 @@ def test_a_plain_block_takes_any_model_and_is_left_in_silence(network):
         found = input_gradient(linear, x)
     torch.testing.assert_close(found, torch.autograd.grad(by_hand[:, 0].sum(), leaf)[0])
     assert not torch.allclose(found, plain)
+
+
+class TwoHeads(nn.Module):
+    """A trunk with two heads, of which the second is computed in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Conv1d(2, 4, 3), nn.Conv1d(4, 3, 3), nn.Conv1d(4, 3, 3)
+
+    def forward(self, x):
+        features = self.trunk(x).relu()
+        return self.first(features).mean(dim=2), self.second(features).mean(dim=2)
+
+
+@pytest.fixture
+def two_heads():
+    return TwoHeads().double().eval()
+
+
+def gradient_of_first(model, x):
+    return torch.autograd.grad(model(x)[0][:, 1].sum(), x)[0]
+
+
+def test_layers_that_no_gradient_reaches_are_an_error_or_named_once(two_heads):
+    x = torch.randn(2, 2, 9, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(LayerError, match=r"\(second\)"), pg.ParchGrad(two_heads, pg.GradientEnergy(), layers="second"):
+        gradient_of_first(two_heads, x)
+    with pg.ParchGrad(two_heads, pg.GradientEnergy(), layers=["trunk", "first"]):
+        expected = gradient_of_first(two_heads, x)
+    with warnings.catch_warnings(record=True) as said, pg.ParchGrad(two_heads, pg.GradientEnergy(), layers="all"):
+        warnings.simplefilter("always")
+        assert torch.equal(gradient_of_first(two_heads, x), expected)
+        gradient_of_first(two_heads, x)
+    (warning,) = said
+    assert issubclass(warning.category, ModelWarning)
+    assert "1 of 3 chosen layers (second)" in str(warning.message)
+    # Each head has its own pass.
+    with pg.ParchGrad(two_heads, pg.GradientEnergy(), layers="all"):
+        for head in range(2):
+            torch.autograd.grad(two_heads(x)[head].sum(), x)
+    # The backward pass may follow after the block.
+    with pg.ParchGrad(two_heads, pg.GradientEnergy(), layers="second"):
+        output = two_heads(x)
+    torch.autograd.grad(output[0].sum(), x)
+
+
+def test_an_explainer_raises_no_plain_map_as_its_own(two_heads):
+    x = torch.randn(2, 2, 9, dtype=torch.float64)
+    for selector in (pg.GradientEnergy(), pg.Evidence()):
+        explainer = pg.Explainer(two_heads, selector, layers="second", logits=lambda output: output[0])
+        with pytest.raises(LayerError, match="No gradient reached the chosen layers"):
+            explainer.attribute(x, 1)
+        with pytest.raises(LayerError, match="No gradient reached the chosen layers"):
+            pg.Explainer(two_heads, selector, layers="second").attribute(x, lambda output: output[0][:, 1])
+
+
+def test_a_method_without_gradients_is_told(network):
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    occlusion = captum.attr.Occlusion(network)
+    expected = occlusion.attribute(x, sliding_window_shapes=(3, 4, 4), target=1)
+    with pytest.warns(ModelWarning, match="Occlusion"), pg.ParchGrad(network):
+        found = occlusion.attribute(x, sliding_window_shapes=(3, 4, 4), target=1)
+    assert torch.equal(found, expected)
+
+
+def test_a_convolution_that_returns_no_tensor_is_named():
+    class Pair(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(x), None
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.last = Pair(2, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(self.pair(x)[0].mean(dim=2))
+
+    model, x = Model().eval(), torch.randn(2, 2, 9)
+    with pytest.raises(ModelError, match=r"Layer 'pair' returns a tuple"):
+        pg.Explainer(model).attribute(x, 1)
+    with pytest.raises(ModelError, match=r"Layer 'pair' returns a tuple"):
+        pg.collect_statistics(model, [(row, 0) for row in x])

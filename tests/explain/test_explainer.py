@@ -435,3 +435,21 @@ def test_the_stability_is_that_of_one_class_though_noise_turns_the_prediction():
     assert (explainer.predict(inputs + 0.3 * span * noise) != predicted).any()
     found = explainer.stability(inputs, noise=0.3, draws=4)
     assert torch.equal(found, explainer.stability(inputs, predicted, noise=0.3, draws=4))
+
+
+def test_more_rows_of_logits_than_inputs_are_refused():
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = small_network()
+
+        def forward(self, clips):
+            return self.network(clips.flatten(0, 1))
+
+    model, clips = Frames().eval(), torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
+    for target in (None, 1):
+        with pytest.raises(ModelError, match="6 rows of logits for 2 inputs"):
+            pg.Explainer(model).attribute(clips, target)
+    found = pg.Explainer(model).attribute(clips, lambda logits: logits.unflatten(0, (-1, 3))[:, 0, 1])
+    of_frames = pg.Explainer(model.network).attribute(clips[:, 0], 1)
+    torch.testing.assert_close(found[:, 0], of_frames)

@@ -314,7 +314,7 @@ def test_the_plain_gradient_on_request(wrapper, x):
     # Also within a block of someone else.
     with pg.ParchGrad(wrapper.model, pg.GradientEnergy(quantile=0.2), layers="all"):
         assert torch.equal(get_input_attrib("grad")(bare, x, 2, modify_gradient=False), expected)
-        wrapper.model(x.unsqueeze(0))
+        wrapper.model(x.unsqueeze(0).requires_grad_())
 
 
 def hooks_of(model):

@@ -1,7 +1,7 @@
 """`ParchGrad`, a context manager that partitions gradients through the chosen convolutions."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,7 @@ from parchgrad.core.targets import (
     check_logits,
     integer_targets,
 )
-from parchgrad.errors import BlockError, ModelError, ModelWarning, warn
+from parchgrad.errors import BlockError, LayerError, ModelError, ModelWarning, warn
 
 __all__ = ["ParchGrad", "partitioned_before", "plain_gradients"]
 
@@ -162,9 +162,10 @@ class ParchGrad:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove the hooks, also after an exception. Warns if the model was not called in the block.
+        """Remove the hooks, also after an exception. Warns if nothing, or only a part of the layers, was edited.
 
         Raises:
+            LayerError: if a backward pass reached none of the chosen layers.
             BlockError: if the block was entered in another thread or task, or not at all.
         """
         session = next((session for session in reversed(SESSIONS.get()) if session.plan is self._plan), None)
@@ -192,13 +193,35 @@ class ParchGrad:
                 "itself, not a compiled or functional copy, in the thread that entered the block.",
                 ModelWarning,
             )
+        elif kind is None and session.never_recorded:
+            warn(
+                "Nothing was edited: no pass in this block recorded gradients. Use a method that needs gradients; "
+                "those without, such as Occlusion, give the same result as outside of the block.",
+                ModelWarning,
+            )
+        elif kind is None and session.without_gradient and not session.edited:
+            raise LayerError(
+                f"No gradient reached the chosen layers ({_listed(session.without_gradient)}), so nothing was edited. "
+                "Choose layers between the input and the explained output."
+            )
+        elif kind is None and session.without_gradient:
+            warn(
+                f"No gradient reached {len(session.without_gradient)} of {len(self.layers)} chosen layers "
+                f"({_listed(session.without_gradient)}), which were not edited. Leave out layers that are not between "
+                "the input and the explained output.",
+                ModelWarning,
+            )
         elif kind is None and session.missed:
             warn(
                 f"{len(session.missed)} of {len(self.layers)} chosen convolutions were never called and not edited "
-                f"({', '.join(session.missed[:3])}{', ...' if len(session.missed) > 3 else ''}). Leave out layers that "
-                "are not part of the forward pass, such as training-only heads, and avoid compiled parts.",
+                f"({_listed(session.missed)}). Leave out layers that are not part of the forward pass, such as "
+                "training-only heads, and avoid compiled parts.",
                 ModelWarning,
             )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_not_compiled(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "bare_model",
     "check_evaluation_mode",
     "check_model",
+    "check_output",
     "choose_layers",
     "find_convolutions",
     "has_published_layers",
@@ -94,6 +95,14 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
             "partition. Use a convolutional network, or the plain method (selector=None)."
         )
     return convolutions
+
+
+def check_output(layer: str, output: object) -> None:
+    """Raise `ModelError` if a convolution, such as a quantised subclass, returns anything but a tensor."""
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(
+            f"Layer {layer!r} returns a {type(output).__name__} instead of a tensor. Leave it out of `layers`."
+        )
 
 
 def choose_layers(model: nn.Module, layers: LayerChoice) -> dict[str, Convolution]:

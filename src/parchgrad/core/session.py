@@ -19,7 +19,7 @@ from parchgrad.core._torch import are_transforms_active, current_backward_pass, 
 from parchgrad.core.convolution import Geometry, partitioned_input_gradient, plain_geometry
 from parchgrad.core.edit import Edit
 from parchgrad.core.hooks import TransientHook, tensors_in
-from parchgrad.core.layers import Convolution
+from parchgrad.core.layers import Convolution, check_output
 from parchgrad.core.partition import (
     Conserve,
     at_least_float32,
@@ -82,6 +82,11 @@ class Session:
         self.was_called = False
         self._reached: set[str] = set()
         self._recorded: set[str] = set()
+        self._unrecorded: set[str] = set()
+        # Layers that a backward pass from the model's output should reach, does reach, and edits.
+        self.expected: set[str] = set()
+        self.met: set[str] = set()
+        self.edited: set[str] = set()
         self._was_passed = False
         self._has_warned = False
 
@@ -91,6 +96,19 @@ class Session:
         if not (self._was_passed and self._reached):
             return []
         return [name for name in self.plan.convolutions if name not in self._reached]
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """Chosen convolutions that no gradient reached, although one started at the model's output."""
+        # A backward pass that failed on the way says nothing.
+        if self.met != self.edited:
+            return []
+        return [name for name in self.plan.convolutions if name in self.expected - self.edited]
+
+    @property
+    def never_recorded(self) -> bool:
+        """Whether chosen convolutions were called, but always without recording gradients."""
+        return bool(self._unrecorded) and not self._recorded
 
     def open(self) -> None:
         """Set the hooks."""
@@ -187,9 +205,11 @@ class Session:
         if not self._decides_over(convolution):
             return None
         _refuse_transforms()
+        check_output(layer, output)
         # Read once: each access wraps torch's node anew.
         node = output.grad_fn
         if node is None:
+            self._unrecorded.add(layer)
             return None
         self._recorded.add(layer)
         if output.dim() != len(convolution.kernel_size) + 2:
@@ -209,10 +229,12 @@ class Session:
         geometry = plain_geometry(convolution)
         # An earlier hook may have replaced the output.
         if geometry is None or len(inputs) != 1 or not _is_convolution_of(node, inputs[0]):
+            forward.attached.add(layer)
             return cast(Tensor, _EditedOutput.apply(output, edit))
         if not inputs[0].requires_grad:
             # No gradient flows to the input.
             return None
+        forward.attached.add(layer)
         return cast(Tensor, _EditedConvolution.apply(inputs[0], [output, convolution.weight], geometry, edit))
 
     def _end(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -246,6 +268,7 @@ class _Forward:
         self.session = session
         self.plan = session.plan
         self.reached = False
+        self.attached: set[str] = set()
         self.rules: BackwardRules | None = None
         # Classes by id of the backward pass, since threads may run several at once. The oldest are dropped.
         self._read: deque[tuple[int, Tensor]] = deque(maxlen=_PASSES_AT_ONCE)
@@ -273,6 +296,9 @@ class _Forward:
                 "None of the chosen convolutions was called in this forward pass, so nothing would be edited. Choose "
                 "layers that the model calls, and explain the model itself, not a compiled or functional copy."
             )
+        for values in tensors_in(output):
+            if values.grad_fn is not None:
+                values.register_hook(self.note)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if not selector.needs_class:
             return
         if isinstance(output, Tensor):
@@ -287,6 +313,9 @@ class _Forward:
                 f"Cannot infer the class from a {type(output).__name__}. Pass `logits=` to extract the logits, or "
                 "`target=` to name the class."
             )
+
+    def note(self, gradient: Tensor) -> None:
+        self.session.expected |= self.attached
 
     def read(self, gradient: Tensor) -> None:
         self._read.append((current_backward_pass(), read_classes(gradient)))
@@ -355,7 +384,12 @@ class LayerEdit:
             gamma=self.settings.gamma,
             conserve=cast(Conserve, self.settings.conserve),
         )
+        self.forward.session.edited.add(self._layer)
         return weighted, scales, unit
+
+    def note(self) -> None:
+        """Note that a gradient has arrived."""
+        self.forward.session.met.add(self._layer)
 
 
 class _EditedConvolution(torch.autograd.Function):
@@ -375,6 +409,7 @@ class _EditedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.edit.note()
         if in_place_changes(ctx.weight) != ctx.version:
             raise ModelError(
                 "The weight of a convolution was changed between the forward and the backward pass. Run both again."
@@ -399,6 +434,7 @@ class _EditedOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.edit.note()
         weighted, scales, unit = ctx.edit.apply(gradient)
         edited = weighted * scales.reshape(*scales.shape, *[1] * (gradient.dim() - 2))
         return restored_range(edited, unit).to(gradient.dtype), None

@@ -159,6 +159,11 @@ class Logits(Output):
                 f"The model returns {_kind(logits)}, but logits of shape (B, K) are needed. Pass `logits=` to extract "
                 "them, or a function as `target=` that returns one score per row."
             )
+        if logits.shape[0] != inputs.shape[0]:
+            raise ModelError(
+                f"The model returns {logits.shape[0]} rows of logits for {inputs.shape[0]} inputs. Pass a function as "
+                "`target=` that returns one score per input."
+            )
         if self._highest_target is not None:
             check_target_range(self._highest_target, logits.shape[1])
         self.note(logits)

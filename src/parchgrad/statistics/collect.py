@@ -20,6 +20,7 @@ from parchgrad.core.layers import (
     LayerChoice,
     bare_model,
     check_evaluation_mode,
+    check_output,
     choose_layers,
     find_convolutions,
 )
@@ -415,6 +416,7 @@ def _gaps_of(convolutions: Mapping[str, Convolution]) -> Iterator[dict[str, list
     def hook_for(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if _GAPS.get() is gaps:
+                check_output(name, output)
                 gaps[name].append(_gap(output))
 
         return hook
