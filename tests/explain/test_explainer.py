@@ -8,7 +8,8 @@ from torch import nn
 import parchgrad as pg
 from parchgrad.errors import InputError, ModelError, SettingError, TargetError
 from parchgrad.explain.methods import METHODS
-from tests.support import small_network
+from parchgrad.statistics.selectors import registered_selectors
+from tests.support import random_statistics, small_network
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 TARGETS = torch.tensor([4, 0, 2, 1])
@@ -453,3 +454,20 @@ def test_more_rows_of_logits_than_inputs_are_refused():
     found = pg.Explainer(model).attribute(clips, lambda logits: logits.unflatten(0, (-1, 3))[:, 0, 1])
     of_frames = pg.Explainer(model.network).attribute(clips[:, 0], 1)
     torch.testing.assert_close(found[:, 0], of_frames)
+
+
+@pytest.mark.parametrize("method", ["gradient", "smoothgrad"])
+def test_the_default_device_does_not_matter(method):
+    # On meta, any tensor that the package makes there would hold no numbers.
+    network, statistics = small_network(), random_statistics({"0": 6, "2": 6})
+    kept = torch.arange(6) < 2
+    for selector in (
+        None,
+        *(found.make(quantile=0.3, statistics=statistics) for found in registered_selectors().values()),
+        pg.FixedChannels({"0": kept, "2": kept}),
+    ):
+        explainer = pg.Explainer(network, selector, layers="all", method=method)
+        expected = explainer.attribute(INPUTS, 1), explainer.stability(INPUTS)
+        with torch.device("meta"):
+            found = explainer.attribute(INPUTS, 1), explainer.stability(INPUTS)
+        assert all(map(torch.equal, found, expected))

@@ -545,7 +545,7 @@ class RandomChannels(Selector):
         batch, channels = signal.gradient.shape[:2]
         # Python's own hash of a string differs between processes.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{signal.layer}".encode()))
-        scores = torch.randperm(channels, generator=generator).unsqueeze(0)
+        scores = torch.randperm(channels, generator=generator, device="cpu").unsqueeze(0)
         return (scores >= kth_largest(scores, self.quantile)).to(signal.gradient.device).expand(batch, channels)
 
 

@@ -84,7 +84,8 @@ def integer_targets(target: Target) -> Tensor:
         TargetError: if `target` holds anything but integers, or a negative one.
     """
     try:
-        targets = torch.as_tensor(target)
+        # A number belongs to no device yet, whatever the default device.
+        targets = target if isinstance(target, Tensor) else torch.as_tensor(target, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TargetError(f"`target` is {target!r}, but it must be a class index or one per row.") from error
     inexact = targets.is_floating_point() or targets.is_complex()

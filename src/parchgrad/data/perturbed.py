@@ -102,7 +102,7 @@ class Jigsaw(_Perturbed):
         generator, cells = _generator(self.seed, index), self.grid**2
         order = list(range(cells))
         for _ in range(self.shuffles):
-            one, two = torch.randperm(cells, generator=generator)[:2].tolist()
+            one, two = torch.randperm(cells, generator=generator, device="cpu")[:2].tolist()
             order[one], order[two] = order[two], order[one]
         if order == sorted(order):
             return sample
@@ -222,9 +222,9 @@ class PerturbedMNIST(_Perturbed):
                 f"{sample.name!r} is not a digit in [0, 1] on a background of 0. Use digits without normalisation."
             )
         generator = _generator(self.seed, index)
-        top = int(torch.randint(self.canvas - height + 1, (), generator=generator))
-        left = int(torch.randint(self.canvas - width + 1, (), generator=generator))
-        noise = self.epsilon * torch.rand(channels, self.canvas, self.canvas, generator=generator)
+        top = int(torch.randint(self.canvas - height + 1, (), generator=generator, device="cpu"))
+        left = int(torch.randint(self.canvas - width + 1, (), generator=generator, device="cpu"))
+        noise = self.epsilon * torch.rand(channels, self.canvas, self.canvas, generator=generator, device="cpu")
         image = noise.to(tile)
         under = image[:, top : top + height, left : left + width]
         under.copy_(tile + (1 - tile) * under)

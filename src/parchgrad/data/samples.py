@@ -92,7 +92,7 @@ class DrawnSamples(Dataset[Sample]):
             raise SettingError(f"`count` is {count}, but it must be from 1 to {len(dataset)}, the number of samples.")
         generator = torch.Generator().manual_seed(seed)
         self._dataset = dataset
-        self._chosen = torch.randperm(len(dataset), generator=generator)[:count].sort().values.tolist()
+        self._chosen = torch.randperm(len(dataset), generator=generator, device="cpu")[:count].sort().values.tolist()
         self.categories = dataset.categories
 
     @property

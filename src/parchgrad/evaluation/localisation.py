@@ -218,13 +218,15 @@ def draw_mosaics(
     """
     generator = torch.Generator().manual_seed(seed)
     eligible = (probability >= confidence).nonzero().flatten()
-    shuffled = eligible[torch.randperm(len(eligible), generator=generator)]
+    shuffled = eligible[torch.randperm(len(eligible), generator=generator, device="cpu")]
     waiting: dict[int, list[int]] = {}
     for index, label in zip(shuffled.tolist(), labels[shuffled].tolist(), strict=True):
         waiting.setdefault(label, []).append(index)
     mosaics: list[list[int]] = []
     while len(mosaics) < count and len(waiting) >= cells:
-        drawn = [list(waiting)[place] for place in torch.randperm(len(waiting), generator=generator).tolist()]
+        drawn = [
+            list(waiting)[place] for place in torch.randperm(len(waiting), generator=generator, device="cpu").tolist()
+        ]
         # Using classes with the most images left first makes the most mosaics.
         chosen = sorted(drawn, key=lambda label: len(waiting[label]), reverse=True)[:cells]
         mosaics.append([waiting[label].pop() for label in chosen])
@@ -236,7 +238,7 @@ def draw_mosaics(
             "Lower `count` or `confidence`, or use images of more classes."
         )
     # Shuffle the cells: the classes with many images would always come first.
-    places = torch.rand(count, cells, generator=generator).argsort(dim=1)
+    places = torch.rand(count, cells, generator=generator, device="cpu").argsort(dim=1)
     return torch.tensor(mosaics, dtype=torch.long).reshape(count, cells).gather(1, places)
 
 

@@ -66,7 +66,7 @@ def random_map(*, seed: int = 0) -> Method:
     """
 
     def method(images: Tensor, target: Tensor) -> Tensor:
-        maps = [torch.rand(images.shape[2:], generator=_generator_of(image, seed)) for image in images]
+        maps = [torch.rand(images.shape[2:], generator=_generator_of(image, seed), device="cpu") for image in images]
         return torch.stack(maps).to(images)
 
     return method
@@ -324,5 +324,7 @@ def _generator_of(image: Tensor, seed: int) -> torch.Generator:
 
 def _shuffle_rows(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Permute each row of (B, C) with its own generator."""
-    places = torch.stack([torch.randperm(weights.shape[1], generator=generator) for generator in generators])
+    places = torch.stack(
+        [torch.randperm(weights.shape[1], generator=generator, device="cpu") for generator in generators]
+    )
     return weights.gather(1, places.to(weights.device))

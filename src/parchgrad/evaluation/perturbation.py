@@ -100,7 +100,9 @@ def rank_pixels(heat: Tensor, *, order: Order = "morf", seed: int = 0) -> Tensor
     if heat.dim() != 3:
         raise InputError(f"`heat` has shape {tuple(heat.shape)}, but it must be (B, H, W); see heatmap().")
     flat = heat.flatten(1)
-    shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed)).to(heat.device)
+    shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").to(
+        heat.device
+    )
     best_first = shuffled[flat[:, shuffled].argsort(dim=1, descending=order == "morf", stable=True)]
     places = torch.arange(flat.shape[1], device=heat.device).expand_as(best_first)
     return torch.empty_like(best_first).scatter_(1, best_first, places).reshape(heat.shape)
@@ -138,7 +140,7 @@ def replacement_images(images: Tensor, replacement: Replacement, *, seed: int = 
         blurred: Tensor = gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
         return blurred
     if replacement == "noise":
-        noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)).to(images)
+        noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed), device="cpu").to(images)
         return mean + noise * images.std(dim=(2, 3), keepdim=True)
     raise SettingError(f"`replacement` is {replacement!r}, but it must be one of {', '.join(get_args(Replacement))}.")
 

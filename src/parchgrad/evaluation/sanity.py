@@ -268,7 +268,7 @@ def max_sensitivity(
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         # Copies of one image are consecutive; every image gets the same noise.
         shape = (len(given[0]) // len(images), *images.shape[1:])
-        noise = within * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
+        noise = within * (2 * torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64) - 1)
         return tuple(part + noise.repeat(len(images), *[1] * (part.dim() - 1)).to(part) for part in given)
 
     def explain(inputs: tuple[Tensor, ...] | Tensor, target: Tensor) -> tuple[Tensor]:
@@ -313,7 +313,7 @@ def _randomise(module: nn.Module, *, seed: int) -> None:
             return
         generator = torch.Generator().manual_seed(seed)
         for parameter in module.parameters(recurse=False):
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            order = torch.randperm(parameter.numel(), generator=generator, device="cpu").to(parameter.device)
             parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))
 
 

@@ -65,7 +65,7 @@ def standard_noise(inputs: Tensor, count: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(int(seed))
     # The dtype is named, since otherwise the global default dtype would choose other numbers.
-    return torch.randn(count, *inputs.shape[1:], generator=generator, dtype=torch.float32).to(inputs)
+    return torch.randn(count, *inputs.shape[1:], generator=generator, device="cpu", dtype=torch.float32).to(inputs)
 
 
 def value_range(inputs: Tensor) -> Tensor:
