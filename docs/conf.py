@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
+from parchgrad import __all__ as public
 from parchgrad import __version__
 
 project = "ParchGrad"
@@ -61,3 +62,13 @@ html_theme_options = {
         "color-brand-content": "#d9a0f0",
     },
 }
+
+
+def _is_public_elsewhere(app, what, name, found, skipped, options):
+    """Leave out names of the package itself, which have directives of their own."""
+    return True if what == "module" and name in public else None
+
+
+def setup(app):
+    """Connect the hook."""
+    app.connect("autodoc-skip-member", _is_public_elsewhere)

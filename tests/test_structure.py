@@ -1,6 +1,7 @@
 """The layout of the package: imports point downwards only."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import parchgrad
 from parchgrad import errors
 from parchgrad.data.images import read_image
+from tests.support import ROOT
 
 # The rooms from the bottom up. A module may import from its own room and from those below.
 ROOMS = (
@@ -104,3 +106,9 @@ def test_errors_are_caught_by_their_built_in_kind(tmp_path):
         parchgrad.GradientEnergy(quantile=2)
     with pytest.raises(OSError, match="missing"):
         read_image(tmp_path / "missing.png")
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    directives = set(re.findall(r"^\.\. auto(?:class|function):: parchgrad\.(\w+)$", text, flags=re.MULTILINE))
+    assert directives == set(parchgrad.__all__) - {"__version__"}

@@ -13,8 +13,8 @@ from parchgrad.core.selectors import (
     REGISTERED,
     EditDefaults,
     LayerSignal,
+    RankingSelector,
     RegisteredSelector,
-    _RankingSelector,
     as_selection,
     check_softness,
     kth_largest,
@@ -606,6 +606,14 @@ def test_a_registered_selector_keeps_its_names_and_none_is_replaced():
     with pytest.raises(SettingError) as caught:
         register_selector("bare", **described)(Bare)
     check_message(caught.value, "Bare", "@dataclass", "@register_selector")
+
+    @dataclasses.dataclass(frozen=True)
+    class Required(pg.GradientEnergy):
+        share: float = dataclasses.field(kw_only=True)
+
+    with pytest.raises(SettingError) as caught:
+        register_selector("required", **described)(Required)
+    check_message(caught.value, "'share'", "Required")
     assert "bare" not in registered_selectors()
 
 
@@ -690,7 +698,7 @@ EVERY = BY_NAME | {
     "instance, alpha": pg.InstanceWise(STATISTICS, alpha=0.3, normality_threshold=None),
 }
 every_selector = pytest.mark.parametrize("selector", EVERY.values(), ids=EVERY)
-every_ranking = pytest.mark.parametrize("selector", [s for s in EVERY.values() if isinstance(s, _RankingSelector)])
+every_ranking = pytest.mark.parametrize("selector", [s for s in EVERY.values() if isinstance(s, RankingSelector)])
 
 
 @every_selector

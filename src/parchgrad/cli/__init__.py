@@ -114,6 +114,8 @@ def _options(
         # As `python -m` does.
         sys.path.insert(0, str(Path.cwd()))
     for name in modules or ():
+        if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+            raise SettingError(f"--import is {name!r}, but it must be a module, such as `selectors` for selectors.py.")
         try:
             import_module(name)
         except ImportError as error:

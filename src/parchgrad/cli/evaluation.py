@@ -214,7 +214,8 @@ def report(
     marks = {"better": ("[green]", " +"), "worse": ("[red]", " -"), "open": ("", "  ")}
     for summary, count in zip(found.summaries, found.counts, strict=True):
         # The page shows all scores, the terminal only a few.
-        shown = summary.scores if score else [name for name in HEADLINES if name in summary.scores][:3]
+        headlines = [name for name in HEADLINES if name in summary.scores] or summary.scores
+        shown = summary.scores if score else headlines[:3]
         table = make_table("setting", *(printable(title_of(name)) for name in shown), "time")
         for column in table.columns[1:]:
             # Fold the titles of settings before the numbers.

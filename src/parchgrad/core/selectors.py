@@ -25,6 +25,7 @@ __all__ = [
     "GradientTimesActivation",
     "LayerSignal",
     "RandomChannels",
+    "RankingSelector",
     "RegisteredSelector",
     "Selection",
     "Selector",
@@ -301,6 +302,8 @@ class RegisteredSelector:
         return self.kind(**{name: value for name, value in settings.items() if self.has(name) and value is not None})
 
 
+# Fields that `RegisteredSelector.make` sets.
+_GIVEN = {"quantile", "softness", "statistics", "seed", "test"}
 _USUAL = {"quantile": 0.1, "softness": 0.0}
 REGISTERED: dict[str, RegisteredSelector] = {}
 """The selectors by short name; those of channel statistics join when their module is imported."""
@@ -316,7 +319,8 @@ def register_selector(name: str, *, title: str, summary: str) -> Callable[[_Kind
         summary: phrase that says what it keeps.
 
     Raises:
-        SettingError: if the name is taken, or the class is not a dataclass.
+        SettingError: if the name is taken, the class is not a dataclass, or it has a field without a default other
+            than `quantile`, `softness`, `statistics`, `seed` and `test`.
 
     Example:
         >>> @register_selector("loudest", title="Loudest", summary="the channel with the largest gradient")
@@ -334,6 +338,9 @@ def register_selector(name: str, *, title: str, summary: str) -> Callable[[_Kind
             raise SettingError(f"A selector named {name!r} is registered already. Choose another name.")
         if not is_dataclass(kind):
             raise SettingError(f"{kind.__name__} is not a dataclass. Put @dataclass below @register_selector.")
+        for item in fields(kind):
+            if item.name not in _GIVEN and item.default is item.default_factory is MISSING:
+                raise SettingError(f"The field {item.name!r} of {kind.__name__} needs a default.")
         REGISTERED[name] = RegisteredSelector(name=name, kind=kind, title=title, summary=summary)
         return kind
 
@@ -341,8 +348,23 @@ def register_selector(name: str, *, title: str, summary: str) -> Callable[[_Kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RankingSelector(Selector):
-    """Base of the selectors that rank channels by the signal alone: settings and checks."""
+class RankingSelector(Selector):
+    """Base class of selectors that rank channels: it has quantile, softness and their checks.
+
+    Attributes:
+        quantile: share of the channels at or above the threshold, in (0, 1].
+        softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut. See `soft_weights`.
+
+    Raises:
+        SettingError: if a setting is out of range.
+
+    Example:
+        >>> class Peak(RankingSelector):
+        ...     def select(self, signal):
+        ...         return self.weights(signal.gradient.abs().flatten(2).amax(dim=2))
+        >>> Peak(quantile=0.5).select(LayerSignal(layer="conv", gradient=torch.tensor([[[4.0], [2.0]]])))
+        tensor([[0.5000, 0.0000]])
+    """
 
     quantile: float = 0.1
     softness: float = 0.5
@@ -351,13 +373,14 @@ class _RankingSelector(Selector):
         check_quantile(self.quantile)
         check_softness(self.softness)
 
-    def _weights(self, scores: Tensor) -> Tensor:
+    def weights(self, scores: Tensor) -> Tensor:
+        """Turn scores (B, C), larger is better, into channel weights of the same shape."""
         return soft_weights(scores, kth_largest(scores, self.quantile), self.softness)
 
 
 @register_selector("energy", title="Gradient energy", summary="channels with the largest gradient")
 @dataclass(frozen=True, kw_only=True)
-class GradientEnergy(_RankingSelector):
+class GradientEnergy(RankingSelector):
     """Keep the channels whose gradient has the largest spatial norm.
 
     Attributes:
@@ -375,14 +398,14 @@ class GradientEnergy(_RankingSelector):
 
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sqrt(sum_S g^2)` (see `Selector.select`)."""
-        return self._weights(signal.channel_norms)
+        return self.weights(signal.channel_norms)
 
 
 @register_selector(
     "activation", title="Gradient times activation", summary="channels with the largest gradient times output"
 )
 @dataclass(frozen=True, kw_only=True)
-class GradientTimesActivation(_RankingSelector):
+class GradientTimesActivation(RankingSelector):
     """Keep the channels with the largest spatial sum of gradient times output.
 
     The sum is signed: channels that lower the score rank last. A copy of each output is held until the backward pass,
@@ -409,7 +432,7 @@ class GradientTimesActivation(_RankingSelector):
     def select(self, signal: LayerSignal) -> Tensor:
         """Rank by `sum_S g * z` (see `Selector.select`)."""
         output = _flat(given(signal.observation, "observation"))
-        return self._weights((at_least_float32(_flat(signal.gradient)) * output).sum(dim=2))
+        return self.weights((at_least_float32(_flat(signal.gradient)) * output).sum(dim=2))
 
 
 class _Centred(NamedTuple):
@@ -434,7 +457,7 @@ def _centred(output: Tensor) -> _Centred:
 
 @register_selector("evidence", title="Evidence", summary="channels and positions that raise the score")
 @dataclass(frozen=True, kw_only=True)
-class Evidence(_RankingSelector):
+class Evidence(RankingSelector):
     """Keep the channels that raise the score where the layer as a whole does, and damp the other positions.
 
     With `c` a channel's output minus its spatial mean, the layer's evidence at a position is `e`, the sum over all
@@ -494,7 +517,7 @@ class Evidence(_RankingSelector):
         places = self._place_weights(evidence)
         if places is not None:
             places = places.reshape(len(places), *signal.gradient.shape[2:])
-        return Selection(channel_weights=self._weights(scores), position_weights=places)
+        return Selection(channel_weights=self.weights(scores), position_weights=places)
 
     def _place_weights(self, evidence: Tensor) -> Tensor | None:
         """Factor of each position, (B, S); None if all keep their gradient."""

@@ -288,8 +288,8 @@ def registered_selectors() -> Mapping[str, RegisteredSelector]:
     """Return all registered selectors by short name, in the order of their registration.
 
     Example:
-        >>> list(registered_selectors())[:4]
-        ['energy', 'activation', 'evidence', 'random']
+        >>> "energy" in registered_selectors(), "class" in registered_selectors()
+        (True, True)
     """
     return MappingProxyType(REGISTERED)
 
