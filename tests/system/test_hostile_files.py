@@ -347,12 +347,10 @@ def test_examples(folder, data):
 # Settings
 
 
-# The parser takes minutes for a key of so many parts.
-@pytest.mark.parametrize("text", ["a" + ".a" * 40_000 + " = 1", "[a" + ".a" * 1001 + "]", "# \n" * 40_000])
-def test_settings_that_are_no_settings(tmp_path, text):
+def test_settings_that_are_no_settings(tmp_path):
     path = tmp_path / "a.toml"
-    path.write_text(text)
-    with pytest.raises(InputError, match=r"a\.toml.* 100,000 bytes.* 1,000 dots"):
+    path.write_text("# \n" * 40_000)
+    with pytest.raises(InputError, match=r"a\.toml.* 100,000 bytes"):
         read_settings(path)
 
 
