@@ -626,7 +626,7 @@ def test_a_sweep_over_alpha_needs_a_selector_that_has_one(capsys, coffee, tmp_pa
     code, printed, _ = cli(capsys, "sweep", coffee, *options, "--selector", "instance")
     assert code == 0
     assert "alpha" in printed
-    assert "kept" in printed
+    assert "mean weight" in printed
     code, _, said = cli(capsys, "sweep", coffee, *options, "--force")
     assert code == 2
     assert re.search("--over is alpha.* evidence", said)

@@ -897,7 +897,7 @@ def test_the_graph_is_freed_without_the_garbage_collector(network):
 
 
 def test_wrong_arguments(network):
-    with pytest.raises(SettingError, match="must be a Selector"):
+    with pytest.raises(SettingError, match="must be an object"):
         pg.ParchGrad(network, pg.GradientEnergy)
     with pytest.raises(SettingError, match="`gamma` is -1"):
         pg.ParchGrad(network, pg.GradientEnergy(), gamma=-1)

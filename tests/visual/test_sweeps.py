@@ -66,7 +66,7 @@ def test_alpha_replaces_the_quantile(classifier, image, held):
         explainer = pg.Explainer(classifier.model, pg.ClassWise(held, alpha=alpha), layers=0.25)
         np.testing.assert_allclose(heat, pg.heatmap(explainer.attribute(inputs))[0], rtol=1e-5, atol=1e-9)
     assert found.target.category == "espresso"
-    assert found.titles()[0] == f"alpha 0.1: {found.kept[0]:.1%} weigh > 0"
+    assert found.titles()[0] == f"alpha 0.1: mean weight {found.kept[0]:.1%}"
     edit = pg.Edit(selector=pg.ClassWise(held, alpha=0.1), layers=0.25)
     again = quantile_sweep(classifier, image, edit, quantiles=(0.2,))
     explainer = pg.Explainer(classifier.model, pg.ClassWise(held, quantile=0.2), layers=0.25)
@@ -88,7 +88,7 @@ def test_layers_in_which_no_channel_passes_are_said_to_be_plain(classifier, imag
     assert found.untouched[0] == 0
     assert 0 < found.untouched[1] < 24
     assert found.untouched[2] == 24
-    assert found.titles()[1].endswith(f"weigh > 0, {found.untouched[1]} of 24 layers plain")
+    assert found.titles()[1].endswith(f"%, {found.untouched[1]} of 24 layers plain")
     assert found.titles()[2] == "alpha 1e-300: plain, no channel passes"
     np.testing.assert_allclose(found.heats[2], found.plain, rtol=1e-4, atol=1e-8)
 

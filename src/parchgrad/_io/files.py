@@ -70,10 +70,7 @@ def check_outputs(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path] 
 
 
 def _exists(path: Path) -> OutputError:
-    return OutputError(
-        f"{str(path)!r} already exists. Choose another path, or overwrite it with `force=True` (`--force` on the "
-        "command line)."
-    )
+    return OutputError(f"{str(path)!r} already exists. Choose another path, or overwrite it with `force=True`.")
 
 
 def refuse_special(path: str | Path) -> None:

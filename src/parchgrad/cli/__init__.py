@@ -55,7 +55,7 @@ def _naming_options(text: str) -> str:
     commands = [*getattr(group, "commands", {}).values()]
     commands += [inner for command in commands for inner in getattr(command, "commands", {}).values()]
     options = {item.name: item.opts[0] for command in commands for item in command.params if item.opts[0][:2] == "--"}
-    return re.sub(r"`(\w+)=?`", lambda found: options.get(found[1], found[0]), text)
+    return re.sub(r"`(\w+)(=\w*)?`", lambda found: options.get(found[1], found[0]), text)
 
 
 @contextmanager

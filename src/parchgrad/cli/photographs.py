@@ -271,7 +271,7 @@ def sweep(
         sweeps = _make_sweeps(images, [selector], asked, over, values, status.update)
         for path, (found,) in zip(paths, sweeps, strict=True):
             save_figure(found.figure(columns=columns), path, force=force)
-            _say_sweeps(path, {"kept": found})
+            _say_sweeps(path, {"mean weight": found})
 
 
 def animate(
@@ -497,7 +497,7 @@ def _parse_values(text: str) -> tuple[float, ...]:
 
 
 def _say_sweeps(path: Path, sweeps: "Mapping[str, Sweep]") -> None:
-    """Print the explained class, the path of the picture, and the share of channels kept at each value."""
+    """Print the explained class, the path of the picture, and the mean weight of a channel at each value."""
     first = next(iter(sweeps.values()))
     table = make_table(first.setting, *sweeps)
     for column in table.columns:
@@ -512,8 +512,7 @@ def _say_sweeps(path: Path, sweeps: "Mapping[str, Sweep]") -> None:
     )
     console.print(table)
     console.print(
-        "Share of channels with a weight above 0 and a gradient, mean over the edited layers. Soft weights reach below "
-        "the threshold; at softness 1 every channel with a positive score has some weight.\n",
+        "Mean weight of a channel over the edited layers; a channel without a gradient counts as 0.\n",
         highlight=False,
     )
 

@@ -49,9 +49,8 @@ class Edit:
 
     def __post_init__(self) -> None:
         if self.selector is not None and not isinstance(self.selector, Selector):
-            raise SettingError(
-                f"`selector` is {self.selector!r}, but it must be a Selector such as GradientEnergy(), or None."
-            )
+            given = self.selector.__name__ if isinstance(self.selector, type) else repr(self.selector)
+            raise SettingError(f"`selector` is {given}, but it must be an object such as GradientEnergy(), or None.")
         check_edit_settings(self.gamma, "energy" if self.conserve is None else self.conserve)
         if self.gates is not None:
             check_gates(self.gates)

@@ -87,7 +87,10 @@ def integer_targets(target: Target) -> Tensor:
         # A number belongs to no device yet, whatever the default device.
         targets = target if isinstance(target, Tensor) else torch.as_tensor(target, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TargetError(f"`target` is {target!r}, but it must be a class index or one per row.") from error
+        raise TargetError(
+            f"`target` is {target!r}, but it must be a class index or one per row. Use `Classifier.find_category` to "
+            "find the index of a name."
+        ) from error
     inexact = targets.is_floating_point() or targets.is_complex()
     if inexact or targets.dtype == torch.bool or targets.dim() > 1 or targets.numel() == 0:
         raise TargetError(

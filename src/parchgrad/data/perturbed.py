@@ -15,9 +15,6 @@ from parchgrad._io.extras import needs_extra
 from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError, SettingError
 
-with needs_extra("evaluation"):
-    from torchvision.transforms.functional import gaussian_blur
-
 __all__ = ["Blur", "Jigsaw", "PerturbedMNIST"]
 
 # Cut the Gaussian off at this many standard deviations, as scipy does.
@@ -166,6 +163,8 @@ class Blur(_Perturbed):
             )
         # Two one-dimensional passes are cheaper than a two-dimensional one.
         size, sigma = 2 * radius + 1, [float(self.magnitude)] * 2
+        with needs_extra("models"):
+            from torchvision.transforms.functional import gaussian_blur
         return replace(sample, image=gaussian_blur(gaussian_blur(sample.image, [size, 1], sigma), [1, size], sigma))
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from parchgrad.data.images import check_proportions, to_rgb
+from parchgrad.errors import InputError
 
 __all__ = ["Preprocessing"]
 
@@ -46,7 +47,14 @@ class Preprocessing:
         """Undo the normalisation of an input (3, H, W) and return an array (H, W, 3) in [0, 1].
 
         A single channel becomes a grey image.
+
+        Raises:
+            InputError: if the input is not a single one.
         """
+        if inputs.dim() != 3:
+            raise InputError(
+                f"`inputs` has shape {tuple(inputs.shape)}, but it must be (3, H, W). Pass one input of the batch."
+            )
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
         restored = (inputs.detach().float().cpu() * std + mean).clamp(0, 1)
         picture: NDArray[Any] = restored.expand(3, *restored.shape[1:]).permute(1, 2, 0).numpy()

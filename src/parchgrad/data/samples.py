@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from parchgrad._io.extras import needs_extra
 from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError, InputError, SettingError
-
-with needs_extra("evaluation"):
-    from torchvision.datasets import DatasetFolder
 
 __all__ = ["DrawnSamples", "LabelledImages", "Pairs", "Sample", "Samples"]
 
@@ -229,6 +225,7 @@ def _name(dataset: Any, index: int) -> str:
         dataset, index = dataset.dataset, int(dataset.indices[index])
     if isinstance(dataset, PhotographFolder):
         return dataset.files[index].relative_to(dataset.root).as_posix()
-    if isinstance(dataset, DatasetFolder):
+    if hasattr(dataset, "samples") and hasattr(dataset, "root"):
+        # As the image folders of torchvision, which is not needed otherwise.
         return Path(dataset.samples[index][0]).relative_to(dataset.root).as_posix()
     return str(index)

@@ -94,7 +94,8 @@ def _check_options(method: str, options: Mapping[str, Any], known: set[str]) -> 
     for option in options:
         if option not in known:
             hint = ", ".join(sorted(known)) or "none"
-            raise SettingError(f"`{option}` is not an option of the method {method!r}. Its options: {hint}.")
+            where = " Pass it to the selector." if option in ("quantile", "softness", "alpha") else ""
+            raise SettingError(f"`{option}` is not an option of the method {method!r}. Its options: {hint}.{where}")
 
 
 @dataclass(frozen=True, eq=False)

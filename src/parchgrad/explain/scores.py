@@ -211,7 +211,10 @@ class Scores(nn.Module):
 def check_inputs(inputs: Tensor) -> None:
     """Raise `InputError` unless the inputs are a batch (B, C, *S) of finite floating-point numbers."""
     if not isinstance(inputs, Tensor):
-        raise InputError(f"The inputs are a {type(inputs).__name__}, but a tensor (B, C, *S) is needed.")
+        raise InputError(
+            f"The inputs are of type {type(inputs).__name__}, but a tensor (B, C, *S) is needed. Convert an array with "
+            "torch.from_numpy, and an image as in training, such as classifier.preprocess(image).unsqueeze(0)."
+        )
     if inputs.dim() < 3 or inputs.shape[0] == 0:
         raise InputError(f"The inputs have shape {tuple(inputs.shape)}, but a non-empty batch (B, C, *S) is needed.")
     if not inputs.is_floating_point():

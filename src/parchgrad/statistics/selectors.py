@@ -34,10 +34,9 @@ __all__ = ["ClassWise", "InstanceWise", "find_selector", "registered_selectors"]
 
 
 def _check_threshold(quantile: float | None, alpha: float | None) -> None:
-    """Raise `SettingError` unless exactly one of the two thresholds is given and valid."""
-    if (quantile is None) == (alpha is None):
-        found = "neither is" if quantile is None else "both are"
-        raise SettingError(f"Exactly one of `quantile=` and `alpha=` must be given, but {found}.")
+    """Raise `SettingError` unless one of the two thresholds is given and valid."""
+    if quantile is not None and alpha is not None:
+        raise SettingError(f"`quantile` is {quantile!r} and `alpha` is {alpha!r}. Pass only one of them.")
     if quantile is not None:
         check_quantile(quantile)
     if alpha is not None and not (is_number(alpha) and 0 < alpha < 1):
@@ -67,6 +66,8 @@ class _StatisticalSelector(Selector):
             raise StatisticsError(
                 f"`statistics` is a {type(self.statistics).__name__}, but this selector needs ChannelStatistics."
             )
+        if self.quantile is None and self.alpha is None:
+            object.__setattr__(self, "quantile", 0.1)
         _check_threshold(self.quantile, self.alpha)
         check_softness(self.softness)
         _check_normality_threshold(self.normality_threshold)
@@ -115,7 +116,7 @@ class ClassWise(_StatisticalSelector):
 
     Attributes:
         statistics: channel statistics of every chosen layer.
-        quantile: share of channels at or above the threshold, in (0, 1]. Give either this or `alpha`.
+        quantile: share of channels at or above the threshold, in (0, 1]. Give either this or `alpha`; 0.1 without both.
         alpha: p-value at the threshold, in (0, 1).
         softness: width of the ramp around the threshold, in [0, 1]; 0 is the published hard cut. See `soft_weights`.
         normality_threshold: largest Shapiro-Wilk p-value of kept channels, in (0, 1]; None keeps any.
@@ -246,7 +247,7 @@ class InstanceWise(_StatisticalSelector):
 
     Attributes:
         statistics: channel statistics of every chosen layer.
-        quantile: share of channels at or above the threshold, in (0, 1]. Give either this or `alpha`.
+        quantile: share of channels at or above the threshold, in (0, 1]. Give either this or `alpha`; 0.1 without both.
         alpha: p-value at the threshold, in (0, 1).
         softness: width of the ramp around the threshold, in [0, 1]; 0 is the published hard cut. See `soft_weights`.
         normality_threshold: largest Shapiro-Wilk p-value of kept channels, in (0, 1]; None keeps any.

@@ -42,8 +42,8 @@ class Sweep:
         picture: the network's input as an image, (H, W, 3) in [0, 1].
         heats: heat map at each value, (V, H, W).
         plain: heat map of the same method without ParchGrad, (H, W).
-        kept: mean share of channels with a weight above 0 and a gradient over the edited layers, at each value; NaN
-            where no layer was edited.
+        kept: mean weight of a channel over the edited layers, at each value, in [0, 1]; a channel without a gradient
+            counts as 0. NaN where no layer was edited.
         untouched: number of unedited layers, whose channels all weigh the same, at each value.
         target: the explained class.
         edit: the edit with all defaults resolved, and the selector of the first value.
@@ -64,14 +64,14 @@ class Sweep:
     method: str
 
     def titles(self) -> tuple[str, ...]:
-        """Title each value, with the share of channels kept (for alpha) and the number of unedited layers."""
+        """Title each value, with the mean weight (for alpha) and the number of unedited layers."""
         return tuple(map(self._title, self.values, self.kept, self.untouched))
 
     def _title(self, value: float, kept: float, untouched: int) -> str:
         said = f"{self.setting} {value:g}"
         if untouched == len(self.layers):
             return f"{said}: plain, no channel passes"
-        said += f": {kept:.1%} weigh > 0" if self.setting == "alpha" else ""
+        said += f": mean weight {kept:.1%}" if self.setting == "alpha" else ""
         # Unedited layers make the map look plain, so the title mentions them.
         return said + (f", {untouched} of {len(self.layers)} layers plain" if untouched else "")
 
@@ -190,7 +190,7 @@ def _sweep(
         explainer = Explainer.from_edit(classifier.model, replace(first.edit, selector=recorder), method=method)
         heats.append(_heat(explainer.attribute(inputs, index)))
         selected = [record for record in recorder.found if not record.untouched.all()]
-        shares = [record.kept.float().mean() for record in selected]
+        shares = [(record.selection.channel_weights * (record.channel_norms > 0)).float().mean() for record in selected]
         kept.append(float(torch.stack(shares).mean()) if shares else math.nan)
         # A layer that is called several times counts as edited if one call was.
         reached = {record.layer for record in recorder.found}
