@@ -1683,3 +1683,10 @@ def test_a_convolution_that_returns_no_tensor_is_named():
         pg.Explainer(model).attribute(x, 1)
     with pytest.raises(ModelError, match=r"Layer 'pair' returns a tuple"):
         pg.collect_statistics(model, [(row, 0) for row in x])
+
+
+def test_several_backward_passes_at_once_are_refused(network):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    seeds = torch.eye(5, dtype=torch.float64)[:, None].expand(5, 2, 5)
+    with pytest.raises(SettingError, match="is_grads_batched"), pg.ParchGrad(network):
+        torch.autograd.grad(network(x), x, seeds, is_grads_batched=True)

@@ -357,6 +357,14 @@ def test_rows_that_end_or_leave_the_range_of_float32():
     torch.testing.assert_close(restored_range(scaled, unit), rows, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("factor", [1e-300, 1e-200, 1e-45, 1e45, 1e200, 1e300])
+def test_rows_in_the_wide_range_of_float64(factor):
+    rows = factor * torch.tensor([[[3.0, -4.0]], [[0.0, 1.0]]], dtype=torch.float64)
+    scaled, unit = in_ordinary_range(rows)
+    assert ((scaled.abs().amax(dim=(1, 2)) >= 0.5) & (scaled.abs().amax(dim=(1, 2)) <= 1)).all()
+    assert torch.equal(restored_range(scaled, unit), rows)
+
+
 def test_norms_that_are_known_are_not_computed_again():
     rows = torch.ones(1, 2, 3)
     assert in_ordinary_range(rows, torch.full((1, 2), 1.7))[1] is None

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import parchgrad as pg
 from parchgrad.data.folders import PhotographFolder
-from parchgrad.errors import ImageError, ModelError, SettingError, StatisticsError, StatisticsWarning
+from parchgrad.errors import ImageError, InputError, ModelError, SettingError, StatisticsError, StatisticsWarning
 from parchgrad.statistics import accumulate, collect
 from parchgrad.statistics.batches import LeftOut
 from tests.support import small_network
@@ -280,3 +280,24 @@ def test_what_cannot_be_had_is_left_out(make, gone):
 def test_a_collection_of_which_all_is_left_out_is_said():
     with pytest.warns(StatisticsWarning), pytest.raises(StatisticsError, match="The data contain 0 images"):
         pg.collect_statistics(small_network(), [LeftOut("it is gone")] * 8, batch_size=4)
+
+
+def test_images_of_whole_numbers_need_a_model_that_takes_them():
+    images = torch.randint(0, 255, (12, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    data = [(image, index % 5) for index, image in enumerate(images)]
+    network = small_network()
+    with pytest.raises(InputError, match=r"dtype torch\.uint8 .*floating point"):
+        pg.collect_statistics(network, data)
+
+    class Scaling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x.double() / 255)
+
+    found = pg.collect_statistics(Scaling().eval(), data)
+    expected = pg.collect_statistics(network, [(image.double() / 255, label) for image, label in data])
+    for name, layer in expected.items():
+        assert torch.equal(found[f"network.{name}"].class_mean, layer.class_mean)

@@ -14,6 +14,7 @@ __all__ = [
     "forward_hooks",
     "has_plain_forward",
     "in_place_changes",
+    "is_batched",
     "is_compiled",
     "leaves",
     "own_parameter",
@@ -38,6 +39,12 @@ def current_backward_pass() -> int:
     """
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def is_batched(values: Tensor) -> bool:
+    """Whether a gradient stands for several backward passes at once, as with `is_grads_batched=True`."""
+    batched: bool = torch._C._functorch.is_legacy_batchedtensor(values)
+    return batched
 
 
 def without_function_modes() -> AbstractContextManager[object]:

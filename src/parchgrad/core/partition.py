@@ -215,7 +215,8 @@ def in_ordinary_range(values: Tensor, norms: Tensor | None = None) -> tuple[Tens
         if torch.equal(lengths, lengths.clamp(*_ORDINARY_NORMS)):
             return values, None
     peak = torch.linalg.vector_norm(values.flatten(1), math.inf, dim=1)
-    exponent = torch.frexp(torch.where(peak.isfinite(), peak, 0.0)).exponent.clamp_(-126, 126)
+    largest = round(-math.log2(torch.finfo(peak.dtype).tiny))
+    exponent = torch.frexp(torch.where(peak.isfinite(), peak, 0.0)).exponent.clamp_(-largest, largest)
     unit = torch.ldexp(torch.ones_like(peak), exponent)
     return values / _per_row(unit, values), unit
 

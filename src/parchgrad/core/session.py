@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from parchgrad.core._torch import are_transforms_active, current_backward_pass, in_place_changes
+from parchgrad.core._torch import are_transforms_active, current_backward_pass, in_place_changes, is_batched
 from parchgrad.core.convolution import Geometry, partitioned_input_gradient, plain_geometry
 from parchgrad.core.edit import Edit
 from parchgrad.core.hooks import TransientHook, tensors_in
@@ -40,7 +40,7 @@ from parchgrad.core.rules import (
 )
 from parchgrad.core.selectors import LayerSignal, Selector, as_selection
 from parchgrad.core.targets import check_target_count, check_target_range, pick_logits, read_classes
-from parchgrad.errors import InputError, ModelError, ModelWarning, TargetError, warn
+from parchgrad.errors import InputError, ModelError, ModelWarning, SettingError, TargetError, warn
 
 __all__ = ["Plan", "Session"]
 
@@ -387,8 +387,10 @@ class LayerEdit:
         self.forward.session.edited.add(self._layer)
         return weighted, scales, unit
 
-    def note(self) -> None:
+    def meet(self, gradient: Tensor) -> None:
         """Note that a gradient has arrived."""
+        if is_batched(gradient):
+            raise SettingError("ParchGrad does not work with is_grads_batched=True. Run one backward pass at a time.")
         self.forward.session.met.add(self._layer)
 
 
@@ -409,7 +411,7 @@ class _EditedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.edit.note()
+        ctx.edit.meet(gradient)
         if in_place_changes(ctx.weight) != ctx.version:
             raise ModelError(
                 "The weight of a convolution was changed between the forward and the backward pass. Run both again."
@@ -434,7 +436,7 @@ class _EditedOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.edit.note()
+        ctx.edit.meet(gradient)
         weighted, scales, unit = ctx.edit.apply(gradient)
         edited = weighted * scales.reshape(*scales.shape, *[1] * (gradient.dim() - 2))
         return restored_range(edited, unit).to(gradient.dtype), None

@@ -257,7 +257,15 @@ def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) ->
     """Return GAPs of all channels (B, C) and softmax probabilities (B, K) of one batch, on the CPU."""
     for calls in gaps.values():
         calls.clear()
-    logits = model(inputs)
+    try:
+        logits = model(inputs)
+    except RuntimeError as error:
+        if inputs.is_floating_point():
+            raise
+        raise InputError(
+            f"The model rejects images of dtype {inputs.dtype} ({reason_of(error)}). Convert them to floating point "
+            "as in training, for example with torchvision's ToTensor."
+        ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
