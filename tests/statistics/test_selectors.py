@@ -89,3 +89,11 @@ def test_an_error_names_what_the_statistics_lack(use, facts):
     with pytest.raises(StatisticsError) as caught:
         use()
     check_message(caught.value, *facts)
+
+
+@pytest.mark.parametrize("kind", [pg.ClassWise, pg.InstanceWise])
+def test_a_threshold_is_the_usual_quantile_unless_one_is_given(kind):
+    statistics = random_statistics({"conv": 4})
+    assert (kind(statistics).quantile, kind(statistics).alpha) == (0.1, None)
+    assert (kind(statistics, quantile=0.3).quantile, kind(statistics, quantile=0.3).alpha) == (0.3, None)
+    assert (kind(statistics, alpha=0.3).quantile, kind(statistics, alpha=0.3).alpha) == (None, 0.3)

@@ -217,7 +217,8 @@ def in_ordinary_range(values: Tensor, norms: Tensor | None = None) -> tuple[Tens
     peak = torch.linalg.vector_norm(values.flatten(1), math.inf, dim=1)
     largest = round(-math.log2(torch.finfo(peak.dtype).tiny))
     exponent = torch.frexp(torch.where(peak.isfinite(), peak, 0.0)).exponent.clamp_(-largest, largest)
-    unit = torch.ldexp(torch.ones_like(peak), exponent)
+    # Old releases of torch take the power of whole numbers in float32.
+    unit = torch.ldexp(torch.ones_like(peak), exponent.to(peak.dtype))
     return values / _per_row(unit, values), unit
 
 
