@@ -586,7 +586,7 @@ def test_the_warning_names_the_line_that_makes_the_selector():
 def test_a_registered_selector_keeps_its_names_and_none_is_replaced():
     @dataclasses.dataclass(frozen=True)
     class Loudest(pg.GradientEnergy):
-        pass
+        share: float = 0.5
 
     class Bare(pg.Selector):
         pass

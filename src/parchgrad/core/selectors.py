@@ -292,7 +292,7 @@ class RegisteredSelector:
         if self.needs_statistics and statistics is None:
             raise StatisticsError(f"Selector {self.name!r} needs channel statistics. Collect some, or choose 'energy'.")
         settings = {
-            "quantile": self.default("quantile") if quantile is None else quantile,
+            "quantile": quantile,
             "softness": softness,
             "statistics": statistics,
             "seed": seed,
