@@ -29,7 +29,7 @@ from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Setting
 from parchgrad.explorer.views import tinted
-from parchgrad.statistics import ChannelStatistics, LayerStatistics
+from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -317,3 +317,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+def ranked(log_p, share):
+    """Statistics of one layer that rank a share of the channels, from log p of each channel and class."""
+    channels = len(log_p)
+    layer = RankedLayerStatistics(
+        mean=torch.zeros(channels),
+        std=torch.ones(channels),
+        shapiro_p=torch.zeros(channels),
+        log_p=torch.tensor(log_p),
+        test="welch",
+        share=share,
+    )
+    return ChannelStatistics({"conv": layer})

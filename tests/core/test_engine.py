@@ -1603,7 +1603,7 @@ def test_a_plain_block_takes_any_model_and_is_left_in_silence(network):
 
 
 class TwoHeads(nn.Module):
-    """A trunk with two heads, of which the second is computed in every pass."""
+    """A trunk with two heads that both run in every pass."""
 
     def __init__(self):
         super().__init__()

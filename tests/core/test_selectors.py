@@ -22,11 +22,10 @@ from parchgrad.core.selectors import (
     soft_weights,
 )
 from parchgrad.errors import SettingError, StatisticsError, StatisticsWarning
-from parchgrad.statistics import RankedLayerStatistics
 from parchgrad.statistics.selectors import find_selector, registered_selectors
 from tests import reference
 from tests.messages import check_message
-from tests.support import random_statistics, small_network
+from tests.support import random_statistics, ranked, small_network
 
 
 def signal(gradient, observation=None, classes=None):
@@ -805,19 +804,6 @@ def test_targets_without_images(empty):
     selector.check_targets([label for label in range(-1, 7) if label != empty])
     with pytest.raises(StatisticsError, match=f"no image of class {empty}"):
         selector.check_targets([1, empty, 3])
-
-
-def ranked(log_p, share):
-    channels = len(log_p)
-    layer = RankedLayerStatistics(
-        mean=torch.zeros(channels),
-        std=torch.ones(channels),
-        shapiro_p=torch.zeros(channels),
-        log_p=torch.tensor(log_p),
-        test="welch",
-        share=share,
-    )
-    return pg.ChannelStatistics({"conv": layer})
 
 
 def test_one_image_is_enough_to_know_a_class():

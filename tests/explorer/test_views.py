@@ -310,7 +310,7 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
             View(**changes)
     with pytest.raises(SettingError, match="'magic'"):
         View(selector="magic").resolved()
-    with pytest.raises(ImageError, match="no example 'dog'"):
+    with pytest.raises(ImageError, match="'dog' is not an example"):
         explorer.explore(Photograph("dog"), View(network="shapes"))
     with pytest.raises(ImageError, match=r"'gone.png' no longer exists"):
         explorer.explore(Photograph("gone.png", tmp_path / "gone.png"), View(network="shapes"))

@@ -7,23 +7,8 @@ import torch
 
 import parchgrad as pg
 from parchgrad.errors import StatisticsError
-from parchgrad.statistics import RankedLayerStatistics
 from tests.messages import check_message
-from tests.support import random_statistics
-
-
-def compact(log_p):
-    """Statistics of one layer that rank three quarters of the channels, from log p of each channel and class."""
-    channels = len(log_p)
-    layer = RankedLayerStatistics(
-        mean=torch.zeros(channels),
-        std=torch.ones(channels),
-        shapiro_p=torch.zeros(channels),
-        log_p=torch.tensor(log_p),
-        test="welch",
-        share=0.75,
-    )
-    return pg.ChannelStatistics({"conv": layer})
+from tests.support import random_statistics, ranked
 
 
 def without_images_of(label):
@@ -37,7 +22,7 @@ def without_images_of(label):
 
 def few_ranked():
     """All channels that are kept of the first class pass an alpha of exp(-1), so dropped ones might too."""
-    return compact([[-3.0, -3.0], [-2.0, -0.1], [-1.0, 0.0], [0.0, 0.0]])
+    return ranked([[-3.0, -3.0], [-2.0, -0.1], [-1.0, 0.0], [0.0, 0.0]], share=0.75)
 
 
 @pytest.mark.parametrize("kind", [pg.ClassWise, pg.InstanceWise])

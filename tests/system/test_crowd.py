@@ -18,7 +18,7 @@ gradio_client = pytest.importorskip("gradio_client", reason="Gradio, of the extr
 
 from benchmarks import explorer as crowds  # noqa: E402  # it needs Gradio itself
 
-from tests.system.browser import Page, User, browser, needs_browser  # noqa: E402  # so does this
+from tests.system.browser import Page, User, browser, needs_browser  # noqa: E402  # it needs Gradio too
 
 SECONDS = float(os.environ.get("PARCHGRAD_SOAK_SECONDS", "8"))
 

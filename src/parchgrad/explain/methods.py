@@ -57,7 +57,7 @@ def find_method(name: str, options: Mapping[str, Any]) -> "CaptumMethod | Smooth
     """Create the method of this name with its options.
 
     Raises:
-        SettingError: if there is no such method, or an option is unknown or missing.
+        SettingError: if the method does not exist, or an option is unknown or missing.
 
     Example:
         >>> find_method("smoothgrad", {"samples": 4})

@@ -146,7 +146,7 @@ class Photograph:
             with _named_alone(self.path):
                 return read_image(self.path)
         if self.name not in EXAMPLES:
-            raise ImageError(f"There is no example {self.name!r}. Use one of {', '.join(EXAMPLES)}.")
+            raise ImageError(f"{self.name!r} is not an example. Use one of {', '.join(EXAMPLES)}.")
         return example_photographs()[EXAMPLES.index(self.name)]
 
     def code(self) -> str:
