@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         explainer = pg.Explainer(model, layers=layers)
         maps[title] = pg.heatmap(explainer.attribute(x, best.index))[0]
         alike = np.corrcoef(maps["plain gradient"].flatten(), maps[title].flatten())[0, 1]
-        chosen = explainer.layers
+        chosen = explainer.edited_layers
         print(f"{title:22}{len(chosen):3} of {len(names)} convolutions; like the plain map: {alike:.2f}")
         print(f"    {chosen[0]} to {chosen[-1]}")
     if given.pretrained:

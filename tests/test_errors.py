@@ -355,7 +355,7 @@ def test_warnings_are_shown_once_for_each_cause_and_name_the_users_line(tmp_path
                 return self.head(self.used(x).mean((2, 3)))
         x = torch.rand(2, 3, 8, 8)
         for idle in (1, 2):
-            explainer = pg.Explainer(Net(idle).eval(), pg.GradientEnergy(), layers="all")
+            explainer = pg.Explainer(Net(idle).eval(), pg.GradientEnergy(), layers="*")
             for _ in range(50):
                 explainer.attribute(x, 0)  # idle
         for _ in range(50):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import parchgrad as pg
-from parchgrad.core.layers import LayerChoice, choose_layers
+from parchgrad.core.layers import LayerChoice
 
 SIZES = (64, 96, 128)
 QUANTILE = 0.1
@@ -58,10 +58,10 @@ class Reference:
         tied: names of convolutions whose last kept and first pruned channels differ by no more than rounding.
     """
 
-    def __init__(self, model: nn.Module, layers: LayerChoice) -> None:
-        """Store a network in float64 and choose the convolutions to edit."""
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """Store a network in float64 and the convolutions to edit."""
         self._model = model
-        self._convolutions = choose_layers(model, layers)
+        self._convolutions = layers
         self.tied: set[str] = set()
 
     def map(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -163,10 +163,12 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
     _agree(explain(model, inputs, targets, everything), plain, 1e-4, "with all channels kept")
     # Double precision, so that rounding does not change which channels are kept.
     wide, pictures = copy.deepcopy(model).double(), inputs.double()
-    layers, tied = without_ties(wide, pictures, targets, layers)
-    if tied:
-        notes.append(f"{tied} ties")
-    reference = Reference(wide, layers)
+    chosen = pg.choose_layers(wide, layers, inputs=pictures)
+    untied = without_ties(wide, pictures, targets, chosen)
+    if untied != chosen:
+        notes.append(f"{len(chosen) - len(untied)} ties")
+        layers = list(untied)
+    reference = Reference(wide, untied)
     found = explain(wide, pictures, targets)
     if not (found.flatten(1).abs().amax(dim=1) > 0).all():
         raise FaultError("the map is zero")
@@ -227,17 +229,18 @@ def _agree(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None
         raise FaultError(f"{what}, the maps are {off:.1e} off")
 
 
-def without_ties(model: nn.Module, inputs: Tensor, targets: Tensor, layers: LayerChoice) -> tuple[LayerChoice, int]:
-    """Leave out convolutions where rounding decides which of two channels is kept, and count them.
+def without_ties(
+    model: nn.Module, inputs: Tensor, targets: Tensor, layers: Mapping[str, nn.Module]
+) -> Mapping[str, nn.Module]:
+    """Leave out convolutions where rounding decides which of two channels is kept.
 
     An attention that weights two branches by a softmax sends them opposite gradients of equal energy.
     """
-    chosen, tied = list(choose_layers(model, layers)), 0
     while True:
-        reference = Reference(model, chosen)
+        reference = Reference(model, layers)
         reference.map(inputs, targets)
         for row in range(len(inputs)):
             reference.map(inputs[row : row + 1], targets[row : row + 1])
         if not reference.tied:
-            return (chosen if tied else layers), tied
-        chosen, tied = [name for name in chosen if name not in reference.tied], tied + len(reference.tied)
+            return layers
+        layers = {name: module for name, module in layers.items() if name not in reference.tied}

@@ -28,8 +28,10 @@ from survey_checks import FaultError, check_default, check_maps, enliven, workab
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from parchgrad.core.layers import choose_layers, find_convolutions
-from parchgrad.errors import ModelWarning, ParchGradError
+import parchgrad as pg
+from parchgrad.core.edit import DEFAULT_SELECTOR
+from parchgrad.core.layers import find_convolutions, resolve_layers
+from parchgrad.errors import ParchGradError
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 LIBRARIES = ("torchvision", "timm")
@@ -58,8 +60,9 @@ class Row:
         outcome: one of `OUTCOMES`.
         parameters: number of parameters.
         size: side of the images in pixels; 0 if none were needed.
-        edited: number of convolutions in the upper half.
-        convolutions: number of all convolutions.
+        convolutions: number of convolutions.
+        on_path: number of those on the path from the input to the logits.
+        edited: number of those that the default settings edit.
         note: reason for the outcome, or notes on the network.
     """
 
@@ -69,8 +72,9 @@ class Row:
     outcome: str = "fails"
     parameters: int = 0
     size: int = 0
-    edited: int = 0
     convolutions: int = 0
+    on_path: int = 0
+    edited: int = 0
     note: str = ""
 
 
@@ -144,7 +148,7 @@ def survey_family(family: Family) -> Row:
         "parameters": count_parameters(skeleton),
     }
     try:
-        facts["edited"] = len(choose_layers(skeleton, LAYERS[0]))
+        resolve_layers(skeleton, "all")
         facts["convolutions"] = len(find_convolutions(skeleton))
     except ParchGradError as error:
         said, _, _ = str(error).partition(". ")
@@ -155,17 +159,17 @@ def survey_family(family: Family) -> Row:
     inputs = workable_inputs(model)
     facts["size"] = inputs.shape[-1]
     notes = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        facts["on_path"] = len(pg.choose_layers(model, "all", inputs=inputs))
+        facts["edited"] = len(pg.choose_layers(model, DEFAULT_SELECTOR.defaults.layers, inputs=inputs))
+    plain = [re.match("The gradient stays plain in (.*?): ", str(each.message)) for each in caught]
+    notes += {f"plain: {said[1]}" for said in plain if said is not None}
     for layers in LAYERS:
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                notes += check_maps(model, inputs, layers)
+            notes += check_maps(model, inputs, layers)
         except FaultError as fault:
             return Row(**facts, outcome="fails", note=f"{layers} convolutions: {fault}")
-        said = next((str(each.message) for each in caught if each.category is ModelWarning), "")
-        unused = re.match(r"(\d+) of \d+ chosen convolutions were never called", said)
-        if unused is not None and layers == "all":
-            notes.append(f"{unused[1]} in training alone")
     try:
         check_default(model, inputs)
     except FaultError as fault:
@@ -216,11 +220,14 @@ def render(rows: Sequence[Row], versions: str) -> str:
     parts = [_INTRODUCTION, f"Made with {versions}.\n", _table(("families of", *OUTCOMES), counts, "lrrr")]
     for library in LIBRARIES:
         working = [
-            (row.family, row.variant, f"{row.parameters / 1e6:.1f}", row.size, row.convolutions, row.edited, row.note)
+            (
+                *(row.family, row.variant, f"{row.parameters / 1e6:.1f}", row.size),
+                *(row.convolutions, row.on_path, row.edited, row.note),
+            )
             for row in rows
             if (row.library, row.outcome) == (library, "works")
         ]
-        parts += [f"## Families of {library} {_ENDINGS['works']}\n", _table(_OF_WORKING, working, "llrrrrl")]
+        parts += [f"## Families of {library} {_ENDINGS['works']}\n", _table(_OF_WORKING, working, "llrrrrrl")]
     for outcome in OUTCOMES[1:]:
         others = [row for row in rows if row.outcome == outcome]
         if others:
@@ -230,7 +237,7 @@ def render(rows: Sequence[Row], versions: str) -> str:
 
 
 _ENDINGS = {"works": "that work", "refused": "that are refused", "fails": "that fail"}
-_OF_WORKING = ("family", "smallest network", "millions", "px", "convolutions", "edited", "note")
+_OF_WORKING = ("family", "smallest network", "millions", "px", "convolutions", "on the path", "edited", "note")
 
 
 def _table(headings: Sequence[str], lines: Iterable[Iterable[object]], alignment: str) -> str:
@@ -247,9 +254,9 @@ def read_page(page: str) -> tuple[list[Row], str]:
         if title.endswith(_ENDINGS["works"]):
             for line in re.findall(r"^\| (.*) \|$", part, flags=re.MULTILINE)[2:]:
                 family, variant, millions, *counts, note = line.split(" | ")
-                size, convolutions, edited = map(int, counts)
+                size, convolutions, on_path, edited = map(int, counts)
                 facts = {"parameters": round(1e6 * float(millions)), "size": size, "note": note.strip()}
-                facts |= {"convolutions": convolutions, "edited": edited, "outcome": "works"}
+                facts |= {"convolutions": convolutions, "on_path": on_path, "edited": edited, "outcome": "works"}
                 rows.append(Row(library=title.split()[1], family=family, variant=variant, **facts))
         else:
             outcome = next(outcome for outcome in OUTCOMES if title == _ENDINGS[outcome])
@@ -284,10 +291,10 @@ A family is *refused*, with the error message below, if it has no convolutions w
 The plain method still explains it (`selector=None`). A family that *works* may still be half a transformer: ParchGrad
 only edits its convolutions, and some networks have few.
 
-The tables list parameters in millions, pixels a side, the number of convolutions and of those in the upper half, and
-notes:
+The tables list parameters in millions, pixels a side, the number of convolutions, of those on the path from the input
+to the logits, and of those that the default settings edit, and notes:
 
-- *n in training alone*: convolutions of auxiliary heads, which only run in training; a warning names them.
+- *plain*: attention, or modules that convolve by a function, whose gradient stays plain; a warning names them.
 - *n ties*: convolutions left out of the comparison, since two channels differ only by rounding. An attention that
   weights two branches by a softmax sends opposite gradients to them.
 - *single differs*: plain autograd, without ParchGrad, gives a single image another gradient than in a batch: on the

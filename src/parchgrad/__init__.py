@@ -7,8 +7,8 @@ from parchgrad._version import __version__
 
 if TYPE_CHECKING:
     from parchgrad.core.edit import Edit
-    from parchgrad.core.engine import ParchGrad
-    from parchgrad.core.layers import choose_layers, find_convolutions
+    from parchgrad.core.engine import ParchGrad, choose_layers
+    from parchgrad.core.layers import find_convolutions
     from parchgrad.core.partition import partition_gradient
     from parchgrad.core.selectors import (
         Evidence,
@@ -74,8 +74,8 @@ __all__ = [
 # Names are imported when first used: torch, Captum and timm take seconds, which `parchgrad --help` need not wait for.
 _MODULES = {
     "core.edit": ("Edit",),
-    "core.engine": ("ParchGrad",),
-    "core.layers": ("choose_layers", "find_convolutions"),
+    "core.engine": ("ParchGrad", "choose_layers"),
+    "core.layers": ("find_convolutions",),
     "core.partition": ("partition_gradient",),
     "core.selectors": (
         "Evidence",

@@ -382,11 +382,11 @@ def test_targets_that_do_not_fit(network):
 
 def test_no_class_without_the_models_output(network):
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    with pg.ParchGrad(network, PinnedChannels(needs_class=True), **TRUE):
+    with pg.ParchGrad(network, PinnedChannels(needs_class=True), layers="all", **TRUE):
         part = network[:3](x).sum()
         with pytest.raises(TargetError, match="target="):
             part.backward()
-    with pg.ParchGrad(network, PinnedChannels(needs_class=True), target=1, **TRUE):
+    with pg.ParchGrad(network, PinnedChannels(needs_class=True), layers="all", target=1, **TRUE):
         network[:3](x).sum().backward()
 
 
@@ -526,7 +526,7 @@ def test_chosen_layers_that_were_never_called_are_named(network):
     model, x = Half().double().eval(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
     with (
         pytest.warns(ModelWarning, match=r"^1 of 3 chosen convolutions .*\(unused\)"),
-        pg.ParchGrad(model, PinnedChannels(), layers="all"),
+        pg.ParchGrad(model, PinnedChannels(), layers=["network.*", "unused"]),
     ):
         found = input_gradient(model, x)
     with pg.ParchGrad(model, PinnedChannels(), layers=["network.*"]):
@@ -1629,13 +1629,17 @@ def test_layers_that_no_gradient_reaches_are_an_error_or_named_once(two_heads):
         gradient_of_first(two_heads, x)
     with pg.ParchGrad(two_heads, pg.GradientEnergy(), layers=["trunk", "first"]):
         expected = gradient_of_first(two_heads, x)
-    with warnings.catch_warnings(record=True) as said, pg.ParchGrad(two_heads, pg.GradientEnergy(), layers="all"):
+    every = pg.ParchGrad(two_heads, pg.GradientEnergy(), layers="*")
+    with warnings.catch_warnings(record=True) as said, every:
         warnings.simplefilter("always")
         assert torch.equal(gradient_of_first(two_heads, x), expected)
         gradient_of_first(two_heads, x)
     (warning,) = said
     assert issubclass(warning.category, ModelWarning)
     assert "1 of 3 chosen layers (second)" in str(warning.message)
+    # Only what is on the path is meant by "all".
+    with pg.ParchGrad(two_heads, pg.GradientEnergy(), layers="all"):
+        assert torch.equal(gradient_of_first(two_heads, x), expected)
     # Each head has its own pass.
     with pg.ParchGrad(two_heads, pg.GradientEnergy(), layers="all"):
         for head in range(2):

@@ -5,7 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from parchgrad.core.layers import bare_model, choose_layers, find_convolutions, has_published_layers
+from parchgrad.core.engine import choose_layers
+from parchgrad.core.layers import bare_model, find_convolutions, has_published_layers, resolve_layers
 from parchgrad.errors import LayerError, ModelError
 from tests.support import small_network
 
@@ -33,22 +34,36 @@ def test_convolutions_are_found_by_type_in_module_order(kind):
     assert list(find_convolutions(model)) == ["0", "1.a"]
 
 
-def test_transposed_convolutions_are_left_alone_and_shared_ones_listed_once():
-    shared = nn.Conv2d(2, 2, 1)
-    model = nn.Sequential(shared, nn.ConvTranspose2d(2, 2, 1), shared)
-    assert find_convolutions(model) == {"0": shared}
+def test_transposed_and_deformable_convolutions_are_layers_and_shared_ones_are_listed_once():
+    shared, transposed = nn.Conv2d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1)
+    deformable = torchvision.ops.DeformConv2d(2, 2, 1)
+    model = nn.Sequential(shared, transposed, shared, deformable)
+    assert find_convolutions(model) == {"0": shared, "1": transposed, "3": deformable}
 
 
 def test_a_convolution_alone_is_a_model():
-    assert list(choose_layers(nn.Conv2d(1, 1, 1), "all")) == [""]
+    model = nn.Conv2d(1, 1, 1).eval()
+    assert choose_layers(model, "all", inputs=torch.empty(1, 1, 2, 2)) == {"": model}
 
 
 @pytest.mark.parametrize(
     ("ratio", "expected"),
     [(1.0, "0 1 2 3 4"), (1, "0 1 2 3 4"), (0.5, "3 4"), (0.6, "2 3 4"), (0.01, "4")],
 )
-def test_ratio_takes_the_last_convolutions(ratio, expected):
-    assert list(choose_layers(chain(5), ratio)) == expected.split()
+def test_ratio_takes_the_last_convolutions_of_a_chain(ratio, expected):
+    model = chain(5).eval()
+    assert list(choose_layers(model, ratio, inputs=torch.empty(1, 2, 3, 3))) == expected.split()
+    with torch.inference_mode():
+        assert list(choose_layers(model, ratio, inputs=(torch.empty(1, 2, 3, 3),))) == expected.split()
+
+
+def test_a_ratio_needs_inputs_that_it_does_not_change():
+    x = torch.empty(1, 2, 3, 3)
+    for layers in ("all", 0.5):
+        with pytest.raises(LayerError, match="`inputs=`"):
+            choose_layers(chain(5).eval(), layers)
+        choose_layers(chain(5).eval(), layers, inputs=x)
+    assert not x.requires_grad
 
 
 def test_patterns_and_modules_keep_module_order():
@@ -162,26 +177,26 @@ def test_networks_whose_convolutions_only_cut_patches_are_refused(name, layers):
 
 
 def test_networks_with_patches_and_other_convolutions_are_not():
-    assert choose_layers(transformer("convnext_atto"), "all")
-    assert choose_layers(transformer("vit_small_r26_s32_224"), "all")
+    assert resolve_layers(transformer("convnext_atto"), "all") == 1
+    assert resolve_layers(transformer("vit_small_r26_s32_224"), "all") == 1
     # A patch embedding with an ordinary head.
     patches = nn.Sequential(
         nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
     )
-    assert list(choose_layers(patches, 0.5)) == ["0"]
+    assert resolve_layers(patches, 0.5)
     # Convolutions that halve the image one after the other, before a deep head or with linear layers in between.
     halves = [nn.Conv2d(3, 8, 2, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 2, stride=2), nn.ReLU()]
     deep = nn.Sequential(*halves, nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
-    assert list(choose_layers(deep, "all")) == ["0", "2"]
+    assert resolve_layers(deep, "all")
     # Whoever names layers is not asked again.
     assert list(choose_layers(transformer("deit_tiny_patch16_224"), "patch_embed.*")) == ["patch_embed.proj"]
     # A convolution that looks at more than its step, and an ordinary head of any depth.
     dense = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
-    assert list(choose_layers(dense, 0.5)) == ["0"]
+    assert resolve_layers(dense, 0.5)
     dense[0] = nn.Conv2d(3, 8, 3, stride=2)
-    assert list(choose_layers(dense, 0.5)) == ["0"]
+    assert resolve_layers(dense, 0.5)
     dense[0].stride = 1
-    assert list(choose_layers(dense, 0.5)) == ["0"]
+    assert resolve_layers(dense, 0.5)
 
 
 def test_bare_models_are_themselves():

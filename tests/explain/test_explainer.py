@@ -310,11 +310,20 @@ def test_without_a_selector_rules_still_apply_where_they_are_asked_for():
 
 
 def test_layers_are_those_of_the_block():
-    model = small_network()
-    assert pg.Explainer(model, pg.GradientEnergy(), layers="all").layers == ("0", "2")
-    assert pg.Explainer(model).layers == pg.Explainer(model, pg.GradientEnergy()).layers == ("2",)
-    assert pg.Explainer(model, layers=1.0).layers == ("0", "2")
-    assert pg.Explainer(model, None).layers == ()
+    model, x = small_network(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    for selector, layers, asked, edited in (
+        (pg.GradientEnergy(), "all", "all", ("0", "2")),
+        (pg.Evidence(), None, 0.75, ("2",)),
+        (pg.GradientEnergy(), None, 0.5, ("2",)),
+        (pg.Evidence(), 1, 1.0, ("0", "2")),
+        (pg.Evidence(), ["2", "0"], ("0", "2"), ("0", "2")),
+        (None, None, (), ()),
+    ):
+        explainer = pg.Explainer(model, selector, layers=layers)
+        assert explainer.layers == asked
+        assert explainer.edited_layers == ()
+        explainer.attribute(x, 1)
+        assert explainer.layers == explainer.edited_layers == edited
 
 
 def test_heatmap_is_the_mean_magnitude_over_colours():
@@ -419,9 +428,10 @@ def test_an_explainer_says_what_it_is():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
     assert repr(pg.Explainer(model, None, method="smoothgrad")) == "Explainer(Sequential, smoothgrad, plain)"
     edited = pg.Explainer(model, pg.GradientEnergy(quantile=0.2), method="integrated_gradients")
-    assert repr(edited) == (
-        "Explainer(Sequential, integrated_gradients, GradientEnergy(quantile=0.2, softness=0.5), 1 layers)"
-    )
+    settings = "Sequential, integrated_gradients, GradientEnergy(quantile=0.2, softness=0.5)"
+    assert repr(edited) == f"Explainer({settings}, layers=0.5)"
+    edited.attribute(torch.randn(1, 3, 4, 4), 1)
+    assert repr(edited) == f"Explainer({settings}, 1 layers)"
 
 
 def test_the_stability_is_that_of_one_class_though_noise_turns_the_prediction():

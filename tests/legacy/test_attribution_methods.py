@@ -447,7 +447,7 @@ def test_inception_without_its_auxiliary_head(monkeypatch, tmp_path):
         warnings.simplefilter("error")
         found = get_input_attrib("grad")(wrapper, x, 4, quantile=0.3)
     selector = published(statistics, quantile=0.3)
-    with pg.ParchGrad(model, selector, layers=0.5, conserve="independent"):
+    with pg.ParchGrad(model, selector, layers=wrapper.hook_modules, conserve="independent"):
         expected = seeded_gradient(model, x, 4)
     assert expected.abs().max() > 0
     torch.testing.assert_close(found, expected.abs().mean(0), rtol=1e-5, atol=0)

@@ -85,7 +85,7 @@ def other_architecture():
         ({"model": other_architecture()}, "since architecture was"),
         ({"data": TensorDataset(IMAGES[:59], DATA.tensors[1][:59])}, "since data was"),
         ({"data": TensorDataset(IMAGES, (DATA.tensors[1] + 1) % 5)}, "since data was"),
-        ({"layers": ["0"]}, "since layers was '0, 2' and is '0'"),
+        ({"layers": ["0"]}, "since layers was 'all' and is '0'"),
         ({"labels": "predicted"}, "since labels was 'given' and is 'predicted'"),
         ({"batch_size": 8}, "since batch_size was '7' and is '8'"),
         ({"seed": 3, "batch_size": 9}, "batch_size was '7' and is '9', seed was '0' and is '3'"),

@@ -199,7 +199,8 @@ def test_layers_that_are_never_called_are_named():
     model[8].never = nn.Conv2d(1, 1, 1)
     model[8].forward = lambda x: x
     with pytest.raises(StatisticsError, match=r"layer '8\.never'"):
-        pg.collect_statistics(model.eval(), TensorDataset(IMAGES, LABELS))
+        pg.collect_statistics(model.eval(), TensorDataset(IMAGES, LABELS), layers="*")
+    assert list(pg.collect_statistics(model, TensorDataset(IMAGES, LABELS))) == ["0", "2"]
 
 
 def test_a_data_set_of_inputs_alone_does_for_predicted_labels():

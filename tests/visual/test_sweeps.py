@@ -145,9 +145,9 @@ def test_other_methods_are_swept_too():
     inputs = shapes.preprocess(image).unsqueeze(0)
     selector = pg.GradientEnergy(quantile=0.3, softness=0.25)
     explainer = pg.Explainer(shapes.model, selector, **settings, method="input_x_gradient")
-    assert (found.layers, found.method) == (explainer.layers, "input_x_gradient")
     assert (found.edit.selector, {name: getattr(found.edit, name) for name in settings}) == (selector, settings)
     np.testing.assert_allclose(found.heats[0], pg.heatmap(explainer.attribute(inputs))[0], rtol=1e-5, atol=1e-9)
+    assert (found.layers, found.method) == (explainer.layers, "input_x_gradient")
 
 
 def test_by_default_each_map_is_the_best_settings_at_that_quantile(classifier, image):

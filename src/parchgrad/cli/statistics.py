@@ -47,7 +47,10 @@ def collect(
     ] = "given",
     layers: Annotated[
         str,
-        typer.Option(help="Layers: 'all', a ratio (0.5: the upper half), patterns ('layer3.*,conv1'), or 'published'."),
+        typer.Option(
+            help="Layers: 'all', a ratio (0.5: the upper half of the path), patterns ('layer3.*,conv1'), or "
+            "'published'."
+        ),
     ] = "all",
     batch_size: Annotated[int, typer.Option(help="Number of images per pass.")] = 32,
     workers: Annotated[

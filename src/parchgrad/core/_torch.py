@@ -85,14 +85,17 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
-def has_plain_forward(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Whether a convolution computes as its torch class does, with no forward of its own or of its class."""
+def has_plain_forward(convolution: nn.Module) -> bool:
+    """Whether a convolution computes as the library's class does, with no forward of its own or of its class."""
     found = type(convolution)
-    kinds: tuple[type[nn.Conv1d | nn.Conv2d | nn.Conv3d], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    kind = next((kind for kind in kinds if issubclass(found, kind)), None)
+    kind = next((kind for kind in found.__mro__ if kind.__module__ in _CONVOLUTIONS), None)
     if kind is None or "forward" in vars(convolution) or "_conv_forward" in vars(convolution):
         return False
-    return found is kind or (found.forward is kind.forward and found._conv_forward is kind._conv_forward)
+    return all(getattr(found, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+
+
+# Modules that define the libraries' classes of convolutions.
+_CONVOLUTIONS = ("torch.nn.modules.conv", "torchvision.ops.deform_conv")
 
 
 def storage_bytes(storage: torch.storage.TypedStorage) -> int:

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parchgrad.core._torch import has_plain_forward, own_parameter
 from parchgrad.core.layers import Convolution
 from parchgrad.core.partition import without_autocast
 
-__all__ = ["Geometry", "partitioned_input_gradient", "per_dimension", "plain_geometry"]
+__all__ = ["Geometry", "input_gradient", "partitioned_input_gradient", "per_dimension", "plain_geometry"]
 
 
 class Geometry(NamedTuple):
@@ -30,8 +30,8 @@ class Geometry(NamedTuple):
 def plain_geometry(convolution: Convolution) -> Geometry | None:
     """Return a convolution's geometry, or None if its parameters do not fully describe what it computes.
 
-    None is for subclasses with their own forward, padding that is not zeros or differs between the sides, and weights
-    that are recomputed in every pass.
+    None is for transposed and deformable convolutions, subclasses with their own forward, padding that is not zeros or
+    differs between the sides, and weights that are recomputed in every pass.
 
     Example:
         >>> from torch import nn
@@ -40,7 +40,7 @@ def plain_geometry(convolution: Convolution) -> Geometry | None:
         >>> plain_geometry(nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect")) is None
         True
     """
-    if not has_plain_forward(convolution):
+    if not isinstance(convolution, nn.Conv1d | nn.Conv2d | nn.Conv3d) or not has_plain_forward(convolution):
         return None
     weight = own_parameter(convolution, "weight")
     if weight is None:
@@ -98,12 +98,12 @@ def partitioned_input_gradient(
         tensor([[[ 30., -30.]]])
     """
     if gradient.numel() == 0:
-        return weight.new_zeros(input_shape)
+        return input_gradient(gradient, weight, geometry, input_shape)
     kept = _find_kept(scales > 0, geometry.groups, gradient.shape[2:].numel())
     trailing = [1] * (gradient.dim() - 2)
     if kept is None:
         edited = gradient * scales.reshape(*scales.shape, *trailing)
-        return _input_gradient(edited.to(weight.dtype), weight, geometry, input_shape)
+        return input_gradient(edited.to(weight.dtype), weight, geometry, input_shape)
     taken = _scales_of(scales, kept)
     pruned = _take_channels(gradient, kept).mul_(taken.reshape(*taken.shape, *trailing)).to(weight.dtype)
     found = _sparse_input_gradient(pruned, kept, weight, geometry, input_shape)
@@ -225,7 +225,7 @@ def _sparse_input_gradient(
         # Rows with the same mask form a batch; masks times convolution groups become the groups.
         folded = pruned.reshape(rows // masks, masks * places, *positions)
         shape = torch.Size((rows // masks, masks * groups * per_group, *input_shape[2:]))
-        found = _input_gradient(folded, taken, geometry._replace(groups=masks * groups), shape)
+        found = input_gradient(folded, taken, geometry._replace(groups=masks * groups), shape)
         found = found.reshape(rows, groups * per_group, *input_shape[2:])
     if kept.groups is not None:
         by_group = found.reshape(rows, groups, per_group, *input_shape[2:])
@@ -262,8 +262,16 @@ def _memory_format(values: Tensor) -> torch.memory_format:
     return last if values.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
-def _input_gradient(gradient: Tensor, weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:
-    """Backward pass of a convolution to its input only, shape (B, D, *I)."""
+def input_gradient(gradient: Tensor, weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:
+    """Propagate the gradient at a convolution's output to its input, shape (B, D, *I), in the dtype of `weight`.
+
+    Example:
+        >>> weight = torch.tensor([[[10.0]], [[1.0]]])
+        >>> input_gradient(torch.ones(1, 2, 3), weight, Geometry((1,), (0,), (1,), 1), torch.Size((1, 1, 3)))
+        tensor([[[11., 11., 11.]]])
+    """
+    if gradient.numel() == 0:
+        return weight.new_zeros(input_shape)
     # Only the input's shape is read, so its values need not be kept.
     shape_only = gradient.new_empty(input_shape)
     found: Tensor = torch.ops.aten.convolution_backward(

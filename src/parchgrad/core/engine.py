@@ -1,30 +1,32 @@
 """`ParchGrad`, a context manager that partitions gradients through the chosen convolutions."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from parchgrad.core._torch import is_compiled
 from parchgrad.core.edit import DEFAULT_SELECTOR, Edit
-from parchgrad.core.layers import Convolution, LayerChoice, bare_model, check_evaluation_mode, choose_layers
-from parchgrad.core.partition import (
-    Conserve,
+from parchgrad.core.layers import (
+    Convolution,
+    LayerChoice,
+    bare_model,
+    check_evaluation_mode,
+    find_convolutions,
+    resolve_layers,
 )
-from parchgrad.core.selectors import Selector
-from parchgrad.core.session import SESSIONS, Plan, Session
-from parchgrad.core.targets import (
-    Target,
-    check_logits,
-    integer_targets,
-)
-from parchgrad.errors import BlockError, LayerError, ModelError, ModelWarning, warn
+from parchgrad.core.partition import Conserve
+from parchgrad.core.selectors import GradientEnergy, Selector
+from parchgrad.core.session import SESSIONS, Plan, Route, Session
+from parchgrad.core.targets import Target, check_logits, integer_targets
+from parchgrad.errors import BlockError, LayerError, ModelError, ModelWarning, ParchGradError, warn
 
-__all__ = ["ParchGrad", "partitioned_before", "plain_gradients"]
+__all__ = ["ParchGrad", "choose_layers", "partitioned_before", "plain_gradients"]
 
 
 class ParchGrad:
@@ -48,9 +50,6 @@ class ParchGrad:
     backward pass is in the block too, and never gets soft gates.
 
     For a loss such as cross-entropy, whose largest positive gradient is at a competing class, pass `target`.
-
-    Attributes:
-        layers: names of the chosen convolutions, in module order.
 
     Source: Park, Jeon, Choi (2023), "Partitioned Channel Gradient for Reliable Input Attribution".
 
@@ -104,7 +103,8 @@ class ParchGrad:
             LayerError: if the layers are not in the model.
             ModelError: if the model has no convolution, or only those that cut patches for a transformer, is wrapped in
                 DataParallel, or is compiled.
-            StatisticsError: if the selector's statistics do not fit the layers, or do not cover `target`.
+            StatisticsError: if the selector's statistics do not fit the layers, or do not cover `target`. Statistics of
+                only some of the layers that a ratio chooses are an error in the first backward pass.
             TargetError: if `target` is not a valid class index.
         """
         model = bare_model(model)
@@ -116,18 +116,43 @@ class ParchGrad:
         check_logits(logits)
         targets = None if target is None else integer_targets(target)
         convolutions: dict[str, Convolution] = {}
+        asked: frozenset[str] | Fraction = frozenset()
+        channels: dict[str, int] = {}
         if edit.selector is not None and edit.layers is not None:
-            convolutions = choose_layers(model, edit.layers)
-            edit.selector.check({name: module.out_channels for name, module in convolutions.items()})
+            convolutions, asked = find_convolutions(model), resolve_layers(model, edit.layers)
+            channels = {name: module.out_channels for name, module in convolutions.items()}
+            _check_selector(edit.selector, channels, asked)
             if targets is not None:
                 edit.selector.check_targets(sorted(set(targets.flatten().tolist())))
-        self._plan = Plan(model=model, edit=edit, convolutions=convolutions, targets=targets, pick_logits=logits)
+
+        self._plan = Plan(
+            model=model,
+            edit=edit,
+            convolutions=convolutions,
+            route=Route(asked, edit.selector, channels),
+            targets=targets,
+            pick_logits=logits,
+        )
         self._sessions: list[Session] = []
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the chosen convolutions, in module order."""
-        return tuple(self._plan.convolutions)
+    def layers(self) -> tuple[str, ...] | float | str:
+        """The layers: before the first edit as asked for, afterwards `edited_layers`.
+
+        Named layers are a tuple of names, in module order; a ratio and `"all"` stay as given, since their layers depend
+        on the graph of a pass. Empty without a selector.
+        """
+        asked, layers = self._plan.route.asked, self.edit.layers
+        if self.edited_layers or layers is None:
+            return self.edited_layers
+        if isinstance(asked, frozenset):
+            return tuple(name for name in self._plan.convolutions if name in asked)
+        return layers if isinstance(layers, str) else float(cast(float, layers))
+
+    @property
+    def edited_layers(self) -> tuple[str, ...]:
+        """Names of the layers that the last block edited, in module order; empty before the first edit."""
+        return tuple(name for name in self._plan.convolutions if name in self._plan.route.edited)
 
     @property
     def edit(self) -> Edit:
@@ -199,29 +224,115 @@ class ParchGrad:
                 "those without, such as Occlusion, give the same result as outside of the block.",
                 ModelWarning,
             )
-        elif kind is None and session.without_gradient and not session.edited:
+        elif kind is None and session.was_plain:
             raise LayerError(
-                f"No gradient reached the chosen layers ({_listed(session.without_gradient)}), so nothing was edited. "
-                "Choose layers between the input and the explained output."
+                f"No gradient reached the chosen layers ({self._asked()}), so nothing was edited. Choose layers between "
+                f"the input and the explained score{self._between(session)}."
+            )
+        elif kind is None and session.plain_passes:
+            warn(
+                f"{session.plain_passes} of {len(session.arrived)} backward passes in this block reached none of the "
+                f"chosen layers ({self._asked()}), so their gradients are plain. Choose layers between the input and "
+                f"the explained score{self._between(session)}.",
+                ModelWarning,
             )
         elif kind is None and session.without_gradient:
             warn(
-                f"No gradient reached {len(session.without_gradient)} of {len(self.layers)} chosen layers "
-                f"({_listed(session.without_gradient)}), which were not edited. Leave out layers that are not between "
-                "the input and the explained output.",
+                f"No gradient reached {len(session.without_gradient)} of {len(session.expected)} chosen layers "
+                f"({_listed(session.without_gradient)}), which were not edited. Choose layers between the input and "
+                f"the explained score{self._between(session)}.",
                 ModelWarning,
             )
         elif kind is None and session.missed:
+            count = len(self._plan.route.asked) if isinstance(self._plan.route.asked, frozenset) else 0
             warn(
-                f"{len(session.missed)} of {len(self.layers)} chosen convolutions were never called and not edited "
+                f"{len(session.missed)} of {count} chosen convolutions were never called and not edited "
                 f"({_listed(session.missed)}). Leave out layers that are not part of the forward pass, such as "
                 "training-only heads, and avoid compiled parts.",
                 ModelWarning,
             )
 
+    def _asked(self) -> str:
+        asked = self._plan.route.asked
+        if isinstance(asked, Fraction):
+            return f"layers={self.edit.layers!r}"
+        return _listed([name for name in self._plan.convolutions if name in asked])
+
+    def _between(self, session: Session) -> str:
+        """Name the layers on the path, if it is known."""
+        paths = self._plan.route.paths
+        possible = paths.chosen(Fraction(1), session.used or None) if paths is not None else ()
+        names = [name for name in self._plan.convolutions if name in possible]
+        return f": {_listed(names)}" if names else ""
+
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(names) if len(names) < 7 else f"{', '.join(names[:4])}, ..., {names[-1]}"
+
+
+def _check_selector(selector: Selector, channels: Mapping[str, int], asked: frozenset[str] | Fraction) -> None:
+    """Raise the selector's error if it does not support the named layers, or no layer that a ratio could choose."""
+    if isinstance(asked, frozenset):
+        selector.check({name: count for name, count in channels.items() if name in asked})
+        return
+    for name, count in channels.items():
+        try:
+            selector.check({name: count})
+        except ParchGradError:
+            continue
+        return
+    selector.check(channels)
+
+
+def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) -> dict[str, Convolution]:
+    """Choose the convolutions whose gradient is edited, in module order.
+
+    A ratio chooses by depth: of the convolutions through which the gradient of the explained score flows to the input,
+    those whose relative depth is at least `1 - ratio`, and the deepest in any case. The relative depth is the number of
+    convolutions before this one on the longest path from the input, divided by the number on the longest path through
+    it. In a chain of n these are the last `int(ratio * n)`; parallel branches each give their share, and heads that
+    the score does not use give none.
+
+    Args:
+        model: any module with convolutions.
+        layers: one of
+
+            - `"all"`: every convolution on a path from the input to the explained score;
+            - `"published"`: the paper's set, only for the ResNet, VGG and EfficientNet families;
+            - a ratio in (0, 1];
+            - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`;
+            - convolution modules of the model.
+        inputs: a batch, or a tuple of several inputs, for a ratio and "all": the model is called with it, and all of
+            its outputs count as explained.
+
+    Raises:
+        LayerError: if a pattern matches nothing, a ratio is out of range or comes without inputs, a module is not a
+            convolution of the model, or the paper has no layer set for it.
+        ModelError: if the model has no convolution, or only those that cut patches for a transformer.
+
+    Example:
+        >>> model = nn.Sequential(*[nn.Conv1d(4, 4, 3) for _ in range(4)]).eval()
+        >>> list(choose_layers(model, 0.5, inputs=torch.rand(1, 4, 9))), list(choose_layers(model, ["0", "[23]"]))
+        (['2', '3'], ['0', '2', '3'])
+    """
+    resolve_layers(bare_model(model), layers)
+    partition = ParchGrad(model, GradientEnergy(), layers=layers, gates=0.0, antialias=False)
+    convolutions, route = partition._plan.convolutions, partition._plan.route
+    if isinstance(route.asked, Fraction):
+        if inputs is None:
+            raise LayerError(
+                f"`layers` is {layers!r}, whose convolutions depend on the graph of a pass. Pass `inputs=`, a batch."
+            )
+        with torch.inference_mode(False), torch.enable_grad(), partition:
+            given = [
+                value.detach().clone().requires_grad_() if value.is_floating_point() else value
+                for value in (inputs if isinstance(inputs, tuple) else (inputs,))
+            ]
+            partition._plan.model(*given)
+    wanted = route.asked if isinstance(route.asked, frozenset) else frozenset()
+    if route.paths is not None:
+        wanted = route.chosen(route.paths, None)
+    return {name: module for name, module in convolutions.items() if name in wanted}
 
 
 def _check_not_compiled(model: nn.Module) -> None:

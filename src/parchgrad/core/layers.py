@@ -4,13 +4,15 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from fractions import Fraction
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from parchgrad._io.checks import is_number
+from parchgrad.core.paths import exact_ratio
 from parchgrad.errors import LayerError, ModelError
 
 __all__ = [
@@ -19,14 +21,16 @@ __all__ = [
     "bare_model",
     "check_evaluation_mode",
     "check_model",
-    "check_output",
-    "choose_layers",
     "find_convolutions",
     "has_published_layers",
+    "last_layers",
     "parse_layers",
+    "resolve_layers",
 ]
 
-Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Convolution: TypeAlias = (
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+)
 LayerChoice: TypeAlias = str | float | Sequence[str] | Sequence[nn.Module]
 
 
@@ -71,9 +75,9 @@ def check_evaluation_mode(model: nn.Module) -> None:
 
 
 def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
-    """Find every Conv1d, Conv2d and Conv3d of a model, subclasses included, in module order.
+    """Find every convolution of a model in module order: Conv1d to 3d, transposed ones, and torchvision's DeformConv2d.
 
-    A convolution registered under two names is listed under its first.
+    Subclasses are included. A convolution registered under two names is listed under its first.
 
     Raises:
         ModelError: if the model has no convolution.
@@ -83,7 +87,7 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
         ['0', '2']
     """
     model = bare_model(model)
-    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
+    convolutions = {name: module for name, module in model.named_modules() if _is_convolution(module)}
     if not convolutions and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ModelError(
             f"{type(model).__name__} has no convolution outside of TorchScript, which hooks cannot reach. Pass the "
@@ -91,32 +95,22 @@ def find_convolutions(model: nn.Module) -> dict[str, Convolution]:
         )
     if not convolutions:
         raise ModelError(
-            f"{type(model).__name__} has no convolution (Conv1d, Conv2d or Conv3d), so there are no channels to "
-            "partition. Use a convolutional network, or the plain method (selector=None)."
+            f"{type(model).__name__} has no convolution, so there are no channels to partition. Use a convolutional "
+            "network, or the plain method (selector=None)."
         )
     return convolutions
 
 
-def check_output(layer: str, output: object) -> None:
-    """Raise `ModelError` if a convolution, such as a quantised subclass, returns anything but a tensor."""
-    if not isinstance(output, torch.Tensor):
-        raise ModelError(
-            f"Layer {layer!r} returns a {type(output).__name__} instead of a tensor. Leave it out of `layers`."
-        )
+def _is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
+    """Whether a module is a convolution; deformable ones have the same attributes, but no common class."""
+    if isinstance(module, Convolution):
+        return True
+    kinds = ((kind.__module__, kind.__name__) for kind in type(module).__mro__)
+    return ("torchvision.ops.deform_conv", "DeformConv2d") in kinds
 
 
-def choose_layers(model: nn.Module, layers: LayerChoice) -> dict[str, Convolution]:
-    """Choose the convolutions whose gradient is edited, in module order.
-
-    Args:
-        model: any module with convolutions.
-        layers: one of
-
-            - `"all"`;
-            - `"published"`: the paper's set, only for the ResNet, VGG and EfficientNet families;
-            - a ratio r in (0, 1]: the last `int(r * n)` of n convolutions, at least one;
-            - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`;
-            - convolution modules of the model.
+def resolve_layers(model: nn.Module, layers: LayerChoice) -> frozenset[str] | Fraction:
+    """Check a choice of layers; return their names, or a ratio whose layers depend on a pass (see `choose_layers`).
 
     Raises:
         LayerError: if a pattern matches nothing, a ratio is out of range, a module is not a convolution of the model,
@@ -125,10 +119,9 @@ def choose_layers(model: nn.Module, layers: LayerChoice) -> dict[str, Convolutio
 
     Example:
         >>> model = nn.Sequential(*[nn.Conv1d(4, 4, 3) for _ in range(4)])
-        >>> list(choose_layers(model, 0.5)), list(choose_layers(model, ["0", "[23]"]))
-        (['2', '3'], ['0', '2', '3'])
+        >>> sorted(resolve_layers(model, ["0", "[23]"])), resolve_layers(model, 0.5), resolve_layers(model, "all")
+        (['0', '2', '3'], Fraction(1, 2), Fraction(1, 1))
     """
-    model = bare_model(model)
     convolutions = find_convolutions(model)
     if (isinstance(layers, str) and layers in ("published", "all")) or is_number(layers):
         # Layers that are named explicitly are taken as given.
@@ -136,22 +129,22 @@ def choose_layers(model: nn.Module, layers: LayerChoice) -> dict[str, Convolutio
     if isinstance(layers, bool) or layers is None:
         raise _not_a_choice(layers)
     if is_number(layers):
-        chosen = _last(convolutions, float(layers))
-    elif isinstance(layers, str):
-        chosen = _of_name(model, convolutions, layers)
-    elif isinstance(layers, Sequence):
-        patterns = [choice for choice in layers if isinstance(choice, str)]
-        modules = [choice for choice in layers if isinstance(choice, nn.Module)]
-        if len(patterns) == len(layers) > 0:
-            chosen = _matching(convolutions, patterns)
-        elif len(modules) == len(layers) > 0:
-            chosen = _named(convolutions, modules)
-        else:
-            raise _not_a_choice(layers)
-    else:
+        return exact_ratio(float(layers))
+    if isinstance(layers, str):
+        if layers == "all":
+            return Fraction(1)
+        if layers == "published":
+            return frozenset(_published(model, convolutions))
+        return frozenset(_matching(convolutions, [layers]))
+    if not isinstance(layers, Sequence):
         raise _not_a_choice(layers)
-    wanted = set(chosen)
-    return {name: module for name, module in convolutions.items() if name in wanted}
+    patterns = [choice for choice in layers if isinstance(choice, str)]
+    modules = [choice for choice in layers if isinstance(choice, nn.Module)]
+    if len(patterns) == len(layers) > 0:
+        return frozenset(_matching(convolutions, patterns))
+    if len(modules) == len(layers) > 0:
+        return frozenset(_named(convolutions, modules))
+    raise _not_a_choice(layers)
 
 
 def _check_more_than_patches(model: nn.Module, convolutions: Mapping[str, Convolution]) -> None:
@@ -203,25 +196,28 @@ def _not_a_choice(layers: object) -> LayerError:
     )
 
 
-def _last(names: Iterable[str], ratio: float) -> list[str]:
-    """The last `int(ratio * n)` of n names, at least one."""
-    if not 0 < ratio <= 1:
-        raise LayerError(f"`layers` is the ratio {ratio:g}, but a ratio must lie in (0, 1]. Pass 1.0 for all layers.")
-    names = list(names)
-    return names[len(names) - max(1, int(ratio * len(names))) :]
+def last_layers(convolutions: Mapping[str, Convolution], ratio: float) -> list[str]:
+    """Name the last `int(ratio * n)` of n convolutions in module order, at least one, as the research code does.
+
+    Raises:
+        LayerError: if the ratio is not in (0, 1].
+
+    Example:
+        >>> last_layers(find_convolutions(nn.Sequential(*[nn.Conv1d(4, 4, 3) for _ in range(4)])), 0.5)
+        ['2', '3']
+    """
+    names = list(convolutions)
+    return names[len(names) - max(1, int(exact_ratio(ratio) * len(names))) :]
 
 
-def _of_name(model: nn.Module, convolutions: dict[str, Convolution], name: str) -> list[str]:
-    """Names of the convolutions in a set, or of those that match a pattern."""
-    if name == "published":
-        published = _published_names(model, convolutions)
-        if not published:
-            raise LayerError(
-                f"The paper has no layer set for {type(model).__name__}, only for the {', '.join(_FAMILIES)} families. "
-                "Pass a ratio such as layers=0.5, 'all', or name patterns."
-            )
-        return published
-    return list(convolutions) if name == "all" else _matching(convolutions, [name])
+def _published(model: nn.Module, convolutions: dict[str, Convolution]) -> list[str]:
+    published = _published_names(model, convolutions)
+    if not published:
+        raise LayerError(
+            f"The paper has no layer set for {type(model).__name__}, only for the {', '.join(_FAMILIES)} families. "
+            "Pass a ratio such as layers=0.5, 'all', or name patterns."
+        )
+    return published
 
 
 def _matching(convolutions: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -254,8 +250,8 @@ def _named(convolutions: dict[str, Convolution], modules: Sequence[nn.Module]) -
     for module in modules:
         if id(module) not in names:
             raise LayerError(
-                f"`layers` contains a {type(module).__name__} that is not a convolution of this model. Pass Conv1d, "
-                "Conv2d or Conv3d modules of the model itself."
+                f"`layers` contains a {type(module).__name__} that is not a convolution of this model. Pass "
+                "convolutions of the model itself."
             )
     return [names[id(module)] for module in modules]
 
@@ -290,8 +286,8 @@ def _resnet_names(convolutions: dict[str, Convolution]) -> list[str]:
 
 
 def _vgg_names(convolutions: dict[str, Convolution]) -> list[str]:
-    features = [name for name in convolutions if name.startswith("features.")]
-    return _last(features, 0.5) if features else []
+    features = {name: module for name, module in convolutions.items() if name.startswith("features.")}
+    return last_layers(features, 0.5) if features else []
 
 
 def _efficientnet_names(convolutions: dict[str, Convolution]) -> list[str]:

@@ -140,13 +140,19 @@ class Explainer:
 
     def __repr__(self) -> str:
         """Show the model, the method and the edit."""
-        edit = "plain" if self.edit.is_plain else f"{self.edit.selector!r}, {len(self.layers)} layers"
+        layers = f"{len(self.layers)} layers" if isinstance(self.layers, tuple) else f"layers={self.layers!r}"
+        edit = "plain" if self.edit.is_plain else f"{self.edit.selector!r}, {layers}"
         return f"{type(self).__name__}({type(self._model).__name__}, {self._method.name}, {edit})"
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the edited convolutions, in module order; empty for the plain method."""
+    def layers(self) -> tuple[str, ...] | float | str:
+        """The layers: before the first map as asked for, afterwards `edited_layers`; see `ParchGrad.layers`."""
         return self._partition.layers
+
+    @property
+    def edited_layers(self) -> tuple[str, ...]:
+        """Names of the layers edited in the last map, in module order; empty before that, and for the plain method."""
+        return self._partition.edited_layers
 
     @property
     def edit(self) -> Edit:

@@ -171,7 +171,11 @@ class Explorer:
         """
         self._files = {name: Path(file) for name, file in (statistics or {}).items()}
         self._networks: _Recent[Network] = _Recent(networks, lambda network: 1)
-        self._tensors: _Recent[Tensor] = _Recent(int(megabytes * 1e6), lambda tensor: tensor.nbytes)
+        # Inputs and probabilities; maps with the names of the layers edited for them.
+        self._tensors: _Recent[Tensor] = _Recent(int(megabytes * 0.5e6), lambda tensor: tensor.nbytes)
+        self._maps: _Recent[tuple[Tensor, tuple[str, ...]]] = _Recent(
+            int(megabytes * 0.5e6), lambda found: found[0].nbytes
+        )
         # Statistics of a few classes, some hundred kilobytes each.
         self._columns: _Recent[ChannelStatistics] = _Recent(32, lambda statistics: 1)
 
@@ -243,7 +247,7 @@ class Explorer:
                 f"`target` is {target}, but {view.network} has {len(ranked)} classes. Choose 0 to {len(ranked) - 1}."
             )
         key = (view.network, photograph.key, target)
-        explainer, partitioned, plain = self._attribute(network, view, inputs, (target,), key)
+        partitioned, layers, plain = self._attribute(network, view, inputs, (target,), key)
         return Exploration(
             photograph=photograph,
             view=view.resolved(),
@@ -252,7 +256,7 @@ class Explorer:
             picture=network.classifier.preprocess.picture(inputs[0]),
             attribution=partitioned[0],
             plain=plain[0],
-            layers=explainer.layers,
+            layers=layers,
             code=single_snippet(network, photograph, view, target),
         )
 
@@ -272,7 +276,7 @@ class Explorer:
         each = [self._probabilities(network, photograph) for photograph in photographs]
         targets = tuple(int(probabilities.argmax()) for probabilities in each)
         key = (view.network, tuple(photograph.key for photograph in photographs), targets)
-        _, partitioned, plain = self._attribute(network, view, inputs.expand(CELLS, -1, -1, -1), targets, key)
+        partitioned, _, plain = self._attribute(network, view, inputs.expand(CELLS, -1, -1, -1), targets, key)
         return Game(
             photographs=tuple(photographs),
             view=view.resolved(),
@@ -330,18 +334,20 @@ class Explorer:
 
     def _attribute(
         self, network: Network, view: View, inputs: Tensor, targets: tuple[int, ...], key: tuple[Hashable, ...]
-    ) -> tuple[Explainer, Tensor, Tensor]:
-        """The explainer, and the attributions of the inputs with and without ParchGrad."""
-        explainer = self._explainer(network, view, inputs, targets)
-        plain = self._explainer(network, view, inputs, None)
+    ) -> tuple[Tensor, tuple[str, ...], Tensor]:
+        """The attributions of the inputs with ParchGrad, the layers edited for them, and the plain attributions."""
         # The display does not change the attribution.
         settings = astuple(replace(view.resolved(), target=None, signed=False, opacity=1.0))
         classes = torch.tensor(targets)
-        return (
-            explainer,
-            self._tensors.get((*key, *settings), lambda: explainer.attribute(inputs, classes)),
-            self._tensors.get((*key, view.method), lambda: plain.attribute(inputs, classes)),
-        )
+
+        def explained(of: tuple[int, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
+            explainer = self._explainer(network, view, inputs, of)
+            attribution = explainer.attribute(inputs, classes)
+            return attribution, explainer.edited_layers
+
+        partitioned, layers = self._maps.get((*key, *settings), lambda: explained(targets))
+        plain, _ = self._maps.get((*key, view.method), lambda: explained(None))
+        return partitioned, layers, plain
 
     def _explainer(self, network: Network, view: View, inputs: Tensor, targets: tuple[int, ...] | None) -> Explainer:
         """The explainer for some classes under a view, or the plain one if `targets` is None."""

@@ -8,8 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from parchgrad.core.engine import ParchGrad
-from parchgrad.core.layers import Convolution, bare_model, choose_layers, find_convolutions, has_published_layers
+from parchgrad._io.checks import is_number
+from parchgrad.core.engine import ParchGrad, choose_layers
+from parchgrad.core.layers import Convolution, bare_model, find_convolutions, has_published_layers, last_layers
 from parchgrad.core.partition import Conserve
 from parchgrad.core.selectors import Selector
 from parchgrad.core.targets import Target
@@ -125,7 +126,10 @@ class HookWrapper:
         """
         if layer_ratio is None:
             layer_ratio = "published" if has_published_layers(self.model) else 0.5
-        return list(choose_layers(self.model, layer_ratio).values())
+        if not is_number(layer_ratio):
+            return list(choose_layers(self.model, layer_ratio).values())
+        convolutions = find_convolutions(self.model)
+        return [convolutions[name] for name in last_layers(convolutions, layer_ratio)]
 
     def set_hook_modules(self, modules: Iterable[nn.Module], verbose: int = 0) -> None:
         """Set the convolutions to edit, replacing earlier ones.

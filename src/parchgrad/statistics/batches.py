@@ -35,6 +35,8 @@ class Batches:
         self._data, self._workers, self._labels = data, workers, labels
         self._batch_size = batch_size
         self._numbers: list[range] | None = None
+        # What `peek` has fetched already, and the rest.
+        self._fetched: tuple[list[Any], Iterator[Any]] | None = None
         self.count: int | None = None
         self.images: int | None = None
         if has_items(data):
@@ -48,11 +50,27 @@ class Batches:
             return None
         return sum(len(numbers) for numbers in self._numbers[:done])
 
+    def peek(self) -> Tensor | None:
+        """Fetch the inputs of the first batch, which `after(0)` yields all the same; None if there is no batch."""
+        fetched: list[Any] = []
+        rest = self.after(0)
+        for batch in rest:
+            fetched.append(batch)
+            if batch is not None:
+                break
+        self._fetched = fetched, rest
+        return None if not fetched or fetched[-1] is None else fetched[-1][1]
+
     def after(self, done: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None] | None]:
         """Yield numbers, inputs and labels of each batch after the first `done`; labels are None if predicted.
 
         Yield None for a batch whose items are all left out.
         """
+        fetched, self._fetched = self._fetched, None
+        if fetched is not None and done == 0:
+            yield from fetched[0]
+            yield from fetched[1]
+            return
         batches: Iterable[Any] = self._data
         # Keep the loader from drawing on the caller's random state.
         generator = torch.Generator()

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -14,15 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from parchgrad._io.checks import check_whole_number
 from parchgrad._io.digests import digest
 from parchgrad._io.files import locked, without_addresses
+from parchgrad.core.engine import choose_layers
 from parchgrad.core.hooks import TransientHook
 from parchgrad.core.layers import (
     Convolution,
     LayerChoice,
     bare_model,
     check_evaluation_mode,
-    check_output,
-    choose_layers,
     find_convolutions,
+    resolve_layers,
 )
 from parchgrad.errors import (
     InputError,
@@ -77,7 +78,8 @@ def collect_statistics(
         data: a data set, or batches such as a `DataLoader` yields. An item is an input and its class, or the input
             alone with predicted labels; `LeftOut` items are left out with a warning. A text attribute `fingerprint`
             of a data set identifies its content; without one, its type, length and 64 items do.
-        layers: which convolutions; see `choose_layers`.
+        layers: which convolutions; see `choose_layers`. For a ratio and `"all"`, the model is called once with the
+            first image.
         labels: `"given"` uses the labels in the data; `"predicted"` counts every image in every class, weighted by
             the model's softmax probability, so that unlabelled images suffice.
         batch_size: images per pass, if `data` is a data set.
@@ -111,10 +113,11 @@ def collect_statistics(
         model = bare_model(model)
         check_evaluation_mode(model)
         _check_settings(data, labels, batch_size, workers, checkpoint_every, seed, metadata or {})
-        chosen = choose_layers(model, layers)
+        asked = resolve_layers(model, layers)
         path, settings, identity = None, {}, None
         if has_items(data):
-            settings = _settings(model, data, list(chosen), labels, batch_size, seed, workers)
+            named = sorted(asked) if isinstance(asked, frozenset) else [str(layers)]
+            settings = _settings(model, data, named, labels, batch_size, seed, workers)
             identity = settings["data"]
             _check_agreement(settings, processes)
         elif checkpoint is not None or processes.count > 1:
@@ -126,6 +129,7 @@ def collect_statistics(
             check_parts(Path(checkpoint), processes.count)
             path = part_of_process(Path(checkpoint), processes.rank, processes.count)
         batches = Batches(data, batch_size, workers, labels, processes)
+        chosen = _choose(model, layers, asked, batches, processes)
         # Two runs that resume from one checkpoint would overwrite each other.
         with nullcontext() if path is None else locked(path):
             found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
@@ -153,6 +157,35 @@ def collect_statistics(
         {"model": type(model).__name__, **(metadata or {}), "labels": labels, "seed": str(seed), **origin},
         {name: weight_digest(module) for name, module in chosen.items()},
     )
+
+
+def _choose(
+    model: nn.Module,
+    layers: LayerChoice,
+    asked: frozenset[str] | Fraction,
+    batches: "Batches",
+    processes: Processes,
+) -> dict[str, Convolution]:
+    """Choose the layers; a ratio and "all" choose by the graph of a pass with the first image."""
+    if isinstance(asked, Fraction):
+        found: Mapping[str, Tensor] = {}
+        if processes.rank == 0:
+            inputs = batches.peek()
+            if inputs is None:
+                raise StatisticsError("The data contain 0 images, but statistics need at least two.")
+            names: Iterable[str] = find_convolutions(model)
+            # Whole numbers have no gradient that could show the path.
+            if asked < 1 or inputs.is_floating_point():
+                with _explaining_dtype(inputs):
+                    one = inputs[:1].to(next(model.parameters()).device)
+                    names = choose_layers(model, layers, inputs=one)
+            found = dict.fromkeys(names, torch.zeros(0, device="cpu"))
+        asked = frozenset(processes.broadcast(found))
+        if not asked:
+            raise LayerError(
+                "No convolution lies between the model's input and its output. Name the layers to collect."
+            )
+    return {name: module for name, module in find_convolutions(model).items() if name in asked}
 
 
 def _collect(
@@ -257,15 +290,8 @@ def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) ->
     """Return GAPs of all channels (B, C) and softmax probabilities (B, K) of one batch, on the CPU."""
     for calls in gaps.values():
         calls.clear()
-    try:
+    with _explaining_dtype(inputs):
         logits = model(inputs)
-    except RuntimeError as error:
-        if inputs.is_floating_point():
-            raise
-        raise InputError(
-            f"The model rejects images of dtype {inputs.dtype} ({reason_of(error)}). Convert them to floating point "
-            "as in training, for example with torchvision's ToTensor."
-        ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
@@ -285,6 +311,20 @@ def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) ->
     values = torch.cat([torch.stack(calls).mean(0) for calls in gaps.values()], dim=1)
     # In float64, since a row's weights must sum to one with the precision of the moments.
     return values.cpu(), logits.cpu().double().softmax(dim=1)
+
+
+@contextmanager
+def _explaining_dtype(inputs: Tensor) -> Iterator[None]:
+    """Convert the error of a model that rejects images of integers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if inputs.is_floating_point():
+            raise
+        raise InputError(
+            f"The model rejects images of dtype {inputs.dtype} ({reason_of(error)}). Convert them to floating point "
+            "as in training, for example with torchvision's ToTensor."
+        ) from error
 
 
 class _Saver:
@@ -421,10 +461,14 @@ def _gaps_of(convolutions: Mapping[str, Convolution]) -> Iterator[dict[str, list
     """Record the GAP of each convolution during forward passes of this thread or task."""
     gaps: dict[str, list[Tensor]] = {name: [] for name in convolutions}
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if _GAPS.get() is gaps:
-                check_output(name, output)
+                if not isinstance(output, Tensor):
+                    raise ModelError(
+                        f"Layer {name!r} returns a {type(output).__name__} instead of a tensor. Leave it out of "
+                        "`layers`."
+                    )
                 gaps[name].append(_gap(output))
 
         return hook

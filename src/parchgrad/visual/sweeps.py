@@ -206,7 +206,7 @@ def _sweep(
         untouched=tuple(untouched),
         target=next(prediction for prediction in predictions if prediction.index == index),
         edit=first.edit,
-        layers=first.layers,
+        layers=explainer.edited_layers,
         method=method,
     )
 

@@ -195,7 +195,6 @@ def explain_images(
         "method_options": {name: _describe(value) for name, value in explainer.method_options.items()},
         "internal_batch_size": internal_batch_size,
         "selector": _describe(settled.selector),
-        "layers": list(explainer.layers),
         "layers_choice": _describe_layers(settled.layers),
         # JSON has no infinity.
         "gamma": "inf" if math.isinf(settled.gamma) else float(settled.gamma),
@@ -217,6 +216,7 @@ def explain_images(
         if stability:
             stable = explainer.stability(inputs, targets, noise=_NOISE, draws=_DRAWS).tolist()
         ranked = classifier.predict(inputs, count=len(classifier.categories))
+        settings = {**settings, "layers": list(explainer.edited_layers)}
         for row, (attribution, plain_attribution) in enumerate(maps):
             explanations.append(
                 Explanation(

@@ -1,0 +1,618 @@
+"""Layers by the path to the score: against all paths written out, and edits written as functions behind layers."""
+
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+import parchgrad as pg
+from parchgrad.core.paths import Paths, exact_ratio
+from parchgrad.errors import InputError, LayerError, ModelError, ModelWarning, StatisticsError
+from tests import reference
+
+TRUE = {"gates": 0, "antialias": False}
+
+
+# The choice on a graph
+
+
+@st.composite
+def graphs(draw):
+    """Draw the calls before each call, and before each output, of a graph without cycles."""
+    count = draw(st.integers(1, 7))
+    before = []
+    for index in range(count):
+        before.append(tuple(sorted(draw(st.sets(st.integers(0, index - 1), max_size=3)))) if index else ())
+    outputs = draw(
+        st.lists(st.sets(st.integers(0, count - 1), max_size=3).map(sorted).map(tuple), min_size=1, max_size=3)
+    )
+    return tuple(before), tuple(outputs)
+
+
+def paths_from(call, before):
+    """List all paths that end at a call, as tuples of calls."""
+    if not before[call]:
+        return [(call,)]
+    return [(*path, call) for earlier in before[call] for path in paths_from(earlier, before)]
+
+
+def chosen_by_hand(before, ends, ratio):
+    """Choose by the definition, from all paths written out."""
+    paths = [path for end in ends for path in paths_from(end, before)]
+    depths = {}
+    for call in {call for path in paths for call in path}:
+        earlier = max(path.index(call) for path in paths_from_all(before) if call in path)
+        longest = max(earlier + len(path) - path.index(call) for path in paths if call in path)
+        depths[call] = Fraction(earlier, longest)
+    if not depths:
+        return set()
+    return {call for call, depth in depths.items() if depth >= 1 - ratio or depth == max(depths.values())}
+
+
+def paths_from_all(before):
+    return [path for call in range(len(before)) for path in paths_from(call, before)]
+
+
+@given(graph=graphs(), ratio=st.fractions(Fraction(1, 20), 1, max_denominator=20), data=st.data())
+def test_the_choice_is_the_one_by_all_paths_written_out(graph, ratio, data):
+    before, outputs = graph
+    used = data.draw(st.sets(st.integers(0, len(outputs) - 1), min_size=1))
+    names = tuple(map(str, range(len(before))))
+    found = Paths(layers=names, before=before, outputs=outputs).chosen(ratio, used)
+    ends = {call for output in used for call in outputs[output]}
+    assert found == {str(call) for call in chosen_by_hand(before, ends, ratio)}
+
+
+@given(count=st.integers(1, 60), hundredths=st.integers(1, 100))
+def test_a_chain_gives_its_last_share_in_exact_arithmetic(count, hundredths):
+    chain = Paths(
+        layers=tuple(map(str, range(count))),
+        before=((), *((index,) for index in range(count - 1))),
+        outputs=((count - 1,),),
+    )
+    last = max(1, hundredths * count // 100)
+    assert chain.chosen(exact_ratio(hundredths / 100)) == {str(index) for index in range(count - last, count)}
+
+
+# Networks as people have them
+
+
+def edited_by_hand(model, names, quantile):
+    """Set hooks that put the gradient behind each layer through the reference's edit; return their handles."""
+
+    class Edit(torch.autograd.Function):
+        @staticmethod
+        def forward(_, output):
+            return output.clone()
+
+        @staticmethod
+        def backward(_, gradient):
+            norms = gradient.flatten(2).norm(dim=2).tolist()
+            weights = [reference.soft_weights(row, reference.kth_largest(row, quantile), 0.5) for row in norms]
+            return torch.from_numpy(reference.edit(gradient, np.array(weights)))
+
+    modules = dict(model.named_modules())
+    return [modules[name].register_forward_hook(lambda module, inputs, output: Edit.apply(output)) for name in names]
+
+
+def gradient_by_hand(model, names, x, score, quantile=0.3):
+    leaf = x.clone().requires_grad_()
+    handles = edited_by_hand(model, names, quantile)
+    try:
+        return torch.autograd.grad(score(model(leaf)).sum(), leaf)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def assert_edited(model, layers, names, x, score, logits=None):
+    """Compare an explainer's map and layers with the edit by hand behind the named layers."""
+    selector = pg.GradientEnergy(quantile=0.3)
+    expected = gradient_by_hand(model, names, x, score)
+    explainer = pg.Explainer(model, selector, layers=layers, logits=logits, **TRUE)
+    assert explainer.layers == layers
+    assert explainer.edited_layers == ()
+    # The second pass attaches only to the layers that the first has chosen.
+    for _ in range(2):
+        found = explainer.attribute(x, score if logits is None else 1)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+        assert set(explainer.layers) == set(explainer.edited_layers) == set(names)
+    return found
+
+
+def chain(channels, count, dimensions=2):
+    """Convolutions with rectifiers in between."""
+    kind, layers = (nn.Conv1d, nn.Conv2d)[dimensions - 1], []
+    for index in range(count):
+        layers += [kind(channels if index == 0 else 5, 5, 3, padding=1), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class Heads(nn.Module):
+    """A trunk of three convolutions with heads of one, two and three."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = chain(2, 3)
+        self.heads = nn.ModuleList(nn.Sequential(*chain(5, count), nn.Conv2d(5, 4, 1)) for count in range(3))
+
+    def forward(self, x):
+        x = self.trunk(x)
+        return {"heads": [head(x).mean((2, 3)) for head in self.heads]}
+
+
+def double(model):
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.double().eval()
+
+
+X = torch.randn(2, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("head", "layers", "names"),
+    [
+        (0, 0.5, ["trunk.4", "heads.0.0"]),
+        (0, "all", ["trunk.0", "trunk.2", "trunk.4", "heads.0.0"]),
+        (0, 0.1, ["heads.0.0"]),
+        (1, 0.4, ["heads.1.0", "heads.1.2"]),
+        (2, 0.5, ["heads.2.0", "heads.2.2", "heads.2.4"]),
+        (2, 0.75, ["trunk.4", "heads.2.0", "heads.2.2", "heads.2.4"]),
+    ],
+)
+def test_another_head_gives_no_layers(head, layers, names):
+    model = double(Heads())
+    assert_edited(model, layers, names, X, lambda output: output["heads"][head][:, 1])
+    assert_edited(
+        model, layers, names, X, lambda output: output["heads"][head][:, 1], logits=lambda output: output["heads"][head]
+    )
+
+
+def test_one_explainer_for_each_head_in_turn_and_for_both():
+    model, selector = double(Heads()), pg.GradientEnergy(quantile=0.3)
+    explainer = pg.Explainer(model, selector, layers=0.5, **TRUE)
+    for used, names in (
+        ((0,), ["trunk.4", "heads.0.0"]),
+        ((2,), ["heads.2.0", "heads.2.2", "heads.2.4"]),
+        ((0, 2), ["heads.0.0", "heads.2.0", "heads.2.2", "heads.2.4"]),
+        ((0,), ["trunk.4", "heads.0.0"]),
+    ):
+
+        def score(output, used=used):
+            return sum(output["heads"][head][:, 1] for head in used)
+
+        found = explainer.attribute(X, score)
+        torch.testing.assert_close(found, gradient_by_hand(model, names, X, score), rtol=1e-9, atol=1e-13)
+        assert set(explainer.edited_layers) == set(names)
+
+
+class Late(nn.Module):
+    """Encoders of the first and the second channel, added late."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.colour, self.depth, self.head = chain(1, first), chain(1, second), nn.Linear(5, 4)
+
+    def forward(self, x):
+        features = self.colour(x[:, :1]) + self.depth(x[:, 1:])
+        return self.head(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (0.5, ["colour.4", "colour.6", "depth.2"]),
+        (0.75, ["colour.2", "colour.4", "colour.6", "depth.2"]),
+        (0.25, ["colour.6"]),
+        (0.2, ["colour.6"]),
+    ],
+)
+def test_branches_that_are_added_late_each_give_their_share(layers, names):
+    found = assert_edited(double(Late(4, 2)), layers, names, X, lambda output: output[:, 1])
+    assert (found.abs().amax((0, 2, 3)) > 0).all()
+
+
+class Mean(nn.Module):
+    """Three networks of different depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.members = nn.ModuleList(
+            nn.Sequential(chain(2, count), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
+            for count in (2, 3, 5)
+        )
+
+    def forward(self, x):
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+def test_each_member_of_an_ensemble_gives_its_share():
+    names = ["members.0.0.2", "members.1.0.4", "members.2.0.6", "members.2.0.8"]
+    assert_edited(double(Mean()), 0.5, names, X, lambda output: output[:, 1])
+
+
+class UNet(nn.Module):
+    """Two levels with a skip connection and a transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1, stride=2)
+        self.up, self.merge = nn.ConvTranspose2d(6, 5, 2, stride=2), nn.Conv2d(10, 5, 3, padding=1)
+        self.last = nn.Conv2d(5, 3, 1)
+
+    def forward(self, x):
+        fine = functional.relu(self.first(x))
+        coarse = functional.relu(self.second(fine))
+        return self.last(functional.relu(self.merge(torch.cat((fine, self.up(coarse)), dim=1))))
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [(0.4, ["merge", "last"]), (0.6, ["up", "merge", "last"]), ("all", ["first", "second", "up", "merge", "last"])],
+)
+def test_a_decoder_is_edited(layers, names):
+    assert_edited(double(UNet()), layers, names, X, lambda output: output[:, 1].mean((1, 2)))
+
+
+def small_resnet():
+    torch.manual_seed(0)
+    return double(torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=4))
+
+
+@pytest.mark.parametrize("layers", [0.5, 0.75, "all"])
+def test_names_wrappers_fusing_and_exporting_play_no_part(layers):
+    resnet = small_resnet()
+    x = torch.randn(1, 3, 33, 33, dtype=torch.float64)
+
+    class Wrapped(nn.Module):
+        def __init__(self, inside):
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, x):
+            return self.inside(x)
+
+    extracted = torchvision.models.feature_extraction.create_feature_extractor(resnet, {"flatten": "features"})
+    variants = {
+        "children": nn.Sequential(*list(resnet.children())[:-1], nn.Flatten(), resnet.fc),
+        "nested": Wrapped(Wrapped(nn.Sequential(nn.Identity(), resnet))),
+        "traced": torch.fx.symbolic_trace(resnet),
+        "extracted": nn.Sequential(Wrapped(extracted), Picked("features"), resnet.fc),
+    }
+    selector = pg.GradientEnergy(quantile=0.2)
+    whole = pg.Explainer(resnet, selector, layers=layers, **TRUE)
+    expected = whole.attribute(x, 1)
+    convolutions = pg.find_convolutions(resnet)
+    edited = {id(convolutions[name]) for name in whole.edited_layers}
+    # The longest way has a convolution for the stem and two for each of four blocks; shortcuts stand beside them.
+    shortcuts = {0.5: (3, 4), 0.75: (2, 3, 4), "all": (2, 3, 4)}[layers]
+    count = {0.5: 4, 0.75: 6, "all": 9}[layers]
+    assert len(edited) == count + len(shortcuts)
+    assert {f"layer{stage}.0.downsample.0" for stage in shortcuts} < set(whole.edited_layers)
+    for name, variant in variants.items():
+        explainer = pg.Explainer(variant.eval(), selector, layers=layers, **TRUE)
+        torch.testing.assert_close(explainer.attribute(x, 1), expected, rtol=1e-9, atol=1e-15, msg=name)
+        modules = pg.find_convolutions(variant)
+        if name != "extracted":
+            assert {id(modules[layer]) for layer in explainer.edited_layers} == edited
+        assert len(explainer.edited_layers) == len(edited)
+    pairs = [[f"layer{stage}.0.conv{place}", f"layer{stage}.0.bn{place}"] for stage in range(1, 5) for place in (1, 2)]
+    fused = torch.ao.quantization.fuse_modules(resnet, [["conv1", "bn1", "relu"], *pairs])
+    explainer = pg.Explainer(fused.eval(), selector, layers=layers, **TRUE)
+    explainer.attribute(x, 1)
+    parts = {name.removesuffix(".0") if "downsample" not in name else name for name in explainer.edited_layers}
+    assert parts == set(whole.edited_layers)
+
+
+class Picked(nn.Module):
+    def __init__(self, key):
+        super().__init__()
+        self.key = key
+
+    def forward(self, output):
+        return output[self.key]
+
+
+class Twice(nn.Module):
+    """A shared encoder, called for both channels, before more convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.merge, self.head = chain(1, 2), nn.Conv2d(5, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x):
+        both = self.encoder(x[:, :1]) + self.encoder(x[:, 1:]).square()
+        return self.head(self.merge(both).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"), [(0.4, ["merge"]), (0.7, ["encoder.2", "merge"]), ("all", ["encoder.0", "encoder.2", "merge"])]
+)
+def test_a_shared_encoder_called_twice(layers, names):
+    assert_edited(double(Twice()), layers, names, X, lambda output: output[:, 1])
+
+
+class Recurrent(nn.Module):
+    """A convolution called four times in a row: its deepest call counts, and all are edited."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.step, self.head = nn.Conv2d(2, 5, 3), nn.Conv2d(5, 5, 3, padding=1), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(4):
+            x = functional.relu(self.step(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("layers", "names"), [(0.1, ["step"]), (0.9, ["step"]), (1.0, ["stem", "step"])])
+def test_a_convolution_is_as_deep_as_its_deepest_call(layers, names):
+    assert_edited(double(Recurrent()), layers, names, X, lambda output: output[:, 1])
+
+
+class Cut(nn.Module):
+    """A long branch that is cut off by `detach`, a constant one, and a short one."""
+
+    def __init__(self):
+        super().__init__()
+        self.long, self.constant, self.short, self.head = chain(2, 6), chain(2, 2), chain(2, 2), nn.Linear(5, 4)
+        self.prompt = nn.Parameter(torch.randn(1, 2, 6, 6))
+
+    def forward(self, x):
+        features = self.long(x.detach()) * self.short(x) + self.constant(self.prompt)
+        return self.head(features.mean((2, 3)))
+
+
+def test_what_does_not_lead_to_the_input_gives_no_layers():
+    assert_edited(double(Cut()), 0.5, ["short.2"], X, lambda output: output[:, 1])
+    assert_edited(double(Cut()), "all", ["short.0", "short.2"], X, lambda output: output[:, 1])
+
+
+class Exits(nn.Module):
+    """Four stages with an output behind the second and one behind the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late, self.heads = chain(2, 2), chain(5, 2), nn.ModuleList(nn.Linear(5, 4) for _ in range(2))
+
+    def forward(self, x):
+        early = self.early(x)
+        return self.heads[0](early.mean((2, 3))), self.heads[1](self.late(early).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("output", "layers", "names"),
+    [
+        (0, 0.5, ["early.2"]),
+        (0, 0.75, ["early.2"]),
+        (1, 0.5, ["late.0", "late.2"]),
+        (1, 0.75, ["early.2", "late.0", "late.2"]),
+    ],
+)
+def test_an_output_that_skips_the_last_stage(output, layers, names):
+    assert_edited(double(Exits()), layers, names, X, lambda outputs: outputs[output][:, 1])
+
+
+def test_frames_flattened_into_the_batch_are_refused():
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(chain(2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
+
+        def forward(self, clip):
+            return self.network(clip.flatten(0, 1))
+
+    model, clips = double(Frames()), torch.randn(2, 3, 2, 6, 6, dtype=torch.float64)
+    explainer = pg.Explainer(model, pg.GradientEnergy(quantile=0.3), **TRUE)
+    for call in (
+        explainer.attribute,
+        explainer.predict,
+        explainer.stability,
+        lambda clips: explainer.attribute(clips, 1),
+    ):
+        with pytest.raises(ModelError, match=r"6 rows of logits for 2 inputs.*`target=`"):
+            call(clips)
+
+    def score(logits):
+        return logits.unflatten(0, (-1, 3))[:, :, 1].sum(1)
+
+    expected = gradient_by_hand(model, ["network.0.2"], clips, score)
+    torch.testing.assert_close(explainer.attribute(clips, score), expected, rtol=1e-9, atol=1e-13)
+
+
+# Convolutions of other kinds
+
+
+class Deformable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.offset = nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 18, 3, padding=1)
+        self.mask, self.body = nn.Conv2d(5, 9, 1), torchvision.ops.DeformConv2d(5, 6, 3, padding=1)
+
+    def forward(self, x):
+        x = functional.relu(self.stem(x))
+        return self.body(x, self.offset(x), self.mask(x).sigmoid()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [(0.4, ["body"]), (0.75, ["offset", "mask", "body"]), ("all", ["stem", "offset", "mask", "body"])],
+)
+def test_deformable_convolutions_are_layers(layers, names):
+    assert_edited(double(Deformable()), layers, names, X, lambda output: output[:, 1])
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("selector", [pg.Evidence(), pg.GradientTimesActivation(quantile=0.3)], ids=["evidence", "gxa"])
+def test_transposed_convolutions_see_their_output(dimensions, selector):
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
+    same = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    torch.manual_seed(0)
+    transposed, plain = kind(2, 5, 3, padding=1), same(2, 5, 3, padding=1)
+    # With stride 1 it is a convolution with a flipped kernel.
+    plain.weight.data = transposed.weight.data.transpose(0, 1).flip(tuple(range(2, 2 + dimensions)))
+    plain.bias = transposed.bias
+    rest = [nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4**dimensions, 3)]
+    x = torch.randn(2, 2, *[4] * dimensions, dtype=torch.float64)
+    found, expected = (
+        pg.Explainer(nn.Sequential(first, *rest).double().eval(), selector, layers="all").attribute(x, 1)
+        for first in (transposed, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
+class Normalised(nn.Conv2d):
+    """A convolution that holds its normalisation and activation, as detectron2's does."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        x = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return functional.relu(self.norm(x))
+
+
+@pytest.mark.parametrize("selector", [pg.Evidence(), pg.GradientEnergy(quantile=0.3)], ids=["evidence", "energy"])
+@pytest.mark.parametrize("layers", [0.5, "all", ["0"]])
+def test_a_subclass_with_normalisation_is_edited_at_the_convolution_itself(selector, layers):
+    parts = [Normalised(2, 6, 3, padding=1, stride=2), Normalised(6, 6, 3, padding=1)]
+    rest = [nn.Flatten(), nn.Linear(54, 4)]
+    together = double(nn.Sequential(*parts, *rest))
+    apart = nn.Sequential()
+    for part in parts:
+        convolution = nn.Conv2d(part.in_channels, 6, 3, padding=1, stride=part.stride)
+        convolution.weight, convolution.bias = part.weight, part.bias
+        apart.append(nn.Sequential(convolution, part.norm, nn.ReLU()))
+    apart.extend(rest)
+    apart.eval()
+    found = pg.Explainer(together, selector, layers=layers)
+    expected = pg.Explainer(apart, selector, layers=["0.0"] if layers == ["0"] else layers)
+    for _ in range(2):
+        torch.testing.assert_close(found.attribute(X, 1), expected.attribute(X, 1), rtol=1e-9, atol=1e-15)
+        assert [f"{name}.0" for name in found.edited_layers] == list(expected.edited_layers)
+    # Rules that are active inside the module stay as they were after a failure there.
+    with pytest.raises(InputError):
+        found.attribute(X[:, :1], 1)
+    torch.testing.assert_close(found.attribute(X, 1), expected.attribute(X, 1), rtol=1e-9, atol=1e-15)
+
+
+def test_a_subclass_whose_convolution_is_out_of_reach_is_refused_by_name_where_it_is_chosen():
+    torch.manual_seed(0)
+    fused = torch.ao.nn.intrinsic.qat.ConvBnReLU2d(
+        2, 5, 3, qconfig=torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    )
+    model = nn.Sequential(fused, nn.Conv2d(5, 5, 3), nn.Flatten(), nn.Linear(20, 4)).eval()
+    x = X.float()
+    with pytest.raises(ModelError, match=r"Layer '0' is a ConvBnReLU2d, which does more than convolve"):
+        pg.Explainer(model, layers="all").attribute(x, 1)
+    with pytest.raises(ModelError, match=r"Layer '0'"):
+        pg.Explainer(model, layers="0").attribute(x, 1)
+    explainer = pg.Explainer(model, layers=0.5)
+    explainer.attribute(x, 1)
+    assert explainer.edited_layers == ("1",)
+
+
+class Functional(nn.Module):
+    """A convolution by function, and attention, around a layer."""
+
+    def __init__(self, attention=True):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 2, 3, 3))
+        self.layer, self.last = nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True) if attention else None
+
+    def forward(self, x):
+        tokens = self.layer(functional.conv2d(x, self.kernel)).flatten(2).mT
+        if self.attention is not None:
+            tokens = self.attention(tokens, tokens, tokens, need_weights=self.weights)[0]
+        return self.last(tokens.mean(1))
+
+    weights = False
+
+
+def test_parts_that_convolve_or_attend_but_are_no_layers_are_named_once():
+    for weights in (False, True):
+        model = double(Functional())
+        model.weights = weights
+        explainer = pg.Explainer(model, layers="all")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            explainer.attribute(X, 1)
+            explainer.attribute(X, 1)
+        (message,) = [str(warning.message) for warning in said if issubclass(warning.category, ModelWarning)]
+        assert "'kernel'" in message
+        assert "attention" in message
+    # Named layers are a choice of their own.
+    pg.Explainer(model, layers="layer").attribute(X, 1)
+
+
+# What is said
+
+
+def test_errors_name_the_layers_on_the_path():
+    model = double(Heads())
+    explainer = pg.Explainer(model, layers="heads.1.*")
+    with pytest.raises(LayerError, match=r"score: trunk.0, trunk.2, trunk.4, heads.0.0\."):
+        explainer.attribute(X, lambda output: output["heads"][0][:, 1])
+    assert explainer.layers == ("heads.1.0", "heads.1.2")
+
+
+def test_a_gradient_taken_inside_of_the_model_is_never_plain_in_silence():
+    model = nn.Sequential(chain(2, 4), nn.Flatten(), nn.Linear(180, 4)).double().eval()
+    x = X.clone().requires_grad_()
+    kept = []
+    model[0][3].register_forward_hook(lambda module, inputs, output: kept.append(output))
+
+    def inside():
+        model(x)
+        torch.autograd.grad(kept[-1].sum(), x)
+
+    with pytest.raises(LayerError, match="No gradient reached"), pg.ParchGrad(model, layers=0.25, **TRUE):
+        inside()
+    with warnings.catch_warnings(record=True) as said, pg.ParchGrad(model, layers=0.25, **TRUE):
+        warnings.simplefilter("always")
+        torch.autograd.grad(model(x)[:, 1].sum(), x)
+        inside()
+    (message,) = [str(warning.message) for warning in said if issubclass(warning.category, ModelWarning)]
+    assert message.startswith("1 of 2 backward passes")
+    # Its layers are those of the model's output.
+    expected = gradient_by_hand(model, ["0.2"], X, lambda output: kept[-1].square())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ModelWarning)
+        with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers=0.75, **TRUE):
+            model(x)
+            found = torch.autograd.grad(kept[-1].square().sum(), x)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_parts_whose_depth_is_unknown_need_names():
+    model = nn.Sequential(chain(2, 2), nn.Flatten(), nn.Linear(180, 4)).double().eval()
+    x = X.clone().requires_grad_()
+    with pytest.raises(LayerError, match="Cannot tell how deep"), pg.ParchGrad(model, layers=0.5, **TRUE):
+        model[0](x).sum().backward()
+
+
+def test_statistics_of_some_layers_fit_where_a_ratio_chooses_these():
+    model = nn.Sequential(chain(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).eval()
+    images = [(torch.rand(3, 6, 6), index % 3) for index in range(30)]
+    statistics = pg.collect_statistics(model, images, layers=0.5, batch_size=7)
+    assert list(statistics) == ["0.4", "0.6"]
+    selector = pg.ClassWise(statistics, quantile=0.4, normality_threshold=None)
+    explainer, x = pg.Explainer(model, selector, layers=0.5), torch.rand(2, 3, 6, 6)
+    explainer.attribute(x, 1)
+    assert explainer.edited_layers == ("0.4", "0.6")
+    with pytest.raises(StatisticsError, match=r"'0\.2'"):
+        pg.Explainer(model, selector, layers=0.75).attribute(x, 1)
