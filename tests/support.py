@@ -1,6 +1,7 @@
 """What the tests share: networks, statistics, data sets, runs, a command line, and comparisons."""
 
 import base64
+import hashlib
 import http.server
 import io
 import json
@@ -295,22 +296,26 @@ def contents(folder):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves weights as the Hugging Face Hub does; one model is out of order, and others are missing."""
+    """Serves weights and files as the Hugging Face Hub does; one model is out of order, and others are missing."""
 
     weights: ClassVar[dict[str, bytes]] = {}
+    files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
 
     def do_HEAD(self):
         self.asked.append(f"{self.command} {self.path}")
         name, _, rest = self.path.removeprefix("/timm/").partition(".r160_in1k/resolve/main/")
-        known = rest == "model.safetensors" and name in self.weights
+        content = self.weights.get(name) if rest == "model.safetensors" else self.files.get(self.path)
+        known = content is not None
+        in_place = any(path.startswith(self.path.partition("/resolve/")[0] + "/") for path in self.files)
         self.send_response(503 if "test_vit." in self.path else 200 if known else 404)
-        self.send_header("Content-Length", str(len(self.weights[name]) if known else 0))
-        self.send_header("ETag", '"of-the-weights"')
-        self.send_header("X-Repo-Commit" if known else "X-Error-Code", "0" * 40 if known else "RepoNotFound")
+        self.send_header("Content-Length", str(len(content) if known else 0))
+        self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+        missing = "EntryNotFound" if in_place else "RepoNotFound"
+        self.send_header("X-Repo-Commit" if known else "X-Error-Code", "0" * 40 if known else missing)
         self.end_headers()
         if known and self.command == "GET":
-            self.wfile.write(self.weights[name])
+            self.wfile.write(content)
 
     def do_GET(self):
         self.do_HEAD()

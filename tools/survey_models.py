@@ -289,7 +289,8 @@ at zero has a zero gradient. The images have 64 pixels a side, or as many as the
 
 A family is *refused*, with the error message below, if it has no convolutions whose channels could be partitioned.
 The plain method still explains it (`selector=None`). A family that *works* may still be half a transformer: ParchGrad
-only edits its convolutions, and some networks have few.
+only edits its convolutions, and some networks have few. Networks named `hf-hub:OWNER/NAME`, from the Hugging Face Hub,
+are of timm's families.
 
 The tables list parameters in millions, pixels a side, the number of convolutions, of those on the path from the input
 to the logits, and of those that the default settings edit, and notes:

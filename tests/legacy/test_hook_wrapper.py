@@ -58,6 +58,14 @@ def selector_of(wrapper):
     return wrapper.edited_gradients(target=1, **SETTINGS).edit.selector
 
 
+def test_statistics_of_models_of_the_hub_have_a_file_name_without_slashes(network, tmp_path):
+    held = write_statistics(tmp_path / "hf-hub--someone--small.safetensors", network, 5)
+    wrapper = pg.get_hook_wrapper("hf-hub:someone/small", network, "cls")
+    wrapper.prepare_parchgrad(tmp_path)
+    found = selector_of(wrapper).statistics["2"].class_log_p()
+    torch.testing.assert_close(found, held["2"].class_log_p(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("place", ["file", "name", "library", "pickles", "inside"])
 def test_every_place_of_statistics(network, tmp_path, place):
     wrapper = pg.get_hook_wrapper("vgg16", network, "cls")

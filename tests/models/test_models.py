@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from unittest.mock import Mock
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -13,6 +14,7 @@ import torchvision
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 
 import parchgrad as pg
 from parchgrad.data.shapes import GENERATOR_VERSION, GeneratedShapes
@@ -206,9 +208,174 @@ def test_unknown_names():
         pg.load_model("@@@@@@")
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Make repositories in an empty cache of the Hugging Face Hub, without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    # Old releases keep a session from before.
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
+
+    def make(name, config, tensors=None, commit="0" * 40, revision="main"):
+        place = tmp_path / f"models--{name.replace('/', '--')}"
+        folder = place / "snapshots" / commit
+        folder.mkdir(parents=True)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        if tensors is not None:
+            save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+# As `timm.models.save_for_hf` writes it.
+TINY = {
+    "architecture": "test_byobnet",
+    "num_classes": 3,
+    "label_names": ["n1", "n2", "n3"],
+    "label_descriptions": {"n1": "ant", "n2": "bee", "n3": "crane"},
+    "pretrained_cfg": {
+        "input_size": [3, 64, 64],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.25, 0.2],
+        "num_classes": 3,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+    },
+}
+
+
+def tiny_network(seed, classes=3):
+    torch.manual_seed(seed)
+    return timm.create_model("test_byobnet", num_classes=classes).eval()
+
+
+def test_models_of_the_hub_come_with_their_weights_preprocessing_and_classes(hub):
+    first, second = tiny_network(0), tiny_network(1)
+    hub("someone/tiny", TINY, first.state_dict())
+    hub("someone/tiny", TINY, second.state_dict(), commit="1" * 40, revision="v2")
+    inputs = torch.randn(2, 3, 64, 64)
+    for name, network in (("hf-hub:someone/tiny", first), ("hf-hub:someone/tiny@v2", second)):
+        classifier = pg.load_model(name)
+        assert classifier.name == name
+        assert not any(module.training for module in classifier.model.modules())
+        with torch.no_grad():
+            assert torch.equal(classifier.model(inputs), network(inputs))
+    assert classifier.categories == ("ant", "bee", "crane")
+    assert classifier.synsets == ()
+    pixels = np.asarray(photograph(64, 64), dtype=np.float64) / 255
+    expected = (pixels - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 0.2])
+    torch.testing.assert_close(
+        classifier.preprocess(photograph(64, 64)), torch.from_numpy(expected).permute(2, 0, 1).float()
+    )
+    untrained = pg.load_model("hf-hub:someone/tiny", pretrained=False).model
+    assert not torch.equal(untrained.head.fc.weight, first.head.fc.weight)
+
+
+def test_class_names_of_the_hub(hub):
+    synsets = list(ImageNetInfo("imagenet-1k").label_names())
+    without = {key: value for key, value in TINY.items() if not key.startswith("label")}
+    thousand = {**without, "num_classes": 1000, "pretrained_cfg": {**TINY["pretrained_cfg"], "num_classes": 1000}}
+    hub("someone/unnamed", without)
+    hub("someone/gaps", {**without, "label_names": {"0": "ant", "2": "crane"}})
+    hub("someone/too-few", {**without, "label_names": ["ant"]})
+    hub("someone/imagenet", thousand)
+    hub("someone/labelled", {**thousand, "label_names": synsets})
+    hub("someone/birds", {**thousand, "label_names": [f"bird {index}" for index in range(1000)]})
+
+    def classes(name):
+        return pg.load_model(f"hf-hub:someone/{name}", pretrained=False)
+
+    assert classes("unnamed").categories == classes("too-few").categories == ("class 0", "class 1", "class 2")
+    assert classes("gaps").categories == ("ant", "class 1", "crane")
+    for name in ("imagenet", "labelled"):
+        assert classes(name).categories[967] == "espresso"
+        assert classes(name).synsets == tuple(synsets)
+    assert classes("birds").categories[967] == "bird 967"
+    assert classes("birds").synsets == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("{", "names no architecture"),
+        ("[1]", "names no architecture"),
+        ({"architecture": 5}, "names the architecture 5"),
+        ({"architecture": "VitForImageClassification"}, "names the architecture 'VitForImageClassification'"),
+    ],
+)
+def test_repositories_of_other_libraries(hub, config, words):
+    hub("someone/other", config, {"a": torch.zeros(1)})
+    with pytest.raises(ModelError, match=rf"hf-hub:someone/other is not a model of the installed timm: .*{words}"):
+        pg.load_model("hf-hub:someone/other")
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        (TINY, {"a": torch.zeros(1)}),
+        ({**TINY, "model_args": {"colour": "blue"}}, {"a": torch.zeros(1)}),
+        ({**TINY, "pretrained_cfg": {**TINY["pretrained_cfg"], "mean": 5}}, tiny_network(0).state_dict()),
+        ({**TINY, "pretrained_cfg": 5}, {"a": torch.zeros(1)}),
+    ],
+)
+def test_repositories_that_are_damaged(hub, config, tensors):
+    hub("someone/tiny", config, tensors)
+    with pytest.raises(WeightsError, match="files of hf-hub:someone/tiny do not make a working test_byobnet"):
+        pg.load_model("hf-hub:someone/tiny")
+
+
+def test_repositories_without_a_classifier(hub):
+    hub("someone/headless", {**TINY, "num_classes": 0, "model_args": {"num_classes": 0}}, {"a": torch.zeros(1)})
+    with pytest.raises(ModelError, match="hf-hub:someone/headless has no classifier"):
+        pg.load_model("hf-hub:someone/headless", pretrained=False)
+
+
+@pytest.mark.parametrize("key", ["hf_hub_filename", "file", "url"])
+def test_a_repository_cannot_name_another_file_of_weights(hub, key):
+    network = tiny_network(0)
+    asked = {**TINY["pretrained_cfg"], "custom_load": "hf", "source": "file", key: "pytorch_model.bin"}
+    folder = hub("someone/tiny", {**TINY, "pretrained_cfg": asked}, network.state_dict())
+    torch.save({"a": Refused()}, folder / "pytorch_model.bin")
+    asked[key] = str(folder / "pytorch_model.bin") if key == "file" else asked[key]
+    (folder / "config.json").write_text(json.dumps({**TINY, "pretrained_cfg": asked}))
+    loaded = pg.load_model("hf-hub:someone/tiny").model
+    assert torch.equal(loaded.head.fc.weight, network.head.fc.weight)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="weights of hf-hub:someone/tiny"):
+        pg.load_model("hf-hub:someone/tiny")
+
+
+def test_names_of_the_hub_that_are_malformed_or_not_there(hub):
+    for name in (
+        "",
+        "a/b/c",
+        "../a",
+        "a--b/c",
+        "timm/x@",
+        "timm/x@a b",
+        "timm/x@a@b",
+        "timm/x@../y",
+        "timm/x@/y",
+        "/tmp",
+        "C:/x",
+    ):
+        with pytest.raises(ModelError, match="does not name a repository"):
+            models.check_model_name(f"hf-hub:{name}")
+    models.check_model_name("hf-hub:someone/missing@refs/pr/1")
+    with pytest.raises(WeightsError, match=r"hf-hub:someone/missing .*use efficientnet_lite0, which works offline"):
+        pg.load_model("hf-hub:someone/missing")
+    with pytest.raises(SettingError, match=r"weights` is 'V1'"):
+        pg.load_model("hf-hub:someone/missing", weights="V1")
+
+
 def test_networks_without_a_classifier(monkeypatch):
     headless = timm.create_model("resnet18", num_classes=0)
-    monkeypatch.setattr(models, "_check_hub", lambda name: None)
+    monkeypatch.setattr(models, "_check_registered", lambda name: None)
     monkeypatch.setattr(timm, "create_model", lambda *arguments, **options: headless)
     with pytest.raises(ModelError, match="has no classifier"):
         pg.load_model("convnext_nano")
@@ -244,7 +411,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     def fail(*arguments, **options):
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(models, "_check_hub", lambda name: None)
+    monkeypatch.setattr(models, "_check_registered", lambda name: None)
     monkeypatch.setattr(torchvision.models, "get_model", fail)
     with pytest.raises(WeightsError, match=r"weights of resnet18 .*no network.*https://.*\.pth"):
         pg.load_model("resnet18")

@@ -242,19 +242,20 @@ def test_data_that_is_not_there_is_said(tmp_path, photographs, classifier):
 
 
 def test_every_model_has_a_run_that_goes_on(tmp_path, photographs, classifier):
+    names = ("small", "hf-hub:someone/other@v2")
     asked = EvaluationSettings(
-        models=("small", "other"),
+        models=names,
         data=DataSettings(name="folder", root=str(photographs), count=4),
         scores=ScoreSettings(families=("sparsity",)),
         grid=Grid(layers=("all",)),
     )
     told = []
     runs = evaluate_all(asked, tmp_path / "out", on_progress=lambda *counts: told.append(counts))
-    assert runs == (tmp_path / "out" / "small", tmp_path / "out" / "other")
+    assert runs == (tmp_path / "out" / "small", tmp_path / "out" / "hf-hub--someone--other@v2")
     settings = len(asked.grid.settings())
     assert [counts[-1] for counts in told] == [4 * settings] * len(told)
-    assert told[-1] == ("other", 4 * settings, 4 * settings)
-    for run, name in zip(runs, ("small", "other"), strict=True):
+    assert told[-1] == (names[1], 4 * settings, 4 * settings)
+    for run, name in zip(runs, names, strict=True):
         rows = read_rows(run)
         assert len(rows) == 4 * settings
         assert {row["model"] for row in rows} == {name}

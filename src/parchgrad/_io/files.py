@@ -24,6 +24,7 @@ __all__ = [
     "distinct_stems",
     "locked",
     "refuse_special",
+    "safe_stem",
     "save_array",
     "without_addresses",
     "writing",
@@ -104,6 +105,18 @@ def distinct_stems(paths: Iterable[Path]) -> list[str]:
             stem = f"{path.stem}-{numbers[path.stem.casefold()] + 1}"
         stems[stem.casefold()] = stem
     return list(stems.values())
+
+
+def safe_stem(name: str) -> str:
+    """Turn a model's name into a file name: names on the Hugging Face Hub contain a colon and slashes.
+
+    Names on the Hub cannot contain `--`, so two repositories never share a file name.
+
+    Example:
+        >>> safe_stem("hf-hub:timm/resnet18.a1_in1k"), safe_stem("resnet18")
+        ('hf-hub--timm--resnet18.a1_in1k', 'resnet18')
+    """
+    return re.sub(r"[:/\\]", "--", name)
 
 
 def save_array(values: NDArray[Any], path: Path) -> None:

@@ -22,7 +22,10 @@ def evaluate(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Model name from torchvision or timm, or 'shapes'; repeatable.", rich_help_panel=_ASKED),
+        typer.Option(
+            help="Model name from torchvision or timm, 'shapes', or 'hf-hub:OWNER/NAME'; repeatable.",
+            rich_help_panel=_ASKED,
+        ),
     ] = None,
     data: Annotated[
         str | None,

@@ -14,7 +14,9 @@ from parchgrad.cli.shared import console, error_console, interrupted_by_signals
 def explore(
     host: Annotated[str, typer.Option(help="Address to bind to; 0.0.0.0 allows other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 uses any free port.")] = 7860,
-    model: Annotated[str, typer.Option(help="Initial network, a torchvision or timm name.")] = "efficientnet_lite0",
+    model: Annotated[
+        str, typer.Option(help="Initial network, a name from torchvision or timm, or 'hf-hub:OWNER/NAME'.")
+    ] = "efficientnet_lite0",
     statistics: Annotated[
         Path | None,
         typer.Option(

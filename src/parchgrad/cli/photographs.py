@@ -37,7 +37,9 @@ _SUITS = "depends on the selector"
 
 # Options that several commands share.
 Photographs: TypeAlias = Annotated[list[Path], typer.Argument(help="Images: JPEG, PNG or anything Pillow reads.")]
-ModelName: TypeAlias = Annotated[str, typer.Option(help="Model name from torchvision or timm; see `parchgrad models`.")]
+ModelName: TypeAlias = Annotated[
+    str, typer.Option(help="Model name from torchvision or timm (see `parchgrad models`), or 'hf-hub:OWNER/NAME'.")
+]
 TargetName: TypeAlias = Annotated[
     str | None, typer.Option(help="Class to explain, by name or index.", show_default="predicted class")
 ]

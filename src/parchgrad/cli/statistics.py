@@ -39,7 +39,7 @@ def collect(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file, such as lite0.safetensors.")],
     model: Annotated[
-        str, typer.Option(help="Model name from torchvision or timm; see `parchgrad models`.")
+        str, typer.Option(help="Model name from torchvision or timm (see `parchgrad models`), or 'hf-hub:OWNER/NAME'.")
     ] = "efficientnet_lite0",
     labels: Annotated[
         Literal["given", "predicted"],

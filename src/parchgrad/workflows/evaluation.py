@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 import torch
 
 from parchgrad._io.extras import needs_extra
-from parchgrad._io.files import check_outputs, locked
+from parchgrad._io.files import check_outputs, locked, safe_stem
 from parchgrad.data.folders import PhotographFolder, match_classes
 from parchgrad.data.imagenet import BoxedFolder
 from parchgrad.data.perturbed import Blur, Jigsaw
@@ -217,7 +217,7 @@ def evaluate_all(
 
     Args:
         settings: settings of the evaluation.
-        folder: folder of the runs, created if missing.
+        folder: folder of the runs, created if missing. Each is named after its model, with `--` for a colon or slash.
         device: device of the models.
         on_progress: called with the model's name and its numbers of finished and of all rows; during the collection of
             statistics, as `collect_statistics` calls it.
@@ -235,13 +235,12 @@ def evaluate_all(
     for name in settings.models:
         classifier = load_model(name)
         classifier.model.to(device)
-        held = None
+        held, run = None, Path(folder) / safe_stem(name)
         if any(selector and find_selector(selector).needs_statistics for selector in settings.grid.selectors):
             with warnings.catch_warnings():
                 # They would repeat for each layer and process.
                 warnings.simplefilter("ignore", StatisticsWarning)
-                held = _statistics_for(classifier, settings, Path(folder) / name, on_progress)
-        run = Path(folder) / name
+                held = _statistics_for(classifier, settings, run, on_progress)
         evaluate(
             classifier.model,
             open_data(settings.data, classifier),
