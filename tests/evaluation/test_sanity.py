@@ -10,7 +10,7 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.errors import InputError, LayerError, SettingError
-from parchgrad.evaluation.methods import maps_of, random_map
+from parchgrad.evaluation.methods import maps_of, random_channels, random_map
 from parchgrad.evaluation.sanity import (
     max_sensitivity,
     parameter_randomisation,
@@ -217,3 +217,12 @@ def test_max_sensitivity_of_a_linear_map_lies_within_its_bound_and_follows_the_s
     for name in ("radius", "samples"):
         with pytest.raises(SettingError, match=f"`{name}` is 0"):
             max_sensitivity(method, images, target, **{name: 0})
+
+
+def test_max_sensitivity_of_a_single_image_gives_every_copy_its_class(network):
+    images, target = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 3])
+    # It explains one image at a time, each with its own class.
+    method = random_channels(network, edit=pg.Edit(layers="all"), quantile=0.3)
+    both = max_sensitivity(method, images, target, samples=3)
+    alone = [max_sensitivity(method, images[row : row + 1], target[row : row + 1], samples=3) for row in range(2)]
+    torch.testing.assert_close(torch.cat(alone), both)

@@ -272,8 +272,10 @@ def max_sensitivity(
         return tuple(part + noise.repeat(len(images), *[1] * (part.dim() - 1)).to(part) for part in given)
 
     def explain(inputs: tuple[Tensor, ...] | Tensor, target: Tensor) -> tuple[Tensor]:
-        # In float64, the squares of tiny gradients do not underflow.
-        return (method(inputs[0] if isinstance(inputs, tuple) else inputs, target).double(),)
+        rows = inputs[0] if isinstance(inputs, tuple) else inputs
+        # Captum repeats the targets of several images, but not that of a single one. In float64, the squares of tiny
+        # gradients do not underflow.
+        return (method(rows, target.expand(len(rows))).double(),)
 
     found: Tensor = sensitivity_max(
         explain,
