@@ -205,3 +205,38 @@ def test_a_survey_from_the_registry_to_the_page(monkeypatch, tmp_path, capsys):
     }
     assert versions == survey.installed()
     assert "squeezenet1_1" in capsys.readouterr().out
+
+
+class Adapted(nn.Module):
+    """A convolution with a LoRA adapter beside it, as in peft."""
+
+    def __init__(self, base, rank=2, scale=0.5):
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.down = nn.Conv2d(base.in_channels, rank, base.kernel_size, padding=base.padding, bias=False)
+        self.up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
+
+    def forward(self, inputs):
+        return self.base(inputs) + self.scale * self.up(self.down(inputs))
+
+    def merged(self):
+        merged = copy.deepcopy(self.base)
+        merged.weight.data += self.scale * torch.einsum("or,rihw->oihw", self.up.weight[:, :, 0, 0], self.down.weight)
+        return merged
+
+
+def test_adapters_change_the_map_until_they_are_merged():
+    merged = small_network()
+    adapted = copy.deepcopy(merged)
+    for place in (0, 2):
+        adapted[place] = Adapted(adapted[place]).double().eval()
+        merged[place] = adapted[place].merged()
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(adapted(images), merged(images), rtol=1e-12, atol=1e-12)
+    plain, edited = (
+        [pg.Explainer(model, *selector).attribute(images, 1).flatten(1) for model in (adapted, merged)]
+        for selector in ((None,), ())
+    )
+    torch.testing.assert_close(*plain, rtol=1e-9, atol=1e-12)
+    assert torch.cosine_similarity(*edited).max() < 0.99
+    assert len(pg.find_convolutions(adapted)) == 3 * len(pg.find_convolutions(merged))
