@@ -231,3 +231,11 @@ def test_the_fingerprint_follows_annotations_classes_and_preprocessing(tmp_path)
     path.write_text(annotation("a", (40, 30), ("n02", 11, 6, 20, 24)))
     others.add(load(tmp_path).fingerprint)
     assert len(others | {first}) == 4
+
+
+def test_the_default_device_does_not_matter(tmp_path):
+    place(tmp_path, "n02/a.png")
+    write(tmp_path, "a.xml", annotation("a", (40, 30), ("n02", 11, 6, 20, 25)))
+    with torch.device("meta"):
+        (sample,) = load(tmp_path)
+    assert torch.equal(sample.boxes, found(sample.image))

@@ -1,12 +1,17 @@
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import ToTensor
 
-from parchgrad.data.samples import LabelledImages
+from parchgrad.data.perturbed import Blur, Jigsaw, PerturbedMNIST
+from parchgrad.data.preprocessing import Preprocessing
+from parchgrad.data.samples import DrawnSamples, LabelledImages
+from parchgrad.data.shapes import GeneratedShapes
 from parchgrad.errors import ImageError, InputError, SettingError
+from parchgrad.evaluation.grid_pointing import make_mosaics
 
 
 def pairs(image, label=0):
@@ -98,3 +103,37 @@ def test_the_fingerprint_follows_images_labels_and_classes():
     ]
     assert len({fingerprint(), *others}) == 7
     assert fingerprint() == fingerprint(images=images.clone())
+
+
+@pytest.mark.parametrize("kind", ["folder", "shapes", "jigsaw", "blur", "digits", "mosaics"])
+def test_the_default_device_does_not_matter(tmp_path, kind):
+    # On meta, any tensor that the package makes there would hold no numbers.
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.radial_gradient("L").save(tmp_path / name / "1.png")
+        Image.linear_gradient("L").save(tmp_path / name / "2.png")
+
+    def make():
+        photographs = LabelledImages(ImageFolder(tmp_path, Preprocessing(ToTensor(), (0.5,) * 3, (0.25,) * 3)))
+        shapes = GeneratedShapes(count=12, seed=2)
+        found = {
+            "folder": lambda: DrawnSamples(photographs, count=3, seed=1),
+            "shapes": lambda: shapes,
+            "jigsaw": lambda: Jigsaw(shapes, grid=4, shuffles=3),
+            "blur": lambda: Blur(photographs, magnitude=2.0),
+            "digits": lambda: PerturbedMNIST(photographs, canvas=300, epsilon=0.1),
+            "mosaics": lambda: make_mosaics(network, shapes, count=1, confidence=0.0),
+        }[kind]()
+        samples = [found[index] for index in range(len(found))]
+        plain = [(found.fingerprint, sample.label, sample.name, sample.group) for sample in samples]
+        tensors = [(sample.image, sample.boxes, sample.mask, pictured(sample.image)) for sample in samples]
+        return plain, [part for parts in tensors for part in parts if part is not None]
+
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 12)).eval()
+    pictured = Preprocessing(ToTensor(), (0.5,) * 3, (0.25,) * 3).picture
+    expected = make()
+    with torch.device("meta"):
+        found = make()
+    assert found[0] == expected[0]
+    assert len(expected[1]) > 4
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)

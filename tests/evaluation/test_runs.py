@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import parchgrad as pg
 from parchgrad.data.samples import Sample
@@ -15,8 +16,8 @@ from parchgrad.evaluation.methods import (
 )
 from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.runs import evaluate
-from parchgrad.evaluation.scores import ScoreSettings, score_maps
-from parchgrad.evaluation.settings import Setting
+from parchgrad.evaluation.scores import FAMILIES, ScoreSettings, score_maps
+from parchgrad.evaluation.settings import Grid, Setting
 from tests.support import SCORES, SETTINGS, Noise, close, comparable, order, random_statistics, run, small_network
 
 
@@ -284,3 +285,54 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, change, settings,
     with pytest.raises(InputError, match=rf"image 'noise 0' \({words}"):
         run(tmp_path, data=Odd(), settings=settings)
     assert read_rows(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore::parchgrad.errors.StatisticsWarning")
+def test_the_default_device_does_not_matter(tmp_path):
+    # On meta, any tensor that the package makes there would hold no numbers.
+    network, data = small_network(), [Noise()[index] for index in range(2)]
+    samples = Listed(data)
+    settings = (
+        *Grid(selectors=("class",)).settings(),
+        Setting(selector="instance"),
+        Setting(method="smoothgrad"),
+        Setting(selector="energy", masks="another"),
+        Setting(selector="energy", masks="shuffled"),
+    )
+    scores = ScoreSettings(
+        families=FAMILIES,
+        ratios=(0.5,),
+        replacement="noise",
+        steps=2,
+        tolerance=28,
+        samples=2,
+        randomised=(0.5,),
+        draws=1,
+        noises=(0.5,),
+        noise_draws=2,
+    )
+
+    def rows(folder, statistics):
+        evaluate(network, samples, settings, folder, scores=scores, batch_size=3, statistics=statistics)
+        return comparable(read_rows(folder))
+
+    first, second = random_statistics({"0": 6, "2": 6}), random_statistics({"0": 6, "2": 6})
+    expected = rows(tmp_path / "cpu", first)
+    assert len(expected) == 2 * len(settings)
+    with torch.device("meta"):
+        assert rows(tmp_path / "meta", second) == expected
+    examples = "examples.safetensors"
+    torch.testing.assert_close(load_file(tmp_path / "meta" / examples), load_file(tmp_path / "cpu" / examples))
+
+
+class Listed:
+    categories, fingerprint = Noise.categories, "listed"
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]

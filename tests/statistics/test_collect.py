@@ -12,7 +12,7 @@ from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError, InputError, ModelError, SettingError, StatisticsError, StatisticsWarning
 from parchgrad.statistics import accumulate, collect
 from parchgrad.statistics.batches import LeftOut
-from tests.support import small_network
+from tests.support import assert_same, small_network
 
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 LABELS = torch.arange(60) % 5
@@ -302,3 +302,81 @@ def test_images_of_whole_numbers_need_a_model_that_takes_them():
     expected = pg.collect_statistics(network, [(image.double() / 255, label) for image, label in data])
     for name, layer in expected.items():
         assert torch.equal(found[f"network.{name}"].class_mean, layer.class_mean)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(IMAGES, LABELS.tolist(), strict=True))
+
+
+class OwnBatches:
+    def __iter__(self):
+        yield IMAGES[:40], LABELS[:40].tolist()
+        yield IMAGES[40:], LABELS[40:]
+
+
+@pytest.mark.parametrize("labels", ["given", "predicted"])
+@pytest.mark.parametrize(
+    ("data", "workers"),
+    [
+        (TensorDataset(IMAGES, LABELS), 0),
+        (TensorDataset(IMAGES, LABELS), 1),
+        # Their labels become tensors when they are collated.
+        (list(zip(IMAGES, LABELS.tolist(), strict=True)), 0),
+        (Stream(), 0),
+        (OwnBatches(), 0),
+    ],
+)
+def test_the_default_device_does_not_matter(monkeypatch, data, workers, labels):
+    # On meta, any tensor that the package makes there would hold no numbers.
+    monkeypatch.setattr(accumulate, "_ROWS_PER_UPDATE", 16)
+    monkeypatch.setattr(accumulate, "_SAMPLE", 20)
+    model, options = small_network(), {"labels": labels, "batch_size": 7, "workers": workers}
+    expected = pg.collect_statistics(model, data, **options)
+    with torch.device("meta"):
+        found = pg.collect_statistics(model, data, **options)
+    assert_same(found, expected, rtol=0)
+
+
+def test_checkpoints_files_and_selectors_under_another_default_device(tmp_path):
+    model, halves = small_network(), [TensorDataset(IMAGES[part], LABELS[part]) for part in (slice(30), slice(30, 60))]
+    options = {"batch_size": 7, "checkpoint": tmp_path / "checkpoint", "checkpoint_every": 2}
+
+    def stop(stage, done, total):
+        if done == 21:
+            raise KeyboardInterrupt
+
+    def compute(folder):
+        first, second = (pg.collect_statistics(model, half, batch_size=7) for half in halves)
+        merged = accumulate.merge_statistics([first, second])
+        for name, held in (
+            ("merged", merged),
+            ("few", merged.restrict(classes=[1, 3])),
+            ("compact", merged.compact(test="welch")),
+        ):
+            held.save(folder / name)
+        merged, few, compact = (
+            pg.ChannelStatistics.load(folder / name, model) for name in ("merged", "few", "compact")
+        )
+        selectors = (
+            pg.ClassWise(merged, quantile=0.3),
+            pg.ClassWise(few, alpha=0.4),
+            pg.ClassWise(compact, quantile=0.3),
+            pg.InstanceWise(merged, quantile=0.3),
+        )
+        targets = [1, 3]
+        maps = [pg.Explainer(model, selector).attribute(IMAGES[:2], targets) for selector in selectors]
+        ranks = [layer.class_log_p() for held in (merged, few, compact) for layer in held.values()]
+        return merged, [*maps, *ranks, collect.collect_gaps(model, [IMAGES], "2")]
+
+    (tmp_path / "cpu").mkdir()
+    expected, numbers = compute(tmp_path / "cpu")
+    (tmp_path / "meta").mkdir()
+    with torch.device("meta"):
+        with pytest.raises(KeyboardInterrupt):
+            pg.collect_statistics(model, halves[0], on_progress=stop, **options)
+        resumed = pg.collect_statistics(model, halves[0], **options)
+        found, under_meta = compute(tmp_path / "meta")
+    assert_same(resumed, pg.collect_statistics(model, halves[0], batch_size=7))
+    assert_same(found, expected, rtol=0)
+    assert all(map(torch.equal, under_meta, numbers))

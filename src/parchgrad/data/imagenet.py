@@ -214,7 +214,7 @@ def _parse(path: Path, synset: str) -> tuple[Tensor, tuple[int, int]]:
             boxes.append((max(left - 1, 0), max(top - 1, 0), right, bottom))
     if not boxes:
         raise _wrong(path, f"has no object of class {synset}, in whose folder the image is")
-    return torch.tensor(boxes, dtype=torch.float32), (width, height)
+    return torch.tensor(boxes, dtype=torch.float32, device="cpu"), (width, height)
 
 
 def _only(path: Path, parent: Any, tag: str) -> Any:

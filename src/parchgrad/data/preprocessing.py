@@ -55,7 +55,7 @@ class Preprocessing:
             raise InputError(
                 f"`inputs` has shape {tuple(inputs.shape)}, but it must be (3, H, W). Pass one input of the batch."
             )
-        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device="cpu").reshape(-1, 1, 1) for values in (self.mean, self.std))
         restored = (inputs.detach().float().cpu() * std + mean).clamp(0, 1)
         picture: NDArray[Any] = restored.expand(3, *restored.shape[1:]).permute(1, 2, 0).numpy()
         return picture

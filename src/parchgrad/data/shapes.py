@@ -116,14 +116,14 @@ class GeneratedShapes(Dataset[Sample]):
         picture, mask = _draw(generator, self._scene, label)
         # 8-bit levels hide platform differences in the last bit of cosines.
         levels = torch.from_numpy(np.rint(picture.clip(0, 1) * 255).transpose(2, 0, 1).copy())
-        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (MEAN, STD))
+        mean, std = (torch.tensor(values, device="cpu").reshape(-1, 1, 1) for values in (MEAN, STD))
         rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
         box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         return Sample(
             image=(levels / 255 - mean) / std,
             label=label,
             name=f"{index:06d}-{self.categories[label]}",
-            boxes=torch.tensor([box], dtype=torch.float32),
+            boxes=torch.tensor([box], dtype=torch.float32, device="cpu"),
             mask=torch.from_numpy(mask),
         )
 

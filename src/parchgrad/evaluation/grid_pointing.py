@@ -76,7 +76,7 @@ class Mosaics(Dataset[Sample]):
         image = mosaic(torch.stack([part.image for part in parts]), rows=self._rows, columns=self._columns)[0]
         height, width = parts[0].image.shape[1:]
         row, column = divmod(cell, self._columns)
-        mask = torch.zeros(image.shape[1:], dtype=torch.bool)
+        mask = torch.zeros(image.shape[1:], dtype=torch.bool, device=image.device)
         mask[row * height : (row + 1) * height, column * width : (column + 1) * width] = True
         name = f"mosaic {which + 1}, cell {cell + 1}, {parts[cell].name}"
         return Sample(image=image, label=parts[cell].label, name=name, mask=mask, group=f"mosaic {which + 1}")
@@ -129,7 +129,7 @@ def make_mosaics(
     with torch.no_grad():
         for start in range(0, size, batch_size):
             samples = [data[index] for index in range(start, min(start + batch_size, size))]
-            own = torch.tensor([sample.label for sample in samples])
+            own = torch.tensor([sample.label for sample in samples], device="cpu")
             said = model(torch.stack([sample.image for sample in samples]).to(weight)).double().softmax(dim=1).cpu()
             probability.append(said.gather(1, own.unsqueeze(1)).squeeze(1))
             labels.append(own)

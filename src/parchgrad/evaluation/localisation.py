@@ -177,7 +177,8 @@ def centre_gaussian(height: int, width: int, *, sigma: float = 0.25) -> Tensor:
     if not sigma > 0:
         raise SettingError(f"`sigma` is {sigma}, but it must be positive.")
     down, across = (
-        ((torch.arange(size) + 0.5) / size - 0.5).div(sigma).square().mul(-0.5).exp() for size in (height, width)
+        ((torch.arange(size, device="cpu") + 0.5) / size - 0.5).div(sigma).square().mul(-0.5).exp()
+        for size in (height, width)
     )
     return down.unsqueeze(1) * across
 
@@ -239,7 +240,7 @@ def draw_mosaics(
         )
     # Shuffle the cells: the classes with many images would always come first.
     places = torch.rand(count, cells, generator=generator, device="cpu").argsort(dim=1)
-    return torch.tensor(mosaics, dtype=torch.long).reshape(count, cells).gather(1, places)
+    return torch.tensor(mosaics, dtype=torch.long, device="cpu").reshape(count, cells).gather(1, places)
 
 
 def _check_regions(heat: Tensor, region: Tensor) -> None:

@@ -57,8 +57,8 @@ class Accumulator:
         self._seed = seed
         self._of_classes = _no_moments(classes, channels)
         self._of_all = _no_moments(1, channels)
-        self._keys = torch.empty(0, dtype=torch.int64)
-        self._rows = torch.empty(0, channels)
+        self._keys = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._rows = torch.empty(0, channels, device="cpu")
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._rows_waiting = 0
 
@@ -107,7 +107,7 @@ class Accumulator:
         if len(keys) == 0 or keys.min() >= self._keys.max():
             return
         together = torch.cat((self._keys, keys))
-        kept = torch.zeros(len(together), dtype=torch.bool)
+        kept = torch.zeros(len(together), dtype=torch.bool, device="cpu")
         kept[together.argsort(stable=True)[:_SAMPLE]] = True
         leaving, incoming = (~kept[:_SAMPLE]).nonzero().flatten(), kept[_SAMPLE:].nonzero().flatten()
         self._keys[leaving], self._rows[leaving] = keys[incoming], values[incoming]
@@ -118,7 +118,7 @@ class Accumulator:
             return
         values, weights = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting, self._rows_waiting = [], 0
-        everyone = torch.ones(len(values), 1)
+        everyone = torch.ones(len(values), 1, device="cpu")
         _merge_into(self._of_all, slice(None), lambda columns: moments_of_weights(values[:, columns], everyone))
         if weights.dim() == 2:
             _merge_into(self._of_classes, slice(None), lambda columns: moments_of_weights(values[:, columns], weights))
@@ -144,7 +144,7 @@ class Accumulator:
         """Return the state by name, for `restored`."""
         self._update()
         return {
-            "images": torch.tensor(self.images),
+            "images": torch.tensor(self.images, device="cpu"),
             "keys": self._keys,
             "rows": self._rows,
             **{f"all/{name}": value for name, value in vars(self._of_all).items()},
@@ -414,7 +414,7 @@ def _keys(seed: int, numbers: Tensor) -> Tensor:
 
 def _no_moments(groups: int, channels: int) -> Moments:
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64)
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     return Moments(weight=zeros(groups), square=zeros(groups), mean=zeros(groups, channels), m2=zeros(groups, channels))
 

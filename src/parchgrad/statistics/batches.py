@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from parchgrad.errors import ParchGradError, StatisticsError, StatisticsWarning, warn
 from parchgrad.statistics.processes import Processes
 
-__all__ = ["Batches", "Labels", "LeftOut", "has_items", "parts_of", "unwrapped"]
+__all__ = ["Batches", "Labels", "LeftOut", "has_items", "parts_of", "started", "unwrapped"]
 
 Labels = Literal["given", "predicted"]
 
@@ -76,11 +76,13 @@ class Batches:
         generator = torch.Generator()
         if self._numbers is not None:
             left: Any = self._numbers[done:]
-            batches = DataLoader(
-                self._data, batch_sampler=left, num_workers=self._workers, generator=generator, collate_fn=_Kept.of
+            batches = started(
+                DataLoader(
+                    self._data, batch_sampler=left, num_workers=self._workers, generator=generator, collate_fn=_Kept.of
+                )
             )
         elif isinstance(self._data, IterableDataset):
-            batches = DataLoader(self._data, self._batch_size, generator=generator, collate_fn=_Kept.of)
+            batches = started(DataLoader(self._data, self._batch_size, generator=generator, collate_fn=_Kept.of))
         first = 0
         for index, batch in enumerate(unwrapped(batches)):
             kept = batch if isinstance(batch, _Kept) else _Kept.whole(batch)
@@ -88,7 +90,7 @@ class Batches:
                 warn(f"Left out: {reason}.", StatisticsWarning)
             if self._numbers is not None:
                 first = self._numbers[done + index].start
-            numbers = first + torch.tensor(kept.places, dtype=torch.int64)
+            numbers = first + torch.tensor(kept.places, dtype=torch.int64, device="cpu")
             first += len(kept.places) + len(kept.reasons)
             if not kept.places:
                 yield None
@@ -108,7 +110,10 @@ class _Kept(NamedTuple):
     def of(cls, items: list[Any]) -> "_Kept":
         places = [place for place, item in enumerate(items) if not isinstance(item, LeftOut)]
         reasons = [item.reason for item in items if isinstance(item, LeftOut)]
-        return cls(places, default_collate([items[place] for place in places]) if places else None, reasons)
+        # Labels become tensors here.
+        with torch.device("cpu"):
+            batch = default_collate([items[place] for place in places]) if places else None
+        return cls(places, batch, reasons)
 
     @classmethod
     def whole(cls, batch: Any) -> "_Kept":
@@ -132,7 +137,7 @@ def _classes(given: Any, count: int) -> Tensor:
     if not given:
         raise StatisticsError("The data have no labels. Pass items (input, class), or use `labels='predicted'`.")
     try:
-        labels = torch.as_tensor(given[0]).cpu()
+        labels = torch.as_tensor(given[0], device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise StatisticsError(
             f"The data contain labels of type {type(given[0]).__name__}, but each must be a whole number, the class "
@@ -144,6 +149,12 @@ def _classes(given: Any, count: int) -> Tensor:
             "each must be a whole number, the class index."
         )
     return labels.long()
+
+
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start a loader under any default device: torch draws the loader's seed there, but its generator is on the CPU."""
+    with torch.device("cpu"):
+        return iter(loader)
 
 
 def unwrapped(batches: Iterable[Any]) -> Iterator[Any]:

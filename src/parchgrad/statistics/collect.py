@@ -35,7 +35,7 @@ from parchgrad.errors import (
     reason_of,
 )
 from parchgrad.statistics.accumulate import COLLECTIONS, Accumulator, Progress
-from parchgrad.statistics.batches import Batches, Labels, has_items, parts_of, unwrapped
+from parchgrad.statistics.batches import Batches, Labels, has_items, parts_of, started, unwrapped
 from parchgrad.statistics.checkpoint import check_parts, differences, part_of_process, read_checkpoint, write_checkpoint
 from parchgrad.statistics.processes import Processes, joined_processes
 from parchgrad.statistics.store import ChannelStatistics, weight_digest
@@ -357,7 +357,8 @@ class _Saver:
     def save(self, accumulator: Accumulator, batches: int) -> None:
         """Write a checkpoint, if one is configured."""
         if self._path is not None:
-            write_checkpoint(self._path, self._settings, {**accumulator.tensors(), "batches": torch.tensor(batches)})
+            done = torch.tensor(batches, device="cpu")
+            write_checkpoint(self._path, self._settings, {**accumulator.tensors(), "batches": done})
 
 
 def _check_settings(
@@ -414,7 +415,9 @@ def _settings(
 def _check_agreement(settings: Mapping[str, str], processes: Processes) -> None:
     """Raise `StatisticsError` unless all processes made the same call."""
     names = list(settings)
-    mine = {name: torch.tensor(list(value.encode()), dtype=torch.uint8) for name, value in settings.items()}
+    mine = {
+        name: torch.tensor(list(value.encode()), dtype=torch.uint8, device="cpu") for name, value in settings.items()
+    }
     theirs = processes.broadcast(mine)
     first = {name: bytes(theirs[name].tolist()).decode() for name in names}
     differing = differences(first, settings)
@@ -442,7 +445,7 @@ def _fingerprint(data: Any, workers: int) -> str:
         generator=torch.Generator(),
     )
     # A TensorDataset is hashed whole; the items also reveal a transform.
-    return f"{len(data)} items of {type(data).__name__}, {digest([list(items), getattr(data, 'tensors', ())])}"
+    return f"{len(data)} items of {type(data).__name__}, {digest([list(started(items)), getattr(data, 'tensors', ())])}"
 
 
 def _as_it_is(item: Any) -> Any:

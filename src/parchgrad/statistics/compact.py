@@ -73,7 +73,7 @@ def compact_log_p(log_p: Tensor) -> dict[str, Tensor]:
     levels = np.quantile(values, np.linspace(0, 1, _LEVELS) ** 1.5) if len(values) else np.zeros(_LEVELS)
     nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
     return {
-        "classes": torch.tensor(log_p.shape[1]),
+        "classes": torch.tensor(log_p.shape[1], device="cpu"),
         "held": torch.from_numpy(np.packbits(held)),
         "level": torch.from_numpy(nearest.astype(np.uint8)),
         "levels": torch.from_numpy(levels.astype(np.float32)),

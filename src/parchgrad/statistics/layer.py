@@ -245,7 +245,7 @@ AnyLayerStatistics: TypeAlias = LayerStatistics | RankedLayerStatistics
 
 def _copy_to_float64(layer: AnyLayerStatistics, names: Iterable[str]) -> None:
     for name in names:
-        given = torch.as_tensor(getattr(layer, name)).detach()
+        given = torch.as_tensor(getattr(layer, name), device="cpu").detach()
         if given.dtype not in _NUMBERS or given.layout is not torch.strided:
             raise StatisticsError(f"`{name}` is {given.dtype}, {given.layout}. Pass a dense, real-valued array.")
         object.__setattr__(layer, name, given.to("cpu", torch.float64, copy=True))

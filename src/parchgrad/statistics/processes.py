@@ -61,14 +61,14 @@ class Processes:
     def _send(self, tensors: Mapping[str, Tensor], receiver: int) -> None:
         content = torch.frombuffer(bytearray(save({k: v.contiguous() for k, v in tensors.items()})), dtype=torch.uint8)
         with self._waiting_for(receiver):
-            dist.send(torch.tensor([content.numel()]), receiver, self.group)
+            dist.send(torch.tensor([content.numel()], device="cpu"), receiver, self.group)
             dist.send(content, receiver, self.group)
 
     def _receive(self, sender: int) -> dict[str, Tensor]:
-        size = torch.zeros(1, dtype=torch.int64)
+        size = torch.zeros(1, dtype=torch.int64, device="cpu")
         with self._waiting_for(sender):
             dist.recv(size, sender, self.group)
-            content = torch.empty(int(size), dtype=torch.uint8)
+            content = torch.empty(int(size), dtype=torch.uint8, device="cpu")
             dist.recv(content, sender, self.group)
         return load(content.numpy().tobytes())
 

@@ -204,7 +204,7 @@ class ClassWise(_StatisticalSelector):
     @cached_property
     def _known(self) -> Tensor:
         """Mask of classes with images in the statistics, shape (K,)."""
-        known = torch.zeros(self.statistics.classes, dtype=torch.bool)
+        known = torch.zeros(self.statistics.classes, dtype=torch.bool, device="cpu")
         for held in self.statistics.values():
             if isinstance(held, LayerStatistics):
                 return held.class_count > 0
