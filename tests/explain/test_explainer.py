@@ -342,7 +342,7 @@ def test_heatmap_is_the_mean_magnitude_over_colours():
         (torch.zeros(3, 8, 8, dtype=torch.float64), r"inputs\.unsqueeze\(0\)"),
         (torch.zeros(1, 3, 8, 8), "torch.float32, but .* torch.float64"),
         ([[1.0]], "type list"),
-        (torch.zeros(1, 3, 8, 8).to_sparse(), r"are torch.sparse_coo, .*inputs\.to_dense\(\)"),
+        (torch.zeros(1, 3, 8, 8).to_sparse(), r"is torch.sparse_coo, .*inputs\.to_dense\(\)"),
         (torch.zeros(1, 8, 8, 3, dtype=torch.float64), r"inputs\.movedim\(-1, 1\)"),
         (torch.zeros(0, 3, 8, 8, dtype=torch.float64), "a non-empty batch"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.float64), "first convolution takes 3 channels"),

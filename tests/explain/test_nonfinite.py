@@ -226,7 +226,7 @@ def test_the_pass_of_no_single_row_is_said():
 def test_broken_inputs_are_refused_before_any_pass(value):
     inputs = INPUTS.clone()
     inputs[1, 0, 0, 0] = value
-    with pytest.raises(InputError, match="The inputs contain NaN or infinite values"):
+    with pytest.raises(InputError, match="`inputs` contains NaN or infinite values"):
         pg.Explainer(small_network(), pg.GradientEnergy()).attribute(inputs, 1)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from parchgrad.core.selectors import Selector
 from parchgrad.core.targets import Target, check_logits, check_target_count, integer_targets
 from parchgrad.errors import ModelError, NonFiniteError, SettingError, TargetError
 from parchgrad.explain.heatmap import heatmap
-from parchgrad.explain.methods import find_method
+from parchgrad.explain.methods import find_method, is_detached
 from parchgrad.explain.nonfinite import check_running_statistics, find_non_finite
-from parchgrad.explain.scores import Logits, Output, Score, Scores, check_inputs
+from parchgrad.explain.scores import Inputs, Logits, Output, Score, Scores, check_inputs, name_of
 from parchgrad.explain.stability import cosine, noisy_copies
 
 __all__ = ["Explainer"]
@@ -164,11 +164,19 @@ class Explainer:
         """Options of the method, including this package's defaults."""
         return dict(self._method.options)
 
-    def attribute(self, inputs: Tensor, target: Target | Score | None = None) -> Tensor:
+    @overload
+    def attribute(self, inputs: Tensor, target: Target | Score | None = None) -> Tensor: ...
+
+    @overload
+    def attribute(self, inputs: tuple[Tensor, ...], target: Target | Score | None = None) -> tuple[Tensor, ...]: ...
+
+    def attribute(self, inputs: Inputs, target: Target | Score | None = None) -> Inputs:
         """Attribute the score of a class to the inputs. A row's map does not depend on its batch.
 
         Args:
-            inputs: preprocessed batch, shape (B, C, *S), floating point, finite.
+            inputs: preprocessed batch, shape (B, C, *S), floating point, finite. For a model with several inputs, which
+                is called as `model(*inputs)`: a tuple of such batches, all with B rows, some of which may have the
+                shape (B, F).
             target: class index for all rows, one per row of shape (B,), or None for the predicted class. For other
                 outputs than one logit per class: a function of the output, or of what `logits` extracts, that returns a
                 score per row, such as `RegionScore`. Methods that use several versions of an image call it with more
@@ -176,70 +184,71 @@ class Explainer:
 
         Returns:
             Attribution of the shape, dtype and device of `inputs`, detached; signed, unless the Captum class
-            returns magnitudes, as `Saliency` does.
+            returns magnitudes, as `Saliency` does. For a tuple, a tuple with one attribution per input.
 
         Raises:
-            InputError: if the inputs are not a finite floating-point batch, or do not fit the model.
+            InputError: if the inputs are not finite floating-point batches, or do not fit the model.
+            SettingError: if the method or its options do not fit the inputs.
             TargetError: if a target is not a class of the model, or there is not one target or score per row.
             StatisticsError: if the selector's statistics do not cover a target.
-            ModelError: if the model is in training mode, does not return logits of shape (B, K), or does not call the
-                chosen layers.
+            ModelError: if the model is in training mode, does not return logits of shape (B, K), does not call the
+                chosen layers, or ignores an input.
             NonFiniteError: if scores or maps are NaN or infinite; the message names the layer where that began.
         """
         check_evaluation_mode(self._model)
-        check_inputs(inputs)
+        tensors = check_inputs(inputs)
         check_running_statistics(self._model)
-        self._method.check_batch(inputs)
+        self._method.check_batch(tensors)
         with torch.inference_mode(False), torch.enable_grad():
-            batch = inputs.detach().clone()
+            batch = tuple(each.detach().clone() for each in tensors)
+            images = len(batch[0])
             scores: Logits | Scores
             if callable(target):
                 targets, scores = None, Scores(Output(self._model, self._pick_logits), target)
             else:
-                targets = self.predict(batch) if target is None else _targets_per_row(target, batch)
+                targets = self.predict(batch) if target is None else _targets_per_row(target, batch[0])
                 scores = Logits(self._model, int(targets.max()), self._pick_logits)
                 if self.edit.selector is not None:
                     self.edit.selector.check_targets(sorted(set(targets.tolist())))
-            size = self._method.images_per_pass(inputs.shape[0], self._internal_batch_size)
+            size = self._method.images_per_pass(images, self._internal_batch_size)
             parts = []
             with partitioned_before(scores.output, self._partition):
-                for start in range(0, inputs.shape[0], size):
+                for start in range(0, images, size):
                     rows = slice(start, start + size)
-                    part = batch[rows].requires_grad_()
+                    part = tuple(each[rows].requires_grad_() for each in batch)
                     of_part = None if targets is None else targets[rows]
-                    with _told_if_independent(of_function=targets is None):
+                    with _told_if_independent(scores, part):
                         parts.append(self._method(scores, part, of_part, rows, self._internal_batch_size))
-            found = torch.cat(parts).detach()
-            finite = found.flatten(1).isfinite().all(dim=1)
+            found = tuple(torch.cat(maps).detach() for maps in zip(*parts, strict=True))
+            finite = torch.stack([maps.flatten(1).isfinite().all(dim=1) for maps in found])
             if not (scores.output.was_finite and bool(finite.all())):
                 raise self._non_finite(scores, batch, targets, size, finite)
-        return found
+        return found if isinstance(inputs, tuple) else found[0]
 
     def _non_finite(
-        self, scores: Logits | Scores, batch: Tensor, targets: Tensor | None, size: int, finite: Tensor
+        self, scores: Logits | Scores, batch: tuple[Tensor, ...], targets: Tensor | None, size: int, finite: Tensor
     ) -> NonFiniteError:
-        """Locate where values stop being finite, in the first row whose map does."""
-        parts = torch.split(batch, size)
-        row = int(finite.byte().argmin())
-        what = f"The map of row {row} of {len(batch)} contains"
+        """Locate where values stop being finite, in the first row whose map does; `finite` has shape (inputs, B)."""
+        images = len(batch[0])
+        row = int(finite.all(dim=0).byte().argmin())
+        of_input = "" if len(batch) == 1 else f"`{name_of(int(finite[:, row].byte().argmin()), batch)}` in "
+        what = f"The map of {of_input}row {row} of {images} contains"
         if bool(finite.all()):
             # The maps are finite, so some score is not.
             with torch.no_grad():
-                rows = torch.cat([scores.broken_rows(part) for part in parts])
+                rows = torch.cat([scores.broken_rows(*part) for part in _split(batch, size)])
             row = int(rows.byte().argmax())
-            whose = f"row {row} of {len(batch)}" if bool(rows.any()) else self._method.name
+            whose = f"row {row} of {images}" if bool(rows.any()) else self._method.name
             what = f"The scores of {whose} contain"
-        inputs = parts[row // size]
-        if targets is not None:
-            inputs = inputs[row % size : row % size + 1]
+        # The user's function may expect the same rows as before.
+        inputs = _split(batch, size)[row // size] if targets is None else _split(batch, 1)[row]
 
-        def explained(part: Tensor) -> Tensor:
-            found: Tensor = scores(part)
-            # The user's function may expect the same rows as before.
+        def explained(*part: Tensor) -> Tensor:
+            found: Tensor = scores(*part)
             return found.sum() if targets is None else found[:, targets[row]].sum()
 
         with partitioned_before(scores.output, self._partition):
-            place = find_non_finite(self._model, explained, inputs)
+            place = find_non_finite(self._model, explained, *inputs)
         if place is None:
             return NonFiniteError(
                 f"{what} NaN or infinite values, which began in the passes of {self._method.name} on modified images, "
@@ -250,6 +259,7 @@ class Explainer:
             "or use a wider type such as float64."
         )
 
+    @overload
     def stability(
         self,
         inputs: Tensor,
@@ -258,22 +268,45 @@ class Explainer:
         noise: float = 0.001,
         draws: int = 4,
         seed: int = 0,
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def stability(
+        self,
+        inputs: tuple[Tensor, ...],
+        target: Target | Score | None = None,
+        *,
+        noise: float = 0.001,
+        draws: int = 4,
+        seed: int = 0,
+    ) -> tuple[Tensor, ...]: ...
+
+    def stability(
+        self,
+        inputs: Inputs,
+        target: Target | Score | None = None,
+        *,
+        noise: float = 0.001,
+        draws: int = 4,
+        seed: int = 0,
+    ) -> Inputs:
         """Measure how stable the heat maps are under Gaussian noise on the inputs.
 
         The explained class is that of the inputs without noise. Near 1 the maps look the same; below 0.5 invisible
         noise gives a different map, which explains little.
 
         Args:
-            inputs: preprocessed batch, shape (B, C, *S), floating point, finite.
+            inputs: preprocessed batch, shape (B, C, *S), floating point, finite, or a tuple; see `attribute`. All
+                inputs of a tuple get noise at once.
             target: see `attribute`.
-            noise: standard deviation of the noise, as a share of the range of each row.
+            noise: standard deviation of the noise, as a share of the range of each row of each input.
             draws: number of noisy copies, at least 1.
             seed: random seed of the noise, which is the same for every row.
 
         Returns:
             Mean cosine between the heat map of each row and those of its noisy copies, in [0, 1], shape (B,), float64;
-            NaN where a map is zero everywhere.
+            NaN where a map is zero everywhere. For a tuple, a tuple with the stability of each input's map; the map of
+            an input (B, F) is the magnitude of its attribution.
 
         Raises:
             SettingError: if `noise` or `draws` is out of range.
@@ -284,42 +317,67 @@ class Explainer:
             >>> Explainer(model, None).stability(torch.rand(1, 3, 8, 8), target=2).round(decimals=6)
             tensor([1.], dtype=torch.float64)
         """
-        check_inputs(inputs)
+        tensors = check_inputs(inputs)
         if target is None:
-            target = self.predict(inputs)
-        clean = heatmap(self.attribute(inputs, target))
-        copies = noisy_copies(inputs.detach(), noise=noise, draws=draws, seed=seed)
-        return torch.stack([cosine(clean, heatmap(self.attribute(copy, target))) for copy in copies]).mean(dim=0)
+            target = self.predict(tensors)
+        clean = self.attribute(tensors, target)
+        copies = [
+            noisy_copies(each.detach(), noise=noise, draws=draws, seed=seed, index=index)
+            for index, each in enumerate(tensors)
+        ]
+        cosines = []
+        for copy in zip(*copies, strict=True):
+            pairs = zip(clean, self.attribute(copy, target), strict=True)
+            cosines.append([cosine(_magnitude(one), _magnitude(other)) for one, other in pairs])
+        found = tuple(torch.stack(of_input).mean(dim=0) for of_input in zip(*cosines, strict=True))
+        return found if isinstance(inputs, tuple) else found[0]
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Predict the class of each row, shape (B,).
+    def predict(self, inputs: Inputs) -> Tensor:
+        """Predict the class of each row, shape (B,); see `attribute` for the inputs.
 
         Raises:
-            InputError: if the inputs are not a finite floating-point batch, or do not fit the model.
+            InputError: if the inputs are not finite floating-point batches, or do not fit the model.
             ModelError: if the model is in training mode, or does not return logits of shape (B, K).
             NonFiniteError: if logits are NaN or infinite; the message names the layer where that began.
         """
         check_evaluation_mode(self._model)
-        check_inputs(inputs)
+        tensors = check_inputs(inputs)
         logits = Logits(self._model, None, self._pick_logits)
-        size = self._internal_batch_size or inputs.shape[0]
+        size = self._internal_batch_size or len(tensors[0])
         with torch.no_grad():
-            predicted = torch.cat([logits(part).argmax(dim=1) for part in torch.split(inputs, size)])
+            predicted = torch.cat([logits(*part).argmax(dim=1) for part in _split(tensors, size)])
         if not logits.was_finite:
-            raise self._non_finite(logits, inputs, predicted, size, torch.ones(len(inputs), dtype=torch.bool))
+            finite = torch.ones(len(tensors), len(predicted), dtype=torch.bool)
+            raise self._non_finite(logits, tensors, predicted, size, finite)
         return predicted
 
 
+def _split(inputs: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
+    """Split all inputs into the same rows."""
+    return list(zip(*(torch.split(each, size) for each in inputs), strict=True))
+
+
+def _magnitude(attribution: Tensor) -> Tensor:
+    return heatmap(attribution) if attribution.dim() > 2 else attribution.abs()
+
+
 @contextmanager
-def _told_if_independent(*, of_function: bool) -> Iterator[None]:
-    """Explain autograd's error when the score is detached."""
+def _told_if_independent(scores: Logits | Scores, inputs: tuple[Tensor, ...]) -> Iterator[None]:
+    """Explain autograd's error when the score does not depend on an input."""
     try:
         yield
     except RuntimeError as error:
-        # If no weight requires a gradient, there is no graph at all.
-        if not any(said in str(error) for said in ("not have been used in the graph", "does not require grad")):
+        if not is_detached(error):
             raise
-        if of_function:
+        found = scores(*inputs)
+        gradients = torch.autograd.grad(found.sum(), inputs, allow_unused=True) if found.requires_grad else ()
+        unused = [name_of(index, inputs) for index, gradient in enumerate(gradients) if gradient is None]
+        if 0 < len(unused) < len(inputs):
+            raise ModelError(
+                f"The score does not depend on `{unused[0]}`. Leave it out of the tuple and fix it in a wrapper of the "
+                "model, or look for detach() in the model."
+            ) from error
+        if isinstance(scores, Scores):
             raise TargetError(
                 "The score that `target` returns does not depend on the inputs. Compute it from the output."
             ) from error

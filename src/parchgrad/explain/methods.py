@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from parchgrad._io.checks import check_kind, check_seed, check_whole_number, is_number
 from parchgrad.core.partition import at_least_float32
 from parchgrad.errors import ModelError, SettingError, reason_of
+from parchgrad.explain.scores import Inputs
 from parchgrad.explain.stability import standard_noise, value_range
 
-__all__ = ["METHODS", "find_method", "replaces_rectifiers"]
+__all__ = ["METHODS", "find_method", "is_detached", "replaces_rectifiers"]
 
 _CAPTUM_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gradient": ("Saliency", {"abs": False}),
@@ -26,7 +27,7 @@ _CAPTUM_NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 METHODS: tuple[str, ...] = (*_CAPTUM_NAMES, "smoothgrad")
 """Built-in method names; any other Captum gradient attribution goes by its class name."""
-# Set by the explainer, or meaningless for a result of one tensor.
+# Set by the explainer, or meaningless without the convergence delta.
 _RESERVED = {"self", "forward_func", "model", "inputs", "target", "internal_batch_size"}
 _RESERVED |= {"additional_forward_args", "return_convergence_delta"}
 # LRP leaves attributes on the model's layers, and does not propagate a gradient.
@@ -51,6 +52,17 @@ def replaces_rectifiers(method: str) -> bool:
         (True, False)
     """
     return method in _ACTS_ON
+
+
+def is_detached(error: RuntimeError) -> bool:
+    """Whether autograd failed since a score does not depend on an input.
+
+    Example:
+        >>> is_detached(RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn"))
+        True
+    """
+    # If no weight requires a gradient, there is no graph at all.
+    return any(said in str(error) for said in ("not have been used in the graph", "does not require grad"))
 
 
 def find_method(name: str, options: Mapping[str, Any]) -> "CaptumMethod | SmoothGrad":
@@ -135,20 +147,45 @@ class CaptumMethod:
                 "equal a plain method. Use 'gradient' or 'input_x_gradient'."
             )
 
-    def check_batch(self, inputs: Tensor) -> None:
-        """Raise `SettingError` if the options do not fit the inputs."""
+    @property
+    def _baselines(self) -> tuple[Any, ...]:
+        """The baseline of each input; one for all inputs if it is None, a number or a function."""
         baselines = self.options.get("baselines")
-        if self.class_name in _SAMPLES_BASELINES:
-            _check_baseline_samples(self.class_name, baselines, inputs)
-        elif baselines is not None and not is_number(baselines):
-            _check_baselines(baselines, inputs)
+        return baselines if isinstance(baselines, tuple) else (baselines,)
+
+    def check_batch(self, inputs: tuple[Tensor, ...]) -> None:
+        """Raise `SettingError` if the method or its options do not fit the inputs."""
+        dimensions = [each.dim() for each in inputs]
+        if self.class_name == "GuidedGradCam" and len(set(dimensions)) > 1:
+            raise SettingError(
+                "GuidedGradCam resizes the map of one layer to every input, but the inputs have "
+                f"{', '.join(map(str, dimensions))} dimensions. Choose another method, such as 'GuidedBackprop'."
+            )
+        baselines, samples = self.options.get("baselines"), self.class_name in _SAMPLES_BASELINES
+        if callable(baselines) if samples else baselines is None or is_number(baselines):
+            return
+        if len(self._baselines) != len(inputs):
+            raise SettingError(
+                f"The number of inputs is {len(inputs)}, but `baselines` holds {len(self._baselines)}. Pass a tuple "
+                "with one per input."
+            )
+        for index, (baseline, each) in enumerate(zip(self._baselines, inputs, strict=True)):
+            name = "baselines" if len(inputs) == 1 else f"baselines[{index}]"
+            if samples:
+                _check_baseline_samples(name, self.class_name, baseline, each)
+            elif not is_number(baseline):
+                _check_baselines(name, baseline, each)
+        if self.class_name == "DeepLiftShap" and len({len(each) for each in self._baselines}) > 1:
+            raise SettingError(
+                f"`baselines` holds {', '.join(str(len(each)) for each in self._baselines)} samples, but DeepLiftShap "
+                "uses the samples of all inputs together. Pass the same number for each."
+            )
 
     def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:
         """Number of images that keep a pass within its rows; integrated gradients splits its steps itself."""
         if rows_per_pass is None:
             return images
-        baselines = self.options.get("baselines")
-        drawn = baselines.shape[0] if isinstance(baselines, Tensor) and baselines.dim() > 0 else 1
+        drawn = max((len(each) for each in self._baselines if isinstance(each, Tensor)), default=1)
         factors: dict[str, int] = {
             "DeepLift": 2,
             "DeepLiftShap": 2 * drawn,
@@ -157,55 +194,69 @@ class CaptumMethod:
         return max(1, rows_per_pass // factors.get(self.class_name, 1))
 
     def __call__(
-        self, scores: nn.Module, inputs: Tensor, targets: Tensor | None, rows: slice, rows_per_pass: int | None
-    ) -> Tensor:
+        self,
+        scores: nn.Module,
+        inputs: tuple[Tensor, ...],
+        targets: Tensor | None,
+        rows: slice,
+        rows_per_pass: int | None,
+    ) -> tuple[Tensor, ...]:
         constructor, call = self._parameters()
         of_constructor = {option: value for option, value in self.options.items() if option in constructor}
         of_call = {option: value for option, value in self.options.items() if option not in constructor}
         if "internal_batch_size" in call:
             of_call["internal_batch_size"] = rows_per_pass
-        baselines = of_call.get("baselines")
-        if isinstance(baselines, Tensor):
-            baselines = baselines.to(inputs)
-            if self.class_name not in _SAMPLES_BASELINES:
-                of_rows = baselines if baselines.shape[0] == 1 else baselines[rows]
-                baselines = of_rows.expand(-1, *inputs.shape[1:])
-            of_call["baselines"] = baselines
+        if is_number(of_call.get("baselines")):
+            of_call["baselines"] = (of_call["baselines"],) * len(inputs)
+        elif any(isinstance(each, Tensor) for each in self._baselines):
+            pairs = zip(self._baselines, inputs, strict=True)
+            of_call["baselines"] = tuple(self._baseline_of(each, part, rows) for each, part in pairs)
         attribution = _captum_classes()[self.class_name](scores, **of_constructor)
         try:
-            result: Tensor = attribution.attribute(inputs, target=targets, **of_call)
+            # A function as `baselines` takes a single input as a tensor.
+            given = inputs[0] if len(inputs) == 1 else inputs
+            result: Inputs = attribution.attribute(given, target=targets, **of_call)
         except RuntimeError as error:
-            if self.class_name not in _NEEDS_SEPARATE_MODULES or isinstance(error, torch.OutOfMemoryError):
+            other = is_detached(error) or isinstance(error, torch.OutOfMemoryError)
+            if self.class_name not in _NEEDS_SEPARATE_MODULES or other:
                 raise
             raise ModelError(
                 f"{self.class_name} failed ({reason_of(error)}). It needs every activation to be a module of its own, "
                 "used once and not in place."
             ) from error
-        return result
+        return result if isinstance(result, tuple) else (result,)
+
+    def _baseline_of(self, baseline: Any, inputs: Tensor, rows: slice) -> Any:
+        """Select the rows of a baseline, and expand it to the shape of its input."""
+        if not isinstance(baseline, Tensor):
+            return baseline
+        baseline = baseline.to(inputs)
+        if self.class_name in _SAMPLES_BASELINES:
+            return baseline
+        of_rows = baseline if baseline.shape[0] == 1 else baseline[rows]
+        return of_rows.expand(-1, *inputs.shape[1:])
 
 
-def _check_baselines(baselines: object, inputs: Tensor) -> None:
+def _check_baselines(name: str, baselines: object, inputs: Tensor) -> None:
     sizes = inputs.shape[1:]
     if not _is_real(baselines) or baselines.dim() != inputs.dim() or not _is_broadcast(baselines.shape[1:], sizes):
         raise SettingError(
-            f"`baselines` is {_described(baselines)}, but it must be a number, or a floating-point tensor of shape "
+            f"`{name}` is {_described(baselines)}, but it must be a number, or a floating-point tensor of shape "
             f"(1 or {', '.join(map(str, inputs.shape))})."
         )
     if baselines.shape[0] not in (1, inputs.shape[0]):
         raise SettingError(
-            f"There are {baselines.shape[0]} baselines for {inputs.shape[0]} rows. Pass one, or one per row."
+            f"There are {len(baselines)} baselines for {len(inputs)} rows in `{name}`. Pass one, or one per row."
         )
 
 
-def _check_baseline_samples(name: str, baselines: object, inputs: Tensor) -> None:
-    if callable(baselines):
-        return
+def _check_baseline_samples(name: str, method: str, baselines: object, inputs: Tensor) -> None:
     # Captum's own rule.
-    least = 2 if name == "DeepLiftShap" else 1
+    least = 2 if method == "DeepLiftShap" else 1
     shape = tuple(inputs.shape[1:])
     if not _is_real(baselines) or tuple(baselines.shape[1:]) != shape or len(baselines) < least:
         raise SettingError(
-            f"`baselines` is {_described(baselines)}, but {name} needs samples of a distribution. Pass a tensor with "
+            f"`{name}` is {_described(baselines)}, but {method} needs samples of a distribution. Pass a tensor with "
             f"{least} or more rows of shape {shape}."
         )
 
@@ -251,25 +302,35 @@ class SmoothGrad:
     def check(self, model: nn.Module) -> None:
         """Accept every model."""
 
-    def check_batch(self, inputs: Tensor) -> None:
+    def check_batch(self, inputs: tuple[Tensor, ...]) -> None:
         """Accept every batch."""
 
     def images_per_pass(self, images: int, rows_per_pass: int | None) -> int:
         return rows_per_pass or images
 
     def __call__(
-        self, scores: nn.Module, inputs: Tensor, targets: Tensor | None, rows: slice, rows_per_pass: int | None
-    ) -> Tensor:
+        self,
+        scores: nn.Module,
+        inputs: tuple[Tensor, ...],
+        targets: Tensor | None,
+        rows: slice,
+        rows_per_pass: int | None,
+    ) -> tuple[Tensor, ...]:
         saliency = captum.attr.Saliency(scores)
-        batch = inputs.shape[0]
-        clean = at_least_float32(inputs.detach())
-        noise = standard_noise(clean, self.samples, self.seed)
-        spread = self.sigma * value_range(clean).unsqueeze(1)
+        batch = len(inputs[0])
+        clean = [at_least_float32(each.detach()) for each in inputs]
+        noise = [standard_noise(each, self.samples, self.seed, index) for index, each in enumerate(clean)]
+        spread = [self.sigma * value_range(each).unsqueeze(1) for each in clean]
         copies = self.samples if rows_per_pass is None else max(1, rows_per_pass // batch)
-        total = torch.zeros_like(clean)
-        for part in torch.split(noise, copies):
-            noisy = (clean.unsqueeze(1) + spread * part).flatten(0, 1).to(inputs.dtype).requires_grad_()
-            of_copies = None if targets is None else targets.repeat_interleave(len(part))
+        totals = [torch.zeros_like(each) for each in clean]
+        for parts in zip(*(torch.split(each, copies) for each in noise), strict=True):
+            noisy = tuple(
+                (middle.unsqueeze(1) + width * part).flatten(0, 1).to(each.dtype).requires_grad_()
+                for each, middle, width, part in zip(inputs, clean, spread, parts, strict=True)
+            )
+            count = len(parts[0])
+            of_copies = None if targets is None else targets.repeat_interleave(count)
             maps = saliency.attribute(noisy, target=of_copies, abs=False)
-            total += maps.unflatten(0, (batch, len(part))).sum(dim=1)
-        return (total / self.samples).to(inputs.dtype)
+            for total, found in zip(totals, maps, strict=True):
+                total += found.unflatten(0, (batch, count)).sum(dim=1)
+        return tuple((total / self.samples).to(each.dtype) for total, each in zip(totals, inputs, strict=True))

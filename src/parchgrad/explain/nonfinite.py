@@ -46,7 +46,7 @@ def check_running_statistics(model: nn.Module) -> None:
     raise NonFiniteError(f"The {name} of {where} has NaN or infinite values. Load sound weights.")
 
 
-def find_non_finite(model: nn.Module, score: Callable[[Tensor], Tensor], inputs: Tensor) -> str | None:
+def find_non_finite(model: nn.Module, score: Callable[..., Tensor], *inputs: Tensor) -> str | None:
     """Repeat the forward and backward pass, and find where values first become NaN or infinite.
 
     Passes of other threads through the same model are not watched.
@@ -54,7 +54,7 @@ def find_non_finite(model: nn.Module, score: Callable[[Tensor], Tensor], inputs:
     Args:
         model: the model that `score` calls; not modified.
         score: maps the inputs to one number, through the model.
-        inputs: finite, shape (B, C, *S).
+        *inputs: finite, each of shape (B, C, *S) or (B, F).
 
     Returns:
         The place as a phrase; None if everything is finite.
@@ -66,18 +66,22 @@ def find_non_finite(model: nn.Module, score: Callable[[Tensor], Tensor], inputs:
         "in the output of layer '2' (Linear)"
     """
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = inputs.detach().clone().requires_grad_()
+        leaves = [each.detach().clone().requires_grad_() for each in inputs]
         watch = _Watch(model)
+        gradients: tuple[Tensor | None, ...] = ()
         token = _WATCHING.set(watch)
         try:
-            found = score(inputs)
+            found = score(*leaves)
             watch.look([found], "in the score, which is computed from a finite output")
             if watch.forward is None and found.requires_grad:
-                torch.autograd.grad(found, inputs, allow_unused=True)
+                gradients = torch.autograd.grad(found, leaves, allow_unused=True)
         finally:
             _WATCHING.reset(token)
             watch.close()
-    return watch.verdict()
+    place = watch.verdict()
+    if place is None and any(each is not None and not bool(each.isfinite().all()) for each in gradients):
+        return "in the gradient of an operation on the inputs that is not a module"
+    return place
 
 
 class _Call(NamedTuple):

@@ -1,6 +1,6 @@
 """What to explain of a model's output: logits from an output of any type, or one score per row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +14,10 @@ from parchgrad.core.targets import check_target_range, pick_logits
 from parchgrad.errors import InputError, ModelError, ParchGradError, TargetError, reason_of
 from parchgrad.explain.nonfinite import broken
 
-__all__ = ["Logits", "Output", "RegionScore", "Score", "Scores", "check_inputs"]
+__all__ = ["Inputs", "Logits", "Output", "RegionScore", "Score", "Scores", "check_batch", "check_inputs", "name_of"]
+
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
+"""A batch, or one batch for each argument of a model with several inputs."""
 
 Score: TypeAlias = Callable[[Any], Tensor]
 """Maps a model's output, or the logits extracted from it, to one score per row, shape (B,)."""
@@ -108,10 +111,10 @@ class Output(nn.Module):
         self._pick = pick
         self._broken: Tensor | None = None
 
-    def forward(self, inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor) -> Any:
         """Return what `pick` extracts from the model's output."""
         try:
-            output = self.model(inputs)
+            output = self.model(*inputs)
         except (torch.OutOfMemoryError, ParchGradError):
             raise
         except (RuntimeError, ValueError, AssertionError) as error:
@@ -147,21 +150,21 @@ class Logits(Output):
         """The module that calls the model."""
         return self
 
-    def broken_rows(self, inputs: Tensor) -> Tensor:
+    def broken_rows(self, *inputs: Tensor) -> Tensor:
         """Find rows with a logit that is NaN or infinite, shape (B,)."""
-        return broken(self(inputs)).any(dim=1)
+        return broken(self(*inputs)).any(dim=1)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Return logits (B, K)."""
-        logits = super().forward(inputs)
+        logits = super().forward(*inputs)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise ModelError(
                 f"The model returns {_kind(logits)}, but logits of shape (B, K) are needed. Pass `logits=` to extract "
                 "them, or a function as `target=` that returns one score per row."
             )
-        if logits.shape[0] != inputs.shape[0]:
+        if logits.shape[0] != len(inputs[0]):
             raise ModelError(
-                f"The model returns {logits.shape[0]} rows of logits for {inputs.shape[0]} inputs. Pass a function as "
+                f"The model returns {logits.shape[0]} rows of logits for {len(inputs[0])} inputs. Pass a function as "
                 "`target=` that returns one score per input."
             )
         if self._highest_target is not None:
@@ -186,14 +189,14 @@ class Scores(nn.Module):
         self.training = output.training
         self._score = score
 
-    def broken_rows(self, inputs: Tensor) -> Tensor:
+    def broken_rows(self, *inputs: Tensor) -> Tensor:
         """Find rows with a score that is NaN or infinite, shape (B,)."""
-        return broken(self._score(self.output(inputs)))
+        return broken(self._score(self.output(*inputs)))
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Return scores (B,)."""
-        scores = self._score(self.output(inputs))
-        rows = inputs.shape[0]
+        scores = self._score(self.output(*inputs))
+        rows = len(inputs[0])
         if not isinstance(scores, Tensor) or scores.shape != (rows,):
             raise TargetError(
                 f"`target` returns {_kind(scores)} for {rows} rows, but it must return one score per row, shape "
@@ -208,44 +211,98 @@ class Scores(nn.Module):
         return scores
 
 
-def check_inputs(inputs: Tensor) -> None:
-    """Raise `InputError` unless the inputs are a batch (B, C, *S) of finite floating-point numbers."""
+def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return the inputs as a tuple.
+
+    Raises:
+        InputError: if they are not batches of finite floating-point numbers with the same number of rows, at least one
+            of shape (B, C, *S) and the others (B, C, *S) or (B, F).
+
+    Example:
+        >>> [tuple(each.shape) for each in check_inputs((torch.rand(2, 3, 8, 8), torch.rand(2, 5)))]
+        [(2, 3, 8, 8), (2, 5)]
+    """
+    if not isinstance(inputs, tuple):
+        check_batch(inputs)
+        return (inputs,)
+    for index, each in enumerate(inputs):
+        check_batch(each, f"inputs[{index}]", 2)
+    if all(each.dim() == 2 for each in inputs):
+        raise InputError("The tuple of inputs contains no image. Pass at least one tensor of shape (B, C, *S).")
+    rows = [len(each) for each in inputs]
+    if len(set(rows)) > 1:
+        raise InputError(
+            f"The inputs have {', '.join(map(str, rows))} rows, but each needs one row per image. Repeat or index them."
+        )
+    return inputs
+
+
+def check_batch(inputs: Tensor, name: str = "inputs", dimensions: int = 3) -> None:
+    """Raise `InputError` unless the inputs are a batch of finite floating-point numbers.
+
+    Args:
+        inputs: batch of shape (B, C, *S), or (B, F) with 2 dimensions.
+        name: what the message calls it.
+        dimensions: least number of dimensions.
+    """
+    wanted = "(B, C, *S)" if dimensions > 2 else "(B, C, *S) or (B, F)"
     if not isinstance(inputs, Tensor):
         raise InputError(
-            f"The inputs are of type {type(inputs).__name__}, but a tensor (B, C, *S) is needed. Convert an array with "
-            "torch.from_numpy, and an image as in training, such as classifier.preprocess(image).unsqueeze(0)."
+            f"`{name}` is of type {type(inputs).__name__}, but a tensor {wanted} is needed, or a tuple of tensors for "
+            "several inputs. Convert an array with torch.from_numpy, and an image as in training, such as "
+            "classifier.preprocess(image).unsqueeze(0)."
         )
-    if inputs.dim() < 3 or inputs.shape[0] == 0:
-        raise InputError(f"The inputs have shape {tuple(inputs.shape)}, but a non-empty batch (B, C, *S) is needed.")
+    if inputs.dim() < dimensions or inputs.shape[0] == 0:
+        raise InputError(f"`{name}` has shape {tuple(inputs.shape)}, but a non-empty batch {wanted} is needed.")
     if not inputs.is_floating_point():
-        raise InputError(f"The inputs are {inputs.dtype}, but gradients need floating point. Preprocess them first.")
+        raise InputError(
+            f"`{name}` is {inputs.dtype}, but gradients need floating point. Preprocess images first. Pass the "
+            "embeddings of category indices, or fix the indices in a wrapper of the model."
+        )
     if inputs.layout != torch.strided:
-        raise InputError(f"The inputs are {inputs.layout}, but a dense tensor is needed. Pass inputs.to_dense().")
+        raise InputError(f"`{name}` is {inputs.layout}, but a dense tensor is needed. Pass {name}.to_dense().")
     if not torch.isfinite(inputs).all():
-        raise InputError("The inputs contain NaN or infinite values. Look for a division by zero in the preprocessing.")
+        raise InputError(f"`{name}` contains NaN or infinite values. Look for a division by zero in the preprocessing.")
+
+
+def name_of(index: int, inputs: Sequence[Tensor]) -> str:
+    """Name an input in a message.
+
+    Example:
+        >>> name_of(0, [torch.rand(1)]), name_of(1, [torch.rand(1), torch.rand(1)])
+        ('inputs', 'inputs[1]')
+    """
+    return "inputs" if len(inputs) == 1 else f"inputs[{index}]"
 
 
 def _kind(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _mismatch(model: nn.Module, inputs: Tensor, error: Exception) -> InputError | None:
+def _mismatch(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> InputError | None:
     """Explain why a model may have rejected these inputs, judging by its first convolution; None if they fit it."""
     first = next((module for module in model.modules() if isinstance(module, Convolution)), None)
     if first is None:
         return None
     dimensions = len(first.kernel_size) + 2
-    if inputs.dim() != dimensions:
-        needs, remedy = f"needs {dimensions} dimensions", "Add a missing batch dimension with inputs.unsqueeze(0)"
-    elif inputs.shape[1] != first.in_channels and "channels" in str(error):
+    # Any of several inputs may be the one for this convolution.
+    candidates = [index for index, each in enumerate(inputs) if each.dim() == dimensions]
+    of_other_types = [index for index, each in enumerate(inputs) if each.dtype != first.weight.dtype]
+    index = candidates[0] if candidates else 0
+    name = name_of(index, inputs)
+    if not candidates:
+        needs, remedy = f"needs {dimensions} dimensions", f"Add a missing batch dimension with {name}.unsqueeze(0)"
+    elif all(inputs[i].shape[1] != first.in_channels for i in candidates) and "channels" in str(error):
         needs = f"takes {first.in_channels} channels"
-        are_last = inputs.shape[-1] == first.in_channels
-        remedy = "Move the channels with inputs.movedim(-1, 1)" if are_last else "Pass as many as it takes"
-    elif inputs.dtype != first.weight.dtype:
+        are_last = inputs[index].shape[-1] == first.in_channels
+        remedy = f"Move the channels with {name}.movedim(-1, 1)" if are_last else "Pass as many as it takes"
+    elif of_other_types:
+        index = of_other_types[0]
         needs, remedy = f"has weights of type {first.weight.dtype}", "Convert one of them with .to()"
     else:
         return None
+    name, shape, dtype = name_of(index, inputs), tuple(inputs[index].shape), inputs[index].dtype
     return InputError(
-        f"The model failed ({reason_of(error)}) on inputs of shape {tuple(inputs.shape)} and type {inputs.dtype}, but "
-        f"its first convolution {needs}. {remedy}."
+        f"The model failed ({reason_of(error)}) on `{name}` of shape {shape} and type {dtype}, but its first "
+        f"convolution {needs}. {remedy}."
     )

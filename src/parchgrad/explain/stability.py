@@ -11,7 +11,7 @@ from parchgrad.errors import InputError, SettingError
 __all__ = ["cosine", "noisy_copies", "standard_noise", "value_range"]
 
 
-def noisy_copies(inputs: Tensor, *, noise: float, draws: int, seed: int) -> Tensor:
+def noisy_copies(inputs: Tensor, *, noise: float, draws: int, seed: int, index: int = 0) -> Tensor:
     """Add Gaussian noise to each row, scaled to the range of that row.
 
     Every row gets the same standard normal numbers, drawn in float32 on the CPU. So a row's copies depend on neither
@@ -22,6 +22,7 @@ def noisy_copies(inputs: Tensor, *, noise: float, draws: int, seed: int) -> Tens
         noise: standard deviation of the noise as a share of the row's range (maximum minus minimum), 0 or more.
         draws: number of copies of each row, at least 1.
         seed: random seed.
+        index: index among the inputs of a model with several; each gets noise of its own.
 
     Returns:
         The copies, shape (draws, B, C, *S), with the dtype and device of the inputs, detached.
@@ -49,11 +50,11 @@ def noisy_copies(inputs: Tensor, *, noise: float, draws: int, seed: int) -> Tens
         )
     # Half precision would round the noise twice.
     clean = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
-    normal = standard_noise(clean, draws, seed).unsqueeze(1)
+    normal = standard_noise(clean, draws, seed, index).unsqueeze(1)
     return (clean + noise * value_range(clean) * normal).to(inputs.dtype)
 
 
-def standard_noise(inputs: Tensor, count: int, seed: int) -> Tensor:
+def standard_noise(inputs: Tensor, count: int, seed: int, index: int = 0) -> Tensor:
     """Draw standard normal noise of the shape of one row, the same for every batch and device.
 
     Returns:
@@ -63,7 +64,8 @@ def standard_noise(inputs: Tensor, count: int, seed: int) -> Tensor:
         >>> standard_noise(torch.zeros(5, 3, 8, 8), 2, seed=0).shape
         torch.Size([2, 3, 8, 8])
     """
-    generator = torch.Generator().manual_seed(int(seed))
+    # Several inputs of the same shape must not share their noise.
+    generator = torch.Generator().manual_seed(int(seed) + index)
     # The dtype is named, since otherwise the global default dtype would choose other numbers.
     return torch.randn(count, *inputs.shape[1:], generator=generator, device="cpu", dtype=torch.float32).to(inputs)
 

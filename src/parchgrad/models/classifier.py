@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from parchgrad._io.checks import check_kind, check_whole_number
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.errors import ModelError, TargetError
-from parchgrad.explain.scores import Logits, check_inputs
+from parchgrad.explain.scores import Logits, check_batch
 
 __all__ = ["Classifier", "Prediction", "check_classifier", "find_category"]
 
@@ -80,7 +80,7 @@ class Classifier:
             SettingError: if `count` is not a positive whole number.
         """
         check_whole_number("count", count, 1)
-        check_inputs(inputs)
+        check_batch(inputs)
         with torch.no_grad():
             logits = Logits(self.model, None)(inputs)
             if logits.shape[1] != len(self.categories):
