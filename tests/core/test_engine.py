@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import captum.attr
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional
@@ -1215,6 +1216,26 @@ def test_half_precision_goes_back_as_single_precision_does(dtype, least):
     assert (functional.cosine_similarity(half.float().flatten(1), single.flatten(1)) > least).all()
     ratio = half.float().flatten(1).norm(dim=1) / single.flatten(1).norm(dim=1)
     assert ((ratio - 1).abs() < 0.1).all()
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_byobnet", "test_nfnet"])
+@pytest.mark.parametrize(
+    "selector", [pg.Evidence(), pg.GradientEnergy(), pg.GradientTimesActivation()], ids=lambda each: type(each).__name__
+)
+def test_single_precision_is_enough_where_the_kept_sum_hardly_varies(name, selector):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 3, 64, 64), timm.create_model(name).eval()
+    wide = copy.deepcopy(model).double()
+
+    def deviation(**settings):
+        narrow = pg.Explainer(model, selector, **settings).attribute(x, 1)
+        exact = pg.Explainer(wide, selector, **settings).attribute(x.double(), 1)
+        return float(((narrow - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max())
+
+    assert deviation() < 1e-5
+    # The variance of the kept sum is rounding alone.
+    if name == "test_convnext" and not isinstance(selector, pg.Evidence):
+        assert deviation(conserve="independent") > 0.1
 
 
 class Nested(nn.Module):

@@ -226,8 +226,8 @@ class ParchGrad:
             )
         elif kind is None and session.was_plain:
             raise LayerError(
-                f"No gradient reached the chosen layers ({self._asked()}), so nothing was edited. Choose layers between "
-                f"the input and the explained score{self._between(session)}."
+                f"No gradient reached the chosen layers ({self._asked()}), so nothing was edited. Choose layers "
+                f"between the input and the explained score{self._between(session)}."
             )
         elif kind is None and session.plain_passes:
             warn(
