@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
-from parchgrad.core import rules, session
+from parchgrad.core import passes, rules, session
 from parchgrad.core.engine import plain_gradients
 from parchgrad.core.selectors import Selection
 from parchgrad.core.targets import read_classes
@@ -1357,7 +1357,7 @@ def nothing_is_left(model):
         hooks(model) == 0
         and torch.overrides._get_current_function_mode_stack() == []
         and not rules.has_active_rules()
-        and session.SESSIONS.get() == session._FORWARDS.get() == ()
+        and session.SESSIONS.get() == passes.FORWARDS.get() == ()
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
-from parchgrad.core import engine, rules, session
+from parchgrad.core import engine, passes, rules, session
 from parchgrad.errors import InputError, ModelWarning, ParchGradError, TargetError
 from tests.support import hooks, random_statistics
 
@@ -91,7 +91,7 @@ def selectors():
 def clean():
     """Nothing is open in the context of this thread or task, and no rules act."""
     is_idle = not rules.has_active_rules() and torch.overrides._get_current_function_mode_stack() == []
-    return is_idle and session.SESSIONS.get() == () == session._FORWARDS.get()
+    return is_idle and session.SESSIONS.get() == () == passes.FORWARDS.get()
 
 
 class RefusedError(Exception):

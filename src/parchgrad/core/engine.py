@@ -1,7 +1,7 @@
 """`ParchGrad`, a context manager that partitions gradients through the chosen convolutions."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from types import TracebackType
@@ -21,8 +21,9 @@ from parchgrad.core.layers import (
     resolve_layers,
 )
 from parchgrad.core.partition import Conserve
+from parchgrad.core.plan import Log, Plan, Route
 from parchgrad.core.selectors import GradientEnergy, Selector
-from parchgrad.core.session import SESSIONS, Plan, Route, Session
+from parchgrad.core.session import SESSIONS, Session
 from parchgrad.core.targets import Target, check_logits, integer_targets
 from parchgrad.errors import BlockError, LayerError, ModelError, ModelWarning, ParchGradError, warn
 
@@ -210,64 +211,57 @@ class ParchGrad:
                 "This ParchGrad block was already left from another thread or task, so later gradients were plain. "
                 "Enter and leave it in the same one."
             )
-        if self.edit.is_plain:
-            return
-        if kind is None and not session.was_called:
+        if kind is None and not self.edit.is_plain:
+            self._judge(session.log)
+
+    def _judge(self, log: Log) -> None:
+        """Raise `LayerError` or warn if nothing, or only a part of the layers, was edited."""
+        route = self._plan.route
+        named = route.asked if isinstance(route.asked, frozenset) else frozenset()
+        asked = self._listed(named) if named else f"layers={self.edit.layers!r}"
+        between = "" if route.paths is None else self._listed(route.paths.chosen(Fraction(1), log.used or None))
+        place = f"the input and the explained score{between and f': {between}'}"
+        if not log.was_called:
             warn(
                 f"Nothing was edited: {type(self._plan.model).__name__} was not called in this block. Call the model "
                 "itself, not a compiled or functional copy, in the thread that entered the block.",
                 ModelWarning,
             )
-        elif kind is None and session.never_recorded:
+        elif log.never_recorded:
             warn(
                 "Nothing was edited: no pass in this block recorded gradients. Use a method that needs gradients; "
                 "those without, such as Occlusion, give the same result as outside of the block.",
                 ModelWarning,
             )
-        elif kind is None and session.was_plain:
+        elif log.was_plain:
             raise LayerError(
-                f"No gradient reached the chosen layers ({self._asked()}), so nothing was edited. Choose layers "
-                f"between the input and the explained score{self._between(session)}."
+                f"No gradient reached the chosen layers ({asked}), so nothing was edited. Choose layers between "
+                f"{place}."
             )
-        elif kind is None and session.plain_passes:
+        elif log.plain_passes:
             warn(
-                f"{session.plain_passes} of {len(session.arrived)} backward passes in this block reached none of the "
-                f"chosen layers ({self._asked()}), so their gradients are plain. Choose layers between the input and "
-                f"the explained score{self._between(session)}.",
+                f"{log.plain_passes} of {len(log.arrived)} backward passes in this block reached none of the chosen "
+                f"layers ({asked}), so their gradients are plain. Choose layers between {place}.",
                 ModelWarning,
             )
-        elif kind is None and session.without_gradient:
+        elif log.without_gradient:
             warn(
-                f"No gradient reached {len(session.without_gradient)} of {len(session.expected)} chosen layers "
-                f"({_listed(session.without_gradient)}), which were not edited. Choose layers between the input and "
-                f"the explained score{self._between(session)}.",
+                f"No gradient reached {len(log.without_gradient)} of {len(log.expected)} chosen layers "
+                f"({self._listed(log.without_gradient)}), which were not edited. Choose layers between {place}.",
                 ModelWarning,
             )
-        elif kind is None and session.missed:
-            count = len(self._plan.route.asked) if isinstance(self._plan.route.asked, frozenset) else 0
+        elif log.was_passed and log.reached and named - log.reached:
             warn(
-                f"{len(session.missed)} of {count} chosen convolutions were never called and not edited "
-                f"({_listed(session.missed)}). Leave out layers that are not part of the forward pass, such as "
-                "training-only heads, and avoid compiled parts.",
+                f"{len(named - log.reached)} of {len(named)} chosen convolutions were never called and not edited "
+                f"({self._listed(named - log.reached)}). Leave out layers that are not part of the forward pass, such "
+                "as training-only heads, and avoid compiled parts.",
                 ModelWarning,
             )
 
-    def _asked(self) -> str:
-        asked = self._plan.route.asked
-        if isinstance(asked, Fraction):
-            return f"layers={self.edit.layers!r}"
-        return _listed([name for name in self._plan.convolutions if name in asked])
-
-    def _between(self, session: Session) -> str:
-        """Name the layers on the path, if it is known."""
-        paths = self._plan.route.paths
-        possible = paths.chosen(Fraction(1), session.used or None) if paths is not None else ()
-        names = [name for name in self._plan.convolutions if name in possible]
-        return f": {_listed(names)}" if names else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) < 7 else f"{', '.join(names[:4])}, ..., {names[-1]}"
+    def _listed(self, layers: Collection[str]) -> str:
+        """List names of layers in module order, only some of many."""
+        names = [name for name in self._plan.convolutions if name in layers]
+        return ", ".join(names) if len(names) < 7 else f"{', '.join(names[:4])}, ..., {names[-1]}"
 
 
 def _check_selector(selector: Selector, channels: Mapping[str, int], asked: frozenset[str] | Fraction) -> None:

@@ -1,0 +1,151 @@
+"""What a block does in every pass, and the log of what happened in it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from parchgrad.core.edit import Edit
+from parchgrad.core.layers import Convolution
+from parchgrad.core.paths import Paths
+from parchgrad.core.selectors import Selector
+from parchgrad.errors import ModelWarning, warn
+
+__all__ = ["Log", "Plan", "Route"]
+
+
+class Route:
+    """The layers that a plan edits: named ones, or those that a ratio chooses on the paths of a recorded pass.
+
+    The paths are those of the first pass whose input requires a gradient.
+
+    Attributes:
+        asked: names of layers, or a ratio; see `Paths.chosen`.
+        paths: the calls of convolutions between input and outputs; None before the first pass.
+        edited: names of the layers edited by the last block that edited any.
+    """
+
+    def __init__(
+        self, asked: frozenset[str] | Fraction, selector: Selector | None, channels: Mapping[str, int]
+    ) -> None:
+        """Store the choice, and the selector with the number of channels of every layer, to check that they fit."""
+        self.asked = asked
+        self.paths: Paths | None = None
+        self.edited: frozenset[str] | set[str] = frozenset()
+        self._selector, self._channels = selector, channels
+        # Choices on `paths` by the outputs used.
+        self._found: dict[frozenset[int] | None, frozenset[str]] = {}
+
+    @property
+    def possible(self) -> frozenset[str] | None:
+        """Layers that may be edited, as far as is known; None for all."""
+        if isinstance(self.asked, frozenset):
+            return self.asked
+        if self.paths is None:
+            return None
+        # With several outputs, the layers depend on those that the score uses.
+        return self.chosen(self.paths, None) if len(self.paths.outputs) == 1 else frozenset(self.paths.layers)
+
+    def chosen(self, paths: Paths, outputs: frozenset[int] | None) -> frozenset[str]:
+        """Layers to edit for a score that uses these outputs; None means all outputs."""
+        if isinstance(self.asked, frozenset):
+            return self.asked
+        if paths is self.paths and outputs in self._found:
+            return self._found[outputs]
+        found = paths.chosen(self.asked, outputs)
+        if self._selector is not None:
+            self._selector.check({name: count for name, count in self._channels.items() if name in found})
+        if paths is self.paths:
+            self._found[outputs] = found
+        return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """What a block does in every pass.
+
+    Attributes:
+        model: the model whose gradient is edited.
+        edit: the settings, with every None replaced.
+        convolutions: all convolutions of the model by name, in module order; empty without a selector.
+        route: the layers to edit.
+        targets: class indices (B,) or (1,), instead of those read off the backward signal.
+        pick_logits: extracts the logits from the model's output.
+    """
+
+    model: nn.Module
+    edit: Edit
+    convolutions: Mapping[str, Convolution]
+    route: Route
+    targets: Tensor | None
+    pick_logits: Callable[[Any], Tensor] | None
+
+    @cached_property
+    def highest_target(self) -> int:
+        """The largest class index of `targets`."""
+        return -1 if self.targets is None else int(self.targets.max())
+
+
+class Log:
+    """What happened in a block.
+
+    Attributes:
+        was_called: whether the model or a part of it was called.
+        was_passed: whether a pass of the model came to its end.
+        reached: layers that were called.
+        recorded: those whose calls were recorded for a backward pass, at least once.
+        unrecorded: those with a call that was not.
+        expected: layers that a backward pass from the model's output should reach.
+        met: layers to edit that a backward pass reached.
+        edited: layers that were edited.
+        started: ids of the backward passes that started at the model's output.
+        used: indices of the outputs that these started at.
+        arrived: ids of the backward passes that arrived at the model's input.
+        met_in: ids of the backward passes that reached a layer to edit.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.was_called = False
+        self.was_passed = False
+        self.reached: set[str] = set()
+        self.recorded: set[str] = set()
+        self.unrecorded: set[str] = set()
+        self.expected: set[str] = set()
+        self.met: set[str] = set()
+        self.edited: set[str] = set()
+        self.started: set[int] = set()
+        self.used: set[int] = set()
+        self.arrived: set[int] = set()
+        self.met_in: set[int] = set()
+        self._warned: set[str] = set()
+
+    @property
+    def without_gradient(self) -> set[str]:
+        """Layers to edit that no gradient reached, although one started at the model's output."""
+        # A backward pass that failed on the way says nothing.
+        return self.expected - self.edited if self.met == self.edited else set()
+
+    @property
+    def was_plain(self) -> bool:
+        """Whether there were backward passes, of which none reached a layer to edit."""
+        return bool(self.started | self.arrived) and not self.met_in
+
+    @property
+    def plain_passes(self) -> int:
+        """Number of backward passes to the model's input that reached no layer to edit."""
+        return len(self.arrived - self.met_in)
+
+    @property
+    def never_recorded(self) -> bool:
+        """Whether layers were called, but always without recording gradients."""
+        return bool(self.unrecorded) and not self.recorded
+
+    def warn_once(self, message: str) -> None:
+        """Issue a warning, unless the block has issued the same one before."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message, ModelWarning)
