@@ -116,7 +116,7 @@ def test_messages_are_read_off_the_source_with_places_and_halves(source):
         "`quantile` is «quantile».",
         f"It must lie in (0, 1]: {remedy}",
     )
-    assert {m.module for m in source.messages if m.kind == "ModelWarning"} == {"core.engine"}
+    assert {m.module for m in source.messages if m.kind == "ModelWarning"} == {"core.engine", "core.passes"}
     assert {m.module for m in source.messages if m.kind == "StatisticsWarning"} == {
         "statistics.batches",
         "statistics.store",

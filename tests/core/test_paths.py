@@ -1,6 +1,8 @@
 """Layers by the path to the score: against all paths written out, and edits written as functions behind layers."""
 
+import math
 import warnings
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -11,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import parchgrad as pg
+from parchgrad.core.engine import plain_gradients
 from parchgrad.core.paths import Paths, exact_ratio
 from parchgrad.errors import InputError, LayerError, ModelError, ModelWarning, StatisticsError
 from tests import reference
@@ -25,58 +29,39 @@ TRUE = {"gates": 0, "antialias": False}
 
 @st.composite
 def graphs(draw):
-    """Draw the calls before each call, and before each output, of a graph without cycles."""
+    """Draw the calls before each call of a graph without cycles, and the calls on a path to some of them."""
     count = draw(st.integers(1, 7))
     before = []
     for index in range(count):
         before.append(tuple(sorted(draw(st.sets(st.integers(0, index - 1), max_size=3)))) if index else ())
-    outputs = draw(
-        st.lists(st.sets(st.integers(0, count - 1), max_size=3).map(sorted).map(tuple), min_size=1, max_size=3)
-    )
-    return tuple(before), tuple(outputs)
+    ends = draw(st.sets(st.integers(0, count - 1), max_size=3))
+    return tuple(before), ends
 
 
-def paths_from(call, before):
+def paths_to(call, before):
     """List all paths that end at a call, as tuples of calls."""
     if not before[call]:
         return [(call,)]
-    return [(*path, call) for earlier in before[call] for path in paths_from(earlier, before)]
+    return [(*path, call) for earlier in before[call] for path in paths_to(earlier, before)]
 
 
-def chosen_by_hand(before, ends, ratio):
-    """Choose by the definition, from all paths written out."""
-    paths = [path for end in ends for path in paths_from(end, before)]
+@given(graph=graphs(), ratio=st.fractions(Fraction(1, 20), 1, max_denominator=20))
+def test_the_choice_is_the_one_by_all_paths_written_out(graph, ratio):
+    before, ends = graph
+    paths = [path for end in ends for path in paths_to(end, before)]
     depths = {}
     for call in {call for path in paths for call in path}:
-        earlier = max(path.index(call) for path in paths_from_all(before) if call in path)
+        earlier = max(len(path) - 1 for path in paths_to(call, before))
         longest = max(earlier + len(path) - path.index(call) for path in paths if call in path)
         depths[call] = Fraction(earlier, longest)
-    if not depths:
-        return set()
-    return {call for call, depth in depths.items() if depth >= 1 - ratio or depth == max(depths.values())}
-
-
-def paths_from_all(before):
-    return [path for call in range(len(before)) for path in paths_from(call, before)]
-
-
-@given(graph=graphs(), ratio=st.fractions(Fraction(1, 20), 1, max_denominator=20), data=st.data())
-def test_the_choice_is_the_one_by_all_paths_written_out(graph, ratio, data):
-    before, outputs = graph
-    used = data.draw(st.sets(st.integers(0, len(outputs) - 1), min_size=1))
-    names = tuple(map(str, range(len(before))))
-    found = Paths(layers=names, before=before, outputs=outputs).chosen(ratio, used)
-    ends = {call for output in used for call in outputs[output]}
-    assert found == {str(call) for call in chosen_by_hand(before, ends, ratio)}
+    expected = {call for call, depth in depths.items() if depth >= 1 - ratio or depth == max(depths.values())}
+    found = Paths(layers=tuple(map(str, range(len(before)))), before=before).chosen(ratio, set(depths))
+    assert found == set(map(str, expected))
 
 
 @given(count=st.integers(1, 60), hundredths=st.integers(1, 100))
 def test_a_chain_gives_its_last_share_in_exact_arithmetic(count, hundredths):
-    chain = Paths(
-        layers=tuple(map(str, range(count))),
-        before=((), *((index,) for index in range(count - 1))),
-        outputs=((count - 1,),),
-    )
+    chain = Paths(layers=tuple(map(str, range(count))), before=((), *((index,) for index in range(count - 1))))
     last = max(1, hundredths * count // 100)
     assert chain.chosen(exact_ratio(hundredths / 100)) == {str(index) for index in range(count - last, count)}
 
@@ -559,6 +544,43 @@ def test_parts_that_convolve_or_attend_but_are_no_layers_are_named_once():
     pg.Explainer(model, layers="layer").attribute(X, 1)
 
 
+class Mixed(nn.Module):
+    """A layer whose positions are mixed by a product of two tensors, given as a function."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.layer, self.last, self.mix = nn.Conv2d(2, 4, 3), nn.Linear(4, 4), mix
+
+    def forward(self, x):
+        return self.last(self.mix(self.layer(x).flatten(2).mT).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("mix", "attends"),
+    [
+        (lambda x: (x @ x.mT).softmax(-1) @ x, True),
+        # torchvision's MaxVit
+        (
+            lambda x: torch.einsum("b i j, b j d -> b i d", torch.einsum("b i d, b j d -> b i j", x, x).softmax(-1), x),
+            True,
+        ),
+        # EfficientViT and SHViT in timm: the values come first
+        (lambda x: (x.mT @ (x @ x.mT).softmax(-1).mT).mT, True),
+        # CoaT: a softmax over the positions of the keys
+        (lambda x: x @ (x.softmax(1).mT @ x), True),
+        (lambda x: x.softmax(1).mean(1, keepdim=True) * x, False),
+        (lambda x: x @ (x.mT @ x), False),
+    ],
+    ids=["matmul", "einsum", "values-first", "factorised", "gate", "product"],
+)
+def test_attention_is_named_however_it_is_written(mix, attends):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pg.Explainer(double(Mixed(mix)), layers="all").attribute(X, 1)
+    messages = [str(warning.message) for warning in said if issubclass(warning.category, ModelWarning)]
+    assert [message.startswith("The gradient stays plain in attention") for message in messages] == [True] * attends
+
+
 # What is said
 
 
@@ -570,39 +592,285 @@ def test_errors_name_the_layers_on_the_path():
     assert explainer.layers == ("heads.1.0", "heads.1.2")
 
 
-def test_a_gradient_taken_inside_of_the_model_is_never_plain_in_silence():
+@pytest.fixture
+def kept():
+    """A chain whose output behind the second convolution is kept, and its input."""
     model = nn.Sequential(chain(2, 4), nn.Flatten(), nn.Linear(180, 4)).double().eval()
-    x = X.clone().requires_grad_()
-    kept = []
-    model[0][3].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    outputs = []
+    model[0][3].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    return model, X.clone().requires_grad_(), outputs
+
+
+def test_a_score_inside_of_the_model_has_layers_of_its_own(kept):
+    model, x, outputs = kept
+    for layers, names in ((0.25, ["0.2"]), (0.5, ["0.2"]), ("all", ["0.0", "0.2"])):
+        expected = gradient_by_hand(model, names, X, lambda _: outputs[-1].square())
+        with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers=layers, **TRUE) as block:
+            model(x)
+            found = torch.autograd.grad(outputs[-1].square().sum(), x)[0]
+        torch.testing.assert_close(found, expected)
+        assert list(block.edited_layers) == names
+
+
+def test_a_gradient_taken_inside_of_the_model_is_never_plain_in_silence(kept):
+    model, x, outputs = kept
 
     def inside():
         model(x)
-        torch.autograd.grad(kept[-1].sum(), x)
+        torch.autograd.grad(outputs[-1].sum(), x)
 
-    with pytest.raises(LayerError, match="No gradient reached"), pg.ParchGrad(model, layers=0.25, **TRUE):
+    with pytest.raises(LayerError, match=r"score: 0\.0, 0\.2"), pg.ParchGrad(model, layers=["0.6"], **TRUE):
         inside()
-    with warnings.catch_warnings(record=True) as said, pg.ParchGrad(model, layers=0.25, **TRUE):
+    with warnings.catch_warnings(record=True) as said, pg.ParchGrad(model, layers=["0.6"], **TRUE):
         warnings.simplefilter("always")
         torch.autograd.grad(model(x)[:, 1].sum(), x)
         inside()
     (message,) = [str(warning.message) for warning in said if issubclass(warning.category, ModelWarning)]
     assert message.startswith("1 of 2 backward passes")
-    # Its layers are those of the model's output.
-    expected = gradient_by_hand(model, ["0.2"], X, lambda output: kept[-1].square())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ModelWarning)
-        with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers=0.75, **TRUE):
-            model(x)
-            found = torch.autograd.grad(kept[-1].square().sum(), x)[0]
+
+
+def test_parts_called_alone_are_edited_by_the_depth_in_their_own_graph():
+    model = nn.Sequential(chain(2, 2), chain(5, 2), nn.Flatten(), nn.Linear(180, 4)).double().eval()
+    x = X.clone().requires_grad_()
+    expected = gradient_by_hand(model, ["1.0", "1.2"], X, lambda output: output[:, 1])
+    with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers=0.5, **TRUE):
+        found = torch.autograd.grad(model[3](model[2](model[1](model[0](x))))[:, 1].sum(), x)[0]
     torch.testing.assert_close(found, expected)
 
 
-def test_parts_whose_depth_is_unknown_need_names():
-    model = nn.Sequential(chain(2, 2), nn.Flatten(), nn.Linear(180, 4)).double().eval()
+class Checkpointed(nn.Module):
+    """A convolution outside of two checkpointed parts."""
+
+    def __init__(self, *, reentrant):
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(2, 5, 3, padding=1), chain(5, 2), chain(5, 2)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = self.stem(x)
+        for part in (self.first, self.second):
+            x = checkpoint(part, x, use_reentrant=self.reentrant)
+        return x.mean((2, 3))
+
+
+def test_checkpointed_parts():
+    every = ["stem", "first.0", "first.2", "second.0", "second.2"]
+    assert_edited(double(Checkpointed(reentrant=False)), 0.5, every[-2:], X, lambda output: output[:, 1])
+    assert_edited(double(Checkpointed(reentrant=False)), "all", every, X, lambda output: output[:, 1])
+    hidden = double(Checkpointed(reentrant=True))
+    hidden.reentrant = False
+    expected = gradient_by_hand(hidden, every, X, lambda output: output[:, 1])
+    hidden.reentrant = True
     x = X.clone().requires_grad_()
-    with pytest.raises(LayerError, match="Cannot tell how deep"), pg.ParchGrad(model, layers=0.5, **TRUE):
-        model[0](x).sum().backward()
+    with pg.ParchGrad(hidden, pg.GradientEnergy(quantile=0.3), layers="all", **TRUE) as block:
+        hidden(x)[:, 1].sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-9, atol=1e-13)
+    assert set(block.edited_layers) == set(every)
+    with pytest.raises(LayerError, match="use_reentrant"), pg.ParchGrad(hidden, layers=0.5, **TRUE):
+        hidden(x)[:, 1].sum().backward()
+
+
+# Passes that differ
+
+
+class EarlyExit(nn.Module):
+    """As deep as the input is bright."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = chain(2, 2), chain(5, 2), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.first(x * 1)
+        if x.sum() > self.threshold:
+            x = self.second(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("selector", [pg.Evidence(), pg.GradientEnergy(quantile=0.3)], ids=["evidence", "energy"])
+def test_every_pass_has_the_layers_of_its_own_graph(selector):
+    model = double(EarlyExit())
+    names = {math.inf: ("first.2",), -math.inf: ("second.0", "second.2")}
+    explainer = pg.Explainer(model, selector, layers=0.5)
+    for threshold in (math.inf, -math.inf, math.inf, -math.inf):
+        model.threshold = threshold
+        found = explainer.attribute(X, 1)
+        assert explainer.edited_layers == names[threshold]
+        torch.testing.assert_close(found, pg.Explainer(model, selector, layers=0.5).attribute(X, 1))
+    # What an in-place operation has overwritten is kept from the next pass on.
+    explainer = pg.Explainer(model, selector, layers=0.5)
+    explainer.attribute(X, 1)
+    model.threshold = math.inf
+    if isinstance(selector, pg.Evidence):
+        with pytest.raises(LayerError, match="again"):
+            explainer.attribute(X, 1)
+    explainer.attribute(X, 1)
+    assert explainer.edited_layers == ("first.2",)
+
+
+class Lists(nn.Module):
+    """One score per row in a list, as detectors return, with a tensor that stands elsewhere for each batch size."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.boxes, self.scores = chain(2, 2), chain(5, 1), chain(5, 2)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        boxes, scores = self.boxes(x).mean((1, 2, 3)), self.scores(x).mean((1, 2, 3))
+        return {"boxes": list(boxes), "scores": list(scores)}
+
+
+def test_outputs_whose_number_differs_with_the_batch():
+    explainer = pg.Explainer(double(Lists()), pg.GradientEnergy(quantile=0.3), layers=0.5, **TRUE)
+
+    def score(output):
+        return torch.stack(output["scores"])
+
+    both = explainer.attribute(X, score)
+    rows = torch.cat([explainer.attribute(X[row : row + 1], score) for row in (0, 1)])
+    assert explainer.edited_layers == ("scores.0", "scores.2")
+    torch.testing.assert_close(rows, both)
+    torch.testing.assert_close(explainer.attribute(X, score), both)
+
+
+def test_a_score_of_two_outputs_and_a_convolution_that_they_share():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep, self.shared = chain(2, 3), nn.Conv2d(5, 5, 3, padding=1)
+            self.flat = nn.Conv2d(2, 5, 1)
+
+        def forward(self, x):
+            return self.shared(self.flat(x)).mean((2, 3)), self.shared(self.deep(x)).square().mean((2, 3))
+
+    model = double(Shared())
+    for used in ((0, 1), (1, 0)):
+        assert_edited(model, 0.3, ["shared"], X, lambda out, used=used: out[used[0]][:, 1] + 2 * out[used[1]][:, 2])
+    late = double(Heads())
+    both = ["heads.2.4"]
+    assert_edited(late, 0.1, both, X, lambda output: output["heads"][0][:, 1] + output["heads"][2][:, 1])
+    assert_edited(late, 0.1, both, X, lambda output: output["heads"][2][:, 1] + output["heads"][0][:, 1])
+
+
+@dataclass
+class Output:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def test_outputs_that_hide_their_tensors_and_gradients_of_one_of_two_inputs():
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.near, self.far = chain(2, 3), chain(5, 1), chain(5, 6)
+
+        def forward(self, x):
+            x = self.trunk(x)
+            return Output(self.near(x).mean((2, 3)), self.far(x).mean((2, 3)))
+
+    assert_edited(double(Hiding()), 0.5, ["trunk.4", "near.0"], X, lambda output: output.first[:, 1])
+    branches = double(Branches())
+    block = pg.ParchGrad(branches, pg.GradientEnergy(quantile=0.3), layers="all", **TRUE)
+    x, y = (X[:, :1].clone().requires_grad_() for _ in range(2))
+    for inputs, names in (
+        ((x,), ("left.0", "left.2")),
+        ((x, y), ("left.0", "left.2", "right.0", "right.2", "right.4")),
+    ):
+        with block:
+            torch.autograd.grad(branches(x, y)[:, 1].sum(), inputs)
+        assert block.edited_layers == names
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = chain(1, 2), chain(1, 3)
+
+    def forward(self, x, y):
+        return (self.left(x) + self.right(y)).mean((2, 3))
+
+
+def test_blocks_inside_of_others_leave_no_trace_in_them():
+    model, x = double(Heads()), X.clone().requires_grad_()
+    block = pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers="all", **TRUE)
+    with block, plain_gradients(model.trunk):
+        torch.autograd.grad(model(x)["heads"][0].sum(), x)
+    assert block.edited_layers == ("heads.0.0",)
+    with block:
+        torch.autograd.grad(model(x)["heads"][0].sum(), x)
+    assert block.edited_layers == ("trunk.0", "trunk.2", "trunk.4", "heads.0.0")
+    # What an inner block decides over is not the outer one's.
+    with pg.ParchGrad(model, layers=["heads.0.0"], **TRUE), plain_gradients(model.heads):
+        torch.autograd.grad(model(x)["heads"][0].sum(), x)
+    with pg.ParchGrad(model, layers="all", **TRUE), pg.ParchGrad(model.trunk, layers="all", **TRUE):
+        torch.autograd.grad(model(x)["heads"][0].sum(), x)
+
+
+def test_gradients_of_other_models_at_the_same_input_are_none_of_its_business():
+    model, other, x = double(Twice()), double(Late(2, 2)), X.clone().requires_grad_()
+    with pg.ParchGrad(model, layers="all", **TRUE):
+        torch.autograd.grad(model(x)[:, 1].sum(), x)
+        torch.autograd.grad(other(x)[:, 1].sum() + x.square().sum(), x)
+    with pg.ParchGrad(model, layers="all", **TRUE):
+        model(x)
+        torch.autograd.grad(other(x)[:, 1].sum(), x)
+
+
+def test_inputs_are_left_without_hooks():
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = chain(2, 2)
+
+        def forward(self, x):
+            before = x.clone()
+            x += self.body(before)[:, :2]
+            return x.mean((2, 3)), before, x
+
+    model, x = double(Passing()), X.clone().requires_grad_()
+    given = x * 1
+    with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers=0.5, **TRUE) as block:
+        torch.autograd.grad(model(given)[0][:, 1].sum(), x)
+    assert block.edited_layers == ("body.2",)
+    assert not x._backward_hooks
+    assert not given._backward_hooks
+
+
+def test_an_interruption_inside_of_a_convolution_leaves_nothing():
+    class Interrupted(Normalised):
+        def forward(self, x):
+            super().forward(x)
+            raise KeyboardInterrupt
+
+    model = double(nn.Sequential(Interrupted(2, 5, 3)))
+    before = torch.overrides._get_current_function_mode_stack()
+    with pytest.raises(KeyboardInterrupt), pg.ParchGrad(model, layers="all"):
+        model(X)
+    assert torch.overrides._get_current_function_mode_stack() == before
+
+
+def test_whole_numbers_have_no_paths():
+    class Scaling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(chain(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
+
+        def forward(self, x):
+            return self.body(x / 255)
+
+    model = Scaling().eval()
+    images = [(torch.randint(0, 255, (3, 6, 6), dtype=torch.uint8), index % 3) for index in range(12)]
+    with pytest.raises(InputError, match="floating point"):
+        pg.collect_statistics(model, images, layers=0.5)
+    assert len(pg.collect_statistics(model, images)) == 4
+
+
+def test_layers_are_chosen_for_inputs_of_any_kind():
+    branches = double(Branches())
+    x, y = X[:, :1], X[:, 1:]
+    for inputs in ((x, y), {"x": x, "y": y}, {"y": y, "x": x}):
+        assert list(pg.choose_layers(branches, 0.5, inputs=inputs)) == ["left.2", "right.4"]
 
 
 def test_statistics_of_some_layers_fit_where_a_ratio_chooses_these():

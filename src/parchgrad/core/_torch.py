@@ -17,9 +17,11 @@ __all__ = [
     "is_batched",
     "is_compiled",
     "leaves",
+    "map_tensors",
     "own_parameter",
     "rebuilt_tensor",
     "storage_bytes",
+    "will_run",
     "without_function_modes",
 ]
 
@@ -39,6 +41,12 @@ def current_backward_pass() -> int:
     """
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def will_run(node: Any) -> bool:
+    """Whether the running backward pass goes through a node of the graph, now, before or later."""
+    runs: bool = torch._C._will_engine_execute_node(node)
+    return runs
 
 
 def is_batched(values: Tensor) -> bool:
@@ -67,6 +75,16 @@ def leaves(values: Any) -> list[Any]:
     """
     found: list[Any] = torch.utils._pytree.tree_flatten(values)[0]
     return found
+
+
+def map_tensors(function: Callable[[Any], Any], values: Any) -> Any:
+    """Apply a function to every leaf of nested tuples, lists, dicts and registered dataclasses.
+
+    Example:
+        >>> map_tensors(lambda leaf: leaf + 1, {"a": (1, [2])})
+        {'a': (2, [3])}
+    """
+    return torch.utils._pytree.tree_map(function, values)
 
 
 def is_compiled(module: nn.Module) -> bool:

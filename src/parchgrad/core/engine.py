@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from parchgrad.core._torch import is_compiled
+from parchgrad.core._torch import is_compiled, map_tensors
 from parchgrad.core.edit import DEFAULT_SELECTOR, Edit
+from parchgrad.core.hooks import tensors_in
 from parchgrad.core.layers import (
     Convolution,
     LayerChoice,
@@ -25,7 +26,7 @@ from parchgrad.core.plan import Log, Plan, Route
 from parchgrad.core.selectors import GradientEnergy, Selector
 from parchgrad.core.session import SESSIONS, Session
 from parchgrad.core.targets import Target, check_logits, integer_targets
-from parchgrad.errors import BlockError, LayerError, ModelError, ModelWarning, ParchGradError, warn
+from parchgrad.errors import BlockError, InputError, LayerError, ModelError, ModelWarning, ParchGradError, warn
 
 __all__ = ["ParchGrad", "choose_layers", "partitioned_before", "plain_gradients"]
 
@@ -143,11 +144,11 @@ class ParchGrad:
         Named layers are a tuple of names, in module order; a ratio and `"all"` stay as given, since their layers depend
         on the graph of a pass. Empty without a selector.
         """
-        asked, layers = self._plan.route.asked, self.edit.layers
+        named, layers = self._plan.route.named, self.edit.layers
         if self.edited_layers or layers is None:
             return self.edited_layers
-        if isinstance(asked, frozenset):
-            return tuple(name for name in self._plan.convolutions if name in asked)
+        if named is not None:
+            return tuple(name for name in self._plan.convolutions if name in named)
         return layers if isinstance(layers, str) else float(cast(float, layers))
 
     @property
@@ -214,12 +215,30 @@ class ParchGrad:
         if kind is None and not self.edit.is_plain:
             self._judge(session.log)
 
+    def _find_layers(self, inputs: Any) -> frozenset[str]:
+        """Choose the layers for all outputs of one pass."""
+        route, model = self._plan.route, self._plan.model
+        with torch.inference_mode(False), torch.enable_grad(), self:
+            given = map_tensors(_as_leaf, inputs)
+            if isinstance(given, Mapping):
+                output = model(**given)
+            else:
+                output = model(*given) if isinstance(given, tuple) else model(given)
+            nodes = [values.grad_fn for values in tensors_in(output) if values.grad_fn is not None]
+            paths, _, _ = self._sessions[-1].calls.trace(nodes)
+        if not (tensors_in(given) and paths.layers):
+            raise InputError(
+                f"`layers` is {self.edit.layers!r}, but no gradient flows through convolutions to `inputs` that could "
+                "show their depth. Pass inputs in floating point, or name the layers."
+            )
+        return route.chosen((), lambda: (paths, range(len(paths.layers))))
+
     def _judge(self, log: Log) -> None:
         """Raise `LayerError` or warn if nothing, or only a part of the layers, was edited."""
         route = self._plan.route
-        named = route.asked if isinstance(route.asked, frozenset) else frozenset()
+        named = route.named or frozenset()
         asked = self._listed(named) if named else f"layers={self.edit.layers!r}"
-        between = "" if route.paths is None else self._listed(route.paths.chosen(Fraction(1), log.used or None))
+        between = self._listed(log.touched)
         place = f"the input and the explained score{between and f': {between}'}"
         if not log.was_called:
             warn(
@@ -240,7 +259,7 @@ class ParchGrad:
             )
         elif log.plain_passes:
             warn(
-                f"{log.plain_passes} of {len(log.arrived)} backward passes in this block reached none of the chosen "
+                f"{log.plain_passes} of {len(log.touched_in)} backward passes in this block reached none of the chosen "
                 f"layers ({asked}), so their gradients are plain. Choose layers between {place}.",
                 ModelWarning,
             )
@@ -262,6 +281,11 @@ class ParchGrad:
         """List names of layers in module order, only some of many."""
         names = [name for name in self._plan.convolutions if name in layers]
         return ", ".join(names) if len(names) < 7 else f"{', '.join(names[:4])}, ..., {names[-1]}"
+
+
+def _as_leaf(value: Any) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().clone().requires_grad_() if is_float else value
 
 
 def _check_selector(selector: Selector, channels: Mapping[str, int], asked: frozenset[str] | Fraction) -> None:
@@ -296,12 +320,13 @@ def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) 
             - a ratio in (0, 1];
             - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`;
             - convolution modules of the model.
-        inputs: a batch, or a tuple of several inputs, for a ratio and "all": the model is called with it, and all of
-            its outputs count as explained.
+        inputs: for a ratio and "all": what the model is called with, such as a batch, a tuple of several arguments, or
+            a dict of keyword arguments. All outputs count as explained.
 
     Raises:
         LayerError: if a pattern matches nothing, a ratio is out of range or comes without inputs, a module is not a
             convolution of the model, or the paper has no layer set for it.
+        InputError: if no gradient flows to the inputs, such as to whole numbers.
         ModelError: if the model has no convolution, or only those that cut patches for a transformer.
 
     Example:
@@ -311,22 +336,13 @@ def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) 
     """
     resolve_layers(bare_model(model), layers)
     partition = ParchGrad(model, GradientEnergy(), layers=layers, gates=0.0, antialias=False)
-    convolutions, route = partition._plan.convolutions, partition._plan.route
-    if isinstance(route.asked, Fraction):
-        if inputs is None:
-            raise LayerError(
-                f"`layers` is {layers!r}, whose convolutions depend on the graph of a pass. Pass `inputs=`, a batch."
-            )
-        with torch.inference_mode(False), torch.enable_grad(), partition:
-            given = [
-                value.detach().clone().requires_grad_() if value.is_floating_point() else value
-                for value in (inputs if isinstance(inputs, tuple) else (inputs,))
-            ]
-            partition._plan.model(*given)
-    wanted = route.asked if isinstance(route.asked, frozenset) else frozenset()
-    if route.paths is not None:
-        wanted = route.chosen(route.paths, None)
-    return {name: module for name, module in convolutions.items() if name in wanted}
+    route = partition._plan.route
+    if route.named is None and inputs is None:
+        raise LayerError(
+            f"`layers` is {layers!r}, whose convolutions depend on the graph of a pass. Pass `inputs=`, a batch."
+        )
+    wanted = partition._find_layers(inputs) if route.named is None else route.named
+    return {name: module for name, module in partition._plan.convolutions.items() if name in wanted}
 
 
 def _check_not_compiled(model: nn.Module) -> None:

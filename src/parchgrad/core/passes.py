@@ -1,7 +1,9 @@
 """One forward pass of the model in a block, and the edits of its convolutions in the backward passes that follow."""
 
+import itertools
+import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from fractions import Fraction
@@ -18,7 +20,7 @@ from parchgrad.core._torch import (
     has_plain_forward,
     in_place_changes,
     is_batched,
-    own_parameter,
+    will_run,
 )
 from parchgrad.core.convolution import Geometry, input_gradient, partitioned_input_gradient, plain_geometry
 from parchgrad.core.edit import Edit
@@ -39,24 +41,37 @@ from parchgrad.core.plan import Log, Plan
 from parchgrad.core.rules import BackwardRules, is_pass_through, refuse_second_derivatives, smooth_strides
 from parchgrad.core.selectors import LayerSignal, Selector, as_selection
 from parchgrad.core.targets import check_target_count, check_target_range, pick_logits, read_classes
-from parchgrad.errors import InputError, LayerError, ModelError, SettingError, TargetError
+from parchgrad.errors import InputError, LayerError, ModelError, ModelWarning, SettingError, TargetError, warn
 
-__all__ = ["FORWARDS", "ForwardPass", "LayerEdit", "refuse_transforms"]
+__all__ = [
+    "FORWARDS",
+    "INSIDE",
+    "Calls",
+    "ForwardPass",
+    "LayerEdit",
+    "enter_inside",
+    "leave_inside",
+    "refuse_transforms",
+]
 
 
 class _Inside(TorchFunctionMode):
-    """Replace the results of convolutions with this weight, while the module that owns it runs.
+    """Edit the results of convolutions with this weight, while the module that owns it runs.
 
     Attributes:
+        forward: the forward pass.
         weight: the weight.
+        edits: the edits of these convolutions.
         was_met: whether there was such a convolution.
     """
 
-    def __init__(self, weight: Tensor, edit: Callable[[Tensor], Tensor | None] | None) -> None:
+    def __init__(self, forward: "ForwardPass", layer: str, convolution: Convolution, weight: Tensor) -> None:
         super().__init__()
+        self.forward = forward
         self.weight = weight
+        self.edits: list[LayerEdit] = []
         self.was_met = False
-        self._edit = edit
+        self._layer, self._convolution = layer, convolution
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -64,14 +79,76 @@ class _Inside(TorchFunctionMode):
         named = kwargs or {}
         result = function(*args, **named)
         weight = args[1] if len(args) > 1 else named.get("weight")
-        if weight is not self.weight or getattr(function, "__name__", "") not in _CONVOLUTIONS:
+        if weight is not self.weight or getattr(function, "__name__", "") not in _FUNCTIONS:
             return result
         self.was_met = True
-        edited = None if self._edit is None else self._edit(result)
-        return result if edited is None else edited
+        edited = self.forward.edited(self._layer, self._convolution, None, result)
+        if edited is None:
+            return result
+        self.edits.append(edited.grad_fn.edit)  # type: ignore[union-attr]  # set by the edit's own node
+        return edited
 
 
-_CONVOLUTIONS = {f"{kind}{count}d" for kind in ("conv", "conv_transpose") for count in (1, 2, 3)} | {"deform_conv2d"}
+_FUNCTIONS = {f"{kind}{count}d" for kind in ("conv", "conv_transpose") for count in (1, 2, 3)} | {"deform_conv2d"}
+
+
+class Calls:
+    """The edited calls of a block's convolutions, which choose the layers of each backward pass."""
+
+    def __init__(self, plan: Plan, log: Log) -> None:
+        """Start without calls."""
+        self.plan = plan
+        self.log = log
+        # Weak, since a node of the graph refers to its edit, and that to this object.
+        self._nodes: dict[int, weakref.ref[Any]] = {}
+        self._numbers = itertools.count()
+        # Layers by id of the backward pass, since threads may run several at once. The oldest are dropped.
+        self._chosen: deque[tuple[int, frozenset[str]]] = deque(maxlen=_PASSES_AT_ONCE)
+
+    def add(self, node: Any) -> None:
+        """Add the node of an edited call."""
+        number = next(self._numbers)
+        self._nodes[number] = weakref.ref(node, lambda _: self._nodes.pop(number, None))
+
+    def running(self) -> list[Any]:
+        """Nodes that the running backward pass goes through, in the order of the forward pass."""
+        nodes = (reference() for reference in list(self._nodes.values()))
+        return [node for node in nodes if node is not None and will_run(node)]
+
+    def chosen(self) -> frozenset[str]:
+        """Layers to edit in the running backward pass."""
+        route = self.plan.route
+        if route.named is not None:
+            return route.named
+        now = current_backward_pass()
+        # Copied, since other threads append to it.
+        found = next((layers for number, layers in reversed(list(self._chosen)) if number == now), None)
+        if found is None:
+            nodes = self.running()
+            found = route.chosen(tuple(node.edit.layer for node in nodes), partial(self._find_paths, nodes))
+            self._chosen.append((now, found))
+        return found
+
+    def _find_paths(self, nodes: Sequence[Any]) -> tuple[Paths, set[int]]:
+        paths, _, calls = self.trace(nodes)
+        return paths, {calls[node] for node in nodes if node in calls}
+
+    def trace(self, roots: Sequence[Any]) -> tuple[Paths, list[Any], dict[Any, int]]:
+        """Follow the graph back to its leaves, other than the model's weights if there are others."""
+        weights = {id(weight) for weight in self.plan.model.parameters()}
+
+        def is_input(node: Any) -> bool:
+            variable = getattr(node, "variable", None)
+            return variable is not None and id(variable) not in weights
+
+        found = trace(roots, _layer_of, is_input)
+        # Without an input that requires a gradient, those of the weights flow through all layers.
+        return found if found[1] else trace(roots, _layer_of, lambda node: not node.next_functions)
+
+
+def _layer_of(node: Any) -> str | None:
+    edit = getattr(node, "edit", None)
+    return edit.layer if isinstance(edit, LayerEdit) else None
 
 
 # Limit of concurrent backward passes from one forward pass, each in its own thread.
@@ -81,42 +158,22 @@ _PASSES_AT_ONCE = 64
 class ForwardPass:
     """One forward pass, and the class of each row, known once a backward pass has reached the logits."""
 
-    def __init__(self, plan: Plan, log: Log) -> None:
+    def __init__(self, calls: Calls) -> None:
         """Start a pass."""
-        self.plan = plan
-        self.log = log
+        self.plan = calls.plan
+        self.log = calls.log
+        self.calls = calls
         # The enclosing backward pass, if any: checkpointing may call parts of the model there.
         self.within = current_backward_pass()
-        self.edits = True
         self.reached = False
-        self.attached: set[str] = set()
-        # Modules that are running, innermost last, and may do more than convolve.
-        self._inside: list[_Inside] = []
         self.rules: BackwardRules | None = None
-        # The graph of this pass, while the model runs: the inputs, and the nodes of convolutions.
-        self.sources: list[Tensor] = []
-        self._marked: dict[Any, str] = {}
-        self._paths: Paths | None = None
-        # Classes and used outputs by id of the backward pass, since threads may run several at once. The oldest are
-        # dropped.
+        # Whether this block edits some of the layers, and decides over all convolutions.
+        self.edits = self.decides_over_all = True
+        # Inputs of the model, while it runs.
+        self.inputs: list[Tensor] = []
+        self._attached: set[str] = set()
+        # Classes by id of the backward pass, see `Calls`.
         self._read: deque[tuple[int, Tensor]] = deque(maxlen=_PASSES_AT_ONCE)
-        self._used: deque[tuple[int, int]] = deque(maxlen=_PASSES_AT_ONCE)
-
-    def look_inside(self, layer: str, convolution: Convolution) -> None:
-        """Edit the convolution itself in a subclass that does more, until `leave_inside`."""
-        weight, possible = own_parameter(convolution, "weight"), self.plan.route.possible
-        if weight is not None:
-            edit = partial(self._edited, layer, convolution, None) if possible is None or layer in possible else None
-            self._inside.append(_Inside(weight, edit))
-            self._inside[-1].__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-
-    def leave_inside(self, convolution: Convolution) -> bool:
-        """Undo `look_inside`, if it was called for this module; return whether it has found the convolution."""
-        if not self._inside or self._inside[-1].weight is not own_parameter(convolution, "weight"):
-            return False
-        inside = self._inside.pop()
-        inside.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return inside.was_met
 
     def leave_rules(self) -> None:
         """Deactivate the rules, if any."""
@@ -124,37 +181,26 @@ class ForwardPass:
         if rules is not None:
             rules.__exit__(None, None, None)
 
-    def forget_graph(self) -> None:
-        """Drop references to the graph, which would keep it alive."""
-        self.sources, self._marked = [], {}
-
-    def _expect_rows(self, rows: int) -> None:
-        targets = self.plan.targets
-        if targets is not None:
-            check_target_count(targets, rows, "pass")
-
     def attach(
-        self, layer: str, convolution: Convolution, inputs: tuple[Any, ...], output: Any, *, was_edited: bool
+        self, layer: str, convolution: Convolution, inputs: tuple[Any, ...], output: Any, inside: _Inside | None
     ) -> Tensor | None:
         """Return a layer's output with an edited backward pass; None if nothing is to be replaced."""
+        edits = [] if inside is None else inside.edits
         if not isinstance(output, Tensor):
-            self._refuse(layer, output, f"returns a {type(output).__name__} instead of a tensor")
+            self._refuse(layer, output, edits, f"returns a {type(output).__name__} instead of a tensor")
             return None
         # A convolution may delegate to another one inside it; edit the operation only once.
         earlier = getattr(output.grad_fn, "edit", None)
-        if was_edited or (isinstance(earlier, LayerEdit) and earlier.forward is self):
+        if (inside is not None and inside.was_met) or (isinstance(earlier, LayerEdit) and earlier.forward is self):
             return None
-        if output.grad_fn is not None and not has_plain_forward(convolution) and not _only_convolves(output.grad_fn):
-            self._refuse(layer, output, f"is a {type(convolution).__name__}, which does more than convolve")
-            return None
-        return self._edited(layer, convolution, inputs, output)
+        found = self.edited(layer, convolution, inputs, output)
+        if found is not None and not has_plain_forward(convolution) and not _only_convolves(output.grad_fn):
+            edits = [found.grad_fn.edit]  # type: ignore[union-attr]  # set by the edit's own node
+            self._refuse(layer, found, edits, f"is a {type(convolution).__name__}, which does more than convolve")
+        return found
 
-    def _edited(
-        self,
-        layer: str,
-        convolution: Convolution,
-        inputs: tuple[Any, ...] | None,
-        output: Tensor,
+    def edited(
+        self, layer: str, convolution: Convolution, inputs: tuple[Any, ...] | None, output: Tensor
     ) -> Tensor | None:
         """Return a convolution's output with an edited backward pass; None if no gradient flows through it."""
         # Read once: each access wraps torch's node anew.
@@ -165,14 +211,11 @@ class ForwardPass:
         self.log.recorded.add(layer)
         if output.dim() != len(convolution.kernel_size) + 2:
             raise InputError(f"The input of layer {layer!r} has no batch dimension. Add one with inputs.unsqueeze(0).")
-        self._expect_rows(output.shape[0])
-        observation = None
-        selector = cast(Selector, self.plan.edit.selector)
-        # Some selectors need only the gradient.
-        if type(selector).observe is not Selector.observe:
-            with torch.no_grad():
-                observation = selector.observe(output.detach())
-        edit = LayerEdit(self, layer, observation)
+        targets = self.plan.targets
+        if targets is not None:
+            check_target_count(targets, output.shape[0], "pass")
+        edit = LayerEdit(self, layer)
+        edit.observe(output.detach())
         geometry = None if inputs is None or len(inputs) != 1 else plain_geometry(convolution)
         # An earlier hook may have replaced the output.
         if inputs is None or geometry is None or not _is_convolution_of(node, inputs[0]):
@@ -182,30 +225,29 @@ class ForwardPass:
         else:
             # No gradient flows to the input.
             return None
-        self.attached.add(layer)
-        self.mark(layer, edited)
+        self._attached.add(layer)
+        self.calls.add(edited.grad_fn)
         return edited
 
-    def mark(self, layer: str, output: Any) -> None:
-        """Note which nodes of the graph stand for a call of a layer."""
-        if self in FORWARDS.get() and self.plan.route.paths is None:
-            self._marked.update({values.grad_fn: layer for values in tensors_in(output) if values.grad_fn is not None})
-
-    def _refuse(self, layer: str, output: Any, reason: str) -> None:
+    def _refuse(self, layer: str, output: Any, edits: Sequence["LayerEdit"], reason: str) -> None:
         """Raise `ModelError` in the backward pass if a layer that cannot be edited is one to edit."""
-        self.mark(layer, output)
+        error = f"Layer {layer!r} {reason}. Leave it out of `layers`."
+        for edit in edits:
+            edit.refusal = error
+        if edits:
+            return
 
         def hook(gradient: Tensor) -> None:
-            if layer in self.chosen(layer):
-                self.log.met_in.add(current_backward_pass())
-                raise ModelError(f"Layer {layer!r} {reason}. Leave it out of `layers`.")
+            self.log.met.add(layer)
+            self.log.met_in.add(current_backward_pass())
+            raise ModelError(error)
 
         for values in tensors_in(output):
             if values.requires_grad:
                 values.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def watch(self, output: object) -> None:
-        """Find the paths to the output, and note the gradient there: its classes, unless targets were given."""
+        """Note the gradient at the output, and its classes, unless targets were given."""
         selector, targets = self.plan.edit.selector, self.plan.targets
         everything = output
         if self.plan.pick_logits is not None:
@@ -217,11 +259,16 @@ class ForwardPass:
                 "None of the chosen convolutions was called in this forward pass, so nothing would be edited. Choose "
                 "layers that the model calls, and explain the model itself, not a compiled or functional copy."
             )
-        recorded = [values for values in tensors_in(everything) if values.grad_fn is not None] if self.edits else []
-        self._paths = self._traced([values.grad_fn for values in recorded])
-        self._used = deque(maxlen=_PASSES_AT_ONCE * max(1, len(recorded)))
-        for index, values in enumerate(recorded):
-            values.register_hook(partial(self._use, index))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if self.edits:
+            recorded = [values for values in tensors_in(everything) if values.grad_fn is not None]
+            route = self.plan.route
+            if route.outputs == 0 and route.named is None and self.decides_over_all and recorded:
+                self._warn_left_out([values.grad_fn for values in recorded])
+            route.outputs = max(route.outputs, len(recorded))
+            for values in recorded:
+                # Hooks on inputs that are passed on would outlive the block.
+                if not any(values is given for given in self.inputs):
+                    values.register_hook(self._start)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if not selector.needs_class:
             return
         if isinstance(output, Tensor):
@@ -237,76 +284,36 @@ class ForwardPass:
                 "`target=` to name the class."
             )
 
-    def _traced(self, outputs: list[Any]) -> Paths | None:
-        """Find the paths to the nodes of the outputs."""
-        route = self.plan.route
-        if route.paths is not None or not self._marked:
-            return route.paths
-        # An output that hides its tensors may depend on every convolution.
-        roots = outputs or list(self._marked)
-        starts = {values.grad_fn for values in self.sources if values.grad_fn is not None}
-        leaves = {id(values) for values in self.sources if values.grad_fn is None}
-
-        def is_source(node: Any) -> bool:
-            return node in starts or id(getattr(node, "variable", None)) in leaves
-
-        def is_leaf(node: Any) -> bool:
-            return not node.next_functions
-
-        # Without an input that requires a gradient, the gradients of weights flow through all layers.
-        paths, nodes = trace(roots, self._marked, is_source if self.sources else is_leaf)
-        if self.sources:
-            route.paths = paths
-            if isinstance(route.asked, Fraction):
-                self._warn_left_out(unmarked(nodes, self._marked))
-        return paths
-
-    def _warn_left_out(self, operations: Sequence[Any]) -> None:
-        """Name the operations on the paths whose gradient stays plain, although they convolve or attend."""
+    def _warn_left_out(self, outputs: Sequence[Any]) -> None:
+        """Name the operations before the outputs whose gradient stays plain, although they convolve or attend."""
+        _, nodes, calls = self.calls.trace(outputs)
         weights = {id(weight): name.rpartition(".")[0] or name for name, weight in self.plan.model.named_parameters()}
         found = []
-        for node in operations:
+        for node in unmarked(nodes, calls):
             used = [id(getattr(other, "variable", None)) for other, _ in node.next_functions]
             kind = "a convolution" if convolves(node) else "attention"
-            found.append(next((repr(weights[key]) for key in used if key in weights), kind))
-        # A hook may have replaced the output of a layer by that of another convolution.
-        found = [name for name in found if name.strip("'") not in self.plan.convolutions]
+            name = next((weights[key] for key in used if key in weights), None)
+            # A hook may have replaced the output of a layer by that of another convolution.
+            if name not in self.plan.convolutions:
+                found.append(kind if name is None else repr(name))
         if found:
             self.log.warn_once(
                 f"The gradient stays plain in {', '.join(dict.fromkeys(found))}: these parts between the input and the "
                 "output convolve or attend, but are not modules that can be edited."
             )
 
-    def _use(self, output: int, gradient: Tensor) -> None:
-        """Note that a gradient starts at an output."""
-        named = self.plan.route.asked
-        if isinstance(named, frozenset):
-            self.log.expected |= self.attached & named
+    def _start(self, gradient: Tensor) -> None:
+        """Note that a backward pass starts at the model's output."""
         self.log.started.add(current_backward_pass())
-        self.log.used.add(output)
-        self._used.append((current_backward_pass(), output))
-
-    def chosen(self, layer: str) -> frozenset[str]:
-        """Return the layers to edit in the running backward pass, which has reached this one."""
-        route = self.plan.route
-        if isinstance(route.asked, frozenset):
-            return route.asked
-        paths = self._paths or route.paths
-        if paths is None or layer not in paths.layers:
-            if route.asked == 1:
-                return frozenset((layer,))
-            raise LayerError(
-                f"Cannot tell how deep layer {layer!r} is: it ran outside of the model's own forward pass, as parts of "
-                "a model that are called alone do, and parts under checkpointing with use_reentrant=True. Pass "
-                "`layers='all'`, or name the layers."
+        named = self.plan.route.named
+        if named is not None:
+            self.log.expected |= self._attached & named
+        if not self.log.is_open and not self.calls.running():
+            warn(
+                "A backward pass after the block reaches none of the chosen layers, so its gradient is plain. Choose "
+                "layers between the input and the explained score.",
+                ModelWarning,
             )
-        now = current_backward_pass()
-        # Copied, since other threads append to it. A score taken inside of the model uses none of its outputs.
-        used = frozenset(output for number, output in list(self._used) if number == now)
-        fits = used and max(used) < len(paths.outputs)
-        found = route.chosen(paths, used if fits else None)
-        self.log.expected |= found
-        return found
 
     def read(self, gradient: Tensor) -> None:
         """Read the class of each row off the gradient at the logits."""
@@ -334,13 +341,45 @@ class ForwardPass:
 
 
 class LayerEdit:
-    """The edit of one convolution's gradient for one forward pass."""
+    """The edit of one convolution's gradient for one forward pass.
 
-    def __init__(self, forward: ForwardPass, layer: str, observation: Any) -> None:
-        """Store what the selector has observed."""
+    Attributes:
+        forward: the forward pass.
+        layer: name of the convolution.
+        refusal: why it cannot be edited; empty if it can.
+    """
+
+    def __init__(self, forward: ForwardPass, layer: str) -> None:
+        """Start without an observation."""
         self.forward = forward
-        self._layer = layer
-        self._observation = observation
+        self.layer = layer
+        self.refusal = ""
+        self._observation: Any = None
+        self._kept: tuple[Tensor, int | None] | None = None
+
+    def observe(self, output: Tensor) -> None:
+        """Let the selector observe the convolution's output, or keep it where earlier passes did not need that."""
+        selector, route = cast(Selector, self.settings.selector), self.forward.plan.route
+        # Some selectors need only the gradient.
+        if type(selector).observe is Selector.observe:
+            return
+        if self.layer in route.unwanted and route.outputs < 2:
+            self._kept = output, in_place_changes(output)
+            return
+        with torch.no_grad():
+            self._observation = selector.observe(output)
+
+    def _observe_kept(self) -> None:
+        if self._kept is None:
+            return
+        output, version = self._kept
+        self.forward.plan.route.unwanted -= {self.layer}
+        if in_place_changes(output) != version:
+            raise LayerError(
+                f"Layer {self.layer!r} was not chosen in earlier passes, whose graph was another, so its output was "
+                "not kept. Run the pass again."
+            )
+        self.observe(output)
 
     @property
     def settings(self) -> Edit:
@@ -355,12 +394,13 @@ class LayerEdit:
             the powers of two, shape (B,), or None if all are 1.
         """
         refuse_second_derivatives()
+        self._observe_kept()
         selector = cast(Selector, self.settings.selector)
         classes = None
         if selector.needs_class:
-            classes = self.forward.classes_of(gradient.shape[0], self._layer, gradient.device)
+            classes = self.forward.classes_of(gradient.shape[0], self.layer, gradient.device)
         signal = LayerSignal(
-            layer=self._layer, gradient=at_least_float32(gradient), observation=self._observation, classes=classes
+            layer=self.layer, gradient=at_least_float32(gradient), observation=self._observation, classes=classes
         )
         scaled, unit = in_ordinary_range(signal.gradient, signal.channel_norms)
         if unit is not None:
@@ -379,20 +419,29 @@ class LayerEdit:
             gamma=self.settings.gamma,
             conserve=cast(Conserve, self.settings.conserve),
         )
-        self.forward.log.edited.add(self._layer)
+        self.forward.log.edited.add(self.layer)
         self.forward.plan.route.edited = self.forward.log.edited
         return weighted, scales, unit
 
     def meet(self, gradient: Tensor) -> bool:
         """Note that a gradient has arrived; return whether it is to be edited."""
-        log = self.forward.log
+        log, route, now = self.forward.log, self.forward.plan.route, current_backward_pass()
+        log.touch(self.layer)
         if is_batched(gradient):
-            log.met_in.add(current_backward_pass())
+            log.met_in.add(now)
             raise SettingError("ParchGrad does not work with is_grads_batched=True. Run one backward pass at a time.")
-        if self._layer not in self.forward.chosen(self._layer):
+        if isinstance(route.asked, Fraction) and route.asked < 1 and self.forward.within >= 0:
+            log.met_in |= {now, self.forward.within}
+            raise LayerError(
+                f"Cannot tell how deep layer {self.layer!r} is: checkpointing with use_reentrant=True hides its place "
+                "in the graph. Use use_reentrant=False, pass `layers='all'`, or name the layers."
+            )
+        if self.layer not in self.forward.calls.chosen():
             return False
-        log.met.add(self._layer)
-        log.met_in |= {current_backward_pass(), self.forward.within}
+        log.met.add(self.layer)
+        log.met_in |= {now, self.forward.within}
+        if self.refusal:
+            raise ModelError(self.refusal)
         return True
 
 
@@ -480,6 +529,27 @@ def _may_go_back(output: object) -> bool:
     """Whether a backward pass may start from an output, which may be of any type."""
     tensors = tensors_in(output)
     return any(values.requires_grad for values in tensors) if tensors else torch.is_grad_enabled()
+
+
+INSIDE: ContextVar[tuple[_Inside, ...]] = ContextVar("parchgrad_inside", default=())
+"""Running convolutions of this thread or task that may do more than convolve, innermost last."""
+
+
+def enter_inside(forward: ForwardPass, layer: str, convolution: Convolution, weight: Tensor) -> None:
+    """Edit the convolution itself in a subclass that does more, until `leave_inside`."""
+    inside = _Inside(forward, layer, convolution, weight)
+    INSIDE.set((*INSIDE.get(), inside))
+    inside.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def leave_inside(log: Log, weight: Tensor | None = None) -> _Inside | None:
+    """Undo the last `enter_inside` of a block, if there is one, for this weight or any."""
+    running = INSIDE.get()
+    if not running or running[-1].forward.log is not log or (weight is not None and running[-1].weight is not weight):
+        return None
+    INSIDE.set(running[:-1])
+    running[-1].__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return running[-1]
 
 
 FORWARDS: ContextVar[tuple[ForwardPass, ...]] = ContextVar("parchgrad_forwards", default=())

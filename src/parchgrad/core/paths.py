@@ -1,6 +1,7 @@
-"""The convolutions between a model's input and its outputs, and those that a ratio chooses by their depth."""
+"""The convolutions between a model's input and a score, and those that a ratio chooses by their depth."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -12,53 +13,42 @@ __all__ = ["Paths", "convolves", "exact_ratio", "trace", "unmarked"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Paths:
-    """The calls of convolutions through which gradients flow from a model's outputs to its input.
+    """The calls of convolutions in a graph that depend on its input.
 
     Attributes:
         layers: layer of each call; a call comes after all calls before it on a path from the input.
         before: indices of the nearest calls before each call.
-        outputs: indices of the nearest calls before each output tensor.
 
     Example:
-        >>> skip = Paths(layers=("stem", "branch", "shortcut"), before=((), (0,), (0,)), outputs=((1, 2),))
-        >>> sorted(skip.chosen(Fraction("0.5"))), sorted(skip.chosen(Fraction(1)))
+        >>> paths = Paths(layers=("stem", "branch", "shortcut"), before=((), (0,), (0,)))
+        >>> sorted(paths.chosen(Fraction("0.5"))), sorted(paths.chosen(Fraction(1)))
         (['branch', 'shortcut'], ['branch', 'shortcut', 'stem'])
     """
 
     layers: tuple[str, ...]
     before: tuple[tuple[int, ...], ...]
-    outputs: tuple[tuple[int, ...], ...]
 
-    def chosen(self, ratio: Fraction, outputs: Collection[int] | None = None) -> frozenset[str]:
+    def chosen(self, ratio: Fraction, used: Collection[int] | None = None) -> frozenset[str]:
         """Choose the layers whose relative depth is at least `1 - ratio`, and the deepest in any case.
 
         The relative depth of a call is the number of calls before it on the longest path from the input, divided by
-        the number of calls on the longest path through it. A layer that is called several times is as deep as its
-        deepest call.
+        the number of calls on the longest path through it, from the input to the score. A layer that is called several
+        times is as deep as its deepest call.
 
         Args:
             ratio: in (0, 1]; 1 chooses all layers on the paths.
-            outputs: indices of the outputs that the explained score uses; None means all.
+            used: indices of the calls on a path to the score; None means all.
         """
-        used = self.outputs if outputs is None else [self.outputs[index] for index in outputs]
         depths: list[int] = []
         for calls in self.before:
             depths.append(1 + max((depths[call] for call in calls), default=-1))
-        # Number of calls after each one; None where no used output depends on it.
-        after: list[int | None] = [None] * len(depths)
-        for calls in used:
-            for call in calls:
-                after[call] = 0
-        for call in reversed(range(len(depths))):
-            count = after[call]
-            if count is not None:
-                for earlier in self.before[call]:
-                    after[earlier] = max(after[earlier] or 0, count + 1)
-        relative = {
-            call: Fraction(depth, depth + 1 + count)
-            for call, (depth, count) in enumerate(zip(depths, after, strict=True))
-            if count is not None
-        }
+        on_path = set(range(len(depths)) if used is None else used)
+        # Number of calls after each one, on the longest path to the score.
+        after = [0] * len(depths)
+        for call in sorted(on_path, reverse=True):
+            for earlier in self.before[call]:
+                after[earlier] = max(after[earlier], after[call] + 1)
+        relative = {call: Fraction(depths[call], depths[call] + 1 + after[call]) for call in on_path}
         least = min(1 - ratio, max(relative.values(), default=Fraction(1)))
         return frozenset(self.layers[call] for call, depth in relative.items() if depth >= least)
 
@@ -78,33 +68,35 @@ def exact_ratio(ratio: float) -> Fraction:
     return Fraction(repr(float(ratio)))
 
 
-def trace(roots: Iterable[Any], layers: Mapping[Any, str], is_source: Callable[[Any], bool]) -> tuple[Paths, list[Any]]:
-    """Follow the nodes of autograd's graph from outputs back to the input.
+def trace(
+    roots: Iterable[Any], layer_of: Callable[[Any], str | None], is_source: Callable[[Any], bool]
+) -> tuple[Paths, list[Any], dict[Any, int]]:
+    """Follow the nodes of autograd's graph back to the input.
 
     Args:
-        roots: node of each output.
-        layers: name of the layer of each node that stands for the call of a convolution.
+        roots: nodes to start from.
+        layer_of: returns the layer that a node is a call of, or None.
         is_source: whether a node belongs to the input.
 
     Returns:
-        The calls on the paths, and all nodes on them.
+        The calls that depend on the input, all nodes that do, and the index of each call by its node.
 
     Example:
         >>> import torch
         >>> x = torch.ones(2, requires_grad=True)
         >>> first = x.sin()
         >>> second = first.exp()
-        >>> paths, nodes = trace(
-        ...     [(first + second).grad_fn], {first.grad_fn: "sin", second.grad_fn: "exp"},
+        >>> paths, nodes, calls = trace(
+        ...     [(first + second).grad_fn], {first.grad_fn: "sin", second.grad_fn: "exp"}.get,
         ...     lambda node: getattr(node, "variable", None) is x)
-        >>> paths.layers, paths.before, paths.outputs, len(nodes)
-        (('sin', 'exp'), ((), (0,)), ((0, 1),), 4)
+        >>> paths.layers, paths.before, len(nodes), calls[second.grad_fn]
+        (('sin', 'exp'), ((), (0,)), 4, 1)
     """
     names: list[str] = []
     before: list[tuple[int, ...]] = []
+    calls: dict[Any, int] = {}
     # Nearest calls before each visited node; None where it does not depend on the input.
     nearest: dict[Any, frozenset[int] | None] = {}
-    roots = list(roots)
     stack = list(roots)
     while stack:
         node = stack[-1]
@@ -119,21 +111,19 @@ def trace(roots: Iterable[Any], layers: Mapping[Any, str], is_source: Callable[[
         if waiting:
             stack += waiting
             continue
-        found = [calls for calls in map(nearest.__getitem__, earlier) if calls is not None]
+        found = [indices for indices in map(nearest.__getitem__, earlier) if indices is not None]
+        layer = layer_of(node)
         if not found:
             nearest[node] = None
-        elif node in layers:
+        elif layer is not None:
+            calls[node] = len(names)
             nearest[node] = frozenset({len(names)})
-            names.append(layers[node])
+            names.append(layer)
             before.append(tuple(sorted(frozenset().union(*found))))
         else:
             nearest[node] = found[0] if len(found) == 1 else frozenset().union(*found)
-    paths = Paths(
-        layers=tuple(names),
-        before=tuple(before),
-        outputs=tuple(tuple(sorted(nearest[root] or ())) for root in roots),
-    )
-    return paths, [node for node, calls in nearest.items() if calls is not None]
+    on_paths = [node for node, indices in nearest.items() if indices is not None]
+    return Paths(layers=tuple(names), before=tuple(before)), on_paths, calls
 
 
 def unmarked(nodes: Collection[Any], layers: Collection[Any]) -> list[Any]:
@@ -161,16 +151,24 @@ def unmarked(nodes: Collection[Any], layers: Collection[Any]) -> list[Any]:
 
 def convolves(node: Any) -> bool:
     """Whether a node of the graph is a convolution of any kind."""
-    return "conv" in node.name().lower()
+    return (
+        re.search("convolution|conv_?(transpose|depthwise|tbc)|conv[123]d|deform_?conv", node.name(), re.I) is not None
+    )
 
 
 def _attends(node: Any) -> bool:
     """Whether a node multiplies values by attention weights."""
     if "ScaledDotProduct" in node.name():
         return True
-    if "Bmm" not in node.name():
-        return False
-    weights = node.next_functions[0][0]
-    while weights is not None and any(kind in weights.name() for kind in ("View", "Expand", "Dropout", "ToCopy")):
-        weights = weights.next_functions[0][0]
-    return weights is not None and "Softmax" in weights.name()
+    return "Bmm" in node.name() and any(_is_softmax(operand) for operand, _ in node.next_functions)
+
+
+def _is_softmax(node: Any) -> bool:
+    """Whether a node is a softmax, apart from changes of shape or type behind it."""
+    while node is not None and any(kind in node.name().lower() for kind in _RESHAPING):
+        node = node.next_functions[0][0]
+    return node is not None and "Softmax" in node.name()
+
+
+# Operations between a softmax and the product that keep its values; `einsum` permutes.
+_RESHAPING = ("view", "reshape", "expand", "permute", "transpose", "squeeze", "clone", "dropout", "tocopy", "tbackward")

@@ -1,6 +1,6 @@
 """What a block does in every pass, and the log of what happened in it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from parchgrad.core._torch import current_backward_pass
 from parchgrad.core.edit import Edit
 from parchgrad.core.layers import Convolution
 from parchgrad.core.paths import Paths
@@ -18,13 +19,12 @@ __all__ = ["Log", "Plan", "Route"]
 
 
 class Route:
-    """The layers that a plan edits: named ones, or those that a ratio chooses on the paths of a recorded pass.
-
-    The paths are those of the first pass whose input requires a gradient.
+    """The layers that a plan edits: named ones, or those that a ratio chooses on the graph of a backward pass.
 
     Attributes:
         asked: names of layers, or a ratio; see `Paths.chosen`.
-        paths: the calls of convolutions between input and outputs; None before the first pass.
+        unwanted: layers that passes have reached but never chosen.
+        outputs: largest number of outputs of a pass that gradients may start from.
         edited: names of the layers edited by the last block that edited any.
     """
 
@@ -33,34 +33,38 @@ class Route:
     ) -> None:
         """Store the choice, and the selector with the number of channels of every layer, to check that they fit."""
         self.asked = asked
-        self.paths: Paths | None = None
+        self.unwanted: frozenset[str] = frozenset()
+        self.outputs = 0
         self.edited: frozenset[str] | set[str] = frozenset()
         self._selector, self._channels = selector, channels
-        # Choices on `paths` by the outputs used.
-        self._found: dict[frozenset[int] | None, frozenset[str]] = {}
+        self._found: dict[tuple[str, ...], frozenset[str]] = {}
 
     @property
-    def possible(self) -> frozenset[str] | None:
-        """Layers that may be edited, as far as is known; None for all."""
-        if isinstance(self.asked, frozenset):
-            return self.asked
-        if self.paths is None:
-            return None
-        # With several outputs, the layers depend on those that the score uses.
-        return self.chosen(self.paths, None) if len(self.paths.outputs) == 1 else frozenset(self.paths.layers)
+    def named(self) -> frozenset[str] | None:
+        """The names asked for; None for a ratio."""
+        return self.asked if isinstance(self.asked, frozenset) else None
 
-    def chosen(self, paths: Paths, outputs: frozenset[int] | None) -> frozenset[str]:
-        """Layers to edit for a score that uses these outputs; None means all outputs."""
+    def chosen(
+        self, running: tuple[str, ...], find_paths: Callable[[], tuple[Paths, Collection[int]]]
+    ) -> frozenset[str]:
+        """Choose the layers of a backward pass.
+
+        Args:
+            running: layer of each call that the pass runs through, in the order of the forward pass. The same sequence
+                has the same graph, which is traced once.
+            find_paths: traces the graph; returns its calls, and the indices of those that run.
+        """
         if isinstance(self.asked, frozenset):
             return self.asked
-        if paths is self.paths and outputs in self._found:
-            return self._found[outputs]
-        found = paths.chosen(self.asked, outputs)
-        if self._selector is not None:
-            self._selector.check({name: count for name, count in self._channels.items() if name in found})
-        if paths is self.paths:
-            self._found[outputs] = found
-        return found
+        if running not in self._found:
+            paths, used = find_paths()
+            found = paths.chosen(self.asked, used)
+            if self._selector is not None:
+                self._selector.check({name: count for name, count in self._channels.items() if name in found})
+            wanted = frozenset().union(found, *self._found.values())
+            self.unwanted = (self.unwanted | frozenset(running)) - wanted
+            self._found[running] = found
+        return self._found[running]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -93,35 +97,42 @@ class Log:
     """What happened in a block.
 
     Attributes:
+        is_open: whether the block has not been left yet.
         was_called: whether the model or a part of it was called.
         was_passed: whether a pass of the model came to its end.
         reached: layers that were called.
         recorded: those whose calls were recorded for a backward pass, at least once.
         unrecorded: those with a call that was not.
-        expected: layers that a backward pass from the model's output should reach.
+        touched: convolutions that a backward pass reached, edited or not.
+        expected: named layers that a backward pass from the model's output should reach.
         met: layers to edit that a backward pass reached.
         edited: layers that were edited.
         started: ids of the backward passes that started at the model's output.
-        used: indices of the outputs that these started at.
-        arrived: ids of the backward passes that arrived at the model's input.
+        touched_in: ids of the backward passes that reached a convolution.
         met_in: ids of the backward passes that reached a layer to edit.
     """
 
     def __init__(self) -> None:
         """Start with nothing."""
+        self.is_open = True
         self.was_called = False
         self.was_passed = False
         self.reached: set[str] = set()
         self.recorded: set[str] = set()
         self.unrecorded: set[str] = set()
+        self.touched: set[str] = set()
         self.expected: set[str] = set()
         self.met: set[str] = set()
         self.edited: set[str] = set()
         self.started: set[int] = set()
-        self.used: set[int] = set()
-        self.arrived: set[int] = set()
+        self.touched_in: set[int] = set()
         self.met_in: set[int] = set()
         self._warned: set[str] = set()
+
+    def touch(self, layer: str, gradient: Tensor | None = None) -> None:
+        """Note that the running backward pass has reached a convolution."""
+        self.touched.add(layer)
+        self.touched_in.add(current_backward_pass())
 
     @property
     def without_gradient(self) -> set[str]:
@@ -132,12 +143,12 @@ class Log:
     @property
     def was_plain(self) -> bool:
         """Whether there were backward passes, of which none reached a layer to edit."""
-        return bool(self.started | self.arrived) and not self.met_in
+        return bool(self.started | self.touched_in) and not self.met_in
 
     @property
     def plain_passes(self) -> int:
-        """Number of backward passes to the model's input that reached no layer to edit."""
-        return len(self.arrived - self.met_in)
+        """Number of backward passes through convolutions that reached no layer to edit."""
+        return len(self.touched_in - self.met_in)
 
     @property
     def never_recorded(self) -> bool:

@@ -6,16 +6,17 @@ thread, or for a block that is not the innermost one around its convolution, doe
 
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from parchgrad.core._torch import current_backward_pass, has_plain_forward
+from parchgrad.core._torch import current_backward_pass, has_plain_forward, own_parameter
 from parchgrad.core.hooks import TransientHook, tensors_in
 from parchgrad.core.layers import Convolution
-from parchgrad.core.passes import FORWARDS, ForwardPass, refuse_transforms
+from parchgrad.core.passes import FORWARDS, Calls, ForwardPass, enter_inside, leave_inside, refuse_transforms
 from parchgrad.core.plan import Log, Plan
 from parchgrad.core.rules import BackwardRules, has_active_rules, has_replaced_rectifiers
 
@@ -31,23 +32,27 @@ class Session:
         self._output = output
         self.covered = {id(module) for module in plan.model.modules()}
         self._handles: list[RemovableHandle] = []
-        self.is_open = True
         self.log = Log()
+        self.calls = Calls(plan, self.log)
 
     def open(self) -> None:
         """Set the hooks."""
-        possible = self.plan.route.possible
+        named = self.plan.route.named
         try:
             self._handles.append(self._output.register_forward_pre_hook(TransientHook(self._begin), with_kwargs=True))
             for name, convolution in self.plan.convolutions.items():
-                if possible is None or name in possible or self.plan.route.paths is None:
-                    hook = TransientHook(self._attach, name)
-                    does_more = not has_plain_forward(convolution)
-                    if does_more:
-                        before = TransientHook(self._look_inside, name)
-                        self._handles.append(convolution.register_forward_pre_hook(before))
-                    handle = convolution.register_forward_hook(hook, prepend=True, always_call=does_more)
-                    self._handles.append(handle)
+                if named is not None and name not in named:
+                    hook = TransientHook(self._touch, name)
+                    self._handles.append(convolution.register_forward_hook(hook))
+                    continue
+                does_more = not has_plain_forward(convolution)
+                if does_more:
+                    before = TransientHook(self._look_inside, name)
+                    self._handles.append(convolution.register_forward_pre_hook(before))
+                hook = TransientHook(self._attach, name)
+                # Called after an exception too if there is something to undo.
+                handle = convolution.register_forward_hook(hook, prepend=True, always_call=does_more)
+                self._handles.append(handle)
             # Called after an exception too, so that a failed pass leaves no state behind.
             self._handles.append(self._output.register_forward_hook(TransientHook(self._end), always_call=True))
             SESSIONS.set((*open_sessions(), self))
@@ -55,16 +60,23 @@ class Session:
             self.close()
             raise
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the block has not been left yet."""
+        return self.log.is_open
+
     def close(self) -> None:
         """Remove the hooks."""
-        self.is_open = False
+        self.log.is_open = False
         for handle in self._handles:
             handle.remove()
         SESSIONS.set(open_sessions())
+        # After an interruption.
+        while leave_inside(self.log) is not None:
+            pass
         for forward in FORWARDS.get():
             if forward.log is self.log:
                 forward.leave_rules()
-                forward.forget_graph()
         FORWARDS.set(tuple(forward for forward in FORWARDS.get() if forward.log is not self.log))
 
     def _decides_over(self, module: nn.Module) -> bool:
@@ -81,22 +93,20 @@ class Session:
                 return forward
         return None
 
-    def _begin(self, model: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
+    def _begin(self, model: nn.Module, inputs: tuple[object, ...], keywords: Mapping[str, object]) -> None:
         if self not in SESSIONS.get():
             return
         self.log.was_called = True
-        forward = ForwardPass(self.plan, self.log)
+        forward = ForwardPass(self.calls)
         # RUF005: the compiler of torch 2.4 cannot trace an unpacked tuple.
         FORWARDS.set(FORWARDS.get() + (forward,))  # noqa: RUF005
         if not torch.is_grad_enabled():
             return
-        decides = self._decides_over(self.plan.model)
-        forward.edits = any(map(self._decides_over, self.plan.convolutions.values()))
-        if forward.edits:
-            forward.sources = [values for values in tensors_in((inputs, dict(named))) if values.requires_grad]
-            for values in forward.sources:
-                handle = values.register_hook(self._arrive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                self._handles.append(handle)
+        decides, named = self._decides_over(self.plan.model), self.plan.route.named
+        decided = [name for name, module in self.plan.convolutions.items() if self._decides_over(module)]
+        forward.edits = bool(decided) if named is None else not named.isdisjoint(decided)
+        forward.decides_over_all = len(decided) == len(self.plan.convolutions)
+        forward.inputs = tensors_in((inputs, dict(keywords)))
         gates, antialias = self._gates(), bool(self.plan.edit.antialias)
         # Even without rules of its own, an inner block overrides those of the enclosing block.
         if decides and (gates or antialias or has_active_rules()):
@@ -104,10 +114,6 @@ class Session:
                 refuse_transforms()
             forward.rules = BackwardRules(gates=gates, antialias=antialias)
             forward.rules.__enter__()
-
-    def _arrive(self, gradient: Tensor) -> None:
-        """Note that a backward pass has arrived at the model's input."""
-        self.log.arrived.add(current_backward_pass())
 
     def _gates(self) -> float:
         """Width of the gates in this pass."""
@@ -117,29 +123,33 @@ class Session:
             return 0.0
         return gates
 
+    def _touch(self, layer: str, convolution: Convolution, inputs: tuple[Any, ...], output: Any) -> None:
+        """Note where backward passes reach a convolution that is not edited."""
+        forward = self._forward()
+        if self in SESSIONS.get() and self._decides_over(convolution) and (forward is None or forward.edits):
+            for values in tensors_in(output):
+                if values.grad_fn is not None:
+                    values.register_hook(partial(self.log.touch, layer))  # type: ignore[no-untyped-call]  # as in torch
+
     def _look_inside(self, layer: str, convolution: Convolution, inputs: tuple[Any, ...]) -> None:
         """Edit the convolution itself where a subclass does more, such as a normalisation."""
-        forward = self._forward()
-        if self in SESSIONS.get() and forward is not None and self._decides_over(convolution):
-            forward.look_inside(layer, convolution)
+        weight = own_parameter(convolution, "weight")
+        if self in SESSIONS.get() and weight is not None and self._decides_over(convolution):
+            enter_inside(self._forward() or ForwardPass(self.calls), layer, convolution, weight)
 
     def _attach(self, layer: str, convolution: Convolution, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         """Replace a convolution's output by one whose backward pass is edited."""
         if self not in SESSIONS.get():
             return None
-        forward, possible = self._forward(), self.plan.route.possible
-        was_edited = forward is not None and forward.leave_inside(convolution)
+        weight = own_parameter(convolution, "weight")
+        inside = None if weight is None else leave_inside(self.log, weight)
         # After an exception the output is None.
         if output is None:
             return None
-        if possible is not None and layer not in possible:
-            # Only its place on the paths matters.
-            if forward is not None and self._decides_over(convolution):
-                forward.mark(layer, output)
-            return None
+        forward = self._forward()
         # A part of the model was called on its own, outside of the model's forward pass.
         if forward is None:
-            forward = ForwardPass(self.plan, self.log)
+            forward = ForwardPass(self.calls) if inside is None else inside.forward
             # Checkpointing with use_reentrant=False repeats calls, but its backward pass uses the first call's nodes.
             is_repeated = layer in self.log.recorded and current_backward_pass() >= 0
             has_rules = self.plan.edit.gates or self.plan.edit.antialias
@@ -153,7 +163,7 @@ class Session:
         if not self._decides_over(convolution):
             return None
         refuse_transforms()
-        return forward.attach(layer, convolution, inputs, output, was_edited=was_edited)
+        return forward.attach(layer, convolution, inputs, output, inside)
 
     def _end(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         forward = self._forward()
@@ -165,7 +175,7 @@ class Session:
         if output is not None:
             self.log.was_passed = True
             forward.watch(output)
-        forward.forget_graph()
+        forward.inputs = []
 
 
 SESSIONS: ContextVar[tuple[Session, ...]] = ContextVar("parchgrad_sessions", default=())
