@@ -82,7 +82,7 @@ soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one
 study: $(VENV)/.dev  ## vary every setting on four networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
 
-survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; ten minutes on one core
+survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; 20 minutes on one core
 	$(BIN)/python tools/survey_models.py
 
 mutants: $(VENV)/.mutants  ## change the maths in every small way and see a test fail; 15 minutes

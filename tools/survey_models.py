@@ -3,7 +3,7 @@
     python tools/survey_models.py [--only NAME ...] [--out PATH]
 
 A family is a module of a library that registers classifiers. The smallest network of each family is built offline with
-random weights, and its maps are checked; see `check_maps`. This takes ten minutes on one core.
+random weights, and its maps are checked; see `check_maps`. This takes twenty minutes on one core.
 """
 
 import argparse
@@ -273,8 +273,8 @@ _INTRODUCTION = """\
 
 `make survey` generates this page. It finds every module in torchvision and timm that registers classifiers, builds
 the smallest network of each with random weights, and explains two noise images by the gradient with
-`GradientEnergy(quantile=0.1, softness=0)`: once with the upper half of the convolutions, once with all. A family
-*works* if
+`GradientEnergy(quantile=0.1, softness=0)`: once with `layers=0.5`, the upper half of the path from the input to the
+logits ([which layers](method.md#which-layers)), and once with `layers="all"`. A family *works* if
 
 - the maps are finite, not zero, and differ from the plain gradient;
 - in double precision, they equal those of a second, slower implementation, which applies [the method's
@@ -282,22 +282,27 @@ the smallest network of each with random weights, and explains two noise images 
 - with all channels kept, they equal the plain gradient;
 - the maps of a batch equal those of its single images;
 - scaling the gradient at the output by 2 to the power of -40 scales the maps by the same factor;
-- the weights are unchanged, and no hook is left on the network.
+- the weights are unchanged, and no hook is left on the network;
+- the default settings also give maps that are finite, not zero, differ from the plain gradient and do not depend on
+  the batch, and leave the logits unchanged.
 
 Scales, branches and classifiers that start at a constant get some noise first, since a network whose branches start
 at zero has a zero gradient. The images have 64 pixels a side, or as many as the network needs.
 
 A family is *refused*, with the error message below, if it has no convolutions whose channels could be partitioned.
 The plain method still explains it (`selector=None`). A family that *works* may still be half a transformer: ParchGrad
-only edits its convolutions, and some networks have few. Networks named `hf-hub:OWNER/NAME`, from the Hugging Face Hub,
-are of timm's families.
+edits the convolutions of a hybrid such as MaxViT, but not its attention, and some hybrids have few convolutions.
+Networks from the Hugging Face Hub (`hf-hub:OWNER/NAME`) belong to timm's families.
 
-The tables list parameters in millions, pixels a side, the number of convolutions, of those on the path from the input
-to the logits, and of those that the default settings edit, and notes:
+The tables list the parameters in millions, the side of the images in pixels, and the number of convolutions: all of
+them, those on the path from the input to the logits, and those that the default settings edit. Convolutions off the
+path belong to auxiliary heads (GoogLeNet, Inception) or encode positions (EdgeNeXt, XCiT). The notes:
 
-- *plain*: attention, or modules that convolve by a function, whose gradient stays plain; a warning names them.
+- *plain*: operations on the path that attend or convolve, but are not convolution modules. Their gradient is not
+  edited, and a warning names them. In TResNet they are fixed blurs. Attention without a softmax, as in
+  `efficientvit_mit`, is not recognised.
 - *n ties*: convolutions left out of the comparison, since two channels differ only by rounding. An attention that
-  weights two branches by a softmax sends opposite gradients to them.
+  weights two branches by a softmax sends opposite gradients to them. The second number is that for `layers="all"`.
 - *single differs*: plain autograd, without ParchGrad, gives a single image another gradient than in a batch: on the
   CPU, the backward pass of torch's `BatchNorm2d` misreads the transposed gradient of a single row. Explain at least
   two images at a time with such networks, or the same image twice.
