@@ -49,7 +49,7 @@ class ParchGrad:
     convolution applies, with its own layers. First derivatives only: `create_graph=True` raises an error.
 
     Checkpointing needs `use_reentrant=False`. With `use_reentrant=True` a checkpointed part is edited only if the
-    backward pass is in the block too, and never gets soft gates.
+    backward pass is in the block too, never gets soft gates, and needs layers by name or "all".
 
     For a loss such as cross-entropy, whose largest positive gradient is at a competing class, pass `target`.
 
@@ -153,7 +153,7 @@ class ParchGrad:
 
     @property
     def edited_layers(self) -> tuple[str, ...]:
-        """Names of the layers that the last block edited, in module order; empty before the first edit."""
+        """Names of the layers that the last block, of any thread, edited; in module order, empty before the first."""
         return tuple(name for name in self._plan.convolutions if name in self._plan.route.edited)
 
     @property
