@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import parchgrad as pg
 from parchgrad.cli import main
+from parchgrad.core import passes, rules, session
 from parchgrad.data.samples import Sample
 from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.runs import evaluate
@@ -91,6 +92,33 @@ def all_selectors():
     ]
 
 
+def input_gradient(model, x, target=0):
+    """Compute the gradient of a class's logits, summed over the rows, at the input."""
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(model(x)[:, target].sum(), x)[0]
+
+
+def strided_network(dtype=torch.float64):
+    """Strided convolutions and pooling, groups, and rectifiers of three kinds in place; for pictures of 17 x 15."""
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, stride=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(inplace=True),
+        nn.Conv2d(8, 8, (3, 2), stride=(1, 2), groups=2),
+        nn.LeakyReLU(0.1, inplace=True),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+    # So that some of ReLU6 is beyond its upper kink.
+    nn.init.uniform_(model[4].weight, 4, 8)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
 class Raises(nn.Module):
     """Fails in the forward pass."""
 
@@ -103,6 +131,16 @@ def hooks(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     kinds += ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def nothing_is_left(model):
+    """Whether a model has no hooks, and neither rules nor blocks nor passes are active."""
+    return (
+        hooks(model) == 0
+        and torch.overrides._get_current_function_mode_stack() == []
+        and not rules.has_active_rules()
+        and session.SESSIONS.get() == passes.FORWARDS.get() == ()
+    )
 
 
 # Collections
