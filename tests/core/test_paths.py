@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 
+import captum.attr
 import numpy as np
 import pytest
 import torch
@@ -104,7 +105,6 @@ def assert_edited(model, layers, names, x, score, logits=None):
     explainer = pg.Explainer(model, selector, layers=layers, logits=logits, **TRUE)
     assert explainer.layers == layers
     assert explainer.edited_layers == ()
-    # The second pass attaches only to the layers that the first has chosen.
     for _ in range(2):
         found = explainer.attribute(x, score if logits is None else 1)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
@@ -501,7 +501,7 @@ def test_a_subclass_whose_convolution_is_out_of_reach_is_refused_by_name_where_i
     )
     model = nn.Sequential(fused, nn.Conv2d(5, 5, 3), nn.Flatten(), nn.Linear(20, 4)).eval()
     x = X.float()
-    with pytest.raises(ModelError, match=r"Layer '0' is a ConvBnReLU2d, which does more than convolve"):
+    with pytest.raises(ModelError, match=r"Layer '0' is of type ConvBnReLU2d, which does more than convolve"):
         pg.Explainer(model, layers="all").attribute(x, 1)
     with pytest.raises(ModelError, match=r"Layer '0'"):
         pg.Explainer(model, layers="0").attribute(x, 1)
@@ -687,25 +687,139 @@ class EarlyExit(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("selector", [pg.Evidence(), pg.GradientEnergy(quantile=0.3)], ids=["evidence", "energy"])
-def test_every_pass_has_the_layers_of_its_own_graph(selector):
+def test_every_pass_has_the_layers_of_its_own_graph():
     model = double(EarlyExit())
     names = {math.inf: ("first.2",), -math.inf: ("second.0", "second.2")}
-    explainer = pg.Explainer(model, selector, layers=0.5)
+    explainer = pg.Explainer(model, layers=0.5)
     for threshold in (math.inf, -math.inf, math.inf, -math.inf):
         model.threshold = threshold
         found = explainer.attribute(X, 1)
         assert explainer.edited_layers == names[threshold]
-        torch.testing.assert_close(found, pg.Explainer(model, selector, layers=0.5).attribute(X, 1))
-    # What an in-place operation has overwritten is kept from the next pass on.
-    explainer = pg.Explainer(model, selector, layers=0.5)
-    explainer.attribute(X, 1)
-    model.threshold = math.inf
-    if isinstance(selector, pg.Evidence):
-        with pytest.raises(LayerError, match="again"):
-            explainer.attribute(X, 1)
-    explainer.attribute(X, 1)
-    assert explainer.edited_layers == ("first.2",)
+        assert torch.equal(found, pg.Explainer(model, layers=0.5).attribute(X, 1))
+
+
+class Wired(nn.Module):
+    """The same calls, one behind the other or side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.c = nn.Conv2d(2, 5, 3), *(nn.Conv2d(5, 5, 1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.cascade:
+            return self.c(self.b(self.a(x))).square().mean((2, 3))
+        return (self.a(x) + self.b(x) + self.c(x)).square().mean((2, 3))
+
+
+def test_the_same_calls_in_another_graph():
+    model, x = double(Wired()), X.clone().requires_grad_()
+    block = pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers=0.5, **TRUE)
+    for cascade, names in ((True, ("b", "c")), (False, ("a", "b", "c")), (True, ("b", "c"))):
+        model.cascade = cascade
+        with block:
+            torch.autograd.grad(model(x)[:, 1].sum(), x)
+        assert block.edited_layers == names
+    model = double(nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(3))))
+    block = pg.ParchGrad(model, pg.GradientEnergy(quantile=0.6), layers=0.5, **TRUE)
+    for score, names in (
+        (lambda x: model(x) + model(2 * x), ("2",)),
+        (lambda x: model(model(x)), ("0", "1", "2")),
+        (lambda x: model(x) + model(2 * x), ("2",)),
+    ):
+        with block:
+            torch.autograd.grad(score(x)[:, 1].sum(), x)
+        assert block.edited_layers == names
+
+
+def test_only_convolutions_that_the_gradient_passes_through_count():
+    class Merged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.merge = chain(1, 1), chain(1, 6), chain(5, 2)
+
+        def forward(self, x, y):
+            return self.merge(self.left(x) + self.right(y)).mean((2, 3))
+
+    model = double(Merged())
+    x, y = X[:, :1].clone().requires_grad_(), X[:, 1:].clone()
+    for needs_gradient in (False, True):
+        block = pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers=0.5, **TRUE)
+        with block:
+            torch.autograd.grad(model(x, y.requires_grad_(needs_gradient))[:, 1].sum(), x)
+        assert block.edited_layers == ("merge.2",)
+
+
+def test_the_depth_at_a_hidden_layer_does_not_depend_on_the_input():
+    model = nn.Sequential(chain(2, 4), nn.Flatten(), nn.Linear(180, 4)).double().eval()
+    for needs_gradient in (False, True):
+        block = pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers=0.75, **TRUE)
+        with block:
+            captum.attr.LayerGradCam(model, model[0][1]).attribute(X.clone().requires_grad_(needs_gradient), target=1)
+        assert block.edited_layers == ("0.4", "0.6")
+    with pytest.raises(LayerError, match="no convolution"), block:
+        captum.attr.LayerGradCam(model, model[0][6]).attribute(X, target=1)
+
+
+def test_models_before_a_block_and_blocks_of_several_models():
+    first, second = double(nn.Sequential(*chain(2, 3), nn.Conv2d(5, 2, 1))), double(chain(2, 4))
+    block, x = pg.ParchGrad(second, layers=0.5, **TRUE), X.clone().requires_grad_()
+    with block:
+        torch.autograd.grad(second(first(x))[:, 1].sum(), x)
+    assert block.edited_layers == ("4", "6")
+    with pg.ParchGrad(first, layers=0.5, **TRUE), block:
+        torch.autograd.grad(second(first(x))[:, 1].sum(), x)
+    assert block.edited_layers == ("4", "6")
+
+
+def test_neurons_after_the_whole_model():
+    model = nn.Sequential(chain(2, 4), nn.Flatten(), nn.Linear(180, 4)).double().eval()
+    x = X.clone().requires_grad_()
+    with pg.ParchGrad(model, layers=0.5, **TRUE) as block:
+        captum.attr.Saliency(model).attribute(x, target=1)
+        captum.attr.NeuronGradient(model, model[0][3]).attribute(x, (0, 1, 1))
+    assert block.edited_layers == ("0.2", "0.4", "0.6")
+
+
+def test_a_refused_layer_leaves_no_hook_on_inputs_and_may_be_left_out():
+    class Pair(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.rest = Pair(2, 5, 3, padding=1), chain(5, 3)
+
+        def forward(self, x):
+            return self.rest(self.pair(x)[0]).mean((2, 3))
+
+    model, x = double(Model()), X.clone().requires_grad_()
+    given = x * 1
+    with (
+        pytest.raises(ModelError, match=r"'pair' returns a tuple.*without it"),
+        pg.ParchGrad(model, layers="all", **TRUE),
+    ):
+        torch.autograd.grad(model(given)[:, 1].sum(), x)
+    assert not given._backward_hooks
+    with pg.ParchGrad(model, layers=0.25, **TRUE) as block:
+        torch.autograd.grad(model(x)[:, 1].sum(), x)
+    assert block.edited_layers == ("rest.4",)
+
+
+def test_fixed_filters_and_collections_are_passed_over_in_silence():
+    class Blurred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+            self.register_buffer("kernel", torch.full((4, 1, 2, 2), 0.25))
+
+        def forward(self, x):
+            return self.last(functional.conv2d(self.first(x), self.kernel, groups=4).mean((2, 3)))
+
+    pg.Explainer(double(Blurred()), layers="all").attribute(X, 1)
+    model = double(Functional())
+    assert list(pg.collect_statistics(model, [(row, 0) for row in X])) == ["layer"]
 
 
 class Lists(nn.Module):
@@ -861,7 +975,7 @@ def test_whole_numbers_have_no_paths():
 
     model = Scaling().eval()
     images = [(torch.randint(0, 255, (3, 6, 6), dtype=torch.uint8), index % 3) for index in range(12)]
-    with pytest.raises(InputError, match="floating point"):
+    with pytest.raises(InputError, match="whole numbers"):
         pg.collect_statistics(model, images, layers=0.5)
     assert len(pg.collect_statistics(model, images)) == 4
 

@@ -42,7 +42,7 @@ class ParchGrad:
 
     The edit changes the gradient passed on to a convolution's input, not the gradient at its output. With infinite
     `gamma` only the kept channels are propagated where that is faster. Weight gradients are meaningless in the block;
-    for most chosen convolutions they stay None.
+    for most convolutions they stay None.
 
     The model is not modified, and no hook remains after the block. One object may be entered several times and from
     several threads; blocks of other threads are not affected. When blocks are nested, the innermost one that covers a
@@ -217,21 +217,33 @@ class ParchGrad:
 
     def _find_layers(self, inputs: Any) -> frozenset[str]:
         """Choose the layers for all outputs of one pass."""
-        route, model = self._plan.route, self._plan.model
-        with torch.inference_mode(False), torch.enable_grad(), self:
+        model = self._plan.model
+        session = Session(self._plan, model)
+        session.log.is_silent = True
+        with torch.inference_mode(False), torch.enable_grad():
             given = map_tensors(_as_leaf, inputs)
-            if isinstance(given, Mapping):
-                output = model(**given)
+            session.open()
+            try:
+                if isinstance(given, Mapping):
+                    output = model(**given)
+                else:
+                    output = model(*given) if isinstance(given, tuple) else model(given)
+                ends = tensors_in(output)
+                paths, _, _ = session.calls.trace(end.grad_fn for end in ends if end.grad_fn is not None)
+            finally:
+                session.close()
+        if not (ends and tensors_in(given) and paths.layers):
+            if not ends:
+                reason = f"the output is a {type(output).__name__} without tensors"
+            elif not tensors_in(given):
+                reason = "whole numbers have no gradient"
             else:
-                output = model(*given) if isinstance(given, tuple) else model(given)
-            nodes = [values.grad_fn for values in tensors_in(output) if values.grad_fn is not None]
-            paths, _, _ = self._sessions[-1].calls.trace(nodes)
-        if not (tensors_in(given) and paths.layers):
+                reason = "no gradient flows from the output through convolutions to the inputs"
             raise InputError(
-                f"`layers` is {self.edit.layers!r}, but no gradient flows through convolutions to `inputs` that could "
-                "show their depth. Pass inputs in floating point, or name the layers."
+                f"`layers` is {self.edit.layers!r}, but {reason}, so the depth of convolutions is unknown. Name the "
+                "layers."
             )
-        return route.chosen((), lambda: (paths, range(len(paths.layers))))
+        return self._plan.route.chosen(paths)
 
     def _judge(self, log: Log) -> None:
         """Raise `LayerError` or warn if nothing, or only a part of the layers, was edited."""
@@ -251,6 +263,11 @@ class ParchGrad:
                 "Nothing was edited: no pass in this block recorded gradients. Use a method that needs gradients; "
                 "those without, such as Occlusion, give the same result as outside of the block.",
                 ModelWarning,
+            )
+        elif log.was_plain and not named and not log.touched:
+            raise LayerError(
+                "The gradient passed through no convolution, so nothing was edited. Explain with respect to the input "
+                "or an earlier layer, or leave out the block."
             )
         elif log.was_plain:
             raise LayerError(

@@ -3,11 +3,10 @@
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -125,30 +124,37 @@ class Calls:
         found = next((layers for number, layers in reversed(list(self._chosen)) if number == now), None)
         if found is None:
             nodes = self.running()
-            found = route.chosen(tuple(node.edit.layer for node in nodes), partial(self._find_paths, nodes))
+            paths, _, calls = self.trace(nodes, set(nodes))
+            found = route.chosen(paths, {calls[node] for node in nodes if node in calls})
             self._chosen.append((now, found))
         return found
 
-    def _find_paths(self, nodes: Sequence[Any]) -> tuple[Paths, set[int]]:
-        paths, _, calls = self.trace(nodes)
-        return paths, {calls[node] for node in nodes if node in calls}
+    def trace(
+        self, roots: Iterable[Any], own: Collection[Any] | None = None, stops: Collection[Any] = ()
+    ) -> tuple[Paths, list[Any], dict[Any, int]]:
+        """Follow the graph back to its leaves, other than the model's weights if there are others.
 
-    def trace(self, roots: Sequence[Any]) -> tuple[Paths, list[Any], dict[Any, int]]:
-        """Follow the graph back to its leaves, other than the model's weights if there are others."""
+        Args:
+            roots: nodes to start from.
+            own: nodes that count as calls; None means all of this block.
+            stops: further nodes that belong to the input.
+        """
         weights = {id(weight) for weight in self.plan.model.parameters()}
+        roots = list(roots)
+
+        def layer_of(node: Any) -> str | None:
+            edit = getattr(node, "edit", None)
+            if isinstance(edit, LayerEdit) and edit.forward.calls is self and (own is None or node in own):
+                return edit.layer
+            return None
 
         def is_input(node: Any) -> bool:
             variable = getattr(node, "variable", None)
-            return variable is not None and id(variable) not in weights
+            return node in stops or (variable is not None and id(variable) not in weights)
 
-        found = trace(roots, _layer_of, is_input)
+        found = trace(roots, layer_of, is_input)
         # Without an input that requires a gradient, those of the weights flow through all layers.
-        return found if found[1] else trace(roots, _layer_of, lambda node: not node.next_functions)
-
-
-def _layer_of(node: Any) -> str | None:
-    edit = getattr(node, "edit", None)
-    return edit.layer if isinstance(edit, LayerEdit) else None
+        return found if found[1] else trace(roots, layer_of, lambda node: not node.next_functions)
 
 
 # Limit of concurrent backward passes from one forward pass, each in its own thread.
@@ -169,8 +175,9 @@ class ForwardPass:
         self.rules: BackwardRules | None = None
         # Whether this block edits some of the layers, and decides over all convolutions.
         self.edits = self.decides_over_all = True
-        # Inputs of the model, while it runs.
+        # Inputs of the model and their nodes, while it runs.
         self.inputs: list[Tensor] = []
+        self.starts: list[Any] = []
         self._attached: set[str] = set()
         # Classes by id of the backward pass, see `Calls`.
         self._read: deque[tuple[int, Tensor]] = deque(maxlen=_PASSES_AT_ONCE)
@@ -187,7 +194,7 @@ class ForwardPass:
         """Return a layer's output with an edited backward pass; None if nothing is to be replaced."""
         edits = [] if inside is None else inside.edits
         if not isinstance(output, Tensor):
-            self._refuse(layer, output, edits, f"returns a {type(output).__name__} instead of a tensor")
+            self._refuse(layer, output, inputs, edits, f"returns a {type(output).__name__} instead of a tensor")
             return None
         # A convolution may delegate to another one inside it; edit the operation only once.
         earlier = getattr(output.grad_fn, "edit", None)
@@ -196,7 +203,8 @@ class ForwardPass:
         found = self.edited(layer, convolution, inputs, output)
         if found is not None and not has_plain_forward(convolution) and not _only_convolves(output.grad_fn):
             edits = [found.grad_fn.edit]  # type: ignore[union-attr]  # set by the edit's own node
-            self._refuse(layer, found, edits, f"is a {type(convolution).__name__}, which does more than convolve")
+            name = type(convolution).__name__
+            self._refuse(layer, found, inputs, edits, f"is of type {name}, which does more than convolve")
         return found
 
     def edited(
@@ -229,9 +237,14 @@ class ForwardPass:
         self.calls.add(edited.grad_fn)
         return edited
 
-    def _refuse(self, layer: str, output: Any, edits: Sequence["LayerEdit"], reason: str) -> None:
-        """Raise `ModelError` in the backward pass if a layer that cannot be edited is one to edit."""
-        error = f"Layer {layer!r} {reason}. Leave it out of `layers`."
+    def _refuse(
+        self, layer: str, output: Any, inputs: Sequence[Any], edits: Sequence["LayerEdit"], reason: str
+    ) -> None:
+        """Raise `ModelError` in the backward pass if a layer that cannot be edited is one to edit.
+
+        Without an edit inside of it, its depth is unknown, so any gradient raises the error.
+        """
+        error = f"Layer {layer!r} {reason}. Name the layers to edit without it."
         for edit in edits:
             edit.refusal = error
         if edits:
@@ -243,7 +256,7 @@ class ForwardPass:
             raise ModelError(error)
 
         for values in tensors_in(output):
-            if values.requires_grad:
+            if values.requires_grad and not any(values is given for given in inputs):
                 values.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def watch(self, output: object) -> None:
@@ -260,11 +273,14 @@ class ForwardPass:
                 "layers that the model calls, and explain the model itself, not a compiled or functional copy."
             )
         if self.edits:
-            recorded = [values for values in tensors_in(everything) if values.grad_fn is not None]
+            # Some outputs hide their tensors, but not from the function that extracts the logits.
+            recorded = {
+                id(each): each for each in tensors_in((everything, output)) if each.grad_fn is not None
+            }.values()
             route = self.plan.route
-            if route.outputs == 0 and route.named is None and self.decides_over_all and recorded:
+            if route.named is None and self.decides_over_all and recorded and not route.was_inspected:
+                route.was_inspected = True
                 self._warn_left_out([values.grad_fn for values in recorded])
-            route.outputs = max(route.outputs, len(recorded))
             for values in recorded:
                 # Hooks on inputs that are passed on would outlive the block.
                 if not any(values is given for given in self.inputs):
@@ -286,16 +302,19 @@ class ForwardPass:
 
     def _warn_left_out(self, outputs: Sequence[Any]) -> None:
         """Name the operations before the outputs whose gradient stays plain, although they convolve or attend."""
-        _, nodes, calls = self.calls.trace(outputs)
-        weights = {id(weight): name.rpartition(".")[0] or name for name, weight in self.plan.model.named_parameters()}
+        _, nodes, calls = self.calls.trace(outputs, stops=self.starts)
+        weights = {id(weight): name for name, weight in self.plan.model.named_parameters()}
+        own = {f"{layer}.weight" for layer in self.plan.convolutions}
         found = []
-        for node in unmarked(nodes, calls):
+        for node in unmarked([node for node in nodes if node not in self.starts], calls):
             used = [id(getattr(other, "variable", None)) for other, _ in node.next_functions]
-            kind = "a convolution" if convolves(node) else "attention"
             name = next((weights[key] for key in used if key in weights), None)
+            # A fixed filter of each channel, such as a blur, has no channels to choose from.
+            is_filter = name is None and getattr(node, "_saved_groups", 1) > 1
             # A hook may have replaced the output of a layer by that of another convolution.
-            if name not in self.plan.convolutions:
-                found.append(kind if name is None else repr(name))
+            if name not in own and not is_filter:
+                kind = "a convolution" if convolves(node) else "attention"
+                found.append(kind if name is None else repr(name.removesuffix(".weight")))
         if found:
             self.log.warn_once(
                 f"The gradient stays plain in {', '.join(dict.fromkeys(found))}: these parts between the input and the "
@@ -347,39 +366,23 @@ class LayerEdit:
         forward: the forward pass.
         layer: name of the convolution.
         refusal: why it cannot be edited; empty if it can.
+        observation: what the selector has observed.
     """
 
     def __init__(self, forward: ForwardPass, layer: str) -> None:
-        """Start without an observation."""
+        """Start without a refusal and an observation."""
         self.forward = forward
         self.layer = layer
         self.refusal = ""
-        self._observation: Any = None
-        self._kept: tuple[Tensor, int | None] | None = None
+        self.observation: Any = None
 
     def observe(self, output: Tensor) -> None:
-        """Let the selector observe the convolution's output, or keep it where earlier passes did not need that."""
-        selector, route = cast(Selector, self.settings.selector), self.forward.plan.route
+        """Let the selector observe the convolution's output."""
+        selector = cast(Selector, self.settings.selector)
         # Some selectors need only the gradient.
-        if type(selector).observe is Selector.observe:
-            return
-        if self.layer in route.unwanted and route.outputs < 2:
-            self._kept = output, in_place_changes(output)
-            return
-        with torch.no_grad():
-            self._observation = selector.observe(output)
-
-    def _observe_kept(self) -> None:
-        if self._kept is None:
-            return
-        output, version = self._kept
-        self.forward.plan.route.unwanted -= {self.layer}
-        if in_place_changes(output) != version:
-            raise LayerError(
-                f"Layer {self.layer!r} was not chosen in earlier passes, whose graph was another, so its output was "
-                "not kept. Run the pass again."
-            )
-        self.observe(output)
+        if type(selector).observe is not Selector.observe:
+            with torch.no_grad():
+                self.observation = selector.observe(output)
 
     @property
     def settings(self) -> Edit:
@@ -394,13 +397,12 @@ class LayerEdit:
             the powers of two, shape (B,), or None if all are 1.
         """
         refuse_second_derivatives()
-        self._observe_kept()
         selector = cast(Selector, self.settings.selector)
         classes = None
         if selector.needs_class:
             classes = self.forward.classes_of(gradient.shape[0], self.layer, gradient.device)
         signal = LayerSignal(
-            layer=self.layer, gradient=at_least_float32(gradient), observation=self._observation, classes=classes
+            layer=self.layer, gradient=at_least_float32(gradient), observation=self.observation, classes=classes
         )
         scaled, unit = in_ordinary_range(signal.gradient, signal.channel_norms)
         if unit is not None:
@@ -431,7 +433,7 @@ class LayerEdit:
             log.met_in.add(now)
             raise SettingError("ParchGrad does not work with is_grads_batched=True. Run one backward pass at a time.")
         if isinstance(route.asked, Fraction) and route.asked < 1 and self.forward.within >= 0:
-            log.met_in |= {now, self.forward.within}
+            log.met_in |= {now, self.forward.within} - {-1}
             raise LayerError(
                 f"Cannot tell how deep layer {self.layer!r} is: checkpointing with use_reentrant=True hides its place "
                 "in the graph. Use use_reentrant=False, pass `layers='all'`, or name the layers."
@@ -439,7 +441,7 @@ class LayerEdit:
         if self.layer not in self.forward.calls.chosen():
             return False
         log.met.add(self.layer)
-        log.met_in |= {now, self.forward.within}
+        log.met_in |= {now, self.forward.within} - {-1}
         if self.refusal:
             raise ModelError(self.refusal)
         return True

@@ -1,6 +1,6 @@
 """What a block does in every pass, and the log of what happened in it."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -23,8 +23,7 @@ class Route:
 
     Attributes:
         asked: names of layers, or a ratio; see `Paths.chosen`.
-        unwanted: layers that passes have reached but never chosen.
-        outputs: largest number of outputs of a pass that gradients may start from.
+        was_inspected: whether parts that cannot be edited have been named.
         edited: names of the layers edited by the last block that edited any.
     """
 
@@ -33,38 +32,27 @@ class Route:
     ) -> None:
         """Store the choice, and the selector with the number of channels of every layer, to check that they fit."""
         self.asked = asked
-        self.unwanted: frozenset[str] = frozenset()
-        self.outputs = 0
-        self.edited: frozenset[str] | set[str] = frozenset()
+        self.was_inspected = False
+        self.edited: Set[str] = frozenset()
         self._selector, self._channels = selector, channels
-        self._found: dict[tuple[str, ...], frozenset[str]] = {}
 
     @property
     def named(self) -> frozenset[str] | None:
         """The names asked for; None for a ratio."""
         return self.asked if isinstance(self.asked, frozenset) else None
 
-    def chosen(
-        self, running: tuple[str, ...], find_paths: Callable[[], tuple[Paths, Collection[int]]]
-    ) -> frozenset[str]:
-        """Choose the layers of a backward pass.
+    def chosen(self, paths: Paths, used: Collection[int] | None = None) -> frozenset[str]:
+        """Choose the layers by the paths of a pass; see `Paths.chosen`.
 
-        Args:
-            running: layer of each call that the pass runs through, in the order of the forward pass. The same sequence
-                has the same graph, which is traced once.
-            find_paths: traces the graph; returns its calls, and the indices of those that run.
+        Raises:
+            StatisticsError: if the selector has statistics of only some of them.
         """
         if isinstance(self.asked, frozenset):
             return self.asked
-        if running not in self._found:
-            paths, used = find_paths()
-            found = paths.chosen(self.asked, used)
-            if self._selector is not None:
-                self._selector.check({name: count for name, count in self._channels.items() if name in found})
-            wanted = frozenset().union(found, *self._found.values())
-            self.unwanted = (self.unwanted | frozenset(running)) - wanted
-            self._found[running] = found
-        return self._found[running]
+        found = paths.chosen(self.asked, used)
+        if self._selector is not None:
+            self._selector.check({name: count for name, count in self._channels.items() if name in found})
+        return found
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,6 +86,7 @@ class Log:
 
     Attributes:
         is_open: whether the block has not been left yet.
+        is_silent: whether warnings are dropped.
         was_called: whether the model or a part of it was called.
         was_passed: whether a pass of the model came to its end.
         reached: layers that were called.
@@ -115,6 +104,7 @@ class Log:
     def __init__(self) -> None:
         """Start with nothing."""
         self.is_open = True
+        self.is_silent = False
         self.was_called = False
         self.was_passed = False
         self.reached: set[str] = set()
@@ -157,6 +147,6 @@ class Log:
 
     def warn_once(self, message: str) -> None:
         """Issue a warning, unless the block has issued the same one before."""
-        if message not in self._warned:
+        if message not in self._warned and not self.is_silent:
             self._warned.add(message)
             warn(message, ModelWarning)

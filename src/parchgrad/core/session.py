@@ -107,6 +107,7 @@ class Session:
         forward.edits = bool(decided) if named is None else not named.isdisjoint(decided)
         forward.decides_over_all = len(decided) == len(self.plan.convolutions)
         forward.inputs = tensors_in((inputs, dict(keywords)))
+        forward.starts = [values.grad_fn for values in forward.inputs if values.grad_fn is not None]
         gates, antialias = self._gates(), bool(self.plan.edit.antialias)
         # Even without rules of its own, an inner block overrides those of the enclosing block.
         if decides and (gates or antialias or has_active_rules()):
@@ -175,7 +176,7 @@ class Session:
         if output is not None:
             self.log.was_passed = True
             forward.watch(output)
-        forward.inputs = []
+        forward.inputs, forward.starts = [], []
 
 
 SESSIONS: ContextVar[tuple[Session, ...]] = ContextVar("parchgrad_sessions", default=())

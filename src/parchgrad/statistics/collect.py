@@ -116,7 +116,8 @@ def collect_statistics(
         asked = resolve_layers(model, layers)
         path, settings, identity = None, {}, None
         if has_items(data):
-            named = sorted(asked) if isinstance(asked, frozenset) else [str(layers)]
+            ratio = "all" if asked == 1 else str(asked)
+            named = sorted(asked) if isinstance(asked, frozenset) else [ratio]
             settings = _settings(model, data, named, labels, batch_size, seed, workers)
             identity = settings["data"]
             _check_agreement(settings, processes)
@@ -173,12 +174,15 @@ def _choose(
             inputs = batches.peek()
             if inputs is None:
                 raise StatisticsError("The data contain 0 images, but statistics need at least two.")
-            names: Iterable[str] = find_convolutions(model)
-            # Whole numbers have no gradient that could show the path.
-            if asked < 1 or inputs.is_floating_point():
+            one = inputs[:1].to(next(model.parameters()).device)
+            try:
                 with _explaining_dtype(inputs):
-                    one = inputs[:1].to(next(model.parameters()).device)
-                    names = choose_layers(model, layers, inputs=one)
+                    names: Iterable[str] = choose_layers(model, layers, inputs=one)
+            except InputError:
+                # Without gradients, "all" means every convolution.
+                if asked < 1:
+                    raise
+                names = find_convolutions(model)
             found = dict.fromkeys(names, torch.zeros(0, device="cpu"))
         asked = frozenset(processes.broadcast(found))
         if not asked:
