@@ -1,9 +1,10 @@
 """The private names of torch that the package needs, all in one place."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +106,14 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 def has_plain_forward(convolution: nn.Module) -> bool:
     """Whether a convolution computes as the library's class does, with no forward of its own or of its class."""
-    found = type(convolution)
+    own = vars(convolution)
+    return "forward" not in own and "_conv_forward" not in own and _has_plain_forward(cast(Hashable, type(convolution)))
+
+
+@lru_cache(maxsize=256)
+def _has_plain_forward(found: Any) -> bool:
     kind = next((kind for kind in found.__mro__ if kind.__module__ in _CONVOLUTIONS), None)
-    if kind is None or "forward" in vars(convolution) or "_conv_forward" in vars(convolution):
+    if kind is None:
         return False
     return all(getattr(found, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
 

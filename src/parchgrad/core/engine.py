@@ -356,7 +356,7 @@ def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) 
     route = partition._plan.route
     if route.named is None and inputs is None:
         raise LayerError(
-            f"`layers` is {layers!r}, whose convolutions depend on the graph of a pass. Pass `inputs=`, a batch."
+            f"`layers` is {layers!r}, which depends on the graph of a pass. Pass `inputs=`, such as a batch of images."
         )
     wanted = partition._find_layers(inputs) if route.named is None else route.named
     return {name: module for name, module in partition._plan.convolutions.items() if name in wanted}

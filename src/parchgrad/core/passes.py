@@ -109,10 +109,14 @@ class Calls:
         number = next(self._numbers)
         self._nodes[number] = weakref.ref(node, lambda _: self._nodes.pop(number, None))
 
-    def running(self) -> list[Any]:
-        """Nodes that the running backward pass goes through, in the order of the forward pass."""
+    def running(self) -> dict[Any, str]:
+        """Layers of the nodes that the running backward pass goes through."""
+        return {node: layer for node, layer in self._layers().items() if will_run(node)}
+
+    def _layers(self) -> dict[Any, str]:
+        """Layers of all nodes, in the order of the forward passes."""
         nodes = (reference() for reference in list(self._nodes.values()))
-        return [node for node in nodes if node is not None and will_run(node)]
+        return {node: node.edit.layer for node in nodes if node is not None}
 
     def chosen(self) -> frozenset[str]:
         """Layers to edit in the running backward pass."""
@@ -123,38 +127,32 @@ class Calls:
         # Copied, since other threads append to it.
         found = next((layers for number, layers in reversed(list(self._chosen)) if number == now), None)
         if found is None:
-            nodes = self.running()
-            paths, _, calls = self.trace(nodes, set(nodes))
-            found = route.chosen(paths, {calls[node] for node in nodes if node in calls})
+            running = self.running()
+            paths, _, calls = self.trace(running, running)
+            found = route.chosen(paths, {calls[node] for node in running if node in calls})
             self._chosen.append((now, found))
         return found
 
     def trace(
-        self, roots: Iterable[Any], own: Collection[Any] | None = None, stops: Collection[Any] = ()
+        self, roots: Iterable[Any], layers: Mapping[Any, str] | None = None, stops: Collection[Any] = ()
     ) -> tuple[Paths, list[Any], dict[Any, int]]:
         """Follow the graph back to its leaves, other than the model's weights if there are others.
 
         Args:
             roots: nodes to start from.
-            own: nodes that count as calls; None means all of this block.
+            layers: layers of the nodes that count as calls; None means all of this block.
             stops: further nodes that belong to the input.
         """
-        weights = {id(weight) for weight in self.plan.model.parameters()}
-        roots = list(roots)
-
-        def layer_of(node: Any) -> str | None:
-            edit = getattr(node, "edit", None)
-            if isinstance(edit, LayerEdit) and edit.forward.calls is self and (own is None or node in own):
-                return edit.layer
-            return None
+        roots, layers = list(roots), self._layers() if layers is None else layers
+        weights = self.plan.weights
 
         def is_input(node: Any) -> bool:
             variable = getattr(node, "variable", None)
-            return node in stops or (variable is not None and id(variable) not in weights)
+            return variable is not None and id(variable) not in weights
 
-        found = trace(roots, layer_of, is_input)
+        found = trace(roots, layers, is_input, stops)
         # Without an input that requires a gradient, those of the weights flow through all layers.
-        return found if found[1] else trace(roots, layer_of, lambda node: not node.next_functions)
+        return found if found[1] else trace(roots, layers, lambda node: True)
 
 
 # Limit of concurrent backward passes from one forward pass, each in its own thread.
@@ -303,7 +301,7 @@ class ForwardPass:
     def _warn_left_out(self, outputs: Sequence[Any]) -> None:
         """Name the operations before the outputs whose gradient stays plain, although they convolve or attend."""
         _, nodes, calls = self.calls.trace(outputs, stops=self.starts)
-        weights = {id(weight): name for name, weight in self.plan.model.named_parameters()}
+        weights = self.plan.weights
         own = {f"{layer}.weight" for layer in self.plan.convolutions}
         found = []
         for node in unmarked([node for node in nodes if node not in self.starts], calls):

@@ -1,7 +1,7 @@
 """The convolutions between a model's input and a score, and those that a ratio chooses by their depth."""
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -69,14 +69,15 @@ def exact_ratio(ratio: float) -> Fraction:
 
 
 def trace(
-    roots: Iterable[Any], layer_of: Callable[[Any], str | None], is_source: Callable[[Any], bool]
+    roots: Iterable[Any], layers: Mapping[Any, str], is_source: Callable[[Any], bool], stops: Iterable[Any] = ()
 ) -> tuple[Paths, list[Any], dict[Any, int]]:
     """Follow the nodes of autograd's graph back to the input.
 
     Args:
         roots: nodes to start from.
-        layer_of: returns the layer that a node is a call of, or None.
-        is_source: whether a node belongs to the input.
+        layers: layer of each node that is a call of a convolution.
+        is_source: whether a leaf belongs to the input.
+        stops: further nodes of the input.
 
     Returns:
         The calls that depend on the input, all nodes that do, and the index of each call by its node.
@@ -87,8 +88,8 @@ def trace(
         >>> first = x.sin()
         >>> second = first.exp()
         >>> paths, nodes, calls = trace(
-        ...     [(first + second).grad_fn], {first.grad_fn: "sin", second.grad_fn: "exp"}.get,
-        ...     lambda node: getattr(node, "variable", None) is x)
+        ...     [(first + second).grad_fn], {first.grad_fn: "sin", second.grad_fn: "exp"},
+        ...     lambda node: node.variable is x)
         >>> paths.layers, paths.before, len(nodes), calls[second.grad_fn]
         (('sin', 'exp'), ((), (0,)), 4, 1)
     """
@@ -96,29 +97,28 @@ def trace(
     before: list[tuple[int, ...]] = []
     calls: dict[Any, int] = {}
     # Nearest calls before each visited node; None where it does not depend on the input.
-    nearest: dict[Any, frozenset[int] | None] = {}
+    nearest: dict[Any, frozenset[int] | None] = dict.fromkeys(stops, frozenset())
     stack = list(roots)
     while stack:
         node = stack[-1]
         if node in nearest:
             stack.pop()
             continue
-        if is_source(node):
-            nearest[node] = frozenset()
-            continue
         earlier = [other for other, _ in node.next_functions if other is not None]
+        if not earlier:
+            nearest[node] = frozenset() if is_source(node) else None
+            continue
         waiting = [other for other in earlier if other not in nearest]
         if waiting:
             stack += waiting
             continue
         found = [indices for indices in map(nearest.__getitem__, earlier) if indices is not None]
-        layer = layer_of(node)
         if not found:
             nearest[node] = None
-        elif layer is not None:
+        elif node in layers:
             calls[node] = len(names)
             nearest[node] = frozenset({len(names)})
-            names.append(layer)
+            names.append(layers[node])
             before.append(tuple(sorted(frozenset().union(*found))))
         else:
             nearest[node] = found[0] if len(found) == 1 else frozenset().union(*found)

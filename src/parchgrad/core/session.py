@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from parchgrad.core._torch import current_backward_pass, has_plain_forward, own_parameter
+from parchgrad.core._torch import current_backward_pass, has_plain_forward, own_parameter, without_function_modes
 from parchgrad.core.hooks import TransientHook, tensors_in
 from parchgrad.core.layers import Convolution
 from parchgrad.core.passes import FORWARDS, Calls, ForwardPass, enter_inside, leave_inside, refuse_transforms
@@ -164,7 +164,9 @@ class Session:
         if not self._decides_over(convolution):
             return None
         refuse_transforms()
-        return forward.attach(layer, convolution, inputs, output, inside)
+        # The rules would intercept every look at a tensor.
+        with without_function_modes():
+            return forward.attach(layer, convolution, inputs, output, inside)
 
     def _end(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         forward = self._forward()
