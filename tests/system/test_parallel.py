@@ -157,8 +157,9 @@ def test_a_model_in_distributed_data_parallel_is_the_model_itself(process_group)
             assert torch.equal(explainer.attribute(INPUTS, [0, 1, 0, 1]), expected)
         assert explainer.layers == (() if selector is None else ("0", "2"))
     # Chosen names are those of the model itself.
-    assert list(pg.choose_layers(wrapped, 0.5)) == list(pg.find_convolutions(wrapped))[1:] == ["2"]
-    named = pg.Explainer(wrapped, pg.GradientEnergy(quantile=0.3), layers=list(pg.choose_layers(wrapped, 0.5)))
+    upper_half = list(pg.choose_layers(wrapped, 0.5, inputs=INPUTS))
+    assert upper_half == list(pg.find_convolutions(wrapped))[1:] == ["2"]
+    named = pg.Explainer(wrapped, pg.GradientEnergy(quantile=0.3), layers=upper_half)
     assert named.layers == ("2",)
     of_wrapped = pg.collect_statistics(wrapped, [(image, index % 2) for index, image in enumerate(INPUTS)])
     assert list(of_wrapped) == list(statistics)

@@ -93,7 +93,10 @@ class Session:
                 return forward
         return None
 
-    def _begin(self, model: nn.Module, inputs: tuple[object, ...], keywords: Mapping[str, object]) -> None:
+    def _begin(
+        self, model: nn.Module, inputs: tuple[object, ...], keywords: Mapping[str, object] | None = None
+    ) -> None:
+        # Torch leaves out the keywords if another thread removes this hook at the same time.
         if self not in SESSIONS.get():
             return
         self.log.was_called = True
@@ -106,7 +109,7 @@ class Session:
         decided = [name for name, module in self.plan.convolutions.items() if self._decides_over(module)]
         forward.edits = bool(decided) if named is None else not named.isdisjoint(decided)
         forward.decides_over_all = len(decided) == len(self.plan.convolutions)
-        forward.inputs = tensors_in((inputs, dict(keywords)))
+        forward.inputs = tensors_in((inputs, dict(keywords or {})))
         forward.starts = [values.grad_fn for values in forward.inputs if values.grad_fn is not None]
         gates, antialias = self._gates(), bool(self.plan.edit.antialias)
         # Even without rules of its own, an inner block overrides those of the enclosing block.

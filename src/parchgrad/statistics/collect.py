@@ -1,6 +1,7 @@
 """Collect the GAP of every channel in one pass over a data set."""
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -32,6 +33,7 @@ from parchgrad.errors import (
     ParchGradError,
     SettingError,
     StatisticsError,
+    StatisticsWarning,
     reason_of,
 )
 from parchgrad.statistics.accumulate import COLLECTIONS, Accumulator, Progress
@@ -130,7 +132,9 @@ def collect_statistics(
             check_parts(Path(checkpoint), processes.count)
             path = part_of_process(Path(checkpoint), processes.rank, processes.count)
         batches = Batches(data, batch_size, workers, labels, processes)
-        chosen = _choose(model, layers, asked, batches, processes)
+        # Of several processes, the first may have no image of its own.
+        everything = batches if processes.count == 1 else Batches(data, batch_size, workers, labels, Processes())
+        chosen = _choose(model, layers, asked, everything, processes)
         # Two runs that resume from one checkpoint would overwrite each other.
         with nullcontext() if path is None else locked(path):
             found = _collect(model, chosen, batches, seed, _Saver(path, settings, checkpoint_every), on_progress)
@@ -171,7 +175,11 @@ def _choose(
     if isinstance(asked, Fraction):
         found: Mapping[str, Tensor] = {}
         if processes.rank == 0:
-            inputs = batches.peek()
+            with warnings.catch_warnings():
+                if processes.count > 1:
+                    # Said again when the image's turn comes.
+                    warnings.simplefilter("ignore", StatisticsWarning)
+                inputs = batches.peek()
             if inputs is None:
                 raise StatisticsError("The data contain 0 images, but statistics need at least two.")
             one = inputs[:1].to(next(model.parameters()).device)
