@@ -158,22 +158,22 @@ def survey_family(family: Family) -> Row:
     model = enliven(build(family.library, variant))
     inputs = workable_inputs(model)
     facts["size"] = inputs.shape[-1]
+    facts["on_path"] = len(pg.choose_layers(model, "all", inputs=inputs))
+    facts["edited"] = len(pg.choose_layers(model, DEFAULT_SELECTOR.defaults.layers, inputs=inputs))
     notes = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        facts["on_path"] = len(pg.choose_layers(model, "all", inputs=inputs))
-        facts["edited"] = len(pg.choose_layers(model, DEFAULT_SELECTOR.defaults.layers, inputs=inputs))
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_default(model, inputs)
+    except FaultError as fault:
+        return Row(**facts, outcome="fails", note=f"default: {fault}")
     plain = [re.match("The gradient stays plain in (.*?): ", str(each.message)) for each in caught]
-    notes += {f"plain: {said[1]}" for said in plain if said is not None}
+    notes += sorted({f"plain: {said[1]}" for said in plain if said is not None})
     for layers in LAYERS:
         try:
             notes += check_maps(model, inputs, layers)
         except FaultError as fault:
             return Row(**facts, outcome="fails", note=f"{layers} convolutions: {fault}")
-    try:
-        check_default(model, inputs)
-    except FaultError as fault:
-        return Row(**facts, outcome="fails", note=f"default: {fault}")
     return Row(**facts, outcome="works", note="; ".join(dict.fromkeys(notes)))
 
 
@@ -299,8 +299,8 @@ them, those on the path from the input to the logits, and those that the default
 path belong to auxiliary heads (GoogLeNet, Inception) or encode positions (EdgeNeXt, XCiT). The notes:
 
 - *plain*: operations on the path that attend or convolve, but are not convolution modules. Their gradient is not
-  edited, and a warning names them. In TResNet they are fixed blurs. Attention without a softmax, as in
-  `efficientvit_mit`, is not recognised.
+  edited, and a warning names them. Fixed filters, such as the blurs of TResNet, are passed over. Attention without a
+  softmax, as in `efficientvit_mit`, is not recognised.
 - *n ties*: convolutions left out of the comparison, since two channels differ only by rounding. An attention that
   weights two branches by a softmax sends opposite gradients to them. The second number is that for `layers="all"`.
 - *single differs*: plain autograd, without ParchGrad, gives a single image another gradient than in a batch: on the
