@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,7 +29,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """
     refuse_special(path)
     try:
-        with safe_open(path, framework="pt") as opened:
+        # Old releases of safetensors load to torch's default device.
+        with torch.device("cpu"), safe_open(path, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             return opened.metadata() or {}, tensors
     except (SafetensorError, ValueError, TypeError, OverflowError, RuntimeError, KeyError, AttributeError) as error:
