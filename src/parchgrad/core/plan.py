@@ -141,7 +141,7 @@ class Log:
 
     @property
     def was_plain(self) -> bool:
-        """Whether there were backward passes, of which none reached a layer to edit."""
+        """Whether backward passes ran, but none of them reached a layer to edit."""
         return bool(self.started | self.touched_in) and not self.met_in
 
     @property

@@ -51,7 +51,7 @@ class Batches:
         return sum(len(numbers) for numbers in self._numbers[:done])
 
     def peek(self) -> Tensor | None:
-        """Fetch the inputs of the first batch, which `after(0)` yields all the same; None if there is no batch."""
+        """Fetch the inputs of the first batch, which `after(0)` still yields; None if there is no batch."""
         fetched: list[Any] = []
         rest = self.after(0)
         for batch in rest:
