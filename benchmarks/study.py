@@ -32,7 +32,7 @@ from torch.utils.data import Dataset, Subset
 import parchgrad as pg
 from parchgrad._io.files import writing
 from parchgrad.cli.shared import ProgressBars
-from parchgrad.core.rules import smooth_strides
+from parchgrad.core.strides import smooth_strides
 from parchgrad.data.images import read_image
 from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import GeneratedShapes

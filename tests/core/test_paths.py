@@ -22,7 +22,7 @@ from parchgrad.core.paths import Paths, exact_ratio
 from parchgrad.errors import InputError, LayerError, ModelError, ModelWarning, StatisticsError
 from tests import reference
 
-TRUE = {"gates": 0, "antialias": False}
+TRUE = {"gates": 0, "antialias": False, "balance": False}
 
 
 # The choice on a graph
@@ -532,7 +532,7 @@ def test_parts_that_convolve_or_attend_but_are_no_layers_are_named_once():
     for weights in (False, True):
         model = double(Functional())
         model.weights = weights
-        explainer = pg.Explainer(model, layers="all")
+        explainer = pg.Explainer(model, layers="all", balance=False)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             explainer.attribute(X, 1)
@@ -576,7 +576,7 @@ class Mixed(nn.Module):
 def test_attention_is_named_however_it_is_written(mix, attends):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        pg.Explainer(double(Mixed(mix)), layers="all").attribute(X, 1)
+        pg.Explainer(double(Mixed(mix)), layers="all", balance=False).attribute(X, 1)
     messages = [str(warning.message) for warning in said if issubclass(warning.category, ModelWarning)]
     assert [message.startswith("The gradient stays plain in attention") for message in messages] == [True] * attends
 

@@ -12,16 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
-from parchgrad.core import rules
-from parchgrad.core.rules import (
-    BackwardRules,
-    Windows,
-    check_antialias,
-    check_gates,
-    smooth_strides,
-    soft_gate,
-    soft_winners,
-)
+from parchgrad.core import gates, rules, strides
+from parchgrad.core.gates import Windows, check_gates, soft_gate, soft_winners
+from parchgrad.core.rules import BackwardRules
+from parchgrad.core.strides import smooth_strides
 from parchgrad.errors import ModelError, SettingError
 from tests import reference
 
@@ -94,12 +88,12 @@ def test_settings_out_of_range():
     for wrong in (-1, -1e-9, math.inf, math.nan, "wide", None, True):
         with pytest.raises(SettingError, match=f"`gates` is {wrong!r}"):
             check_gates(wrong)
-    for wrong in (1, 0, "yes", None):
-        with pytest.raises(SettingError, match=f"`antialias` is {wrong!r}"):
-            check_antialias(wrong)
+    for wrong in (1, 0, "yes"):
+        for name in ("antialias", "balance"):
+            with pytest.raises(SettingError, match=f"`{name}` is of type {type(wrong).__name__}"):
+                pg.Edit(**{name: wrong})
     for right in (0, 2, 0.5, np.float64(3)):
         check_gates(right)
-    check_antialias(False)
 
 
 # Every way to call a rectifier
@@ -196,8 +190,8 @@ def test_every_rectifier_and_strided_operation_of_the_tables_is_tried():
             weighted(call, torch.float32)(torch.randn(2, 4, 3, requires_grad=True).clone())
         for call, dimensions, _ in STRIDED.values():
             call(torch.randn(2, 4, *[9] * dimensions, requires_grad=True))
-    assert set(rules._RECTIFIERS) <= set(seen)
-    assert set(rules._STRIDED) <= set(seen)
+    assert set(gates._RECTIFIERS) <= set(seen)
+    assert set(strides._STRIDED) <= set(seen)
 
 
 @pytest.mark.parametrize("call", [functional.relu_, nn.ReLU6(inplace=True), lambda x: x.relu_()])

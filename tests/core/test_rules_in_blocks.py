@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import parchgrad as pg
-from parchgrad.core import rules
+from parchgrad.core import gates, rules
 from parchgrad.core.engine import plain_gradients
 from parchgrad.errors import (
     ModelWarning,
@@ -234,7 +234,7 @@ def test_single_precision_is_enough_where_the_kept_sum_hardly_varies(name, selec
         exact = pg.Explainer(wide, selector, **settings).attribute(x.double(), 1)
         return float(((narrow - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max())
 
-    assert deviation() < 1e-5
+    assert deviation() < 2e-5
     # The variance of the kept sum is rounding alone.
     if name == "test_convnext" and not isinstance(selector, pg.Evidence):
         assert deviation(conserve="independent") > 0.1
@@ -420,14 +420,14 @@ def test_a_block_left_in_the_middle_of_a_pass_leaves_no_rules():
 
 @pytest.mark.parametrize("selector", [pg.Evidence(), None], ids=["evidence", "plain"])
 def test_gates_and_strides_hold_nothing_of_a_graph_that_is_gone(selector, monkeypatch):
-    made, soft_gate = [], rules.soft_gate
+    made, soft_gate = [], gates.soft_gate
 
     def watched(*arguments, **settings):
         found = soft_gate(*arguments, **settings)
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(rules, "soft_gate", watched)
+    monkeypatch.setattr(gates, "soft_gate", watched)
     model = strided_network()
     x = torch.randn(2, 3, 17, 15, dtype=torch.float64, requires_grad=True)
     outputs = []

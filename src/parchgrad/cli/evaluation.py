@@ -132,6 +132,15 @@ def evaluate(
             show_default="on; off for a hard cut or without a selector",
         ),
     ] = None,
+    balance: Annotated[
+        list[bool] | None,
+        typer.Option(
+            "--balance/--no-balance",
+            help="Balance attention, normalisations, gates and smooth activations.",
+            rich_help_panel=_COMPARED,
+            show_default="on; off for a hard cut or without a selector",
+        ),
+    ] = None,
     masks: Annotated[
         list[str] | None,
         typer.Option(
@@ -174,6 +183,7 @@ def evaluate(
                 "conserves": conserve,
                 "gates": gates,
                 "antialiases": antialias,
+                "balances": balance,
                 "masks": masks,
             },
             "scores": {"families": scores},

@@ -95,6 +95,14 @@ Antialias: TypeAlias = Annotated[
         show_default=_SUITS,
     ),
 ]
+Balance: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--balance/--no-balance",
+        help="Balance attention, normalisations, gates and smooth activations.",
+        show_default=_SUITS,
+    ),
+]
 MethodName: TypeAlias = Annotated[
     str,
     typer.Option(help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name."),
@@ -132,6 +140,7 @@ def explain(
     conserve: Conservation = None,
     gates: Gates = None,
     antialias: Antialias = None,
+    balance: Balance = None,
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
     stability: Annotated[
@@ -163,6 +172,7 @@ def explain(
         conserve=conserve,
         gates=gates,
         antialias=antialias,
+        balance=balance,
         method=method,
         device=device,
     )
@@ -242,6 +252,7 @@ def sweep(
     conserve: Conservation = None,
     gates: Gates = None,
     antialias: Antialias = None,
+    balance: Balance = None,
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
     columns: Annotated[int, typer.Option(help="Number of pictures per row.", min=1)] = 4,
@@ -264,6 +275,7 @@ def sweep(
         conserve=conserve,
         gates=gates,
         antialias=antialias,
+        balance=balance,
         method=method,
         device=device,
     )
@@ -297,6 +309,7 @@ def animate(
     conserve: Conservation = None,
     gates: Gates = None,
     antialias: Antialias = None,
+    balance: Balance = None,
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
     form: Annotated[
@@ -323,6 +336,7 @@ def animate(
         conserve=conserve,
         gates=gates,
         antialias=antialias,
+        balance=balance,
         method=method,
         device=device,
     )
@@ -402,6 +416,7 @@ class _Options:
     conserve: Literal["energy", "independent", "exact", "none"] | None
     gates: float | None
     antialias: bool | None
+    balance: bool | None
     method: str
     device: str
 
@@ -477,6 +492,7 @@ def _prepare(
             conserve=asked.conserve,
             gates=asked.gates,
             antialias=asked.antialias,
+            balance=asked.balance,
         )
         for name in names
     ]

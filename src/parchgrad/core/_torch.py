@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -13,12 +14,14 @@ __all__ = [
     "are_transforms_active",
     "current_backward_pass",
     "forward_hooks",
+    "function_of",
     "has_plain_forward",
     "in_place_changes",
     "is_batched",
     "is_compiled",
     "leaves",
     "map_tensors",
+    "open_body",
     "own_parameter",
     "rebuilt_tensor",
     "storage_bytes",
@@ -60,6 +63,26 @@ def without_function_modes() -> AbstractContextManager[object]:
     """Hide the calls of a block from torch's function modes."""
     hidden: AbstractContextManager[object] = torch._C.DisableTorchFunction()
     return hidden
+
+
+@lru_cache
+def open_body(function: Any) -> Callable[..., Any]:
+    """Copy a function of torch that is written in Python, so that function modes intercept the calls inside of it."""
+    names = [name for name in function.__globals__ if name.startswith("has_torch_function")]
+    copied = FunctionType(
+        function.__code__, {**function.__globals__, **dict.fromkeys(names, _never)}, function.__name__
+    )
+    copied.__defaults__, copied.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return copied
+
+
+def _never(*arguments: object) -> bool:
+    return False
+
+
+def function_of(node: Any) -> Any:
+    """Return the autograd function in Python of a node of the graph, or None if the node is one of torch's own."""
+    return getattr(type(node), "_forward_cls", None)
 
 
 def in_place_changes(values: Tensor) -> int | None:

@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass, replace
 
+from parchgrad._io.checks import check_kind
+from parchgrad.core.gates import check_gates
 from parchgrad.core.layers import LayerChoice
 from parchgrad.core.partition import Conserve, check_edit_settings
-from parchgrad.core.rules import check_antialias, check_gates
 from parchgrad.core.selectors import Evidence, Selector
 from parchgrad.errors import SettingError
 
@@ -30,14 +31,16 @@ class Edit:
         gates: width of the soft gates of rectifiers and of the ramps of max pooling, in standard deviations; 0 is the
             true derivative. See `soft_gate` and `soft_winners`.
         antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
+        balance: whether to hold constant what makes operations nonlinear: the denominators of normalisations, attention
+            weights, gates, and f(x) / x of smooth activations; see `Balance`.
 
     Raises:
         SettingError: if a setting is out of range.
 
     Example:
         >>> edit = Edit(gates=2.0).resolved()
-        >>> edit.layers, edit.conserve, edit.gates, edit.antialias
-        (0.75, 'energy', 2.0, True)
+        >>> edit.layers, edit.conserve, edit.gates, edit.antialias, edit.balance
+        (0.75, 'energy', 2.0, True, True)
     """
 
     selector: Selector | None = DEFAULT_SELECTOR
@@ -46,6 +49,7 @@ class Edit:
     conserve: Conserve | None = None
     gates: float | None = None
     antialias: bool | None = None
+    balance: bool | None = None
 
     def __post_init__(self) -> None:
         if self.selector is not None and not isinstance(self.selector, Selector):
@@ -54,19 +58,25 @@ class Edit:
         check_edit_settings(self.gamma, "energy" if self.conserve is None else self.conserve)
         if self.gates is not None:
             check_gates(self.gates)
-        if self.antialias is not None:
-            check_antialias(self.antialias)
+        for name, value in (("`antialias`", self.antialias), ("`balance`", self.balance)):
+            if value is not None:
+                check_kind(name, value, bool, "Pass True, False or None", wanted="a boolean")
 
     @property
     def is_plain(self) -> bool:
         """Whether the gradient is left unchanged."""
-        return self.selector is None and not self.gates and not self.antialias
+        return self.selector is None and not (self.gates or self.antialias or self.balance)
 
     def resolved(self) -> "Edit":
         """Replace every None by the selector's default."""
         if self.selector is None:
             return replace(
-                self, layers=None, conserve="none", gates=self.gates or 0.0, antialias=self.antialias or False
+                self,
+                layers=None,
+                conserve="none",
+                gates=self.gates or 0.0,
+                antialias=bool(self.antialias),
+                balance=bool(self.balance),
             )
         suits = self.selector.defaults
         return replace(
@@ -75,4 +85,5 @@ class Edit:
             conserve=suits.conserve if self.conserve is None else self.conserve,
             gates=suits.gates if self.gates is None else self.gates,
             antialias=suits.antialias if self.antialias is None else self.antialias,
+            balance=suits.balance if self.balance is None else self.balance,
         )

@@ -76,6 +76,7 @@ class ParchGrad:
         conserve: Conserve | None = None,
         gates: float | None = None,
         antialias: bool | None = None,
+        balance: bool | None = None,
         target: Target | None = None,
         logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
@@ -95,6 +96,9 @@ class ParchGrad:
                 input; 0 is the true derivative. Both apply only when the model itself is called, not a part of it, and
                 not where a Captum method replaces the backward pass of rectifiers.
             antialias: whether to smooth the gradient at the input of strided convolutions and pooling.
+            balance: whether to hold constant, on the way back, what makes transformers and gated networks nonlinear:
+                attention weights, denominators of normalisations, gates, and f(x) / x of smooth activations; see
+                `Balance`. Applies when the model itself is called.
             target: class per row, or one for all rows, instead of the class read off the backward signal.
             logits: extracts the logits from an output that is a tuple, a dict or another object, such as
                 `lambda output: output["out"]`. It must return an existing tensor: no class can be read off a newly
@@ -111,7 +115,13 @@ class ParchGrad:
         """
         model = bare_model(model)
         edit = Edit(
-            selector=selector, layers=layers, gamma=gamma, conserve=conserve, gates=gates, antialias=antialias
+            selector=selector,
+            layers=layers,
+            gamma=gamma,
+            conserve=conserve,
+            gates=gates,
+            antialias=antialias,
+            balance=balance,
         ).resolved()
         if not edit.is_plain:
             _check_not_compiled(model)
@@ -352,7 +362,7 @@ def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) 
         (['2', '3'], ['0', '2', '3'])
     """
     resolve_layers(bare_model(model), layers)
-    partition = ParchGrad(model, GradientEnergy(), layers=layers, gates=0.0, antialias=False)
+    partition = ParchGrad(model, GradientEnergy(), layers=layers, gates=0.0, antialias=False, balance=False)
     route = partition._plan.route
     if route.named is None and inputs is None:
         raise LayerError(

@@ -21,10 +21,12 @@ from parchgrad.core._torch import (
     is_batched,
     will_run,
 )
+from parchgrad.core.balance import Balance
 from parchgrad.core.convolution import Geometry, input_gradient, partitioned_input_gradient, plain_geometry
 from parchgrad.core.edit import Edit
 from parchgrad.core.hooks import tensors_in
 from parchgrad.core.layers import Convolution
+from parchgrad.core.operations import refuse_second_derivatives
 from parchgrad.core.partition import (
     Conserve,
     at_least_float32,
@@ -37,8 +39,9 @@ from parchgrad.core.partition import (
 )
 from parchgrad.core.paths import Paths, convolves, trace, unmarked
 from parchgrad.core.plan import Log, Plan
-from parchgrad.core.rules import BackwardRules, is_pass_through, refuse_second_derivatives, smooth_strides
+from parchgrad.core.rules import BackwardRules
 from parchgrad.core.selectors import LayerSignal, Selector, as_selection
+from parchgrad.core.strides import is_pass_through, smooth_strides
 from parchgrad.core.targets import check_target_count, check_target_range, pick_logits, read_classes
 from parchgrad.errors import InputError, LayerError, ModelError, ModelWarning, SettingError, TargetError, warn
 
@@ -171,6 +174,7 @@ class ForwardPass:
         self.within = current_backward_pass()
         self.reached = False
         self.rules: BackwardRules | None = None
+        self.balance: Balance | None = None
         # Whether this block edits some of the layers, and decides over all convolutions.
         self.edits = self.decides_over_all = True
         # Inputs of the model and their nodes, while it runs.
@@ -184,6 +188,7 @@ class ForwardPass:
         """Deactivate the rules, if any."""
         rules, self.rules = self.rules, None
         if rules is not None:
+            self.balance = rules.balance
             rules.__exit__(None, None, None)
 
     def attach(
@@ -263,6 +268,16 @@ class ForwardPass:
         everything = output
         if self.plan.pick_logits is not None:
             output = pick_logits(output, self.plan.pick_logits)
+        # Some outputs hide their tensors, but not from the function that extracts the logits.
+        recorded = list(
+            {id(each): each for each in tensors_in((everything, output)) if each.grad_fn is not None}.values()
+        )
+        route, balance = self.plan.route, self.balance
+        # It refers to the graph.
+        self.balance = None
+        if recorded and not route.was_inspected and self.decides_over_all:
+            route.was_inspected = True
+            self._inspect([values.grad_fn for values in recorded], balance)
         if selector is None:
             return
         if not self.reached and _may_go_back(output):
@@ -271,14 +286,6 @@ class ForwardPass:
                 "layers that the model calls, and explain the model itself, not a compiled or functional copy."
             )
         if self.edits:
-            # Some outputs hide their tensors, but not from the function that extracts the logits.
-            recorded = {
-                id(each): each for each in tensors_in((everything, output)) if each.grad_fn is not None
-            }.values()
-            route = self.plan.route
-            if route.named is None and self.decides_over_all and recorded and not route.was_inspected:
-                route.was_inspected = True
-                self._warn_left_out([values.grad_fn for values in recorded])
             for values in recorded:
                 # Hooks on inputs that are passed on would outlive the block.
                 if not any(values is given for given in self.inputs):
@@ -298,26 +305,40 @@ class ForwardPass:
                 "`target=` to name the class."
             )
 
-    def _warn_left_out(self, outputs: Sequence[Any]) -> None:
-        """Name the operations before the outputs whose gradient stays plain, although they convolve or attend."""
+    def _inspect(self, outputs: Sequence[Any], balance: Balance | None) -> None:
+        """Name the operations before the outputs whose gradient stays plain, and those that are not balanced."""
+        if self.plan.route.named is not None and balance is None:
+            return
         _, nodes, calls = self.calls.trace(outputs, stops=self.starts)
+        nodes = [node for node in nodes if node not in self.starts]
+        left_out = [] if self.plan.route.named is not None else self._left_out(nodes, calls, balance)
+        if left_out:
+            self.log.warn_once(
+                f"The gradient stays plain in {', '.join(left_out)}: these parts between the input and the output "
+                "convolve or attend, but are not modules that can be edited."
+            )
+        remaining = [] if balance is None else balance.unbalanced(nodes)
+        if remaining:
+            self.log.warn_once(
+                f"The gradient is not balanced in {', '.join(remaining)}, so it does not add up to the score. Register "
+                "a rule for the module that calls them with `register_rule`, or ignore this warning."
+            )
+
+    def _left_out(self, nodes: Sequence[Any], calls: Collection[Any], balance: Balance | None) -> list[str]:
+        """Name the nodes that convolve, or attend without being balanced, but are no layers."""
         weights = self.plan.weights
         own = {f"{layer}.weight" for layer in self.plan.convolutions}
         found = []
-        for node in unmarked([node for node in nodes if node not in self.starts], calls):
+        for node in unmarked(nodes, calls):
             used = [id(getattr(other, "variable", None)) for other, _ in node.next_functions]
             name = next((weights[key] for key in used if key in weights), None)
             # A fixed filter of each channel, such as a blur, has no channels to choose from.
             is_filter = name is None and getattr(node, "_saved_groups", 1) > 1
             # A hook may have replaced the output of a layer by that of another convolution.
-            if name not in own and not is_filter:
+            if name not in own and not is_filter and (convolves(node) or balance is None):
                 kind = "a convolution" if convolves(node) else "attention"
                 found.append(kind if name is None else repr(name.removesuffix(".weight")))
-        if found:
-            self.log.warn_once(
-                f"The gradient stays plain in {', '.join(dict.fromkeys(found))}: these parts between the input and the "
-                "output convolve or attend, but are not modules that can be edited."
-            )
+        return list(dict.fromkeys(found))
 
     def _start(self, gradient: Tensor) -> None:
         """Note that a backward pass starts at the model's output."""

@@ -86,12 +86,14 @@ class EditDefaults:
         conserve: see `partition_gradient`.
         gates: see `soft_gate`.
         antialias: see `smooth_strides`.
+        balance: see `Balance`.
     """
 
     layers: str | float = 0.5
     conserve: Conserve = "energy"
     gates: float = 1.0
     antialias: bool = True
+    balance: bool = True
 
 
 class Selector(ABC):
@@ -211,7 +213,7 @@ def suited(suits: EditDefaults, softness: float) -> EditDefaults:
         >>> suited(EditDefaults(), 0).gates
         0.0
     """
-    return suits if softness else replace(suits, gates=0.0, antialias=False)
+    return suits if softness else replace(suits, gates=0.0, antialias=False, balance=False)
 
 
 @dataclass(frozen=True, kw_only=True)

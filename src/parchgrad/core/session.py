@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.core._torch import current_backward_pass, has_plain_forward, own_parameter, without_function_modes
+from parchgrad.core.gates import has_replaced_rectifiers
 from parchgrad.core.hooks import TransientHook, tensors_in
 from parchgrad.core.layers import Convolution
 from parchgrad.core.passes import FORWARDS, Calls, ForwardPass, enter_inside, leave_inside, refuse_transforms
 from parchgrad.core.plan import Log, Plan
-from parchgrad.core.rules import BackwardRules, has_active_rules, has_replaced_rectifiers
+from parchgrad.core.rules import BackwardRules, has_active_rules
 
 __all__ = ["SESSIONS", "Session", "open_sessions"]
 
@@ -111,12 +112,13 @@ class Session:
         forward.decides_over_all = len(decided) == len(self.plan.convolutions)
         forward.inputs = tensors_in((inputs, dict(keywords or {})))
         forward.starts = [values.grad_fn for values in forward.inputs if values.grad_fn is not None]
-        gates, antialias = self._gates(), bool(self.plan.edit.antialias)
+        gates, antialias, balance = self._gates(), bool(self.plan.edit.antialias), bool(self.plan.edit.balance)
         # Even without rules of its own, an inner block overrides those of the enclosing block.
-        if decides and (gates or antialias or has_active_rules()):
-            if gates or antialias:
+        if decides and (gates or antialias or balance or has_active_rules()):
+            if gates or antialias or balance:
                 refuse_transforms()
-            forward.rules = BackwardRules(gates=gates, antialias=antialias)
+            weights = self.plan.weights
+            forward.rules = BackwardRules(gates=gates, antialias=antialias, balance=balance, weights=weights)
             forward.rules.__enter__()
 
     def _gates(self) -> float:
@@ -156,11 +158,13 @@ class Session:
             forward = ForwardPass(self.calls) if inside is None else inside.forward
             # Checkpointing with use_reentrant=False repeats calls, but its backward pass uses the first call's nodes.
             is_repeated = layer in self.log.recorded and current_backward_pass() >= 0
-            has_rules = self.plan.edit.gates or self.plan.edit.antialias
+            edit = self.plan.edit
+            has_rules = edit.gates or edit.antialias or edit.balance
             if has_rules and any(values.grad_fn is not None for values in tensors_in(output)) and not is_repeated:
                 self.log.warn_once(
-                    "A part of the model was called on its own. Soft gates do not apply there, and smooth strides only "
-                    "at edited convolutions. Call the model itself, or pass gates=0 and antialias=False."
+                    "A part of the model was called on its own. Soft gates and balance do not apply there, and smooth "
+                    "strides only at edited convolutions. Call the model itself, or pass gates=0, antialias=False and "
+                    "balance=False."
                 )
         forward.reached = self.log.was_called = True
         self.log.reached.add(layer)

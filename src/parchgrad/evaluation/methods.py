@@ -96,6 +96,7 @@ def grad_cam(
     layer: str | None = None,
     gates: float = 0.0,
     antialias: bool = False,
+    balance: bool = False,
     internal_batch_size: int = 32,
 ) -> Method:
     """Make Grad-CAM maps with Captum, resized to the image by bilinear interpolation.
@@ -107,11 +108,12 @@ def grad_cam(
         layer: name of a convolution; None uses the last one.
         gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the published method.
         antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
+        balance: whether to hold constant what makes operations nonlinear; see `Balance`.
         internal_batch_size: number of images per pass.
 
     Raises:
         LayerError: if `layer` is not a convolution of the model.
-        SettingError: if `gates` or `antialias` is out of range.
+        SettingError: if `gates`, `antialias` or `balance` is out of range.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -123,7 +125,7 @@ def grad_cam(
         raise LayerError(f"`layer` is {layer!r}, but Grad-CAM needs a convolution. Pass one of the model's.")
     chosen = convolutions[layer or list(convolutions)[-1]]
     # Also shields these gradients from enclosing ParchGrad blocks.
-    rules = ParchGrad(model, None, gates=gates, antialias=antialias)
+    rules = ParchGrad(model, None, gates=gates, antialias=antialias, balance=balance)
 
     def method(images: Tensor, target: Tensor) -> Tensor:
         maps = []

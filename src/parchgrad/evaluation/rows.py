@@ -67,7 +67,7 @@ def _checked_row(value: object) -> Row:
         elif field == "layers":
             fits = isinstance(found, str) or _is_number(found)
             fits = fits or (isinstance(found, list) and all(isinstance(name, str) for name in found))
-        elif field == "antialias":
+        elif field in ("antialias", "balance"):
             fits = isinstance(found, bool)
         elif field in _NUMBERS or field in SCORES:
             fits = _is_number(found)

@@ -38,7 +38,7 @@ Masks = Literal["own", "another", "shuffled"]
 _CONTROL_METHODS: Mapping[str, Callable[[nn.Module, "Setting", int], Method]] = {
     "random_map": lambda model, setting, seed: random_map(seed=seed),
     "grad_cam": lambda model, setting, seed: grad_cam(
-        model, gates=setting.gates or 0.0, antialias=bool(setting.antialias)
+        model, gates=setting.gates or 0.0, antialias=bool(setting.antialias), balance=bool(setting.balance)
     ),
     "centre_blob": lambda model, setting, seed: centre_blob(),
 }
@@ -53,7 +53,7 @@ class Setting:
     """A method to explain with.
 
     None becomes the selector's default, so settings are equal if they do the same. Without a selector, only `method`,
-    `gates` and `antialias` apply, and the others stay None.
+    `gates`, `antialias` and `balance` apply, and the others stay None.
 
     Attributes:
         method: method of the explainer, such as `"gradient"`, `"smoothgrad"` or a Captum class name; or a control:
@@ -66,6 +66,7 @@ class Setting:
         conserve: what a layer conserves; see `partition_gradient`.
         gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the true derivative.
         antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
+        balance: whether to hold constant what makes operations nonlinear; see `Balance`.
         masks: `"own"` uses the selection for the explained class; the controls for the gradient are `"another"`, the
             selection for another class, and `"shuffled"`, the same number of channels at random.
 
@@ -88,6 +89,7 @@ class Setting:
     conserve: Conserve | None = None
     gates: float | None = None
     antialias: bool | None = None
+    balance: bool | None = None
     masks: Masks = "own"
 
     def __post_init__(self) -> None:
@@ -111,9 +113,18 @@ class Setting:
         if self.softness is not None:
             check_softness(self.softness)
         # Edit checks the settings that it shares.
-        Edit(selector=None, gamma=self.gamma, conserve=self.conserve, gates=self.gates, antialias=self.antialias)
-        if self.method in _WITHOUT_GRADIENT and (self.gates or self.antialias):
-            raise SettingError(f"The control {self.method!r} has no gradient. Leave out `gates` and `antialias`.")
+        Edit(
+            selector=None,
+            gamma=self.gamma,
+            conserve=self.conserve,
+            gates=self.gates,
+            antialias=self.antialias,
+            balance=self.balance,
+        )
+        if self.method in _WITHOUT_GRADIENT and (self.gates or self.antialias or self.balance):
+            raise SettingError(
+                f"The control {self.method!r} has no gradient. Leave out `gates`, `antialias` and `balance`."
+            )
         if self.masks not in get_args(Masks):
             raise SettingError(f"`masks` is {self.masks!r}, but it must be one of {', '.join(get_args(Masks))}.")
         if self.masks != "own" and (self.selector is None or self.method != "gradient"):
@@ -126,7 +137,7 @@ class Setting:
         """Replace every None by the selector's default."""
         if self.selector is None:
             self._set(quantile=None, softness=None, layers=None, gamma=math.inf, conserve=None)
-            self._fill(gates=0.0, antialias=False)
+            self._fill(gates=0.0, antialias=False, balance=False)
             return
         selector = find_selector(self.selector)
         if not selector.has("softness"):
@@ -148,7 +159,7 @@ class Setting:
     def _suits(self) -> EditDefaults:
         """Defaults for the selector, its softness and the method."""
         if self.selector is None:
-            return EditDefaults(gates=0.0, antialias=False)
+            return EditDefaults(gates=0.0, antialias=False, balance=False)
         found = find_selector(self.selector).suits(self.softness)
         return replace(found, gates=0.0) if replaces_rectifiers(self.method) else found
 
@@ -174,7 +185,9 @@ class Setting:
             parts += [f"gamma {_number(self.gamma)}"] if math.isfinite(self.gamma) else []
             parts += [f"conserve {self.conserve}"] if self.conserve != suits.conserve else []
         parts += [f"gates {_number(self.gates)}"] if self.gates != suits.gates else []
-        parts += [f"antialias {'on' if self.antialias else 'off'}"] if self.antialias != suits.antialias else []
+        for name in ("antialias", "balance"):
+            value = getattr(self, name)
+            parts += [f"{name} {'on' if value else 'off'}"] if value != getattr(suits, name) else []
         parts += [_MASK_TITLES[self.masks]] if self.masks != "own" else []
         return ", ".join(parts)
 
@@ -220,6 +233,7 @@ class Grid:
         conserves: see `Setting.conserve`.
         gates: see `Setting.gates`; they apply without a selector too.
         antialiases: see `Setting.antialias`; they apply without a selector too.
+        balances: see `Setting.balance`; they apply without a selector too.
         masks: see `Setting.masks`.
 
     Raises:
@@ -235,6 +249,7 @@ class Grid:
     conserves: tuple[Conserve | None, ...] = (None,)
     gates: tuple[float | None, ...] = (None,)
     antialiases: tuple[bool | None, ...] = (None,)
+    balances: tuple[bool | None, ...] = (None,)
     masks: tuple[Masks, ...] = ("own",)
 
     def __post_init__(self) -> None:
@@ -257,14 +272,15 @@ class Grid:
             found.append(Setting(method=method))
             if method in _WITHOUT_GRADIENT:
                 continue
+            rules = itertools.product(self.gates, self.antialiases, self.balances)
             if selector is None or method in _CONTROL_METHODS:
                 found += [
-                    Setting(method=method, gates=gates, antialias=antialias)
-                    for gates, antialias in itertools.product(self.gates, self.antialiases)
+                    Setting(method=method, gates=gates, antialias=antialias, balance=balance)
+                    for gates, antialias, balance in rules
                 ]
                 continue
-            for quantile, softness, layers, gamma, conserve, gates, antialias in itertools.product(
-                self.quantiles, self.softnesses, self.layers, self.gammas, self.conserves, self.gates, self.antialiases
+            for quantile, softness, layers, gamma, conserve, (gates, antialias, balance) in itertools.product(
+                self.quantiles, self.softnesses, self.layers, self.gammas, self.conserves, rules
             ):
                 edit = Setting(
                     method=method,
@@ -276,6 +292,7 @@ class Grid:
                     conserve=conserve,
                     gates=gates,
                     antialias=antialias,
+                    balance=balance,
                 )
                 found.append(replace(edit, selector="random"))
                 found += [replace(edit, masks=masks) for masks in self.masks if masks == "own" or method == "gradient"]
@@ -329,6 +346,7 @@ def make_method(
         conserve=setting.conserve,
         gates=setting.gates,
         antialias=setting.antialias,
+        balance=setting.balance,
     )
     if setting.masks == "another":
         return masks_of_another_class(model, edit)

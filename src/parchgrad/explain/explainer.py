@@ -47,6 +47,7 @@ class Explainer:
         conserve: Conserve | None = None,
         gates: float | None = None,
         antialias: bool | None = None,
+        balance: bool | None = None,
         method: str = "gradient",
         logits: Callable[[Any], Tensor] | None = None,
         internal_batch_size: int | None = 32,
@@ -67,6 +68,8 @@ class Explainer:
                 input; 0 is the true derivative. Off for the methods that replace the backward pass of rectifiers:
                 `DeepLift`, `DeepLiftShap`, `GuidedBackprop`, `GuidedGradCam` and `Deconvolution`.
             antialias: whether to smooth the gradient at the input of strided convolutions and pooling.
+            balance: whether to hold constant, on the way back, what makes transformers and gated networks nonlinear:
+                attention weights, denominators of normalisations, gates, and f(x) / x of smooth activations.
             method: `"gradient"`, `"input_x_gradient"`, `"integrated_gradients"`, `"smoothgrad"`, or the class name of
                 any Captum gradient attribution that explains the input, such as `"DeepLift"`.
             logits: extracts the logits from an output of any type, such as `lambda output: output["logits"]`; None uses
@@ -103,7 +106,14 @@ class Explainer:
                 )
             gates = 0.0
         self._partition = ParchGrad(
-            model, selector, layers=layers, gamma=gamma, conserve=conserve, gates=gates, antialias=antialias
+            model,
+            selector,
+            layers=layers,
+            gamma=gamma,
+            conserve=conserve,
+            gates=gates,
+            antialias=antialias,
+            balance=balance,
         )
 
     @classmethod
@@ -132,6 +142,7 @@ class Explainer:
             conserve=edit.conserve,
             gates=edit.gates,
             antialias=edit.antialias,
+            balance=edit.balance,
             method=method,
             logits=logits,
             internal_batch_size=internal_batch_size,

@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from parchgrad._io.checks import check_kind
+from parchgrad.core.gates import check_gates
 from parchgrad.core.layers import LayerChoice, parse_layers
-from parchgrad.core.rules import check_antialias, check_gates
 from parchgrad.core.selectors import check_softness
 from parchgrad.data.images import opened_image, read_image, stored_frame
 from parchgrad.errors import ImageError, SettingError
@@ -48,16 +49,18 @@ class View:
         gamma: factor of the kept signal relative to the rest, in (0, inf]; infinity prunes.
         gates: width of the soft gates in standard deviations, at least 0; 0 is the true derivative. See `soft_gate`.
         antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
+        balance: whether to hold constant what makes operations nonlinear; see `Balance`.
         signed: whether to show signed maps.
         opacity: opacity of the maps over the image, in [0, 1].
 
     Raises:
-        SettingError: if `softness`, `gates`, `antialias` or `opacity` is out of range. `Explorer` checks the rest.
+        SettingError: if `softness`, `gates`, `antialias`, `balance` or `opacity` is out of range. `Explorer` checks
+            the rest.
 
     Example:
         >>> view = View(selector="energy").resolved()
-        >>> view.layers, view.softness, view.gates, view.antialias
-        ('0.5', 0.5, 1.0, True)
+        >>> view.layers, view.softness, view.gates, view.antialias, view.balance
+        ('0.5', 0.5, 1.0, True, True)
     """
 
     network: str = OFFLINE_MODEL
@@ -70,6 +73,7 @@ class View:
     gamma: float = math.inf
     gates: float | None = None
     antialias: bool | None = None
+    balance: bool | None = None
     signed: bool = False
     opacity: float = 1.0
 
@@ -78,8 +82,9 @@ class View:
             check_softness(self.softness)
         if self.gates is not None:
             check_gates(self.gates)
-        if self.antialias is not None:
-            check_antialias(self.antialias)
+        for name in ("antialias", "balance"):
+            if getattr(self, name) is not None:
+                check_kind(f"`{name}`", getattr(self, name), bool, "Pass True, False or None", wanted="a boolean")
         if not 0 <= self.opacity <= 1:
             raise SettingError(f"`opacity` is {self.opacity}, but it must be in [0, 1].")
 
@@ -102,6 +107,7 @@ class View:
             softness=find_selector(self.selector).default("softness") if self.softness is None else self.softness,
             gates=suits.gates if self.gates is None else self.gates,
             antialias=suits.antialias if self.antialias is None else self.antialias,
+            balance=suits.balance if self.balance is None else self.balance,
         )
 
 

@@ -69,7 +69,7 @@ _HEAD = """<div class='pg-head'><h1>ParchGrad</h1>
 <p>See which parts of an image support a class, through the channels that matter</p></div>"""
 _NO_MOSAIC = f"Drop {CELLS} images or use the examples. Each class is explained on all {CELLS} at once."
 _PLACES = ("top left", "top right", "bottom left", "bottom right")
-_SUITED = ("layers", "quantile", "softness", "gates", "antialias")
+_SUITED = ("layers", "quantile", "softness", "gates", "antialias", "balance")
 _SUITS = {
     name: [getattr(View(selector=name).resolved(), setting) for setting in _SUITED] for name in registered_selectors()
 }
@@ -290,6 +290,12 @@ class _Page:
                 info="Remove the grid pattern of strided layers.",
                 elem_id="antialias",
             )
+            self.balance = gr.Checkbox(
+                bool(first.balance),
+                label="Balance",
+                info="Hold attention, normalisations and gates constant.",
+                elem_id="balance",
+            )
             self.prune = gr.Checkbox(
                 True,
                 label="Prune the other channels",
@@ -338,7 +344,7 @@ class _Page:
         # One queue for all handlers keeps results in order.
         of_user = [self._mode, self._photograph, self._mosaic, self._shown]
         edit = [self.selector, self.layers, self.quantile, self.softness, self.prune, self.gamma]
-        edit += [self.gates, self.antialias]
+        edit += [self.gates, self.antialias, self.balance]
         of_view = [*edit, self.method, self.signed, self.opacity]
         shown = [self.result, self.game, self.status, self.code]
         shown += [self.top, self.target, self.stamp, self.selector, self.layers, self.steadiness]
@@ -476,6 +482,7 @@ class _Page:
         gamma: float,
         gates: float,
         antialias: bool,
+        balance: bool,
         method: str,
         signed: bool,
         opacity: float,
@@ -510,6 +517,7 @@ class _Page:
                 gamma=math.inf if prune else 10 ** _number("gamma", gamma, -1, 3),
                 gates=_number("gates", gates, 0, 1000),
                 antialias=bool(antialias),
+                balance=bool(balance),
                 signed=bool(signed),
                 opacity=_number("opacity", opacity, 0, 1),
             )
@@ -732,6 +740,7 @@ def _stem(found: Exploration | Game) -> str:
     settings = [view.network, view.method, view.selector, f"layers {view.layers}"]
     settings += [f"q{view.quantile:g}"] if find_selector(view.selector).has("quantile") else []
     settings += [f"s{view.softness:g}", f"gates{view.gates:g}", *(["strides"] if view.antialias else [])]
+    settings += ["balance"] if view.balance else []
     settings += [] if math.isinf(view.gamma) else [f"gamma{_plain_number(view.gamma)}"]
     settings += ["signed"] if view.signed else []
 

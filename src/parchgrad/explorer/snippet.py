@@ -103,6 +103,7 @@ def _explainers(network: Network, view: View) -> str:
             ("gamma", view.gamma, math.inf),
             ("gates", view.gates, suits.gates),
             ("antialias", view.antialias, suits.antialias),
+            ("balance", view.balance, suits.balance),
         )
         if value != usual
     ]

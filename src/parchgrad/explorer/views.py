@@ -362,6 +362,7 @@ class Explorer:
             gamma=view.gamma,
             gates=view.gates,
             antialias=view.antialias,
+            balance=view.balance,
         )
 
     def _selector(self, network: Network, view: View, targets: tuple[int, ...]) -> Selector:

@@ -201,6 +201,7 @@ def explain_images(
         "conserve": settled.conserve,
         "gates": float(settled.gates or 0),
         "antialias": settled.antialias,
+        "balance": settled.balance,
         "target_choice": "predicted" if target is None else target,
     }
 

@@ -55,7 +55,7 @@ _SWEPT = {
     "gates": "width of the gates, in standard deviations",
 }
 _GROUPS = ("Largest gains", "Smallest gains, or losses")
-_OF_EVERY_METHOD = ("gates", "antialias")
+_OF_EVERY_METHOD = ("gates", "antialias", "balance")
 _DESCRIBING = ("quantile", "softness", "layers", "gamma", "conserve", "masks", *_OF_EVERY_METHOD)
 
 

@@ -1,0 +1,422 @@
+"""Balanced backward passes: what makes a network nonlinear is held constant, so that a gradient adds up to the score.
+
+For a score of a network whose operations are linear, piecewise linear, or balanced here, the sum of input times
+gradient plus that of all biases times their gradients is the score.
+
+Source: Mehri et al. (2025), "LibraGrad: Balancing Gradient Flow for Universally Better Vision Transformer
+Attributions"; for products without a gate, which halve the gradient, Achtibat et al. (2024), "AttnLRP".
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the conventional name
+from torch import Tensor
+
+from parchgrad.core._torch import function_of
+from parchgrad.core.operations import ACTIVATION, GATE, Operation, Rule, follow, functions_named, scale_gradient
+from parchgrad.core.partition import at_least_float32
+
+__all__ = ["COMPOSITES", "Balance", "norm_gradient"]
+
+
+def norm_gradient(gradient: Tensor, values: Tensor, *, epsilon: float, is_centred: bool) -> Tensor:
+    """Compute the gradient at the input of a normalisation over the last dimension with its denominator constant.
+
+    The normalisation is `(x - mean) / sqrt(var + epsilon)`, or `x / sqrt(mean of x^2 + epsilon)` if it is not centred.
+
+    Args:
+        gradient: gradient at the normalised values, shape (..., N).
+        values: input of the normalisation, shape (..., N).
+        epsilon: added to the variance.
+        is_centred: whether the mean is subtracted.
+
+    Example:
+        >>> values = torch.tensor([[-2.0, 2.0]])
+        >>> norm_gradient(torch.tensor([[1.0, 0.0]]), values, epsilon=0, is_centred=True)
+        tensor([[ 0.2500, -0.2500]])
+    """
+    return _through_norm(gradient, _steepness(values, epsilon, is_centred), is_centred)
+
+
+def _steepness(values: Tensor, epsilon: float, is_centred: bool) -> Tensor:
+    """Compute the inverse of the denominator of a normalisation, shape (..., 1)."""
+    if is_centred:
+        power = values.var(dim=-1, keepdim=True, unbiased=False)
+    else:
+        power = values.square().mean(dim=-1, keepdim=True)
+    return (power + epsilon).rsqrt_()
+
+
+def _through_norm(gradient: Tensor, steepness: Tensor, is_centred: bool) -> Tensor:
+    if is_centred:
+        gradient = gradient - gradient.mean(dim=-1, keepdim=True)
+    return gradient * steepness
+
+
+class _Norm(NamedTuple):
+    """A normalisation over the last dimension of a reshaped input, then a scale and a shift in the input's shape."""
+
+    shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    epsilon: float
+    is_centred: bool = True
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> _Norm:
+    return _Norm((*input.shape[: -len(normalized_shape)], -1), weight, bias, eps)
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> _Norm:
+    epsilon = torch.finfo(input.dtype).eps if eps is None else eps
+    return _Norm((*input.shape[: -len(normalized_shape)], -1), weight, None, epsilon, is_centred=False)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> _Norm:
+    weight, bias = (
+        None if values is None else values.reshape(-1, *[1] * (input.dim() - 2)) for values in (weight, bias)
+    )
+    return _Norm((input.shape[0], num_groups, -1), weight, bias, eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> _Norm | None:
+    # With running statistics it is linear.
+    return _group_norm(input, input.shape[1], weight, bias, eps) if use_input_stats else None
+
+
+class Balance:
+    """The rules of one forward pass.
+
+    Attributes:
+        has_acted: whether an operation was balanced.
+    """
+
+    def __init__(self, weights: Collection[int]) -> None:
+        """Start a pass.
+
+        Args:
+            weights: ids of the model's weights, which do not depend on its input.
+        """
+        self.has_acted = False
+        self._weights = weights
+        # Whether the result of a node depends on the input, and the rank of its values.
+        self._known: dict[Any, bool] = {}
+        self._ranks: dict[tuple[Any, bool], int] = {}
+
+    def rules(self) -> dict[Any, Rule]:
+        """Return the rule of each function."""
+        found: dict[Any, Rule] = {}
+
+        def add(names: Iterable[str], rule: Rule) -> None:
+            found.update(dict.fromkeys(functions_named(names), rule))
+
+        for names, limit in _ACTIVATIONS.items():
+            add(names, partial(self._hold_ratio, limit, ACTIVATION))
+        add(("tanh", "tanh_"), partial(self._hold_ratio, 1.0, GATE))
+        add(("square", "square_"), partial(self._hold_ratio, 0.0, 0))
+        add(("pow", "__pow__"), self._hold_power)
+        for names, places in _PRODUCTS.items():
+            add(names, partial(self._multiply, places))
+        add(("einsum",), self._contract)
+        add(_DIVISIONS, self._divide)
+        for name, read in _NORMS.items():
+            add((name,), partial(self._normalise, read))
+        found[F.instance_norm] = partial(self._normalise, _instance_norm)
+        found[F.scaled_dot_product_attention] = self._attend
+        found[F.glu] = self._hold_half
+        return found
+
+    def _normalise(self, read: Callable[..., _Norm | None], operation: Operation) -> Any:
+        """Run a normalisation unchanged, and hold its denominator constant on the way back."""
+        source, result = operation.source, operation.run()
+        norm = read(*operation.args, **operation.named) if source.requires_grad else None
+        if norm is None:
+            return result
+        self.has_acted = True
+        shape, is_centred = norm.shape, norm.is_centred
+        steepness = _steepness(at_least_float32(source.detach()).reshape(shape), norm.epsilon, is_centred)
+        weight = None if norm.weight is None else norm.weight.detach()
+        like, shift = source.detach(), None if norm.bias is None else norm.bias.shape
+
+        def pullback(gradient: Tensor) -> list[Tensor]:
+            wide = at_least_float32(gradient)
+            weighted = wide if weight is None else wide * weight
+            through = _through_norm(weighted.reshape(shape), steepness, is_centred).reshape(like.shape).to(like.dtype)
+            return [through] if shift is None else [through, gradient.sum_to_size(shift)]
+
+        return follow(result, pullback, source, *([] if norm.bias is None else [norm.bias]))
+
+    def _hold_ratio(self, limit: float, rank: int, operation: Operation) -> Any:
+        """Run an elementwise operation with f(0) = 0 unchanged, and hold f(x) / x constant on the way back."""
+        source = operation.source
+        if not source.requires_grad:
+            return operation.run()
+        self.has_acted = True
+        if _is_in_place(operation):
+            return scale_gradient(
+                operation, lambda values: _ratio(operation.on(values.clone()).run(), values, limit), rank=rank
+            )
+        result = operation.run()
+        ratio = _ratio(result.detach(), source.detach(), limit)
+        return follow(result, lambda gradient: [(gradient * ratio).to(gradient.dtype)], source, rank=rank)
+
+    def _hold_power(self, operation: Operation) -> Any:
+        """Balance a power above 1; roots and inverse powers have no ratio at 0."""
+        exponent = _argument(operation, 1, "exponent")
+        if isinstance(exponent, int | float) and exponent > 1 and isinstance(operation.source, Tensor):
+            return self._hold_ratio(0.0, 0, operation)
+        return operation.run()
+
+    def _multiply(self, places: Sequence[tuple[int, str]], operation: Operation) -> Any:
+        """Run a product of several values that depend on the input with its gates held constant.
+
+        The gradient flows to those of the lowest rank. If these are several, each gets an equal share.
+        """
+        operands = {place: _argument(operation, *place) for place in places}
+        involved = {place: values for place, values in operands.items() if self._depends(values)}
+        if len(involved) < 2:
+            return operation.run()
+        self.has_acted = True
+        ranks = {place: self._rank(values.grad_fn) for place, values in involved.items()}
+        least = min(ranks.values())
+        share = 1 / sum(rank == least for rank in ranks.values())
+        is_in_place = _names_in_place(operation.function)
+        replaced = operation
+        for place, values in involved.items():
+            if ranks[place] > least:
+                values = values.detach()
+            elif share < 1:
+                values = _shared(values, share)
+            # Its value may be needed on the way back.
+            replaced = _with_argument(replaced, *place, values.clone() if is_in_place else values)
+        if not is_in_place:
+            return replaced.run()
+        return operation.source.copy_(replaced._replace(function=torch.mul).run())
+
+    def _contract(self, operation: Operation) -> Any:
+        """Run `einsum`, a product of all its operands."""
+        equation, *operands = operation.args
+        if len(operands) == 1 and isinstance(operands[0], list | tuple):
+            operands = list(operands[0])
+        places = [(place, "") for place in range(1, len(operands) + 1)]
+        return self._multiply(places, operation._replace(args=(equation, *operands)))
+
+    def _divide(self, operation: Operation) -> Any:
+        """Run a division with the divisor held constant."""
+        divisor = _argument(operation, 1, "other")
+        if self._depends(operation.source) and self._depends(divisor):
+            self.has_acted = True
+            operation = _with_argument(operation, 1, "other", divisor.detach())
+        return operation.run()
+
+    def _attend(self, operation: Operation) -> Any:
+        """Run attention with its weights held constant: the gradient flows through the values alone."""
+        self.has_acted = True
+        # Masks made from weights alone keep their gradient: without it another kernel would round otherwise.
+        for place in ((0, "query"), (1, "key"), (3, "attn_mask")):
+            values = _argument(operation, *place)
+            if self._depends(values):
+                operation = _with_argument(operation, *place, values.detach())
+        return operation.run()
+
+    def _hold_half(self, operation: Operation) -> Any:
+        """Run a gated linear unit with its gate held constant."""
+        source, dimension = operation.source, _argument(operation, 1, "dim")
+        dimension = -1 if dimension is None else dimension
+        if not source.requires_grad:
+            return operation.run()
+        self.has_acted = True
+        values, gate = source.chunk(2, dim=dimension)
+        return operation.on(torch.cat([values, gate.detach()], dim=dimension)).run()
+
+    def _depends(self, values: Any) -> bool:
+        """Whether a value depends on the model's input, and not on its weights alone."""
+        if not (isinstance(values, Tensor) and values.requires_grad):
+            return False
+        node = values.grad_fn
+        return id(values) not in self._weights if node is None else self._follows_input(node)
+
+    def _follows_input(self, node: Any) -> bool:
+        stack = [node]
+        while stack:
+            node = stack[-1]
+            if node in self._known:
+                stack.pop()
+                continue
+            earlier = [other for other, _ in node.next_functions if other is not None]
+            if hasattr(node, "variable"):
+                self._known[node] = id(node.variable) not in self._weights
+            elif any(self._known.get(other) for other in earlier) or _takes_data(node):
+                self._known[node] = True
+            elif waiting := [other for other in earlier if other not in self._known]:
+                stack.append(waiting[0])
+            else:
+                self._known[node] = False
+        return self._known[node]
+
+    def _rank(self, node: Any, is_mixed: bool = False) -> int:
+        """Compute the rank of a node's values, whatever reshapes, shifts or scales them."""
+        if node is None:
+            return 0
+        key = (node, is_mixed)
+        if key not in self._ranks:
+            self._ranks[key] = self._rank_by_graph(node, is_mixed)
+        return self._ranks[key]
+
+    def _rank_by_graph(self, node: Any, is_mixed: bool) -> int:
+        name = _operation_of(node)
+        found: int = _RANKS.get(name, getattr(node, "rank", 0))
+        if found:
+            # Weights of attention stay weights when they are mixed across heads.
+            return found if "Softmax" in name or not is_mixed else 0
+        if name not in _PASSED and name not in _MIXING:
+            return 0
+        earlier = [other for other, _ in node.next_functions if other is not None and self._follows_input(other)]
+        if not earlier or (len(earlier) > 1 and name not in ("Add", "Sub")):
+            return 0
+        # The last is the branch of a residual sum, which ends the search soonest.
+        is_mixed |= name in _MIXING
+        ranks = takewhile(bool, (self._rank(other, is_mixed) for other in reversed(earlier)))
+        return min([*ranks, *[0] * len(earlier)][: len(earlier)])
+
+    def unbalanced(self, nodes: Iterable[Any]) -> list[str]:
+        """Name the operations among nodes on the path that are neither linear, piecewise linear, nor balanced."""
+        if not self.has_acted:
+            return []
+        names = []
+        for node in nodes:
+            name = _operation_of(node)
+            if name in _NONLINEAR:
+                names.append(_snake_case(name))
+            else:
+                # Functions of users and libraries.
+                function = function_of(node)
+                if function is not None and not function.__module__.startswith("parchgrad."):
+                    names.append(function.__name__)
+        return list(dict.fromkeys(names))
+
+
+def _ratio(images: Tensor, values: Tensor, limit: float) -> Tensor:
+    """Divide f(x) by x; the limit where both are 0."""
+    wide = at_least_float32(values)
+    return (at_least_float32(images) / wide).masked_fill_(wide == 0, limit)
+
+
+def _is_in_place(operation: Operation) -> bool:
+    """Whether an activation overwrites its input; its only boolean argument says so."""
+    if operation.named.get("inplace") or any(value is True for value in operation.args[1:]):
+        return True
+    return _names_in_place(operation.function)
+
+
+def _names_in_place(function: Any) -> bool:
+    name: str = function.__name__
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _takes_data(node: Any) -> bool:
+    """Whether a layer with weights is applied to values without a gradient, such as an input that needs none."""
+    place = _DATA.get(_operation_of(node))
+    return place is not None and (place < 0 or node.next_functions[place][0] is None)
+
+
+# Place of the data among the operands.
+_DATA = {"Convolution": 0, "Mm": 0, "Addmm": 1, "Embedding": -1}
+
+
+def _operation_of(node: Any) -> str:
+    """Name of a node's operation, such as `Mul`."""
+    return re.sub(r"Backward\d*$", "", node.name())
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def _shared(values: Tensor, share: float) -> Tensor:
+    return follow(values.detach(), lambda gradient: [gradient * share], values)
+
+
+def _argument(operation: Operation, place: int, name: str) -> Any:
+    return operation.args[place] if len(operation.args) > place else operation.named.get(name)
+
+
+def _with_argument(operation: Operation, place: int, name: str, values: Tensor) -> Operation:
+    if len(operation.args) > place:
+        return operation._replace(args=(*operation.args[:place], values, *operation.args[place + 1 :]))
+    return operation._replace(named={**operation.named, name: values})
+
+
+_RANKS = {
+    **dict.fromkeys(
+        ("Softmax", "SafeSoftmax", "Sigmoid", "Hardsigmoid", "Tanh", "Clamp", "ClampMin", "ClampMax", "Hardtanh"), GATE
+    ),
+    **dict.fromkeys(("Rsqrt", "Sqrt", "Reciprocal", "Norm", "LinalgVectorNorm", "Std", "Var", "Exp", "Erf"), GATE),
+    **dict.fromkeys(("Relu", "LeakyRelu", "PreluKernel", "Threshold"), ACTIVATION),
+}
+_PASSED = {
+    *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Mean", "Sum", "AvgPool2D", "AdaptiveAvgPool2D", "NativeDropout"),
+    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "T", "Permute", "Expand", "Squeeze", "Unsqueeze"),
+    *("Clone", "ToCopy", "Alias", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Unfold", "Im2Col"),
+    *("Repeat", "Index", "IndexSelect", "Roll", "MaskedFill", "UpsampleNearest2D", "UpsampleBilinear2D"),
+}
+_MIXING = {"Mm", "Addmm", "Bmm", "Convolution", "NativeBatchNorm", "CudnnBatchNorm"}
+
+
+# The derivative at 0 of each activation.
+_ACTIVATIONS = {
+    ("gelu", "silu", "silu_", "hardswish", "hardswish_"): 0.5,
+    ("mish", "mish_"): math.tanh(math.log(2)),
+    ("elu", "elu_", "celu", "celu_", "relu6", "relu6_", "hardtanh", "hardtanh_", "softsign"): 1.0,
+    ("selu", "selu_"): 1.0507009873554805,
+}
+_PRODUCTS = {
+    ("mul", "multiply", "__mul__", "__rmul__", "mul_", "multiply_", "__imul__"): ((0, "input"), (1, "other")),
+    ("matmul", "__matmul__", "__rmatmul__"): ((0, "input"), (1, "other")),
+    ("mm", "bmm"): ((0, "input"), (1, "mat2")),
+    ("addmm",): ((1, "mat1"), (2, "mat2")),
+    ("baddbmm",): ((1, "batch1"), (2, "batch2")),
+    ("addcmul",): ((1, "tensor1"), (2, "tensor2")),
+    ("linear", "conv1d", "conv2d", "conv3d"): ((0, "input"), (1, "weight")),
+}
+_DIVISIONS = ("div", "divide", "true_divide", "__truediv__", "div_", "divide_", "__itruediv__")
+_NORMS: Mapping[str, Callable[..., _Norm | None]] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+}
+# Operations that are not proportional to their input, by the name of their node.
+_NONLINEAR = {
+    *("Exp", "Expm1", "Log", "Log1P", "Logsumexp", "Softmax", "SafeSoftmax", "LogSoftmax", "Sigmoid", "LogSigmoid"),
+    *("Hardsigmoid", "Softplus", "Tanh", "Erf", "Sin", "Cos", "Pow", "Sqrt", "Rsqrt", "Reciprocal", "Prod", "Cumprod"),
+    *("Gelu", "Silu", "Hardswish", "Mish", "Elu", "Glu", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"),
+    *("Var", "VarMean", "Std", "StdMean", "Softshrink", "Renorm", "Atan", "Celu", "Selu"),
+}
+COMPOSITES = (F.multi_head_attention_forward, F.normalize, F.local_response_norm)
+"""Functions in Python whose parts follow the rules."""
