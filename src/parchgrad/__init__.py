@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from parchgrad._version import __version__
 
 if TYPE_CHECKING:
+    from parchgrad.core.balance import register_rule
     from parchgrad.core.edit import Edit
     from parchgrad.core.engine import ParchGrad, choose_layers
     from parchgrad.core.layers import find_convolutions
@@ -68,11 +69,13 @@ __all__ = [
     "load_model",
     "merge_statistics",
     "partition_gradient",
+    "register_rule",
     "signed_heatmap",
 ]
 
 # Names are imported when first used: torch, Captum and timm take seconds, which `parchgrad --help` need not wait for.
 _MODULES = {
+    "core.balance": ("register_rule",),
     "core.edit": ("Edit",),
     "core.engine": ("ParchGrad", "choose_layers"),
     "core.layers": ("find_convolutions",),

@@ -12,17 +12,27 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the conventional name
-from torch import Tensor
+from torch import Tensor, nn
 
 from parchgrad.core._torch import function_of
 from parchgrad.core.operations import ACTIVATION, GATE, Operation, Rule, follow, functions_named, scale_gradient
 from parchgrad.core.partition import at_least_float32
+from parchgrad.errors import ModelError, SettingError
 
-__all__ = ["COMPOSITES", "Balance", "norm_gradient"]
+__all__ = [
+    "COMPOSITES",
+    "STAND_INS",
+    "Balance",
+    "StandIn",
+    "norm_gradient",
+    "register_rule",
+    "rules_of_modules",
+    "stand_in",
+]
 
 
 def norm_gradient(gradient: Tensor, values: Tensor, *, epsilon: float, is_centred: bool) -> Tensor:
@@ -57,6 +67,81 @@ def _through_norm(gradient: Tensor, steepness: Tensor, is_centred: bool) -> Tens
     if is_centred:
         gradient = gradient - gradient.mean(dim=-1, keepdim=True)
     return gradient * steepness
+
+
+StandIn: TypeAlias = Callable[..., Tensor]
+STAND_INS: dict[Any, StandIn] = {}
+"""Rules of users, by class of module or function."""
+_Kind = TypeVar("_Kind", bound=StandIn)
+
+
+def register_rule(operation: Any) -> Callable[[_Kind], _Kind]:
+    """Register the decorated function as the rule by which `balance` passes a module or function of your own.
+
+    The function computes the result anew, with `detach()` on every factor that is to be constant. The gradient flows
+    through it instead of through the operation; the values stay those of the operation. What it calls is balanced too.
+
+    Args:
+        operation: a class of modules, whose rule gets the module and its inputs; or a function of torch or with
+            `torch.overrides.handle_torch_function`, whose rule gets the same arguments.
+
+    Raises:
+        SettingError: if `operation` is a module instead of its class, or cannot be called.
+
+    Example:
+        >>> import parchgrad as pg
+        >>> class Squash(nn.Module):
+        ...     def forward(self, x):
+        ...         return x / (1 + x.norm(dim=1, keepdim=True))
+        >>> @register_rule(Squash)
+        ... def squash(module, x):
+        ...     return x / (1 + x.norm(dim=1, keepdim=True)).detach()
+        >>> x, model = torch.ones(1, 4, requires_grad=True), nn.Sequential(Squash(), nn.Linear(4, 2, bias=False)).eval()
+        >>> with pg.ParchGrad(model, None, balance=True):
+        ...     score = model(x)[0, 1]
+        ...     gradient, = torch.autograd.grad(score, x)
+        >>> torch.allclose((x * gradient).sum(), score)
+        True
+    """
+    if isinstance(operation, nn.Module) or not callable(operation):
+        raise SettingError(
+            f"`operation` is of type {type(operation).__name__}, but it must be a class of modules or a function. Pass "
+            "type(module)."
+        )
+
+    def register(rule: _Kind) -> _Kind:
+        STAND_INS[operation] = rule
+        return rule
+
+    return register
+
+
+def rules_of_modules(model: nn.Module) -> list[tuple[nn.Module, StandIn]]:
+    """List the modules of a model that have a rule of a user, each with that of its nearest class."""
+    found = []
+    for module in model.modules() if STAND_INS else ():
+        kind = next((kind for kind in type(module).__mro__ if kind in STAND_INS), None)
+        if kind is not None:
+            found.append((module, STAND_INS[kind]))
+    return found
+
+
+def stand_in(result: Tensor, rule: StandIn, *args: Any, **named: Any) -> Tensor:
+    """Return a computed result under the gradient of a user's rule.
+
+    Raises:
+        ModelError: if the rule returns another shape.
+    """
+    computed = rule(*args, **named)
+    if not (isinstance(result, Tensor) and isinstance(computed, Tensor)) or result.shape != computed.shape:
+        found, wanted = (
+            tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in (computed, result)
+        )
+        raise ModelError(
+            f"The rule {getattr(rule, '__name__', rule)!r} returns {found}, but the operation {wanted}. Return a tensor "
+            "of the same shape as the result."
+        )
+    return follow(result, lambda gradient: [gradient], computed) if computed.requires_grad else result.detach()
 
 
 class _Norm(NamedTuple):
@@ -150,7 +235,12 @@ class Balance:
         found[F.instance_norm] = partial(self._normalise, _instance_norm)
         found[F.scaled_dot_product_attention] = self._attend
         found[F.glu] = self._hold_half
+        found.update({function: partial(self._stand_in, rule) for function, rule in STAND_INS.items()})
         return found
+
+    def _stand_in(self, rule: StandIn, operation: Operation) -> Any:
+        self.has_acted = True
+        return stand_in(operation.run(), rule, *operation.args, **operation.named)
 
     def _normalise(self, read: Callable[..., _Norm | None], operation: Operation) -> Any:
         """Run a normalisation unchanged, and hold its denominator constant on the way back."""

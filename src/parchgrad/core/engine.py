@@ -14,11 +14,12 @@ from parchgrad.core._torch import is_compiled, map_tensors
 from parchgrad.core.edit import DEFAULT_SELECTOR, Edit
 from parchgrad.core.hooks import tensors_in
 from parchgrad.core.layers import (
-    Convolution,
+    Layer,
     LayerChoice,
     bare_model,
+    candidate_layers,
+    channel_count,
     check_evaluation_mode,
-    find_convolutions,
     resolve_layers,
 )
 from parchgrad.core.partition import Conserve
@@ -127,12 +128,13 @@ class ParchGrad:
             _check_not_compiled(model)
         check_logits(logits)
         targets = None if target is None else integer_targets(target)
-        convolutions: dict[str, Convolution] = {}
+        candidates: dict[str, Layer] = {}
         asked: frozenset[str] | Fraction = frozenset()
         channels: dict[str, int] = {}
         if edit.selector is not None and edit.layers is not None:
-            convolutions, asked = find_convolutions(model), resolve_layers(model, edit.layers)
-            channels = {name: module.out_channels for name, module in convolutions.items()}
+            asked = resolve_layers(model, edit.layers)
+            candidates = candidate_layers(model, asked)
+            channels = {name: channel_count(module) for name, module in candidates.items()}
             _check_selector(edit.selector, channels, asked)
             if targets is not None:
                 edit.selector.check_targets(sorted(set(targets.flatten().tolist())))
@@ -140,7 +142,7 @@ class ParchGrad:
         self._plan = Plan(
             model=model,
             edit=edit,
-            convolutions=convolutions,
+            layers=candidates,
             route=Route(asked, edit.selector, channels),
             targets=targets,
             pick_logits=logits,
@@ -158,13 +160,13 @@ class ParchGrad:
         if self.edited_layers or layers is None:
             return self.edited_layers
         if named is not None:
-            return tuple(name for name in self._plan.convolutions if name in named)
+            return tuple(name for name in self._plan.layers if name in named)
         return layers if isinstance(layers, str) else float(cast(float, layers))
 
     @property
     def edited_layers(self) -> tuple[str, ...]:
         """Names of the layers that the last block, of any thread, edited; in module order, empty before the first."""
-        return tuple(name for name in self._plan.convolutions if name in self._plan.route.edited)
+        return tuple(name for name in self._plan.layers if name in self._plan.route.edited)
 
     @property
     def edit(self) -> Edit:
@@ -293,12 +295,13 @@ class ParchGrad:
         elif log.without_gradient:
             warn(
                 f"No gradient reached {len(log.without_gradient)} of {len(log.expected)} chosen layers "
-                f"({self._listed(log.without_gradient)}), which were not edited. Choose layers between {place}.",
+                f"({self._listed(log.without_gradient)}), which were not edited. Choose layers between {place}."
+                f"{' With balance, layers inside of gates and attention weights get none.' * bool(self.edit.balance)}",
                 ModelWarning,
             )
         elif log.was_passed and log.reached and named - log.reached:
             warn(
-                f"{len(named - log.reached)} of {len(named)} chosen convolutions were never called and not edited "
+                f"{len(named - log.reached)} of {len(named)} chosen layers were never called and not edited "
                 f"({self._listed(named - log.reached)}). Leave out layers that are not part of the forward pass, such "
                 "as training-only heads, and avoid compiled parts.",
                 ModelWarning,
@@ -306,7 +309,7 @@ class ParchGrad:
 
     def _listed(self, layers: Collection[str]) -> str:
         """List names of layers in module order, only some of many."""
-        names = [name for name in self._plan.convolutions if name in layers]
+        names = [name for name in self._plan.layers if name in layers]
         return ", ".join(names) if len(names) < 7 else f"{', '.join(names[:4])}, ..., {names[-1]}"
 
 
@@ -329,7 +332,7 @@ def _check_selector(selector: Selector, channels: Mapping[str, int], asked: froz
     selector.check(channels)
 
 
-def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) -> dict[str, Convolution]:
+def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) -> dict[str, Layer]:
     """Choose the convolutions whose gradient is edited, in module order.
 
     A ratio chooses by depth: of the convolutions through which the gradient of the explained score flows to the input,
@@ -369,7 +372,7 @@ def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) 
             f"`layers` is {layers!r}, which depends on the graph of a pass. Pass `inputs=`, such as a batch of images."
         )
     wanted = partition._find_layers(inputs) if route.named is None else route.named
-    return {name: module for name, module in partition._plan.convolutions.items() if name in wanted}
+    return {name: module for name, module in partition._plan.layers.items() if name in wanted}
 
 
 def _check_not_compiled(model: nn.Module) -> None:

@@ -1,9 +1,9 @@
-"""Finding, naming and choosing the convolutions of a model."""
+"""Finding, naming and choosing the layers of a model that can be edited: convolutions and linear layers."""
 
 import difflib
+import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import TypeAlias, TypeGuard
 
@@ -17,8 +17,11 @@ from parchgrad.errors import LayerError, ModelError
 
 __all__ = [
     "Convolution",
+    "Layer",
     "LayerChoice",
     "bare_model",
+    "candidate_layers",
+    "channel_count",
     "check_evaluation_mode",
     "check_model",
     "find_convolutions",
@@ -31,6 +34,7 @@ __all__ = [
 Convolution: TypeAlias = (
     nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 )
+Layer: TypeAlias = Convolution | nn.Linear
 LayerChoice: TypeAlias = str | float | Sequence[str] | Sequence[nn.Module]
 
 
@@ -109,23 +113,26 @@ def _is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
     return ("torchvision.ops.deform_conv", "DeformConv2d") in kinds
 
 
+def channel_count(layer: Layer) -> int:
+    """Return the number of channels of a layer's output."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
 def resolve_layers(model: nn.Module, layers: LayerChoice) -> frozenset[str] | Fraction:
     """Check a choice of layers; return their names, or a ratio whose layers depend on a pass (see `choose_layers`).
 
     Raises:
-        LayerError: if a pattern matches nothing, a ratio is out of range, a module is not a convolution of the model,
-            or the paper has no layer set for it.
-        ModelError: if the model has no convolution, or only those that cut patches for a transformer.
+        LayerError: if a pattern matches nothing, a ratio is out of range, a module is not a layer of the model, or the
+            paper has no layer set for it.
+        ModelError: if the model has neither convolutions nor linear layers.
 
     Example:
         >>> model = nn.Sequential(*[nn.Conv1d(4, 4, 3) for _ in range(4)])
         >>> sorted(resolve_layers(model, ["0", "[23]"])), resolve_layers(model, 0.5), resolve_layers(model, "all")
         (['0', '2', '3'], Fraction(1, 2), Fraction(1, 1))
     """
-    convolutions = find_convolutions(model)
-    if (isinstance(layers, str) and layers in ("published", "all")) or is_number(layers):
-        # Layers that are named explicitly are taken as given.
-        _check_more_than_patches(model, convolutions)
+    model = bare_model(model)
+    convolutions, linear = _layers_of(model)
     if isinstance(layers, bool) or layers is None:
         raise _not_a_choice(layers)
     if is_number(layers):
@@ -135,44 +142,44 @@ def resolve_layers(model: nn.Module, layers: LayerChoice) -> frozenset[str] | Fr
             return Fraction(1)
         if layers == "published":
             return frozenset(_published(model, convolutions))
-        return frozenset(_matching(convolutions, [layers]))
+        return frozenset(_matching(convolutions, linear, [layers]))
     if not isinstance(layers, Sequence):
         raise _not_a_choice(layers)
     patterns = [choice for choice in layers if isinstance(choice, str)]
     modules = [choice for choice in layers if isinstance(choice, nn.Module)]
     if len(patterns) == len(layers) > 0:
-        return frozenset(_matching(convolutions, patterns))
+        return frozenset(_matching(convolutions, linear, patterns))
     if len(modules) == len(layers) > 0:
-        return frozenset(_named(convolutions, modules))
+        return frozenset(_named({**convolutions, **linear}, modules))
     raise _not_a_choice(layers)
 
 
-def _check_more_than_patches(model: nn.Module, convolutions: Mapping[str, Convolution]) -> None:
-    """Raise `ModelError` for transformers and mixers, whose convolutions only cut the image into patches."""
-    cuts = all(module.kernel_size == module.stride and max(module.kernel_size) > 1 for module in convolutions.values())
-    if len(convolutions) > 1:
-        # A chain of halving convolutions is a convolutional network, unless layers normalise tokens in between.
-        cuts = cuts and any(
-            re.search("layer_?norm|rms_?norm", type(m).__name__, re.IGNORECASE) for m in model.modules()
-        )
-    else:
-        (only,) = convolutions.values()
-        # Patches may overlap. Users may assign a convolution one stride for all dimensions.
-        step, side = only.stride if isinstance(only.stride, int) else min(only.stride), max(only.kernel_size)
-        cuts = side > 1 and (step == side or (step >= _STEP_OF_PATCHES and 2 * step > side))
-    if cuts and sum(isinstance(module, nn.Linear) for module in model.modules()) > _LINEAR_LAYERS_OF_A_HEAD:
-        raise ModelError(
-            f"{type(model).__name__} is not a convolutional network: its only convolutions "
-            f"({', '.join(list(convolutions)[:3])}{', ...' if len(convolutions) > 3 else ''}) cut the image into "
-            "patches, and their channels do not decide the class. Use a convolutional network, the plain method "
-            "(selector=None), or name the layers explicitly."
-        )
+def candidate_layers(model: nn.Module, asked: frozenset[str] | Fraction) -> dict[str, Layer]:
+    """Find the modules that a resolved choice chooses from: all convolutions, and the linear layers that it names.
+
+    A network without convolutions, such as a transformer that cuts its patches itself, has its first linear layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(6, 6), nn.Linear(6, 6))
+        >>> list(candidate_layers(model, Fraction(1))), list(candidate_layers(model, frozenset({"2"})))
+        (['0'], ['0', '2'])
+    """
+    convolutions, linear = _layers_of(model)
+    named = asked if isinstance(asked, frozenset) else frozenset()
+    found = {*convolutions, *named} or set(list(linear)[:1])
+    every: dict[str, Layer] = {**convolutions, **linear}
+    return {name: every[name] for name, _ in model.named_modules() if name in found}
 
 
-# As many as VGG and AlexNet have; patch networks with more count as transformers or mixers.
-_LINEAR_LAYERS_OF_A_HEAD = 3
-# Overlapping convolutions with a smaller stride are ordinary ones.
-_STEP_OF_PATCHES = 4
+def _layers_of(model: nn.Module) -> tuple[dict[str, Convolution], dict[str, nn.Linear]]:
+    """Convolutions and linear layers by name, in module order; one of both may be empty."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    try:
+        return find_convolutions(model), linear
+    except ModelError:
+        if not linear:
+            raise
+        return {}, linear
 
 
 def parse_layers(text: str) -> str | float | list[str]:
@@ -192,7 +199,7 @@ def parse_layers(text: str) -> str | float | list[str]:
 def _not_a_choice(layers: object) -> LayerError:
     return LayerError(
         f"`layers` is {layers!r}, but it must be 'all', 'published', a ratio in (0, 1], "
-        "a non-empty list of name patterns, or a non-empty list of convolution modules."
+        "a non-empty list of name patterns, or a non-empty list of convolutions or linear layers."
     )
 
 
@@ -220,19 +227,18 @@ def _published(model: nn.Module, convolutions: dict[str, Convolution]) -> list[s
     return published
 
 
-def _matching(convolutions: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Names that match any of the patterns; every pattern must match."""
-    names = list(convolutions)
-    chosen: list[str] = []
+def _matching(convolutions: Collection[str], linear: Collection[str], patterns: Sequence[str]) -> set[str]:
+    """Names that match any of the patterns: of convolutions, or of linear layers if a pattern matches none of those."""
+    chosen: set[str] = set()
     for pattern in patterns:
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            near = _near(pattern, ["all", "published", *names])
+        matches = next(filter(None, (fnmatch.filter(names, pattern) for names in (convolutions, linear))), None)
+        if matches is None:
+            near = _near(pattern, ["all", "published", *convolutions, *linear])
             raise LayerError(
-                f"The layer pattern {pattern!r} matches none of the {len(names)} convolutions. "
-                f"Similar names: {', '.join(near)}."
+                f"The layer pattern {pattern!r} matches none of the {len(convolutions)} convolutions and {len(linear)} "
+                f"linear layers. Similar names: {', '.join(near)}."
             )
-        chosen += matches
+        chosen.update(matches)
     return chosen
 
 
@@ -245,15 +251,15 @@ def _near(pattern: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[-5:]
 
 
-def _named(convolutions: dict[str, Convolution], modules: Sequence[nn.Module]) -> list[str]:
-    names = {id(module): name for name, module in convolutions.items()}
+def _named(layers: Mapping[str, nn.Module], modules: Sequence[nn.Module]) -> set[str]:
+    names = {id(module): name for name, module in layers.items()}
     for module in modules:
         if id(module) not in names:
             raise LayerError(
-                f"`layers` contains a {type(module).__name__} that is not a convolution of this model. Pass "
-                "convolutions of the model itself."
+                f"`layers` contains a {type(module).__name__} that is not a convolution or linear layer of this model. "
+                "Pass layers of the model itself."
             )
-    return [names[id(module)] for module in modules]
+    return {names[id(module)] for module in modules}
 
 
 def has_published_layers(model: nn.Module) -> bool:

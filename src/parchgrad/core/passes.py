@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parchgrad.core._torch import (
@@ -25,7 +25,7 @@ from parchgrad.core.balance import Balance
 from parchgrad.core.convolution import Geometry, input_gradient, partitioned_input_gradient, plain_geometry
 from parchgrad.core.edit import Edit
 from parchgrad.core.hooks import tensors_in
-from parchgrad.core.layers import Convolution
+from parchgrad.core.layers import Convolution, Layer
 from parchgrad.core.operations import refuse_second_derivatives
 from parchgrad.core.partition import (
     Conserve,
@@ -43,6 +43,7 @@ from parchgrad.core.rules import BackwardRules
 from parchgrad.core.selectors import LayerSignal, Selector, as_selection
 from parchgrad.core.strides import is_pass_through, smooth_strides
 from parchgrad.core.targets import check_target_count, check_target_range, pick_logits, read_classes
+from parchgrad.core.tokens import TokenView, token_view
 from parchgrad.errors import InputError, LayerError, ModelError, ModelWarning, SettingError, TargetError, warn
 
 __all__ = [
@@ -180,6 +181,8 @@ class ForwardPass:
         # Inputs of the model and their nodes, while it runs.
         self.inputs: list[Tensor] = []
         self.starts: list[Any] = []
+        # Number of positions of the last convolution, to tell the tokens of the image from those before them.
+        self.positions = 0
         self._attached: set[str] = set()
         # Classes by id of the backward pass, see `Calls`.
         self._read: deque[tuple[int, Tensor]] = deque(maxlen=_PASSES_AT_ONCE)
@@ -191,8 +194,13 @@ class ForwardPass:
             self.balance = rules.balance
             rules.__exit__(None, None, None)
 
+    def note_positions(self, output: Any) -> None:
+        """Note the number of positions of a convolution's output."""
+        if isinstance(output, Tensor):
+            self.positions = output.shape[2:].numel()
+
     def attach(
-        self, layer: str, convolution: Convolution, inputs: tuple[Any, ...], output: Any, inside: _Inside | None
+        self, layer: str, module: Layer, inputs: tuple[Any, ...], output: Any, inside: _Inside | None
     ) -> Tensor | None:
         """Return a layer's output with an edited backward pass; None if nothing is to be replaced."""
         edits = [] if inside is None else inside.edits
@@ -203,10 +211,12 @@ class ForwardPass:
         earlier = getattr(output.grad_fn, "edit", None)
         if (inside is not None and inside.was_met) or (isinstance(earlier, LayerEdit) and earlier.forward is self):
             return None
-        found = self.edited(layer, convolution, inputs, output)
-        if found is not None and not has_plain_forward(convolution) and not _only_convolves(output.grad_fn):
+        if isinstance(module, nn.Linear):
+            return self.edited_tokens(layer, output)
+        found = self.edited(layer, module, inputs, output)
+        if found is not None and not has_plain_forward(module) and not _only_convolves(output.grad_fn):
             edits = [found.grad_fn.edit]  # type: ignore[union-attr]  # set by the edit's own node
-            name = type(convolution).__name__
+            name = type(module).__name__
             self._refuse(layer, found, inputs, edits, f"is of type {name}, which does more than convolve")
         return found
 
@@ -216,15 +226,11 @@ class ForwardPass:
         """Return a convolution's output with an edited backward pass; None if no gradient flows through it."""
         # Read once: each access wraps torch's node anew.
         node = output.grad_fn
-        if node is None:
-            self.log.unrecorded.add(layer)
+        if not self._is_recorded(layer, node):
             return None
-        self.log.recorded.add(layer)
         if output.dim() != len(convolution.kernel_size) + 2:
             raise InputError(f"The input of layer {layer!r} has no batch dimension. Add one with inputs.unsqueeze(0).")
-        targets = self.plan.targets
-        if targets is not None:
-            check_target_count(targets, output.shape[0], "pass")
+        self._check_targets(output.shape[0])
         edit = LayerEdit(self, layer)
         edit.observe(output.detach())
         geometry = None if inputs is None or len(inputs) != 1 else plain_geometry(convolution)
@@ -236,9 +242,33 @@ class ForwardPass:
         else:
             # No gradient flows to the input.
             return None
+        self._add(layer, edited)
+        return edited
+
+    def edited_tokens(self, layer: str, output: Tensor) -> Tensor | None:
+        """Return a linear layer's output with an edited backward pass; None if no gradient flows through it."""
+        if not self._is_recorded(layer, output.grad_fn):
+            return None
+        edit = LayerEdit(self, layer)
+        edit.tokens = token_view(output.shape, len(self.inputs[0]) if self.inputs else 0, self.positions)
+        self._check_targets(edit.tokens.rows)
+        edit.observe(edit.tokens.patches(output.detach()))
+        edited = cast(Tensor, _EditedTokens.apply(output, edit))
+        self._add(layer, edited)
+        return edited
+
+    def _is_recorded(self, layer: str, node: Any) -> bool:
+        """Note whether a call of a layer was recorded for a backward pass."""
+        (self.log.unrecorded if node is None else self.log.recorded).add(layer)
+        return node is not None
+
+    def _check_targets(self, rows: int) -> None:
+        if self.plan.targets is not None:
+            check_target_count(self.plan.targets, rows, "pass")
+
+    def _add(self, layer: str, edited: Tensor) -> None:
         self._attached.add(layer)
         self.calls.add(edited.grad_fn)
-        return edited
 
     def _refuse(
         self, layer: str, output: Any, inputs: Sequence[Any], edits: Sequence["LayerEdit"], reason: str
@@ -282,7 +312,7 @@ class ForwardPass:
             return
         if not self.reached and _may_go_back(output):
             raise ModelError(
-                "None of the chosen convolutions was called in this forward pass, so nothing would be edited. Choose "
+                "None of the chosen layers was called in this forward pass, so nothing would be edited. Choose "
                 "layers that the model calls, and explain the model itself, not a compiled or functional copy."
             )
         if self.edits:
@@ -327,7 +357,7 @@ class ForwardPass:
     def _left_out(self, nodes: Sequence[Any], calls: Collection[Any], balance: Balance | None) -> list[str]:
         """Name the nodes that convolve, or attend without being balanced, but are no layers."""
         weights = self.plan.weights
-        own = {f"{layer}.weight" for layer in self.plan.convolutions}
+        own = {f"{layer}.weight" for layer in self.plan.layers}
         found = []
         for node in unmarked(nodes, calls):
             used = [id(getattr(other, "variable", None)) for other, _ in node.next_functions]
@@ -386,6 +416,7 @@ class LayerEdit:
         layer: name of the convolution.
         refusal: why it cannot be edited; empty if it can.
         observation: what the selector has observed.
+        tokens: how the layer's output holds tokens; None for a convolution.
     """
 
     def __init__(self, forward: ForwardPass, layer: str) -> None:
@@ -394,6 +425,7 @@ class LayerEdit:
         self.layer = layer
         self.refusal = ""
         self.observation: Any = None
+        self.tokens: TokenView | None = None
 
     def observe(self, output: Tensor) -> None:
         """Let the selector observe the convolution's output."""
@@ -515,6 +547,27 @@ class _EditedOutput(torch.autograd.Function):
         weighted, scales, unit = ctx.edit.apply(gradient)
         edited = weighted * scales.reshape(*scales.shape, *[1] * (gradient.dim() - 2))
         return restored_range(edited, unit).to(gradient.dtype), None
+
+
+class _EditedTokens(torch.autograd.Function):
+    """The output of a linear layer; the gradient of its channels is partitioned."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, edit: LayerEdit) -> Tensor:
+        ctx.edit = edit
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.edit.meet(gradient):
+            return gradient, None
+        view = ctx.edit.tokens
+        patches = view.patches(gradient)
+        weighted, scales, unit = ctx.edit.apply(patches)
+        # The gradient may have reached the other tokens alone, as behind the last attention.
+        scales = torch.where((patches != 0).flatten(1).any(dim=1, keepdim=True), scales, 1.0)
+        edited = restored_range(weighted * scales.unsqueeze(2), unit)
+        return view.scaled(at_least_float32(gradient), edited, scales).to(gradient.dtype), None
 
 
 def refuse_transforms() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from parchgrad.core._torch import current_backward_pass
 from parchgrad.core.edit import Edit
-from parchgrad.core.layers import Convolution
+from parchgrad.core.layers import Layer
 from parchgrad.core.paths import Paths
 from parchgrad.core.selectors import Selector
 from parchgrad.errors import ModelWarning, warn
@@ -62,7 +62,7 @@ class Plan:
     Attributes:
         model: the model whose gradient is edited.
         edit: the settings, with every None replaced.
-        convolutions: all convolutions of the model by name, in module order; empty without a selector.
+        layers: convolutions, and linear layers to edit, by name, in module order; empty without a selector.
         route: the layers to edit.
         targets: class indices (B,) or (1,), instead of those read off the backward signal.
         pick_logits: extracts the logits from the model's output.
@@ -70,7 +70,7 @@ class Plan:
 
     model: nn.Module
     edit: Edit
-    convolutions: Mapping[str, Convolution]
+    layers: Mapping[str, Layer]
     route: Route
     targets: Tensor | None
     pick_logits: Callable[[Any], Tensor] | None

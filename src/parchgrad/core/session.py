@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parchgrad.core._torch import current_backward_pass, has_plain_forward, own_parameter, without_function_modes
+from parchgrad.core.balance import StandIn, rules_of_modules, stand_in
 from parchgrad.core.gates import has_replaced_rectifiers
 from parchgrad.core.hooks import TransientHook, tensors_in
-from parchgrad.core.layers import Convolution
+from parchgrad.core.layers import Convolution, Layer
 from parchgrad.core.passes import FORWARDS, Calls, ForwardPass, enter_inside, leave_inside, refuse_transforms
 from parchgrad.core.plan import Log, Plan
 from parchgrad.core.rules import BackwardRules, has_active_rules
@@ -41,19 +42,23 @@ class Session:
         named = self.plan.route.named
         try:
             self._handles.append(self._output.register_forward_pre_hook(TransientHook(self._begin), with_kwargs=True))
-            for name, convolution in self.plan.convolutions.items():
+            for name, module in self.plan.layers.items():
                 if named is not None and name not in named:
                     hook = TransientHook(self._touch, name)
-                    self._handles.append(convolution.register_forward_hook(hook))
+                    self._handles.append(module.register_forward_hook(hook))
                     continue
-                does_more = not has_plain_forward(convolution)
+                does_more = not isinstance(module, nn.Linear) and not has_plain_forward(module)
                 if does_more:
                     before = TransientHook(self._look_inside, name)
-                    self._handles.append(convolution.register_forward_pre_hook(before))
+                    self._handles.append(module.register_forward_pre_hook(before))
                 hook = TransientHook(self._attach, name)
                 # Called after an exception too if there is something to undo.
-                handle = convolution.register_forward_hook(hook, prepend=True, always_call=does_more)
+                handle = module.register_forward_hook(hook, prepend=True, always_call=does_more)
                 self._handles.append(handle)
+            if self.plan.edit.balance:
+                for part, rule in rules_of_modules(self.plan.model):
+                    hook = TransientHook(self._stand_in, rule)
+                    self._handles.append(part.register_forward_hook(hook, with_kwargs=True))
             # Called after an exception too, so that a failed pass leaves no state behind.
             self._handles.append(self._output.register_forward_hook(TransientHook(self._end), always_call=True))
             SESSIONS.set((*open_sessions(), self))
@@ -107,9 +112,9 @@ class Session:
         if not torch.is_grad_enabled():
             return
         decides, named = self._decides_over(self.plan.model), self.plan.route.named
-        decided = [name for name, module in self.plan.convolutions.items() if self._decides_over(module)]
+        decided = [name for name, module in self.plan.layers.items() if self._decides_over(module)]
         forward.edits = bool(decided) if named is None else not named.isdisjoint(decided)
-        forward.decides_over_all = len(decided) == len(self.plan.convolutions)
+        forward.decides_over_all = len(decided) == len(self.plan.layers)
         forward.inputs = tensors_in((inputs, dict(keywords or {})))
         forward.starts = [values.grad_fn for values in forward.inputs if values.grad_fn is not None]
         gates, antialias, balance = self._gates(), bool(self.plan.edit.antialias), bool(self.plan.edit.balance)
@@ -132,6 +137,8 @@ class Session:
     def _touch(self, layer: str, convolution: Convolution, inputs: tuple[Any, ...], output: Any) -> None:
         """Note where backward passes reach a convolution that is not edited."""
         forward = self._forward()
+        if forward is not None:
+            forward.note_positions(output)
         if self in SESSIONS.get() and self._decides_over(convolution) and (forward is None or forward.edits):
             for values in tensors_in(output):
                 if values.grad_fn is not None:
@@ -143,11 +150,11 @@ class Session:
         if self in SESSIONS.get() and weight is not None and self._decides_over(convolution):
             enter_inside(self._forward() or ForwardPass(self.calls), layer, convolution, weight)
 
-    def _attach(self, layer: str, convolution: Convolution, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        """Replace a convolution's output by one whose backward pass is edited."""
+    def _attach(self, layer: str, module: Layer, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        """Replace a layer's output by one whose backward pass is edited."""
         if self not in SESSIONS.get():
             return None
-        weight = own_parameter(convolution, "weight")
+        weight = own_parameter(module, "weight")
         inside = None if weight is None else leave_inside(self.log, weight)
         # After an exception the output is None.
         if output is None:
@@ -167,15 +174,30 @@ class Session:
                     "balance=False."
                 )
         forward.reached = self.log.was_called = True
+        if not isinstance(module, nn.Linear):
+            forward.note_positions(output)
         self.log.reached.add(layer)
-        if not self._decides_over(convolution):
+        if not self._decides_over(module):
             return None
         refuse_transforms()
         if forward.rules is None:
-            return forward.attach(layer, convolution, inputs, output, inside)
+            return forward.attach(layer, module, inputs, output, inside)
         # The rules would intercept every look at a tensor.
         with without_function_modes():
-            return forward.attach(layer, convolution, inputs, output, inside)
+            return forward.attach(layer, module, inputs, output, inside)
+
+    def _stand_in(self, rule: StandIn, module: nn.Module, inputs: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        """Give a module's output the gradient of a user's rule."""
+        # Torch leaves out the keywords if another thread removes this hook at the same time.
+        named, output = rest if len(rest) == 2 else ({}, *rest)
+        forward = self._forward()
+        balance = None if forward is None or forward.rules is None else forward.rules.balance
+        if self not in SESSIONS.get() or balance is None or not self._decides_over(module):
+            return None
+        if not any(values.requires_grad for values in tensors_in(output)):
+            return None
+        balance.has_acted = True
+        return stand_in(output, rule, module, *inputs, **named)
 
     def _end(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         forward = self._forward()

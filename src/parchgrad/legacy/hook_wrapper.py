@@ -11,7 +11,7 @@ from torch import nn
 from parchgrad._io.checks import is_number
 from parchgrad._io.files import safe_stem
 from parchgrad.core.engine import ParchGrad, choose_layers
-from parchgrad.core.layers import Convolution, bare_model, find_convolutions, has_published_layers, last_layers
+from parchgrad.core.layers import Convolution, Layer, bare_model, find_convolutions, has_published_layers, last_layers
 from parchgrad.core.partition import Conserve
 from parchgrad.core.selectors import Selector
 from parchgrad.core.targets import Target
@@ -76,7 +76,7 @@ class HookWrapper:
         self.name = name
         self.model = model
         self.method = method
-        self._hook_modules: list[Convolution] = []
+        self._hook_modules: list[Layer] = []
         self._selector_for: Callable[[float | None, float | None, float | None], Selector] | None = None
 
     @property
@@ -85,7 +85,7 @@ class HookWrapper:
         return list(find_convolutions(self.model).values())
 
     @property
-    def hook_modules(self) -> list[Convolution]:
+    def hook_modules(self) -> list[Layer]:
         """The convolutions set by `set_hook_modules`, in module order."""
         return list(self._hook_modules)
 
@@ -114,7 +114,7 @@ class HookWrapper:
         cache = functools.lru_cache(_SELECTORS_KEPT)
         self._selector_for = cache(functools.partial(_make_selector, self.method, statistics))
 
-    def get_default_hook_convolutions(self, layer_ratio: float | str | None = None) -> list[Convolution]:
+    def get_default_hook_convolutions(self, layer_ratio: float | str | None = None) -> list[Layer]:
         """Choose the convolutions to edit.
 
         Args:

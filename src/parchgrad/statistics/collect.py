@@ -116,6 +116,12 @@ def collect_statistics(
         check_evaluation_mode(model)
         _check_settings(data, labels, batch_size, workers, checkpoint_every, seed, metadata or {})
         asked = resolve_layers(model, layers)
+        linear = sorted(asked - find_convolutions(model).keys()) if isinstance(asked, frozenset) else []
+        if linear:
+            raise LayerError(
+                f"`layers` contains the linear layer {linear[0]!r}, but statistics are of convolutions. Leave it out, "
+                "and edit linear layers by a selector without statistics, such as Evidence."
+            )
         path, settings, identity = None, {}, None
         if has_items(data):
             ratio = "all" if asked == 1 else str(asked)
