@@ -374,3 +374,29 @@ def ranked(log_p, share):
         share=share,
     )
     return ChannelStatistics({"conv": layer})
+
+
+# Parameters that are added to what a network computes.
+_ADDED = re.compile(r"bias|pos_embed|_token|position_embedding|class_embedding|pos_embedding|token_type|wpe")
+
+
+def contributions(model, inputs, score):
+    """Sum of input times gradient, plus that of everything added times its gradient."""
+    added = [
+        weight
+        for name, weight in model.named_parameters()
+        if _ADDED.search(name) and not re.search("relative|rel_pos", name)
+    ]
+    gradients = torch.autograd.grad(score, [inputs, *added], retain_graph=True, allow_unused=True)
+    pairs = zip([inputs, *added], gradients, strict=True)
+    return sum(float((values * gradient).sum().detach()) for values, gradient in pairs if gradient is not None)
+
+
+def enlivened(model, seed=0):
+    """Add noise to all parameters that start as a constant, so that every branch plays a part."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and parameter.min() == parameter.max():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model

@@ -16,6 +16,7 @@ __all__ = [
     "forward_hooks",
     "function_of",
     "has_plain_forward",
+    "has_saved_tensor_hooks",
     "in_place_changes",
     "is_batched",
     "is_compiled",
@@ -83,6 +84,11 @@ def _never(*arguments: object) -> bool:
 def function_of(node: Any) -> Any:
     """Return the autograd function in Python of a node of the graph, or None if the node is one of torch's own."""
     return getattr(type(node), "_forward_cls", None)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks intercept what operations save for the backward pass, as in checkpointed parts of a model."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def in_place_changes(values: Tensor) -> int | None:

@@ -268,7 +268,7 @@ class Balance:
         if not source.requires_grad:
             return operation.run()
         self.has_acted = True
-        if _is_in_place(operation):
+        if operation.is_in_place():
             return scale_gradient(
                 operation, lambda values: _ratio(operation.on(values.clone()).run(), values, limit), rank=rank
             )
@@ -296,7 +296,7 @@ class Balance:
         ranks = {place: self._rank(values.grad_fn) for place, values in involved.items()}
         least = min(ranks.values())
         share = 1 / sum(rank == least for rank in ranks.values())
-        is_in_place = _names_in_place(operation.function)
+        is_in_place = operation.is_in_place()
         replaced = operation
         for place, values in involved.items():
             if ranks[place] > least:
@@ -328,22 +328,28 @@ class Balance:
     def _attend(self, operation: Operation) -> Any:
         """Run attention with its weights held constant: the gradient flows through the values alone."""
         self.has_acted = True
-        # Masks made from weights alone keep their gradient: without it another kernel would round otherwise.
         for place in ((0, "query"), (1, "key"), (3, "attn_mask")):
             values = _argument(operation, *place)
-            if self._depends(values):
+            # Masks made from weights alone keep their gradient: without it another kernel would round otherwise.
+            if isinstance(values, Tensor) and (place[1] != "attn_mask" or self._depends(values)):
                 operation = _with_argument(operation, *place, values.detach())
         return operation.run()
 
     def _hold_half(self, operation: Operation) -> Any:
         """Run a gated linear unit with its gate held constant."""
-        source, dimension = operation.source, _argument(operation, 1, "dim")
-        dimension = -1 if dimension is None else dimension
+        source, result = operation.source, operation.run()
         if not source.requires_grad:
-            return operation.run()
+            return result
         self.has_acted = True
-        values, gate = source.chunk(2, dim=dimension)
-        return operation.on(torch.cat([values, gate.detach()], dim=dimension)).run()
+        given = _argument(operation, 1, "dim")
+        dimension = -1 if given is None else given
+        gate = source.detach().chunk(2, dim=dimension)[1].sigmoid()
+        return follow(
+            result,
+            lambda gradient: [torch.cat([gradient * gate, torch.zeros_like(gradient)], dim=dimension)],
+            source,
+            rank=ACTIVATION,
+        )
 
     def _depends(self, values: Any) -> bool:
         """Whether a value depends on the model's input, and not on its weights alone."""
@@ -416,18 +422,6 @@ def _ratio(images: Tensor, values: Tensor, limit: float) -> Tensor:
     """Divide f(x) by x; the limit where both are 0."""
     wide = at_least_float32(values)
     return (at_least_float32(images) / wide).masked_fill_(wide == 0, limit)
-
-
-def _is_in_place(operation: Operation) -> bool:
-    """Whether an activation overwrites its input; its only boolean argument says so."""
-    if operation.named.get("inplace") or any(value is True for value in operation.args[1:]):
-        return True
-    return _names_in_place(operation.function)
-
-
-def _names_in_place(function: Any) -> bool:
-    name: str = function.__name__
-    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _takes_data(node: Any) -> bool:

@@ -59,6 +59,13 @@ class Operation(NamedTuple):
         """Call the function."""
         return self.function(*self.args, **self.named)
 
+    def is_in_place(self) -> bool:
+        """Whether it overwrites its first argument, by the function's name or its only boolean argument."""
+        name: str = self.function.__name__
+        if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")):
+            return True
+        return bool(self.named.get("inplace")) or any(value is True for value in self.args[1:])
+
 
 Rule: TypeAlias = Callable[[Operation], Any]
 
@@ -113,8 +120,6 @@ def follow(
 
 def scale_gradient(operation: Operation, factor: Callable[[Tensor], Tensor], *, rank: int = 0) -> Tensor:
     """Run an elementwise operation unchanged, and multiply its gradient by a factor of its own.
-
-    The operation's own node still saves its tensors, since checkpointing compares their number in its second pass.
 
     Args:
         operation: it may be in place.

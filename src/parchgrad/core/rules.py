@@ -9,9 +9,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from parchgrad.core._torch import open_body
+from parchgrad.core._torch import has_saved_tensor_hooks, open_body
 from parchgrad.core.balance import COMPOSITES, Balance
 from parchgrad.core.gates import gate_rules
 from parchgrad.core.operations import Operation, Rule
@@ -78,7 +80,13 @@ class BackwardRules(TorchFunctionMode):
         rule = self.rules.get(function)
         # torch suspends the mode here, so that what a rule calls is not intercepted.
         if rule is not None and torch.is_grad_enabled() and _ACTIVE.get()[-1:] == (self,):
-            return rule(Operation(function, args, named))
+            operation = Operation(function, args, named)
+            if not has_saved_tensor_hooks() or operation.is_in_place():
+                return rule(operation)
+            # Checkpointing compares what is saved with its second pass, which runs without rules.
+            operation.run()
+            with saved_tensors_hooks(_same, _same):
+                return rule(operation)
         if function in self._opened:
             super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             try:
@@ -86,6 +94,10 @@ class BackwardRules(TorchFunctionMode):
             finally:
                 super().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return function(*args, **named)
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
 
 
 # Active modes of this thread, innermost last.
