@@ -6,7 +6,14 @@ import torchvision
 from torch import nn
 
 from parchgrad.core.engine import choose_layers
-from parchgrad.core.layers import bare_model, find_convolutions, has_published_layers, resolve_layers
+from parchgrad.core.layers import (
+    bare_model,
+    candidate_layers,
+    channel_count,
+    find_convolutions,
+    has_published_layers,
+    resolve_layers,
+)
 from parchgrad.errors import LayerError, ModelError
 from tests.support import small_network
 
@@ -98,9 +105,26 @@ def test_bad_choices_name_the_remedy(layers, words):
         choose_layers(torchvision.models.resnet18(), layers)
 
 
-def test_model_without_convolutions():
-    with pytest.raises(ModelError, match="Linear has no convolution"):
-        choose_layers(nn.Linear(2, 2), "all")
+def test_models_without_convolutions():
+    with pytest.raises(ModelError, match="ReLU has no convolution"):
+        choose_layers(nn.ReLU(), "all")
+    # The first linear layer takes the place of the patch embedding.
+    linear = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    assert list(candidate_layers(linear, resolve_layers(linear, "all"))) == ["0"]
+
+
+def test_linear_layers_are_chosen_by_name_alone():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1), "fc": nn.Linear(2, 2)}))
+    assert list(choose_layers(model, "1.fc")) == ["1.fc"]
+    assert list(choose_layers(model, ["1.f*", "0"])) == ["0", "1.fc"]
+    assert list(choose_layers(model, [model[1]["fc"]])) == ["1.fc"]
+    # A pattern that matches convolutions stands for these alone.
+    assert list(choose_layers(model, "1.*")) == ["1.conv"]
+    assert list(candidate_layers(model, resolve_layers(model, "all"))) == ["0", "1.conv"]
+    assert list(candidate_layers(model, resolve_layers(model, "1.fc"))) == ["0", "1.conv", "1.fc"]
+    assert [channel_count(layer) for layer in choose_layers(model, ["0", "1.fc"]).values()] == [2, 2]
+    with pytest.raises(LayerError, match=r"none of the 2 convolutions and 1 linear layers\. Similar names: .*1\.fc"):
+        resolve_layers(model, "1.fx")
 
 
 # torch announces that it will do without scripts.
@@ -159,44 +183,15 @@ def test_networks_without_published_layers_are_refused_by_name(model):
         choose_layers(model, "default")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vit_tiny_patch16_224",
-        "deit_tiny_patch16_224",
-        "swin_tiny_patch4_window7_224",
-        "mixer_s32_224",
-        "hiera_tiny_224",
-    ],
-)
-@pytest.mark.parametrize("layers", ["published", "all", 0.5])
-def test_networks_whose_convolutions_only_cut_patches_are_refused(name, layers):
-    model = transformer(name)
-    with pytest.raises(ModelError, match=r"its only convolutions \((patch_embed|stem)\.proj\)"):
-        choose_layers(model, layers)
-
-
-def test_networks_with_patches_and_other_convolutions_are_not():
-    assert resolve_layers(transformer("convnext_atto"), "all") == 1
-    assert resolve_layers(transformer("vit_small_r26_s32_224"), "all") == 1
-    # A patch embedding with an ordinary head.
-    patches = nn.Sequential(
-        nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-    )
-    assert resolve_layers(patches, 0.5)
-    # Convolutions that halve the image one after the other, before a deep head or with linear layers in between.
-    halves = [nn.Conv2d(3, 8, 2, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 2, stride=2), nn.ReLU()]
-    deep = nn.Sequential(*halves, nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
-    assert resolve_layers(deep, "all")
-    # Whoever names layers is not asked again.
-    assert list(choose_layers(transformer("deit_tiny_patch16_224"), "patch_embed.*")) == ["patch_embed.proj"]
-    # A convolution that looks at more than its step, and an ordinary head of any depth.
-    dense = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.Flatten(), *[nn.Linear(8, 8) for _ in range(5)])
-    assert resolve_layers(dense, 0.5)
-    dense[0] = nn.Conv2d(3, 8, 3, stride=2)
-    assert resolve_layers(dense, 0.5)
-    dense[0].stride = 1
-    assert resolve_layers(dense, 0.5)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mixer_s32_224", "hiera_tiny_224"])
+def test_the_patch_embedding_is_a_layer_like_others(name):
+    with torch.device("cpu"):
+        model, inputs = timm.create_model(name).eval(), torch.rand(1, 3, 224, 224)
+    embedding = next(iter(find_convolutions(model)))
+    for layers in (0.25, "all"):
+        assert list(choose_layers(model, layers, inputs=inputs)) == [embedding]
+    with pytest.raises(LayerError, match="no layer set"):
+        choose_layers(model, "published")
 
 
 def test_bare_models_are_themselves():
