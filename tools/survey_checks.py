@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,13 @@ class Reference:
             for handle in handles:
                 handle.remove()
 
-    def _attach(self, name: str, module: nn.Module, arguments: object, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(functools.partial(self._edit, name))
+    def _attach(self, name: str, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        # Linear layers have their channels last.
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        edited: Tensor = _Edited.apply(
+            output, lambda gradient: self._edit(name, gradient.movedim(axis, 1)).movedim(1, axis)
+        )
+        return edited
 
     def _edit(self, name: str, gradient: Tensor) -> Tensor:
         flat = gradient.flatten(2)
@@ -103,6 +108,19 @@ class Reference:
         scale = torch.where(usable, beta, 1.0).unsqueeze(1) * mask
         scale = torch.where(one_sided.unsqueeze(1), 1.0, scale)
         return gradient * scale.reshape(*scale.shape, *[1] * (gradient.dim() - 2))
+
+
+class _Edited(torch.autograd.Function):
+    """An output with an edited gradient; a hook on it would miss what overwrites it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.edit = edit
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.edit(gradient), None
 
 
 def seeded_gradient(model: nn.Module, inputs: Tensor, targets: Tensor, factor: float = 1.0) -> Tensor:
@@ -163,7 +181,7 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
     _agree(explain(model, inputs, targets, everything), plain, 1e-4, "with all channels kept")
     # Double precision, so that rounding does not change which channels are kept.
     wide, pictures = copy.deepcopy(model).double(), inputs.double()
-    chosen = pg.choose_layers(wide, layers, inputs=pictures)
+    chosen = pg.choose_layers(wide, layers, inputs=pictures, balance=False)
     untied = without_ties(wide, pictures, targets, chosen)
     if untied != chosen:
         notes.append(f"{len(chosen) - len(untied)} ties")
@@ -193,18 +211,22 @@ def check_maps(model: nn.Module, inputs: Tensor, layers: LayerChoice) -> list[st
     return notes
 
 
-def check_default(model: nn.Module, inputs: Tensor) -> None:
-    """Check the maps of `pg.Explainer(model)`, including soft gates and smooth strides.
+def check_default(model: nn.Module, inputs: Tensor) -> tuple[str, ...]:
+    """Check the maps of `pg.Explainer(model)`, including soft gates, smooth strides and balance.
 
     Args:
         model: a model in evaluation mode; not modified.
         inputs: two different images, shape (2, 3, H, W).
 
+    Returns:
+        Names of the edited layers.
+
     Raises:
         FaultError: if a check fails.
     """
     wide, pictures, targets = copy.deepcopy(model).double(), inputs.double(), torch.tensor([1, 3])
-    found = pg.Explainer(wide).attribute(pictures, targets)
+    explainer = pg.Explainer(wide)
+    found = explainer.attribute(pictures, targets)
     if not torch.isfinite(found).all():
         raise FaultError("the map is not finite")
     if not (found.flatten(1).abs().amax(dim=1) > 0).all():
@@ -220,6 +242,7 @@ def check_default(model: nn.Module, inputs: Tensor) -> None:
     if difference(torch.cat([seeded_gradient(wide, *half) for half in halves]), plain) < 1e-6:
         rows = torch.cat([pg.Explainer(wide).attribute(*half) for half in halves])
         _agree(rows, found, 1e-6, "a batch against its pictures")
+    return explainer.edited_layers
 
 
 def _agree(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import parchgrad as pg
-from parchgrad.core.edit import DEFAULT_SELECTOR
-from parchgrad.core.layers import find_convolutions, resolve_layers
+from parchgrad.core.layers import candidate_layers, resolve_layers
 from parchgrad.errors import ParchGradError
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -148,8 +147,7 @@ def survey_family(family: Family) -> Row:
         "parameters": count_parameters(skeleton),
     }
     try:
-        resolve_layers(skeleton, "all")
-        facts["convolutions"] = len(find_convolutions(skeleton))
+        facts["convolutions"] = len(candidate_layers(skeleton, resolve_layers(skeleton, "all")))
     except ParchGradError as error:
         said, _, _ = str(error).partition(". ")
         return Row(**facts, outcome="refused", note=said)
@@ -158,17 +156,17 @@ def survey_family(family: Family) -> Row:
     model = enliven(build(family.library, variant))
     inputs = workable_inputs(model)
     facts["size"] = inputs.shape[-1]
-    facts["on_path"] = len(pg.choose_layers(model, "all", inputs=inputs))
-    facts["edited"] = len(pg.choose_layers(model, DEFAULT_SELECTOR.defaults.layers, inputs=inputs))
+    facts["on_path"] = len(pg.choose_layers(model, "all", inputs=inputs, balance=False))
     notes = []
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            check_default(model, inputs)
+            facts["edited"] = len(check_default(model, inputs))
     except FaultError as fault:
         return Row(**facts, outcome="fails", note=f"default: {fault}")
-    plain = [re.match("The gradient stays plain in (.*?): ", str(each.message)) for each in caught]
-    notes += sorted({f"plain: {said[1]}" for said in plain if said is not None})
+    for word, pattern in (("plain", "stays plain in (.*?): "), ("not balanced", "is not balanced in (.*?), so")):
+        said = [re.match(f"The gradient {pattern}", str(each.message)) for each in caught]
+        notes += sorted({f"{word}: {found[1]}" for found in said if found is not None})
     for layers in LAYERS:
         try:
             notes += check_maps(model, inputs, layers)
@@ -289,18 +287,19 @@ logits ([which layers](method.md#which-layers)), and once with `layers="all"`. A
 Scales, branches and classifiers that start at a constant get some noise first, since a network whose branches start
 at zero has a zero gradient. The images have 64 pixels a side, or as many as the network needs.
 
-A family is *refused*, with the error message below, if it has no convolutions whose channels could be partitioned.
-The plain method still explains it (`selector=None`). A family that *works* may still be half a transformer: ParchGrad
-edits the convolutions of a hybrid such as MaxViT, but not its attention, and some hybrids have few convolutions.
-Networks from the Hugging Face Hub (`hf-hub:OWNER/NAME`) belong to timm's families.
+A family is *refused*, with the error message below, if it has neither convolutions nor linear layers. Transformers are
+edited at their patch embedding, or at their first linear layer if they have no convolution, and balanced; see
+[Transformers and modern CNNs](how_to/transformers.md). Networks from the Hugging Face Hub (`hf-hub:OWNER/NAME`) belong
+to timm's families.
 
 The tables list the parameters in millions, the side of the images in pixels, and the number of convolutions: all of
 them, those on the path from the input to the logits, and those that the default settings edit. Convolutions off the
-path belong to auxiliary heads (GoogLeNet, Inception) or encode positions (EdgeNeXt, XCiT). The notes:
+path belong to auxiliary heads (GoogLeNet, Inception) or encode positions (EdgeNeXt, XCiT). Those inside of gates, which
+balance holds constant, are not edited by default. The notes:
 
-- *plain*: operations on the path that attend or convolve, but are not convolution modules. Their gradient is not
-  edited, and a warning names them. Fixed filters, such as the blurs of TResNet, are passed over. Attention without a
-  softmax, as in `efficientvit_mit`, is not recognised.
+- *plain*: operations on the path that convolve, but are not convolution modules. Their gradient is not edited, and a
+  warning names them. Fixed filters, such as the blurs of TResNet, are passed over.
+- *not balanced*: operations on the path that are neither linear nor covered by a rule; a warning names them.
 - *n ties*: convolutions left out of the comparison, since two channels differ only by rounding. An attention that
   weights two branches by a softmax sends opposite gradients to them. The second number is that for `layers="all"`.
 - *single differs*: plain autograd, without ParchGrad, gives a single image another gradient than in a batch: on the

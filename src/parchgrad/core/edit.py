@@ -24,7 +24,7 @@ class Edit:
 
     Attributes:
         selector: rates how much each channel matters; None leaves all channels unchanged.
-        layers: convolutions to edit; see `choose_layers`.
+        layers: layers to edit; see `choose_layers`.
         gamma: strength of the kept signal relative to the rest, in (0, inf]; infinity prunes the rest.
         conserve: what each layer conserves: `"energy"`, `"independent"`, `"exact"` or `"none"`; see
             `partition_gradient`.

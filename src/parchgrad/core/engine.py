@@ -88,7 +88,7 @@ class ParchGrad:
                 DistributedDataParallel wrapper is removed.
             selector: rates how much each channel matters; None leaves all channels unchanged, and without `gates`
                 and `antialias` makes the block plain.
-            layers: convolutions to edit; see `choose_layers`. Here and below, None means the selector's default.
+            layers: layers to edit; see `choose_layers`. Here and below, None means the selector's default.
             gamma: strength of the kept signal relative to the rest, in (0, inf]; infinity prunes the rest.
             conserve: what each layer conserves: `"energy"`, `"independent"`, `"exact"` or `"none"`; see
                 `partition_gradient`.
@@ -108,8 +108,8 @@ class ParchGrad:
         Raises:
             SettingError: if a setting is out of range.
             LayerError: if the layers are not in the model.
-            ModelError: if the model has no convolution, or only those that cut patches for a transformer, is wrapped in
-                DataParallel, or is compiled.
+            ModelError: if the model has neither convolutions nor linear layers, is wrapped in DataParallel, or is
+                compiled.
             StatisticsError: if the selector's statistics do not fit the layers, or do not cover `target`. Statistics of
                 only some of the layers that a ratio chooses are an error in the first backward pass.
             TargetError: if `target` is not a valid class index.
@@ -332,8 +332,10 @@ def _check_selector(selector: Selector, channels: Mapping[str, int], asked: froz
     selector.check(channels)
 
 
-def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) -> dict[str, Layer]:
-    """Choose the convolutions whose gradient is edited, in module order.
+def choose_layers(
+    model: nn.Module, layers: LayerChoice, *, inputs: Any = None, balance: bool = True
+) -> dict[str, Layer]:
+    """Choose the layers whose gradient is edited, in module order.
 
     A ratio chooses by depth: of the convolutions through which the gradient of the explained score flows to the input,
     those whose relative depth is at least `1 - ratio`, and the deepest in any case. The relative depth is the number of
@@ -342,22 +344,28 @@ def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) 
     the score does not use give none.
 
     Args:
-        model: any module with convolutions.
+        model: any module with convolutions or linear layers.
         layers: one of
 
             - `"all"`: every convolution on a path from the input to the explained score;
             - `"published"`: the paper's set, only for the ResNet, VGG and EfficientNet families;
             - a ratio in (0, 1];
-            - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`;
-            - convolution modules of the model.
+            - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`. Each stands for
+              the convolutions that it matches, or else for linear layers, such as `"blocks.0.attn.qkv"`;
+            - convolutions and linear layers of the model.
         inputs: for a ratio and "all": what the model is called with, such as a batch, a tuple of several arguments, or
             a dict of keyword arguments. All outputs count as explained.
+        balance: whether the backward pass is balanced, as by default. Then no gradient flows through layers inside of
+            gates and attention weights.
+
+    A network without convolutions, such as a transformer that cuts its patches itself, has its first linear layer for a
+    ratio and "all".
 
     Raises:
         LayerError: if a pattern matches nothing, a ratio is out of range or comes without inputs, a module is not a
-            convolution of the model, or the paper has no layer set for it.
+            layer of the model, or the paper has no layer set for it.
         InputError: if no gradient flows to the inputs, such as to whole numbers.
-        ModelError: if the model has no convolution, or only those that cut patches for a transformer.
+        ModelError: if the model has neither convolutions nor linear layers.
 
     Example:
         >>> model = nn.Sequential(*[nn.Conv1d(4, 4, 3) for _ in range(4)]).eval()
@@ -365,7 +373,7 @@ def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) 
         (['2', '3'], ['0', '2', '3'])
     """
     resolve_layers(bare_model(model), layers)
-    partition = ParchGrad(model, GradientEnergy(), layers=layers, gates=0.0, antialias=False, balance=False)
+    partition = ParchGrad(model, GradientEnergy(), layers=layers, gates=0.0, antialias=False, balance=balance)
     route = partition._plan.route
     if route.named is None and inputs is None:
         raise LayerError(
@@ -377,16 +385,17 @@ def choose_layers(model: nn.Module, layers: LayerChoice, *, inputs: Any = None) 
 
 def _check_not_compiled(model: nn.Module) -> None:
     """Raise `ModelError` if the model or a part of it is compiled: compiled code may bypass hooks set later."""
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ModelError(
-            "The model or a part of it is TorchScript, which bypasses the hooks of its layers. Explain the model from "
-            "before torch.jit."
-        )
-    if any(is_compiled(module) for module in model.modules()):
-        raise ModelError(
-            "The model or a part of it was compiled by torch.compile, which may bypass the hooks of its layers. "
-            "Explain the original model, such as model._orig_mod or an uncompiled copy."
-        )
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                "The model or a part of it is TorchScript, which bypasses the hooks of its layers. Explain the model "
+                "from before torch.jit."
+            )
+        if is_compiled(module):
+            raise ModelError(
+                "The model or a part of it was compiled by torch.compile, which may bypass the hooks of its layers. "
+                "Explain the original model, such as model._orig_mod or an uncompiled copy."
+            )
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class Explainer:
                 removed.
             selector: rates how much each channel matters; None is the plain method, which ignores `layers`, `gamma` and
                 `conserve`.
-            layers: convolutions to edit; see `choose_layers`. Here and below, None means the selector's default.
+            layers: layers to edit; see `choose_layers`. Here and below, None means the selector's default.
             gamma: strength of the kept signal relative to the rest, in (0, inf]; infinity prunes the rest.
             conserve: what each layer conserves: `"energy"`, `"independent"`, `"exact"` or `"none"`; see
                 `partition_gradient`.
@@ -85,8 +85,8 @@ class Explainer:
         Raises:
             SettingError: if a setting is out of range, or the method or one of its options does not exist.
             LayerError: if the layers are not in the model.
-            ModelError: if the model is wrapped in DataParallel, has no convolution, only those that cut patches for a
-                transformer, or no module that the method acts on.
+            ModelError: if the model is wrapped in DataParallel, or has neither convolutions nor linear layers, or no
+                module that the method acts on.
             StatisticsError: if the selector's statistics do not fit the layers.
         """
         model = bare_model(model)

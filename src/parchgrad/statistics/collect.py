@@ -191,7 +191,12 @@ def _choose(
             one = inputs[:1].to(next(model.parameters()).device)
             try:
                 with _explaining_dtype(inputs):
-                    names: Iterable[str] = choose_layers(model, layers, inputs=one)
+                    # Selectors differ in whether they balance, which changes what lies on the path.
+                    names: Iterable[str] = [
+                        name
+                        for balance in (True, False)
+                        for name in choose_layers(model, layers, inputs=one, balance=balance)
+                    ]
             except InputError:
                 # Without gradients, "all" means every convolution.
                 if asked < 1:
