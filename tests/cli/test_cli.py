@@ -64,7 +64,7 @@ def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):
 def test_the_default_is_the_best_setting(capsys, coffee, tmp_path):
     code, printed, said = cli(capsys, "explain", coffee, "--stability", "--out", tmp_path / "out")
     assert (code, "Warning" in said) == (0, False)
-    assert "36 of 49 convolutions edited" in printed
+    assert "36 layers edited, blocks." in printed
     classifier = models.load_model("efficientnet_lite0")
     explainer = parchgrad.Explainer(classifier.model)
     inputs = classifier.preprocess(Image.fromarray(data.coffee())).unsqueeze(0)
@@ -159,19 +159,64 @@ def test_bad_options_are_one_sentence_and_write_nothing(capsys, coffee, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 3)), "Sequential has no convolution"),
-        (torch.nn.Sequential(torch.nn.Conv2d(1, 3, 8), torch.nn.Flatten()), "takes 1 channels"),
-    ],
-)
-def test_networks_that_cannot_be_explained(capsys, coffee, tmp_path, monkeypatch, model, words):
+class Patches(torch.nn.Module):
+    """Cuts images of 8 x 8 into 4 tokens."""
+
+    def forward(self, images):
+        return torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
+
+
+class Tokens(torch.nn.Module):
+    """A transformer without convolutions: one embedding, one layer of attention, and a head of three classes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut, self.embed = Patches(), torch.nn.Linear(48, 8)
+        self.norm, self.qkv = torch.nn.LayerNorm(8), torch.nn.Linear(8, 24)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, images):
+        tokens = self.embed(self.cut(images))
+        attended = torch.nn.functional.scaled_dot_product_attention(*self.qkv(self.norm(tokens)).chunk(3, dim=-1))
+        return self.head((tokens + attended).mean(dim=1))
+
+
+def load_tiny(monkeypatch, model):
+    """Make every command load this network of 8 x 8 images and three classes."""
+
     def shrink(image):
         return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32) / 255).permute(2, 0, 1)
 
     classifier = Classifier(model.eval(), Preprocessing(shrink, (0.0,) * 3, (1.0,) * 3), ("a", "b", "c"), "tiny")
     monkeypatch.setattr(models, "load_model", lambda name: classifier)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "said"),
+    [
+        ([], ["embed"], "embed edited"),
+        (["--layers", "qkv,embed", "--selector", "energy"], ["embed", "qkv"], "2 layers edited, embed to qkv"),
+    ],
+)
+def test_layers_without_convolutions_are_named(capsys, coffee, tmp_path, monkeypatch, options, layers, said):
+    load_tiny(monkeypatch, Tokens())
+    code, printed, errors = cli(capsys, "explain", coffee, *options, "--out", tmp_path / "out")
+    assert (code, "Warning" in errors) == (0, False), errors
+    assert said in printed.splitlines()
+    settings = json.loads((tmp_path / "out" / "coffee.json").read_text())["settings"]
+    assert (settings["layers"], settings["balance"]) == (layers, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.BatchNorm1d(3)), "no convolution"),
+        (torch.nn.Sequential(torch.nn.Conv2d(1, 3, 8), torch.nn.Flatten()), "takes 1 channels"),
+    ],
+)
+def test_networks_that_cannot_be_explained(capsys, coffee, tmp_path, monkeypatch, model, words):
+    load_tiny(monkeypatch, model)
     code, _, errors = cli(capsys, "explain", coffee, "--out", tmp_path / "out")
     assert code == 2
     assert words in errors
@@ -672,7 +717,7 @@ def test_a_selector_has_its_own_share_unless_told(capsys, coffee, tmp_path):
 def test_a_second_panel_shows_signs(capsys, coffee, tmp_path):
     code, printed, _ = cli(capsys, "explain", coffee, "--signed", "--out", tmp_path / "out")
     assert code == 0
-    assert "36 of 49 convolutions edited" in printed
+    assert "36 layers edited, blocks." in printed
     with (
         Image.open(tmp_path / "out" / "coffee-signed.png") as signed,
         Image.open(tmp_path / "out" / "coffee.png") as own,

@@ -184,7 +184,6 @@ def explain(
         for path in images:
             stored_frame(path)
 
-        from parchgrad.core.layers import find_convolutions
         from parchgrad.visual import save_figure
         from parchgrad.workflows.photographs import UNSTABLE, Explanation, explain_images
 
@@ -223,8 +222,8 @@ def explain(
             raise typer.Exit(130) from None
 
     console.print(table)
-    every = len(find_convolutions(classifier.model))
-    console.print(f"\n{len(edited)} of {every} convolutions edited, {edited[0]} to {edited[-1]}", highlight=False)
+    edits = f"{len(edited)} layers edited, {edited[0]} to {edited[-1]}" if len(edited) > 1 else f"{edited[0]} edited"
+    console.print(f"\n{edits}", highlight=False)
     console.print(f"Panels, maps and settings are in {escape(str(out))}", highlight=False, soft_wrap=True)
     if unstable:
         named = ", ".join(map(printable, unstable[:3])) + (", ..." if len(unstable) > 3 else "")
