@@ -51,7 +51,7 @@ class SettingError(ParchGradError, ValueError):
 
 
 class LayerError(ParchGradError, ValueError):
-    """The chosen layers do not exist in the model, or are not convolutions.
+    """The chosen layers do not exist in the model, or are neither convolutions nor linear layers.
 
     Common causes: a pattern written for another architecture, or modules taken from a copy of the model.
     """

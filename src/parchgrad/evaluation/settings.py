@@ -61,7 +61,7 @@ class Setting:
         selector: short name of the selector, such as `"energy"`; None for the plain method.
         quantile: share of the channels at or above the threshold, in (0, 1].
         softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut, which `"random"` always is.
-        layers: which convolutions to edit; see `choose_layers`.
+        layers: which layers to edit; see `choose_layers`.
         gamma: factor of the kept signal relative to the rest, in (0, inf]; infinity prunes.
         conserve: what a layer conserves; see `partition_gradient`.
         gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the true derivative.

@@ -85,7 +85,7 @@ class Explainer:
         Raises:
             SettingError: if a setting is out of range, or the method or one of its options does not exist.
             LayerError: if the layers are not in the model.
-            ModelError: if the model is wrapped in DataParallel, or has neither convolutions nor linear layers, or no
+            ModelError: if the model is wrapped in DataParallel, has neither convolutions nor linear layers, or has no
                 module that the method acts on.
             StatisticsError: if the selector's statistics do not fit the layers.
         """

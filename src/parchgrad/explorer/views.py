@@ -61,7 +61,7 @@ class Exploration:
         picture: the network's input as an image, (H, W, 3) in [0, 1].
         attribution: signed attribution with ParchGrad, (3, H, W), float32.
         plain: signed attribution by the same method without ParchGrad, (3, H, W), float32.
-        layers: names of the edited convolutions.
+        layers: names of the edited layers.
         code: Python script that reproduces `attribution` and its picture.
     """
 

@@ -47,7 +47,7 @@ class Sweep:
         untouched: number of unedited layers, whose channels all weigh the same, at each value.
         target: the explained class.
         edit: the edit with all defaults resolved, and the selector of the first value.
-        layers: names of the edited convolutions.
+        layers: names of the edited layers.
         method: the attribution method.
     """
 
