@@ -245,6 +245,8 @@ def is_text(node: ast.expr, names: Names) -> bool:
         return is_text(node.values[-1], names)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return is_text(node.left, names) or is_text(node.right, names)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return is_text(node.left, names)
     return isinstance(node, ast.JoinedStr) or isinstance(
         getattr(node, "value", None), str
     )
@@ -258,6 +260,9 @@ def text_of(node: ast.expr, names: Names) -> str:
         return "".join(text_of(part, names) for part in node.values)
     if isinstance(node, ast.FormattedValue):
         return text_of(node.value, names)
+    # A text times a condition is written or left out.
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return text_of(node.left, names) if is_text(node.left, names) else "«number»"
     if isinstance(node, ast.BinOp) and is_text(node, names):
         return text_of(node.left, names) + text_of(node.right, names)
     if isinstance(node, ast.IfExp) and is_text(node, names):
