@@ -179,7 +179,8 @@ class User:
         """Request the page with these settings, and watch the queue meanwhile."""
         best = View().resolved()
         settings: dict[str, Any] = {"selector": best.selector, "softness": best.softness, "gates": best.gates}
-        settings |= {"antialias": best.antialias, "method": best.method, "prune": True, "gamma": 1, "signed": False}
+        settings |= {"antialias": best.antialias, "balance": best.balance, "method": best.method}
+        settings |= {"prune": True, "gamma": 1, "signed": False}
         settings |= {"network": self._crowd.network, "layers": self._crowd.layers, "opacity": 1} | changed
         result = ""
         # Wait for a network that is still loading.
