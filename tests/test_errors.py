@@ -171,6 +171,8 @@ Grid(quantiles=0.1) | SettingError: `quantiles` is 0.1
 Grid(layers=0.5) | SettingError: `layers` is 0.5
 Setting(selector="energy", quantile="0.1") | SettingError: `quantile` is '0.1'
 Setting(gamma=None) | SettingError: `gamma` is None
+Setting(balance=0) | SettingError: `balance` is of type int
+Grid(balances=True) | SettingError: `balances` is True
 Setting(method=None) | SettingError: `method` is of type NoneType
 GeneratedShapes(count=True) | SettingError: `count` is True
 GeneratedShapes("10") | SettingError: `count` is '10'
@@ -268,7 +270,8 @@ pg.GradientEnergy(softness="0.5") | SettingError: `softness` is '0.5'
 pg.GradientEnergy(softness=2) | SettingError: `softness` is 2
 pg.Edit(selector=pg.Evidence) | SettingError: `selector` is Evidence
 pg.Edit(gates=-1) | SettingError: `gates` is -1
-pg.Edit(antialias=1) | SettingError: `antialias` is 1
+pg.Edit(antialias=1) | SettingError: `antialias` is of type int
+pg.Edit(balance="off") | SettingError: `balance` is of type str
 pg.Explainer(m, gates=nan) | SettingError: `gates` is nan
 pg.ParchGrad(m, None, gates="wide") | SettingError: `gates` is 'wide'
 pg.Explainer(m, layers="published") | LayerError: ShapesNetwork

@@ -45,7 +45,7 @@ def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):
     out = tmp_path / "out"
     options = ["--target", "cup", "--quantile", "0.2", "--layers", "blocks.5.*,conv_head", "--gamma", "3"]
     options += ["--conserve", "exact", "--selector", "activation", "--method", "input_x_gradient", "--out", out]
-    options += ["--softness", "0.25", "--gates", "2", "--no-antialias"]
+    options += ["--softness", "0.25", "--gates", "2", "--no-antialias", "--no-balance"]
     code, printed, _ = cli(capsys, "explain", coffee, *options)
     assert code == 0
     assert "cup" in printed
@@ -53,7 +53,7 @@ def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["coffee.json", "coffee.npy", "coffee.png"]
     settings = json.loads((out / "coffee.json").read_text())["settings"]
     assert settings["selector"] == {"name": "GradientTimesActivation", "quantile": 0.2, "softness": 0.25}
-    assert (settings["gates"], settings["antialias"]) == (2.0, False)
+    assert (settings["gates"], settings["antialias"], settings["balance"]) == (2.0, False, False)
     assert settings["layers_choice"] == ["blocks.5.*", "conv_head"]
     assert settings["layers"][-1] == "conv_head"
     assert (settings["gamma"], settings["conserve"], settings["method"]) == (3.0, "exact", "input_x_gradient")
@@ -84,7 +84,7 @@ def test_the_published_method_is_one_command_away(capsys, coffee, tmp_path):
     selector = parchgrad.ClassWise(held, quantile=0.1, softness=0)
     names = ["blocks.5.0.conv_dw", "blocks.6.0.conv_dw", "conv_head"]
     explainer = parchgrad.Explainer(
-        classifier.model, selector, layers=names, conserve="independent", gates=0.0, antialias=False
+        classifier.model, selector, layers=names, conserve="independent", gates=0.0, antialias=False, balance=False
     )
     expected = explainer.attribute(classifier.preprocess(Image.fromarray(data.coffee())).unsqueeze(0))[0].numpy()
     found = np.load(tmp_path / "out" / "coffee.npy")
@@ -604,7 +604,7 @@ def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch)
         '[data]\nname = "imagenet"\nroot = "photos"\nannotations = "boxes"\ncount = 9\nmosaics = 4\n'
         '[grid]\nmethods = ["smoothgrad", "Saliency"]\nselectors = ["none", "class"]\nquantiles = [0.2, 0.3]\n'
         'layers = ["all", 0.5, "conv1", ["layer3.*", "layer4.*"]]\ngammas = [inf, 2]\nconserves = ["exact", "none"]\n'
-        "softnesses = [0, 0.5]\ngates = [0, 2]\nantialiases = [true, false]\n"
+        "softnesses = [0, 0.5]\ngates = [0, 2]\nantialiases = [true, false]\nbalances = [true, false]\n"
         '[scores]\nfamilies = ["sparsity", "insertion"]\n'
     )
     flags = shlex.split(
@@ -613,6 +613,7 @@ def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch)
         "--method smoothgrad --method Saliency --selector none --selector class --quantile 0.2 --quantile 0.3 "
         "--layers all --layers 0.5 --layers conv1 --layers layer3.*,layer4.* --gamma inf --gamma 2 "
         "--conserve exact --conserve none --softness 0 --softness 0.5 --gates 0 --gates 2 --antialias --no-antialias "
+        "--balance --no-balance "
         "--scores sparsity --scores insertion"
     )
     Path("other.toml").write_text(
@@ -639,7 +640,8 @@ def test_the_help_of_evaluate_says_the_defaults():
     assert (
         shown["gates"] == f"{energy.gates:g}, for evidence {evidence.gates:g}; 0 for a hard cut or without a selector"
     )
-    assert shown["antialias"].startswith("on; off") == energy.antialias == evidence.antialias
+    for name in ("antialias", "balance"):
+        assert shown[name].startswith("on; off") == getattr(energy, name) == getattr(evidence, name)
 
 
 def test_a_sweep_is_a_panel_of_the_values(capsys, coffee, tmp_path):
@@ -687,7 +689,7 @@ def test_every_option_of_a_sweep_reaches_it(capsys, coffee, tmp_path, monkeypatc
     monkeypatch.setattr("parchgrad.visual.sweeps.quantile_sweep", swept)
     options = ["--selector", "activation", "--values", "0.4,0.2", "--layers", "all", "--gamma", "3"]
     options += ["--conserve", "exact", "--method", "smoothgrad", "--target", "1", "--model", "shapes"]
-    options += ["--softness", "0.25", "--gates", "2", "--no-antialias"]
+    options += ["--softness", "0.25", "--gates", "2", "--no-antialias", "--no-balance"]
     for command in ("sweep", "animate"):
         asked.clear()
         assert cli(capsys, command, coffee, *options, "--out", tmp_path / "out")[0] == 2
@@ -699,6 +701,7 @@ def test_every_option_of_a_sweep_reaches_it(capsys, coffee, tmp_path, monkeypatc
             "conserve": "exact",
             "gates": 2.0,
             "antialias": False,
+            "balance": False,
             "method": "smoothgrad",
             "target": 1,
         }

@@ -30,12 +30,12 @@ def batch(count=3):
     return torch.randn(count, 3, 8, 8, dtype=torch.float64), torch.arange(count)
 
 
-def strided_network():
-    """A classifier of 8 x 8 pictures with rectifiers and strides between four convolutions."""
+def strided_network(activation=nn.ReLU):
+    """A classifier of 8 x 8 pictures with activations and strides between four convolutions."""
     return (
         nn.Sequential(
-            *(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, stride=2), nn.ReLU()),
-            *(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 1), nn.ReLU()),
+            *(nn.Conv2d(3, 6, 3, padding=1), activation(), nn.Conv2d(6, 6, 3, padding=1, stride=2), activation()),
+            *(nn.Conv2d(6, 6, 3, padding=1), activation(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 1), activation()),
             *(nn.Flatten(), nn.Linear(24, 5)),
         )
         .double()
@@ -79,11 +79,21 @@ def test_grad_cam_has_the_gates_of_its_equation():
     assert not torch.allclose(grad_cam(model, layer="0")(images, target), expected)
     with pytest.raises(SettingError, match="`gates` is -1"):
         grad_cam(model, gates=-1.0)
+    with pytest.raises(SettingError, match="`balance` is of type str"):
+        grad_cam(model, balance="on")
 
 
-@pytest.mark.parametrize("rules", [{"gates": 2.0}, {"antialias": True}, {"gates": 8.0, "antialias": True}])
-def test_grad_cam_follows_the_rules_of_the_backward_pass(rules):
-    model = strided_network()
+@pytest.mark.parametrize(
+    ("rules", "activation"),
+    [
+        ({"gates": 2.0}, nn.ReLU),
+        ({"antialias": True}, nn.ReLU),
+        ({"gates": 8.0, "antialias": True}, nn.ReLU),
+        ({"balance": True}, nn.SiLU),
+    ],
+)
+def test_grad_cam_follows_the_rules_of_the_backward_pass(rules, activation):
+    model = strided_network(activation)
     images, target = batch()
     features = []
     handle = model[0].register_forward_hook(lambda module, inputs, output: features.append(output))
@@ -171,15 +181,18 @@ def test_random_channels_are_drawn_for_each_image(network):
     assert steps(images[:2], target[:2]).shape == (2, 8, 8)
 
 
+_ON, _OFF = ({"antialias": value, "balance": value} for value in (True, False))
+
+
 @pytest.mark.parametrize(
     ("edit", "settings"),
     [
-        (pg.Edit(), {"layers": 0.75, "conserve": "energy", "gates": 8.0, "antialias": True}),
-        (energy(), {"layers": "all", "conserve": "energy", "gates": 1.0, "antialias": True}),
-        (energy(softness=0), {"layers": "all", "conserve": "energy", "gates": 0.0, "antialias": False}),
+        (pg.Edit(), {"layers": 0.75, "conserve": "energy", "gates": 8.0, **_ON}),
+        (energy(), {"layers": "all", "conserve": "energy", "gates": 1.0, **_ON}),
+        (energy(softness=0), {"layers": "all", "conserve": "energy", "gates": 0.0, **_OFF}),
         (
-            energy(layers=["4"], gamma=2.0, conserve="exact", gates=1.0, antialias=False),
-            {"layers": ["4"], "gamma": 2.0, "conserve": "exact", "gates": 1.0, "antialias": False},
+            energy(layers=["4"], gamma=2.0, conserve="exact", gates=1.0, **_OFF),
+            {"layers": ["4"], "gamma": 2.0, "conserve": "exact", "gates": 1.0, **_OFF},
         ),
     ],
 )

@@ -62,10 +62,12 @@ def test_rows_are_what_the_scores_of_each_image_say(tmp_path):
         "conserve": "energy",
         "gates": 1.0,
         "antialias": True,
+        "balance": True,
         "masks": "own",
     }
-    plain = {name: rows[0][name] for name in ("selector", "quantile", "softness", "layers", "gates", "antialias")}
-    assert plain == {**dict.fromkeys(("selector", "quantile", "softness", "layers"), "NaN"), "gates": 0, "antialias": 0}
+    missing, rules = ("selector", "quantile", "softness", "layers"), ("gates", "antialias", "balance")
+    plain = {name: rows[0][name] for name in (*missing, *rules)}
+    assert plain == {**dict.fromkeys(missing, "NaN"), **dict.fromkeys(rules, 0)}
 
 
 def test_the_predicted_class_may_be_explained(tmp_path):
@@ -228,8 +230,8 @@ def test_a_row_is_read(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "rows-0.jsonl").write_text(f"{a_row()}\n")
     assert [row["label"] for row in read_rows(tmp_path)] == [0]
-    (tmp_path / "rows-0.jsonl").write_text(f"{a_row(antialias=False, gates=2, softness=None)}\n")
-    assert [(row["antialias"], row["gates"]) for row in read_rows(tmp_path)] == [(False, 2)]
+    (tmp_path / "rows-0.jsonl").write_text(f"{a_row(antialias=False, balance=True, gates=2, softness=None)}\n")
+    assert [(row["antialias"], row["balance"], row["gates"]) for row in read_rows(tmp_path)] == [(False, True, 2)]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +247,8 @@ def test_a_row_is_read(tmp_path):
         a_row(label=True),
         a_row(antialias="on"),
         a_row(antialias=1),
+        a_row(balance="on"),
+        a_row(balance=1),
         a_row(gates=True),
         a_row(softness="soft"),
         a_row(index=10**101),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import parchgrad as pg
 from parchgrad.errors import LayerError, SettingError, StatisticsError
@@ -22,38 +23,40 @@ from parchgrad.evaluation.methods import (
 from parchgrad.evaluation.settings import Grid, Setting, make_method
 from tests.support import random_statistics
 
+_ON, _OFF = ({"antialias": value, "balance": value} for value in (True, False))
+
 
 @pytest.mark.parametrize(
     ("setting", "suits"),
     [
         (
             Setting(selector="energy"),
-            {"quantile": 0.1, "softness": 0.5, "layers": 0.5, "conserve": "energy", "gates": 1.0, "antialias": True},
+            {"quantile": 0.1, "softness": 0.5, "layers": 0.5, "conserve": "energy", "gates": 1.0, **_ON},
         ),
         (
             Setting(selector="evidence"),
-            {"quantile": 0.2, "softness": 1.0, "layers": 0.75, "conserve": "energy", "gates": 8.0, "antialias": True},
+            {"quantile": 0.2, "softness": 1.0, "layers": 0.75, "conserve": "energy", "gates": 8.0, **_ON},
         ),
         (
             Setting(selector="class", softness=0),
-            {"quantile": 0.1, "softness": 0.0, "layers": 0.5, "conserve": "energy", "gates": 0.0, "antialias": False},
+            {"quantile": 0.1, "softness": 0.0, "layers": 0.5, "conserve": "energy", "gates": 0.0, **_OFF},
         ),
         (
             Setting(selector="random", softness=0.5),
-            {"quantile": 0.1, "softness": 0.0, "layers": 0.5, "conserve": "energy", "gates": 1.0, "antialias": True},
+            {"quantile": 0.1, "softness": 0.0, "layers": 0.5, "conserve": "energy", "gates": 1.0, **_ON},
         ),
         # It replaces the derivative of rectifiers itself.
         (
             Setting(selector="energy", method="GuidedBackprop"),
-            {"quantile": 0.1, "softness": 0.5, "layers": 0.5, "conserve": "energy", "gates": 0.0, "antialias": True},
+            {"quantile": 0.1, "softness": 0.5, "layers": 0.5, "conserve": "energy", "gates": 0.0, **_ON},
         ),
         (
             Setting(),
-            {"quantile": None, "softness": None, "layers": None, "conserve": None, "gates": 0.0, "antialias": False},
+            {"quantile": None, "softness": None, "layers": None, "conserve": None, "gates": 0.0, **_OFF},
         ),
         (
             Setting(quantile=0.3, softness=0.2, layers="all", conserve="exact", gamma=2.0, gates=2),
-            {"quantile": None, "softness": None, "layers": None, "conserve": None, "gates": 2.0, "antialias": False},
+            {"quantile": None, "softness": None, "layers": None, "conserve": None, "gates": 2.0, **_OFF},
         ),
     ],
 )
@@ -76,7 +79,7 @@ def test_a_setting_is_the_edit_of_an_explainer(network, name, softness):
     }[name]
     own = {} if softness is None or name == "random" else {"softness": softness}
     found = pg.Explainer(network, selector(**own)).edit
-    for member in ("layers", "gamma", "conserve", "gates", "antialias"):
+    for member in ("layers", "gamma", "conserve", "gates", "antialias", "balance"):
         assert getattr(setting, member) == getattr(found, member)
     for member in ("quantile", "softness"):
         assert getattr(setting, member) == getattr(found.selector, member, 0.0)
@@ -88,15 +91,16 @@ def test_a_setting_is_the_edit_of_an_explainer(network, name, softness):
         (Setting(), "gradient"),
         (Setting(gates=2), "gradient, gates 2"),
         (Setting(method="grad_cam", antialias=True), "Grad-CAM, antialias on"),
+        (Setting(method="grad_cam", balance=True), "Grad-CAM, balance on"),
         (Setting(selector="evidence"), "gradient, evidence 0.2, 0.75 layers"),
         (Setting(selector="evidence", softness=0), "gradient, evidence 0.2, softness 0, 0.75 layers"),
         (
-            Setting(selector="energy", softness=0, gates=8, antialias=True),
-            "gradient, energy 0.1, softness 0, 0.5 layers, gates 8, antialias on",
+            Setting(selector="energy", softness=0, gates=8, antialias=True, balance=True),
+            "gradient, energy 0.1, softness 0, 0.5 layers, gates 8, antialias on, balance on",
         ),
         (
             replace(Setting(selector="energy", softness=0), selector="random"),
-            "gradient, random 0.1, 0.5 layers, gates 0, antialias off",
+            "gradient, random 0.1, 0.5 layers, gates 0, antialias off, balance off",
         ),
         (
             Setting(method="smoothgrad", selector="class", quantile=0.25, layers=["a*", "b"], gamma=2, conserve="none"),
@@ -105,6 +109,10 @@ def test_a_setting_is_the_edit_of_an_explainer(network, name, softness):
         (
             Setting(selector="energy", layers="conv1", antialias=False, masks="shuffled"),
             "gradient, energy 0.1, conv1 layers, antialias off, shuffled masks",
+        ),
+        (
+            Setting(selector="energy", balance=False, masks="another"),
+            "gradient, energy 0.1, 0.5 layers, balance off, masks of another class",
         ),
         (Setting(selector="energy", layers=("all", "0.5")), "gradient, energy 0.1, 'all'+'0.5' layers"),
     ],
@@ -123,14 +131,16 @@ def test_settings_that_differ_have_titles_that_do():
             conserve=conserve,
             gates=gates,
             antialias=antialias,
+            balance=balance,
         )
-        for method, selector, softness, layers, conserve, gates, antialias in itertools.product(
+        for method, selector, softness, layers, conserve, gates, antialias, balance in itertools.product(
             ("gradient", "GuidedBackprop"),
             (None, "energy", "evidence", "class", "random"),
             (None, 0, 0.5, 1),
             (None, "all", 0.5),
             (None, "energy", "independent"),
             (None, 0, 2, 8),
+            (None, True, False),
             (None, True, False),
         )
     ]
@@ -148,6 +158,7 @@ _SETTINGS = st.builds(
     gamma=st.just(math.inf) | st.floats(0.01, 1e6),
     gates=st.none() | _NUMBERS | st.just(0),
     antialias=st.none() | st.booleans(),
+    balance=st.none() | st.booleans(),
 )
 
 
@@ -180,7 +191,7 @@ def test_the_grid_brings_the_controls_and_a_random_twin_of_every_edit():
     for setting in edits:
         twin = Setting(**{**vars(setting), "selector": "random"})
         assert twin in settings
-        kept = ("quantile", "layers", "gamma", "conserve", "gates", "antialias")
+        kept = ("quantile", "layers", "gamma", "conserve", "gates", "antialias", "balance")
         assert [getattr(twin, name) for name in kept] == [getattr(setting, name) for name in kept]
     assert Setting(method="smoothgrad") in settings
     json.dumps([setting.title for setting in settings])
@@ -203,6 +214,7 @@ def test_gates_of_a_grid_are_those_of_plain_methods_too():
         selectors=(None, "energy"),
         gates=(None, 0, 2),
         antialiases=(None, True),
+        balances=(None, True),
     )
     found = grid.settings()
     assert [setting.title for setting in found if setting.selector is None] == [
@@ -210,15 +222,25 @@ def test_gates_of_a_grid_are_those_of_plain_methods_too():
         "random map",
         "Grad-CAM",
         "centre blob",
+        "gradient, balance on",
         "gradient, antialias on",
+        "gradient, antialias on, balance on",
         "gradient, gates 2",
+        "gradient, gates 2, balance on",
         "gradient, gates 2, antialias on",
+        "gradient, gates 2, antialias on, balance on",
+        "Grad-CAM, balance on",
         "Grad-CAM, antialias on",
+        "Grad-CAM, antialias on, balance on",
         "Grad-CAM, gates 2",
+        "Grad-CAM, gates 2, balance on",
         "Grad-CAM, gates 2, antialias on",
+        "Grad-CAM, gates 2, antialias on, balance on",
     ]
-    rules = {(setting.gates, setting.antialias) for setting in found if setting.selector == "energy"}
-    assert rules == {(1.0, True), (0.0, True), (2.0, True)}
+    rules = {(each.gates, each.antialias, each.balance) for each in found if each.selector == "energy"}
+    assert rules == {(1.0, True, True), (0.0, True, True), (2.0, True, True)}
+    (off,) = Grid(balances=(False,)).settings()[-1:]
+    assert (off.selector, off.balance) == ("evidence", False)
 
 
 @pytest.mark.parametrize("made", [np.array, torch.tensor, list, lambda values: list(np.float32(values))])
@@ -303,14 +325,16 @@ def test_settings_make_the_methods_they_name(network):
             Setting(masks="shuffled", **options)
     with pytest.raises(SettingError, match=r"`selector` is 'energy'.* 'grad_cam'"):
         Setting(method="grad_cam", selector="energy")
-    for rules in ({"gates": 2}, {"antialias": True}):
-        with pytest.raises(SettingError, match=r"'centre_blob' has no gradient\. Leave out `gates` and `antialias`"):
+    words = r"'centre_blob' has no gradient\. Leave out `gates`, `antialias` and `balance`"
+    for rules in ({"gates": 2}, {"antialias": True}, {"balance": True}):
+        with pytest.raises(SettingError, match=words):
             Setting(method="centre_blob", **rules)
     for options, words in (
         ({"softness": 1.5}, "`softness` is 1.5"),
         ({"gates": -1}, "`gates` is -1"),
         ({"gates": math.inf}, "`gates` is inf"),
-        ({"antialias": 1}, "`antialias` is 1"),
+        ({"antialias": 1}, "`antialias` is of type int"),
+        ({"balance": 1}, "`balance` is of type int"),
         ({"conserve": "all"}, "`conserve` is 'all'"),
         ({"gamma": 0}, "`gamma` is 0"),
     ):
@@ -318,3 +342,39 @@ def test_settings_make_the_methods_they_name(network):
             Setting(selector="class", **options)
     with pytest.raises(SettingError, match="`gates` is 2"):
         make_method(network, Setting(method="GuidedBackprop", gates=2))
+
+
+@pytest.mark.parametrize(
+    ("setting", "make"),
+    [
+        (Setting(balance=True), lambda network: maps_of(pg.Explainer(network, None, balance=True))),
+        (Setting(method="grad_cam", balance=True), lambda network: grad_cam(network, balance=True)),
+        (
+            Setting(selector="energy", balance=False, method="integrated_gradients"),
+            lambda network: maps_of(
+                pg.Explainer(network, pg.GradientEnergy(), balance=False, method="integrated_gradients")
+            ),
+        ),
+        (
+            Setting(selector="random", quantile=0.5, balance=True),
+            lambda network: random_channels(network, quantile=0.5, seed=4, edit=pg.Edit(layers=0.5, gates=0, **_ON)),
+        ),
+        (
+            Setting(selector="energy", balance=False, masks="another"),
+            lambda network: masks_of_another_class(network, pg.Edit(selector=pg.GradientEnergy(), balance=False)),
+        ),
+        (
+            Setting(selector="energy", balance=False, masks="shuffled"),
+            lambda network: shuffled_masks(network, pg.Edit(selector=pg.GradientEnergy(), balance=False), seed=4),
+        ),
+    ],
+)
+def test_balance_reaches_every_kind_of_method(setting, make):
+    torch.manual_seed(1)
+    layers = (nn.Conv2d(3, 6, 3), nn.SiLU(), nn.Conv2d(6, 6, 3), nn.SiLU(), nn.Flatten(), nn.Linear(96, 5))
+    network = nn.Sequential(*layers).double().eval()
+    images, target = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1])
+    found = make_method(network, setting, seed=4)(images, target)
+    torch.testing.assert_close(found, make(network)(images, target))
+    other = make_method(network, replace(setting, balance=not setting.balance), seed=4)
+    assert not torch.allclose(found, other(images, target))

@@ -276,6 +276,7 @@ def test_methods_that_replace_rectifiers_go_without_soft_gates(method):
     implied, said = pg.Explainer(model, method=method), pg.Explainer(model, method=method, gates=0)
     assert implied.edit.gates == said.edit.gates == 0
     assert implied.edit.antialias
+    assert implied.edit.balance
     found = implied.attribute(INPUTS, TARGETS)
     assert torch.equal(found, said.attribute(INPUTS, TARGETS))
     assert not torch.allclose(found, pg.Explainer(model, None, method=method).attribute(INPUTS, TARGETS))
@@ -283,7 +284,7 @@ def test_methods_that_replace_rectifiers_go_without_soft_gates(method):
 
 def test_an_explainer_made_of_an_edit_is_the_one_made_of_its_parts():
     model = small_network()
-    edit = pg.Edit(selector=pg.GradientEnergy(quantile=0.4), gamma=2.0, conserve="exact", gates=3.0)
+    edit = pg.Edit(selector=pg.GradientEnergy(quantile=0.4), gamma=2.0, conserve="exact", gates=3.0, balance=False)
     made = pg.Explainer.from_edit(model, edit, method="input_x_gradient")
     said = pg.Explainer(
         model,
@@ -293,11 +294,13 @@ def test_an_explainer_made_of_an_edit_is_the_one_made_of_its_parts():
         gates=3.0,
         layers=0.5,
         antialias=True,
+        balance=False,
         method="input_x_gradient",
     )
     assert torch.equal(made.attribute(INPUTS, TARGETS), said.attribute(INPUTS, TARGETS))
-    settings = [(each.edit.layers, each.edit.gamma, each.edit.gates, each.edit.antialias) for each in (made, said)]
-    assert settings == [(0.5, 2.0, 3.0, True)] * 2
+    names = ("layers", "gamma", "gates", "antialias", "balance")
+    settings = [[getattr(each.edit, name) for name in names] for each in (made, said)]
+    assert settings == [[0.5, 2.0, 3.0, True, False]] * 2
     assert pg.Explainer.from_edit(model, pg.Edit(selector=None)).edit.is_plain
 
 

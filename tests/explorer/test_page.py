@@ -58,7 +58,7 @@ class User:
 
     def show(self, layers="all", quantile=0.25, selector="energy", **settings):
         """Trigger an explanation, and return the page in place of the maps."""
-        settings = {"softness": 0.5, "gates": 1, "antialias": True} | settings
+        settings = {"softness": 0.5, "gates": 1, "antialias": True, "balance": True} | settings
         found = self.act("show", layers=layers, quantile=quantile, selector=selector, **settings)
         return found.get("result", "")
 
@@ -77,14 +77,15 @@ def test_the_map_is_that_of_the_settings_and_its_stability_belongs_to_it(user, s
     assert "There is no map yet." in user.act("measure")["steadiness"]
     user.act("take_example", "coffee")
     hard = {"selector": "evidence", "quantile": 0.3, "softness": 0.2, "gates": 2, "antialias": False}
+    hard |= {"balance": False}
     page = user.show(**hard)
     selector = pg.Evidence(quantile=0.3, softness=0.2)
-    explainer = pg.Explainer(shapes.model, selector, layers="all", gates=2, antialias=False)
+    explainer = pg.Explainer(shapes.model, selector, layers="all", gates=2, antialias=False, balance=False)
     for found, wanted in zip(maps_on(page), shown_maps(shapes, example_photographs()[1], explainer), strict=True):
         assert np.abs(found - wanted).max() < 0.003
     code = user.updates["code"]["value"]
     assert "selector = pg.Evidence(quantile=0.3, softness=0.2)" in code
-    assert "layers='all', gates=2, antialias=False)" in code
+    assert "layers='all', gates=2, antialias=False, balance=False)" in code
     inputs = shapes.preprocess(example_photographs()[1]).unsqueeze(0)
     assert f"stability {float(explainer.stability(inputs)):.2f}</strong>" in user.act("measure")["steadiness"]
     # It stays with the map, and goes with it.

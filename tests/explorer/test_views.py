@@ -68,7 +68,7 @@ def same_map(found, expected):
 
 @pytest.mark.parametrize(("network", "selector"), SELECTORS)
 def test_maps_are_those_of_the_explainer(explorer, networks, photograph, network, selector):
-    settings = {"quantile": 0.2, "softness": 0.3, "gamma": 20.0, "gates": 3.0, "antialias": False}
+    settings = {"quantile": 0.2, "softness": 0.3, "gamma": 20.0, "gates": 3.0, "antialias": False, "balance": False}
     found = explorer.explore(photograph, View(network=network, selector=selector, layers="0.3", target=7, **settings))
     classifier = networks[network]
     inputs = classifier.preprocess(example_photographs()[1]).unsqueeze(0)
@@ -81,6 +81,7 @@ def test_maps_are_those_of_the_explainer(explorer, networks, photograph, network
         gamma=20.0,
         gates=3.0,
         antialias=False,
+        balance=False,
     )
     assert torch.equal(found.attribution, of_library.attribute(inputs, 7)[0])
     assert torch.equal(found.plain, pg.Explainer(classifier.model, None).attribute(inputs, 7)[0])
@@ -106,6 +107,7 @@ def test_the_first_view_is_the_best_setting(explorer, lite0, photograph):
         softness=edit.selector.softness,
         gates=edit.gates,
         antialias=edit.antialias,
+        balance=edit.balance,
     )
 
 
@@ -120,8 +122,9 @@ def test_what_is_not_given_suits_the_selector(explorer, networks, network, selec
     assert torch.equal(found.attribution, of_library.attribute(inputs)[0])
     assert found.view.gates == of_library.edit.gates
     assert found.view.antialias == of_library.edit.antialias
+    assert found.view.balance == of_library.edit.balance
     # Nothing is written out that Explainer would choose itself.
-    assert not any(setting in found.code for setting in ("layers=", "gates=", "antialias="))
+    assert not any(setting in found.code for setting in ("layers=", "gates=", "antialias=", "balance="))
     assert ("softness=" in found.code) == (softness == 0 and selector != "random")
 
 
@@ -136,8 +139,25 @@ def test_stability_is_that_of_the_explainer(explorer, lite0, view):
         layers=parse_layers(resolved.layers),
         gates=resolved.gates,
         antialias=resolved.antialias,
+        balance=resolved.balance,
     )
     assert found == pytest.approx(float(explainer.stability(inputs)), rel=1e-9)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_balance_reaches_the_explainer(monkeypatch, balance):
+    edits = []
+
+    class Recorded(pg.Explainer):
+        @classmethod
+        def from_edit(cls, model, edit, **options):
+            edits.append(edit)
+            return pg.Explainer.from_edit(model, edit, **options)
+
+    # The networks on offer have nothing to balance, so the map does not show it.
+    monkeypatch.setattr("parchgrad.explorer.views.Explainer", Recorded)
+    Explorer().explore(Photograph("cat"), View(network="shapes", balance=balance))
+    assert {edit.balance for edit in edits if edit.selector is not None} == {balance}
 
 
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
@@ -160,13 +180,14 @@ def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, ne
         softness=0.8,
         gates=4,
         antialias=False,
+        balance=False,
         opacity=0.7,
         signed=selector == "energy",
     )
     found = explorer.explore(photograph, view)
     given = run(found.code)
     assert ("softness=0.8" in found.code) == (selector != "random")
-    assert "layers=0.3, gates=4, antialias=False)" in found.code
+    assert "layers=0.3, gates=4, antialias=False, balance=False)" in found.code
     same_map(given["attribution"][0], found.attribution)
     top, _ = tinted(found.maps(), signed=view.signed)
     assert given["top"] == pytest.approx(top, rel=1e-3)
@@ -305,7 +326,8 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
     ):
         with pytest.raises(error):
             explorer.explore(cup, View(**{"network": "shapes", **changes}))
-    for changes in ({"opacity": 1.5}, {"softness": 1.1}, {"softness": math.nan}, {"gates": -1}, {"antialias": 1}):
+    wrong = ({"opacity": 1.5}, {"softness": 1.1}, {"softness": math.nan}, {"gates": -1}, {"antialias": 1})
+    for changes in (*wrong, {"balance": 0}):
         with pytest.raises(SettingError, match=next(iter(changes))):
             View(**changes)
     with pytest.raises(SettingError, match="'magic'"):

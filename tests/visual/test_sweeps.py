@@ -139,7 +139,7 @@ def test_a_grey_network_is_drawn_on_grey_pictures():
 def test_other_methods_are_swept_too():
     shapes = pg.load_model("shapes")
     image = Image.fromarray(data.cat())
-    settings = {"layers": "all", "gamma": 2.0, "conserve": "exact", "gates": 3.0, "antialias": False}
+    settings = {"layers": "all", "gamma": 2.0, "conserve": "exact", "gates": 3.0, "antialias": False, "balance": False}
     edit = pg.Edit(selector=pg.GradientEnergy(softness=0.25), **settings)
     found = quantile_sweep(shapes, image, edit, quantiles=(0.3,), method="input_x_gradient")
     inputs = shapes.preprocess(image).unsqueeze(0)

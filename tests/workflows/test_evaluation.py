@@ -45,6 +45,7 @@ gammas = ["inf", 2]
 conserves = ["exact", "none"]
 gates = ["none", 0, 2.5]
 antialiases = [true, false]
+balances = ["none", false, true]
 
 [scores]
 families = ["perturbation", "sparsity"]
@@ -78,6 +79,7 @@ def test_a_file_says_all_settings(tmp_path):
             conserves=("exact", "none"),
             gates=(None, 0.0, 2.5),
             antialiases=(True, False),
+            balances=(None, False, True),
         ),
         scores=ScoreSettings(families=("perturbation", "sparsity"), ratios=(0.2, 0.4), replacement="blur"),
     )
@@ -107,6 +109,8 @@ def test_a_file_says_all_settings(tmp_path):
         ('"exact"', '"all"', r"'grid\.conserves' .* is 'all'.* 'energy', 'independent'"),
         ("[true, false]", '"on"', r"'grid\.antialiases' .* is 'on'"),
         ("[true, false]", "1", r"'grid\.antialiases' .* is 1"),
+        ('["none", false, true]', '"on"', r"'grid\.balances' .* is 'on'"),
+        ('["none", false, true]', "1", r"'grid\.balances' .* is 1"),
         ('["none", 0, 2.5]', '"wide"', r"'grid\.gates' .* is 'wide'"),
         ('"predicted"', '"best"', "'target' .* is 'best'.* 'label' or 'predicted'"),
         ("[data]", "[data.more]", r"'more' in \[data\]"),

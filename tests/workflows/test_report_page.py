@@ -172,12 +172,12 @@ def test_softness_and_gates_are_swept_with_all_else_kept(tmp_path, monkeypatch):
     assert page.titles[2:4] == ["AOPC, MoRF minus LeRF ↑ by softness", "AOPC, MoRF minus LeRF ↑ by gates"]
     assert drawn["width of the ramp, as a share of the threshold"] == [
         # The hard cut has other gates, and is on no line with these.
-        ("gradient, energy, gates 1.0, antialias True", [0.5, 1.0])
+        ("gradient, energy, gates 1.0, antialias True, balance True", [0.5, 1.0])
     ]
     assert drawn["width of the gates, in standard deviations"] == [
-        ("gradient, antialias False", [0.0, 2.0, 4.0]),
-        ("gradient, energy, softness 0.5, antialias True", [0.0, 1.0, 2.0]),
-        ("gradient, random, softness 0.0, antialias True", [0.0, 2.0]),
+        ("gradient, antialias False, balance False", [0.0, 2.0, 4.0]),
+        ("gradient, energy, softness 0.5, antialias True, balance True", [0.0, 1.0, 2.0]),
+        ("gradient, random, softness 0.0, antialias True, balance True", [0.0, 2.0]),
     ]
 
 
@@ -185,7 +185,7 @@ def test_rows_of_an_earlier_release_are_reported(tmp_path):
     folder = write_run(tmp_path / "run")
     rows = [json.loads(line) for line in (folder / "rows-0.jsonl").read_text().splitlines()]
     for row in rows:
-        for name in ("softness", "gates", "antialias"):
+        for name in ("softness", "gates", "antialias", "balance"):
             del row[name]
     (folder / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     titles = Page(make_report([folder]).save(tmp_path / "out").read_text()).titles
