@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import captum
+import timm
 import torch
 import torchvision
 from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 import parchgrad as pg
 
-NETWORKS = ("resnet18", "resnet50", "vgg16_bn", "efficientnet_b0")
+NETWORKS = ("resnet18", "resnet50", "vgg16_bn", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224")
 QUANTILE = 0.1
 STEPS = 25
 ROWS_PER_PASS = 25
@@ -41,9 +42,10 @@ Way = Callable[[Tensor, Tensor], object]
 
 
 def network(name: str) -> nn.Module:
-    """Create a network with random weights."""
+    """Create a network of torchvision or timm with random weights."""
     torch.manual_seed(0)
-    model: nn.Module = getattr(torchvision.models, name)(weights=None)
+    of_torchvision = getattr(torchvision.models, name, None)
+    model: nn.Module = timm.create_model(name) if of_torchvision is None else of_torchvision(weights=None)
     return model.eval()
 
 
@@ -57,8 +59,10 @@ EDITS = {
     "plain": pg.Edit(selector=None),
     "plain with gates and strides": pg.Edit(selector=None, gates=pg.Edit().resolved().gates, antialias=True),
     "default": pg.Edit(),
-    "default without gates and strides": pg.Edit(gates=0.0, antialias=False),
-    "energy, all": pg.Edit(selector=pg.GradientEnergy(quantile=QUANTILE), layers="all", gates=0.0, antialias=False),
+    "default without gates, strides and balance": pg.Edit(gates=0.0, antialias=False, balance=False),
+    "energy, all": pg.Edit(
+        selector=pg.GradientEnergy(quantile=QUANTILE), layers="all", gates=0.0, antialias=False, balance=False
+    ),
     "energy, all, hard": pg.Edit(selector=pg.GradientEnergy(quantile=QUANTILE, softness=0), layers="all"),
 }
 

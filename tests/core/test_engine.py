@@ -527,7 +527,7 @@ def test_chosen_layers_that_were_never_called_are_named(network):
 
     model, x = Half().double().eval(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
     with (
-        pytest.warns(ModelWarning, match=r"^1 of 3 chosen convolutions .*\(unused\)"),
+        pytest.warns(ModelWarning, match=r"^1 of 3 chosen layers .*\(unused\)"),
         pg.ParchGrad(model, PinnedChannels(), layers=["network.*", "unused"]),
     ):
         found = input_gradient(model, x)
@@ -662,7 +662,7 @@ def test_nothing_edited_is_an_error_where_the_output_hides_its_tensors_too():
     with pg.ParchGrad(model, pg.GradientEnergy(), layers="all"):
         with torch.no_grad():
             assert model(x).logits.shape == (1, 3)
-        with pytest.raises(ModelError, match="None of the chosen convolutions was called"):
+        with pytest.raises(ModelError, match="None of the chosen layers was called"):
             model(x)
 
 
@@ -672,7 +672,7 @@ def test_nothing_edited_is_an_error_not_a_plain_map():
     with pg.ParchGrad(model, pg.GradientEnergy(), layers="all"):
         with torch.no_grad():
             model(x)
-        with pytest.raises(ModelError, match="None of the chosen convolutions was called"):
+        with pytest.raises(ModelError, match="None of the chosen layers was called"):
             model(x)
     assert hooks(model) == 0
 
@@ -906,7 +906,7 @@ def test_wrong_arguments(network):
     with pytest.raises(ModelError, match=r"model\.module"):
         pg.ParchGrad(nn.DataParallel(network), pg.GradientEnergy())
     with pytest.raises(ModelError, match="has no convolution"):
-        pg.ParchGrad(nn.Linear(2, 2), pg.GradientEnergy())
+        pg.ParchGrad(nn.ReLU(), pg.GradientEnergy())
     network[3].train()
     with (
         pytest.raises(ModelError, match=r"Sequential \(in '3'\) is in training mode.*model\.eval\(\)"),

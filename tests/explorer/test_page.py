@@ -140,7 +140,7 @@ def test_a_change_of_the_network_offers_its_lists(user):
     user.act("take_example", "coffee")
     lite0 = {"network": "efficientnet_lite0"}
     wait_for(lambda: "Results appear when it is ready" not in user.show(**lite0, layers="published"))
-    assert "3 convolutions edited" in user.updates["status"]["value"]
+    assert "3 layers edited" in user.updates["status"]["value"]
     assert "published" in [value for _, value in user.updates["layers"]["choices"]]
     # Still of the network before: a class that the other one does not have.
     assert len(maps_on(user.show(**{"class": 967, "stamp": "of before"}))) == 2

@@ -66,7 +66,7 @@ class User:
     def ask(self, network="shapes", selector="energy", layers="all", quantile=0.25, **settings):
         """What stands there at once; the settings of `expected` where none are given."""
         chosen = {"method": "gradient", "prune": True, "gamma": 1, "signed": False, "opacity": 1}
-        chosen |= {"softness": 0.5, "gates": 1, "antialias": True} | settings
+        chosen |= {"softness": 0.5, "gates": 1, "antialias": True, "balance": True} | settings
         found = self._client.predict(
             network=network,
             target=self._target,

@@ -285,7 +285,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         page.one("#save-gif").click()
         page.wait(lambda: "needs a single image" in page.text("#status"))
         next(tab for tab in page.all("[role=tab]") if "One" in tab.text).click()
-        page.wait(lambda: "convolutions edited" in page.text("#status"))
+        page.wait(lambda: "layers edited" in page.text("#status"))
         page.one("#save-png").click()
         (figure,) = page.wait(lambda: list(tmp_path.glob("cat_*.png")))
         found = Explorer().explore(Photograph("cat"), View())

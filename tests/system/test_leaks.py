@@ -262,6 +262,7 @@ def pages() -> dict[str, object]:
                 "softness": turn / 20,
                 "gates": turn % 3,
                 "antialias": turn % 2 > 0,
+                "balance": turn % 4 > 1,
                 "opacity": turn / 20,
                 "prune": turn % 2 > 0,
             }

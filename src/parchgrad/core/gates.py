@@ -227,7 +227,6 @@ def _pooling_windows(
     return kernel_size, stride or kernel_size, padding, dilation
 
 
-# Number of spatial dimensions of each function.
 MAX_POOLING: Mapping[Any, int] = {
     function: count
     for count, functions in enumerate(
@@ -240,6 +239,7 @@ MAX_POOLING: Mapping[Any, int] = {
     )
     for function in functions
 }
+"""Number of spatial dimensions of each function of max pooling."""
 
 
 def gate_rules(width: float) -> dict[Any, Rule]:

@@ -269,7 +269,7 @@ def has_published_layers(model: nn.Module) -> bool:
         >>> has_published_layers(nn.Sequential(nn.Conv1d(4, 4, 3)))
         False
     """
-    return bool(_published_names(bare_model(model), find_convolutions(model)))
+    return bool(_published_names(bare_model(model), _layers_of(bare_model(model))[0]))
 
 
 def _published_names(model: nn.Module, convolutions: dict[str, Convolution]) -> list[str]:

@@ -774,8 +774,8 @@ _STEADY = 0.9
 
 def _edited(layers: Sequence[str]) -> str:
     if len(layers) == 1:
-        return f"1 convolution edited, {layers[0]}."
-    return f"{len(layers)} convolutions edited, from {layers[0]} to {layers[-1]}."
+        return f"1 layer edited, {layers[0]}."
+    return f"{len(layers)} layers edited, from {layers[0]} to {layers[-1]}."
 
 
 def _single_page(found: Exploration) -> str:
