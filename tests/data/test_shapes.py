@@ -182,6 +182,7 @@ def test_rivals_are_drawn_from_all_other_classes(monkeypatch):
         assert dataset[index].label == 0
         drawn, sides = zip(*asked, strict=True)
         assert drawn[0] == "arrow"
+        assert drawn == tuple(SHAPE_CATEGORIES[label] for label in dataset.classes(index))
         assert len(set(drawn)) == 4
         assert len(set(sides)) == 1
         seen |= set(drawn[1:])
@@ -216,6 +217,8 @@ def test_iteration_ends_and_workers_draw_the_same():
     for index in (-1, 12):
         with pytest.raises(IndexError, match=f"index` is {index}"):
             dataset[index]
+        with pytest.raises(IndexError, match=f"index` is {index}"):
+            dataset.classes(index)
 
 
 @pytest.mark.parametrize(

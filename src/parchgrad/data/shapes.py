@@ -74,7 +74,7 @@ class GeneratedShapes(Dataset[Sample]):
 
         Args:
             count: number of images, at least 1.
-            seed: random seed in [0, 2^63). The network `shapes` was trained on seed 1.
+            seed: random seed in [0, 2^63). The networks in this package were trained on seed 1.
             size: side of the images in pixels, at least 32. Shapes scale with it.
             distractors: number of distractors, at least 0.
             rivals: number of shapes of other classes, at least 0 and below the number of classes. They are as large as
@@ -107,13 +107,19 @@ class GeneratedShapes(Dataset[Sample]):
     def __len__(self) -> int:
         return self._count
 
+    def classes(self, index: int) -> tuple[int, ...]:
+        """Return the classes in image `index`: its own, then one per rival.
+
+        Example:
+            >>> GeneratedShapes(count=1000, rivals=2).classes(17)
+            (7, 4, 3)
+        """
+        label = self._label(index)
+        return _Plan.draw(self._generator(index), self._scene, label).classes
+
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self._count:
-            raise IndexError(f"`index` is {index}, but it must be from 0 to {self._count - 1}.")
-        label = int(index) % len(self.categories)
-        # A 128-bit key per image, so that neither order nor number of images matters.
-        generator = Generator(Philox(key=np.array([self._seed, index], np.uint64)))
-        picture, mask = _draw(generator, self._scene, label)
+        label = self._label(index)
+        picture, mask = _draw(self._generator(index), self._scene, label)
         # 8-bit levels hide platform differences in the last bit of cosines.
         levels = torch.from_numpy(np.rint(picture.clip(0, 1) * 255).transpose(2, 0, 1).copy())
         mean, std = (torch.tensor(values, device="cpu").reshape(-1, 1, 1) for values in (MEAN, STD))
@@ -127,6 +133,15 @@ class GeneratedShapes(Dataset[Sample]):
             mask=torch.from_numpy(mask),
         )
 
+    def _label(self, index: int) -> int:
+        if not 0 <= index < self._count:
+            raise IndexError(f"`index` is {index}, but it must be from 0 to {self._count - 1}.")
+        return int(index) % len(self.categories)
+
+    def _generator(self, index: int) -> Generator:
+        # A 128-bit key per image, so that neither order nor number of images matters.
+        return Generator(Philox(key=np.array([self._seed, index], np.uint64)))
+
 
 @dataclass(frozen=True)
 class _Scene:
@@ -137,15 +152,36 @@ class _Scene:
     rivals: int
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes, places and classes of the objects in an image.
+
+    Attributes:
+        sides: sides of the objects in pixels: of the shape, its rivals, and the distractors.
+        places: centres of the objects (column, row) in pixels.
+        classes: classes of the shape and its rivals.
+    """
+
+    sides: Values
+    places: list[tuple[float, float]]
+    classes: tuple[int, ...]
+
+    @classmethod
+    def draw(cls, generator: Generator, scene: _Scene, label: int) -> "_Plan":
+        """Draw the plan of an image of class `label`."""
+        count = 1 + scene.rivals + scene.distractors
+        sides = np.full(count, scene.size * generator.uniform(*_SIDES) / math.sqrt(1 + scene.rivals))
+        sides[1 + scene.rivals :] *= generator.uniform(*_DISTRACTOR_SIDES, scene.distractors)
+        places = _place(generator, sides * _REACH, scene.size)
+        others = generator.permutation([index for index in range(len(SHAPE_CATEGORIES)) if index != label])
+        return cls(sides, places, (label, *others[: scene.rivals].tolist()))
+
+
 def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDArray[np.bool_]]:
     """Draw an image (H, W, 3) in [0, 1] and the mask of its shape."""
-    size = scene.size
-    count = 1 + scene.rivals + scene.distractors
-    sides = np.full(count, size * generator.uniform(*_SIDES) / math.sqrt(1 + scene.rivals))
-    sides[1 + scene.rivals :] *= generator.uniform(*_DISTRACTOR_SIDES, scene.distractors)
-    places = _place(generator, sides * _REACH, size)
-    others = generator.permutation([index for index in range(len(SHAPE_CATEGORIES)) if index != label])
-    insides = [OUTLINES[SHAPE_CATEGORIES[index]] for index in (label, *others[: scene.rivals])]
+    plan = _Plan.draw(generator, scene, label)
+    size, count = scene.size, len(plan.sides)
+    insides = [OUTLINES[SHAPE_CATEGORIES[index]] for index in plan.classes]
     insides += [_no_class(generator) for _ in range(scene.distractors)]
     palette = _Palette.draw(generator, count)
     picture = palette.backdrop(generator, size)
@@ -153,7 +189,7 @@ def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDA
     angles = generator.uniform(0, 2 * math.pi, count)
     drawn = [
         coverage(inside, side=side, centre=place, angle=angle, size=size)
-        for inside, side, place, angle in zip(insides, sides.tolist(), places, angles.tolist(), strict=True)
+        for inside, side, place, angle in zip(insides, plan.sides.tolist(), plan.places, angles.tolist(), strict=True)
     ]
     # Back to front, so that nothing covers the shape.
     for index in reversed(range(count)):
