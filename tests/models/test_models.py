@@ -22,6 +22,7 @@ from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
 from parchgrad.evaluation.localisation import boxes_to_region, mosaic
 from parchgrad.legacy.pretrained_models import get_pretrained_model
 from parchgrad.models import loading as models
+from parchgrad.models.shapes_networks import SHAPES_NETWORKS
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +111,13 @@ def test_categories_are_found_by_name_and_index(lite0):
 
 def test_listing():
     entries = models.list_models()
-    assert [entry for entry in entries if entry.offline] == entries[:2]
-    assert entries[:2] == [
+    assert [entry for entry in entries if entry.offline] == entries[:5]
+    assert entries[:5] == [
         models.ModelEntry("efficientnet_lite0", "timm", offline=True),
         models.ModelEntry("shapes", "parchgrad", offline=True),
+        models.ModelEntry("shapes_vit", "parchgrad", offline=True),
+        models.ModelEntry("shapes_convnext", "parchgrad", offline=True),
+        models.ModelEntry("shapes_mobilenet", "parchgrad", offline=True),
     ]
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)) > 500
@@ -152,15 +156,40 @@ def test_the_shapes_network_takes_its_own_pictures_back(shapes_classifier):
     assert shapes_classifier.preprocess(photograph()).shape == (3, 64, 64)
 
 
-def test_the_weights_are_of_the_present_generator():
-    path = Path(pg.__file__).parent / "weights" / "shapes.safetensors"
+@pytest.mark.parametrize("name", SHAPES_NETWORKS)
+def test_the_weights_are_of_the_present_generator(name):
+    path = Path(pg.__file__).parent / "weights" / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["generator_version"] == str(GENERATOR_VERSION)
-    assert float(metadata["accuracy"]) > 0.95
-    assert float(metadata["mosaic_recall"]) > 0.9
+    several, least, most = ("mosaic_recall", 0.95, 0.9e6) if name == "shapes" else ("rival_recall", 0.9, 2e6)
+    assert float(metadata["accuracy"]) > least
+    assert float(metadata[several]) > 0.9
     assert json.loads(metadata["categories"]) == list(GeneratedShapes.categories)
-    assert path.stat().st_size <= 0.9e6
+    assert path.stat().st_size <= most
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Images of seed 5, which no network was trained on, without and with a rival, and the classes in each."""
+    sets = [GeneratedShapes(count=400, seed=5, rivals=rivals) for rivals in (0, 1)]
+    return [
+        (torch.stack([sample.image for sample in shapes]), [set(shapes.classes(index)) for index in range(len(shapes))])
+        for shapes in sets
+    ]
+
+
+@pytest.mark.parametrize("name", ["shapes_vit", "shapes_convnext", "shapes_mobilenet"])
+def test_the_other_shapes_networks_know_fresh_shapes_also_next_to_a_rival(name, fresh):
+    classifier = pg.load_model(name)
+    assert (classifier.name, classifier.categories) == (name, GeneratedShapes.categories)
+    assert not any(module.training for module in classifier.model.modules())
+    assert {tensor.dtype for tensor in classifier.model.parameters()} == {torch.float32}
+    for images, classes in fresh:
+        with torch.no_grad():
+            order = classifier.model(images).argsort(dim=1, descending=True).tolist()
+        found = [len(held & set(ranks[: len(held)])) / len(held) for ranks, held in zip(order, classes, strict=True)]
+        assert sum(found) / len(found) > 0.88
 
 
 def test_the_shapes_network_finds_all_four_shapes_of_a_mosaic(shapes_classifier):
@@ -188,17 +217,18 @@ def test_the_shapes_network_looks_at_the_shape(shapes_classifier):
     assert (seen - without_shape).mean() > 5 * (seen - without_rest).abs().mean()
 
 
+@pytest.mark.parametrize("name", SHAPES_NETWORKS)
 @pytest.mark.parametrize("content", [None, b"", b"no weights at all", "other"])
-def test_damaged_weights_of_the_shapes_network(monkeypatch, tmp_path, content):
-    path = tmp_path / "weights" / "shapes.safetensors"
+def test_damaged_weights_of_the_shapes_networks(monkeypatch, tmp_path, content, name):
+    path = tmp_path / "weights" / f"{name}.safetensors"
     path.parent.mkdir()
     if content == "other":
         save_file({"a": torch.zeros(3)}, path)
     elif content is not None:
         path.write_bytes(content)
     monkeypatch.setattr(resources, "files", lambda package: tmp_path)
-    with pytest.raises(WeightsError, match="weights of shapes are missing or damaged"):
-        pg.load_model("shapes")
+    with pytest.raises(WeightsError, match=f"weights of {name} are missing or damaged"):
+        pg.load_model(name)
 
 
 def test_unknown_names():
@@ -206,6 +236,8 @@ def test_unknown_names():
         pg.load_model("resnet-50")
     with pytest.raises(ModelError, match="`parchgrad models`"):
         pg.load_model("@@@@@@")
+    with pytest.raises(ModelError, match="shapes_vit"):
+        pg.load_model("shapes_vi")
 
 
 @pytest.fixture

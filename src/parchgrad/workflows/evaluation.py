@@ -27,6 +27,7 @@ from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
 from parchgrad.models.classifier import Classifier
 from parchgrad.models.loading import check_model_name, load_model
+from parchgrad.models.shapes_networks import SHAPES_NETWORKS
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.collect import collect_statistics
 from parchgrad.statistics.processes import is_first_process
@@ -317,7 +318,8 @@ def _open(settings: DataSettings, classifier: Classifier) -> Samples:
     transform, categories = classifier.preprocess, classifier.categories
     if settings.name == "shapes":
         if categories != SHAPE_CATEGORIES:
-            raise SettingError(f"{classifier.name} was not trained on generated shapes. Use the model 'shapes'.")
+            names = ", ".join(repr(name) for name in SHAPES_NETWORKS)
+            raise SettingError(f"{classifier.name} was not trained on generated shapes. Use one of the models {names}.")
         return GeneratedShapes(count=cast(int, settings.count), seed=settings.seed)
     root = str(settings.root)
     if settings.name == "imagenet":
