@@ -177,6 +177,35 @@ def test_every_call_of_a_rectifier_keeps_its_values_and_softens_its_derivative(w
     assert not torch.allclose(plain, found)
 
 
+@pytest.mark.parametrize(
+    ("cut", "is_smoothed"),
+    [
+        (nn.Conv2d(3, 4, 4, stride=4), False),
+        (nn.Conv2d(3, 4, (4, 3), stride=(4, 4)), False),
+        (nn.AvgPool2d(4), False),
+        (nn.MaxPool2d(5, 5), False),
+        (nn.Conv2d(3, 4, 3, stride=3), True),
+        (nn.Conv2d(3, 4, 5, stride=4), True),
+        (nn.Conv2d(3, 4, (5, 4), stride=4), True),
+    ],
+)
+def test_patches_are_not_smoothed(cut, is_smoothed):
+    """Pixels of patches that do not overlap all count once; smoothing would blur the map by a patch."""
+    x = torch.randn(2, 3, 20, 20, requires_grad=True)
+    with BackwardRules(antialias=True):
+        result = cut(x)
+    (found,) = torch.autograd.grad(result.square().sum(), x)
+    (true,) = torch.autograd.grad(cut(x).square().sum(), x)
+    assert torch.equal(found, true) != is_smoothed
+    # The same at a layer that is edited.
+    if isinstance(cut, nn.Conv2d):
+        model = nn.Sequential(cut, nn.Flatten(), nn.LazyLinear(2)).eval()
+        model(x)
+        masks = pg.FixedChannels({"0": torch.ones(4, dtype=torch.bool)})
+        edited, plain = (pg.Explainer(model, masks, gates=0, antialias=on).attribute(x, 1) for on in (True, False))
+        assert torch.allclose(edited, plain) != is_smoothed
+
+
 def test_every_rectifier_and_strided_operation_of_the_tables_is_tried():
     seen = []
 

@@ -41,7 +41,7 @@ from parchgrad.core.paths import Paths, convolves, trace, unmarked
 from parchgrad.core.plan import Log, Plan
 from parchgrad.core.rules import BackwardRules
 from parchgrad.core.selectors import LayerSignal, Selector, as_selection
-from parchgrad.core.strides import is_pass_through, smooth_strides
+from parchgrad.core.strides import is_pass_through, overlapping_strides, smooth_strides
 from parchgrad.core.targets import check_target_count, check_target_range, pick_logits, read_classes
 from parchgrad.core.tokens import TokenView, token_view
 from parchgrad.errors import InputError, LayerError, ModelError, ModelWarning, SettingError, TargetError, warn
@@ -527,8 +527,9 @@ class _EditedConvolution(torch.autograd.Function):
             found = restored_range(edited, unit)
         else:
             found = input_gradient(gradient, weight, ctx.geometry, ctx.input_shape)
-        if ctx.edit.settings.antialias and max(ctx.geometry.stride) > 1:
-            found = smooth_strides(found, ctx.geometry.stride)
+        strides = overlapping_strides(ctx.geometry.stride, weight.shape[2:])
+        if ctx.edit.settings.antialias and max(strides) > 1:
+            found = smooth_strides(found, strides)
         return found, None, None, None
 
 

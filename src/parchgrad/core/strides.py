@@ -13,7 +13,7 @@ from parchgrad.core.gates import MAX_POOLING
 from parchgrad.core.operations import Operation, Rule, is_differentiated, refuse_second_derivatives
 from parchgrad.core.partition import at_least_float32, channel_norms, in_ordinary_range, restored_range, row_norms
 
-__all__ = ["is_pass_through", "smooth_strides", "with_smooth_strides"]
+__all__ = ["is_pass_through", "overlapping_strides", "smooth_strides", "with_smooth_strides"]
 
 
 def smooth_strides(gradient: Tensor, strides: Sequence[int]) -> Tensor:
@@ -57,6 +57,24 @@ def smooth_strides(gradient: Tensor, strides: Sequence[int]) -> Tensor:
     return restored_range(smooth, unit).to(gradient.dtype)
 
 
+def overlapping_strides(strides: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Replace the strides of an operation that cuts patches by 1: it leaves no grid, but smoothing would blur it.
+
+    Args:
+        strides: stride in each spatial dimension.
+        sizes: size of the kernel in each. Patches are kernels no larger than their stride, from 4 positions.
+
+    Example:
+        >>> overlapping_strides((16, 16), (16, 16)), overlapping_strides((4, 2), (7, 2))
+        ((1, 1), (4, 2))
+    """
+    pairs = zip(strides, sizes, strict=True)
+    return tuple(1 if stride >= _STRIDE_OF_PATCHES and size <= stride else stride for stride, size in pairs)
+
+
+_STRIDE_OF_PATCHES = 4
+
+
 def _summed(values: Tensor, dimension: int, count: int) -> Tensor:
     """Sum `count` neighbours along a dimension, which becomes shorter by `count - 1`."""
     if count == 1:
@@ -68,23 +86,21 @@ def _summed(values: Tensor, dimension: int, count: int) -> Tensor:
     return total
 
 
-def _convolution_stride(
+def _of_convolution(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, *_: Any, **__: Any
-) -> Any:
-    return stride
+) -> tuple[Any, Any]:
+    return stride, tuple(weight.shape[2:])
 
 
-def _pooling_stride(input: Tensor, kernel_size: Any, stride: Any = None, *_: Any, **__: Any) -> Any:
-    return stride or kernel_size
+def _of_pooling(input: Tensor, kernel_size: Any, stride: Any = None, *_: Any, **__: Any) -> tuple[Any, Any]:
+    return stride or kernel_size, kernel_size
 
 
-_STRIDED: Mapping[Any, tuple[int, Callable[..., Any]]] = {
-    **{function: (count, _convolution_stride) for count, function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
-    **{
-        function: (count, _pooling_stride)
-        for count, function in enumerate((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), 1)
-    },
-    **{function: (count, _pooling_stride) for function, count in MAX_POOLING.items()},
+# Each function with its number of spatial dimensions, and a function that reads its strides and kernel.
+_STRIDED: Mapping[Any, tuple[int, Callable[..., tuple[Any, Any]]]] = {
+    **{function: (count, _of_convolution) for count, function in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
+    **{function: (count, _of_pooling) for count, function in enumerate((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), 1)},
+    **{function: (count, _of_pooling) for function, count in MAX_POOLING.items()},
 }
 
 
@@ -99,7 +115,8 @@ def with_smooth_strides(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
 def _smooth_input(rule: Rule, operation: Operation) -> Any:
     if is_differentiated(operation.source):
         dimensions, read = _STRIDED[operation.function]
-        strides = per_dimension(read(*operation.args, **operation.named), dimensions)
+        strides, sizes = (per_dimension(each, dimensions) for each in read(*operation.args, **operation.named))
+        strides = overlapping_strides(strides, sizes)
         if max(strides) > 1:
             operation = operation.on(_SmoothStride.apply(operation.source, strides))
     return rule(operation)
