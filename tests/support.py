@@ -377,7 +377,10 @@ def ranked(log_p, share):
 
 
 # Parameters that are added to what a network computes.
-_ADDED = re.compile(r"bias|pos_embed|_token|position_embedding|class_embedding|pos_embedding|token_type|wpe")
+_ADDED = re.compile(
+    r"bias$|(cls|dist|reg|class|mask)_token$|pos_embed(ding)?$|wpe\.weight$"
+    r"|(class|position|token_type)_embeddings?(\.weight)?$"
+)
 
 
 def contributions(model, inputs, score):

@@ -37,7 +37,9 @@ def balanced(function, *inputs, seed):
     with BackwardRules(balance=True):
         result = function(*inputs)
     # Attention with a mask that depends on the input runs another kernel.
-    torch.testing.assert_close(result, plain, rtol=1e-13 if len(inputs) == 4 else 0, atol=0)
+    torch.testing.assert_close(
+        result, plain, rtol=1e-12 if len(inputs) == 4 else 0, atol=1e-14 if len(inputs) == 4 else 0
+    )
     return [
         None if found is None else found.numpy()
         for found in torch.autograd.grad(result, inputs, seed, allow_unused=True)
@@ -335,7 +337,7 @@ def test_a_layer_of_an_input_without_a_gradient_counts_as_the_input():
         lambda x: model(x),
         lambda x: functional.linear(x.flatten(1), model[0].weight.new_ones(4, 16) * model[0].bias.sum()),
     ):
-        with BackwardRules(balance=True, weights=ids):
+        with BackwardRules(balance=True, weights=ids, is_input_traced=False):
             hidden = first(torch.ones(1, 1, 4, 4, dtype=torch.float64))
             result = hidden * hidden.sigmoid()
         (found,) = torch.autograd.grad(result.sum(), hidden)

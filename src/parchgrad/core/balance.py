@@ -201,14 +201,15 @@ class Balance:
         has_acted: whether an operation was balanced.
     """
 
-    def __init__(self, weights: Collection[int]) -> None:
+    def __init__(self, weights: Collection[int], *, is_input_traced: bool = True) -> None:
         """Start a pass.
 
         Args:
             weights: ids of the model's weights, which do not depend on its input.
+            is_input_traced: whether an input requires a gradient; if not, gradients begin where weights meet the data.
         """
         self.has_acted = False
-        self._weights = weights
+        self._weights, self._is_input_traced = weights, is_input_traced
         # Whether the result of a node depends on the input, and the rank of its values.
         self._known: dict[Any, bool] = {}
         self._ranks: dict[tuple[Any, bool], int] = {}
@@ -368,7 +369,7 @@ class Balance:
             earlier = [other for other, _ in node.next_functions if other is not None]
             if hasattr(node, "variable"):
                 self._known[node] = id(node.variable) not in self._weights
-            elif any(self._known.get(other) for other in earlier) or _takes_data(node):
+            elif any(self._known.get(other) for other in earlier) or (not self._is_input_traced and _takes_data(node)):
                 self._known[node] = True
             elif waiting := [other for other in earlier if other not in self._known]:
                 stack.append(waiting[0])

@@ -41,7 +41,13 @@ class BackwardRules(TorchFunctionMode):
     """
 
     def __init__(
-        self, *, gates: float = 0.0, antialias: bool = False, balance: bool = False, weights: Collection[int] = ()
+        self,
+        *,
+        gates: float = 0.0,
+        antialias: bool = False,
+        balance: bool = False,
+        weights: Collection[int] = (),
+        is_input_traced: bool = True,
     ) -> None:
         """Choose the rules.
 
@@ -51,9 +57,10 @@ class BackwardRules(TorchFunctionMode):
             antialias: whether strides are smoothed.
             balance: whether what makes operations nonlinear is held constant.
             weights: ids of the model's weights, for `balance`.
+            is_input_traced: whether an input of the model requires a gradient, for `balance`.
         """
         super().__init__()
-        self.balance = Balance(weights) if balance else None
+        self.balance = Balance(weights, is_input_traced=is_input_traced) if balance else None
         rules: dict[Any, Rule] = self.balance.rules() if self.balance else {}
         if gates:
             rules.update(gate_rules(gates))

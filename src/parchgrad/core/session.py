@@ -122,8 +122,13 @@ class Session:
         if decides and (gates or antialias or balance or has_active_rules()):
             if gates or antialias or balance:
                 refuse_transforms()
-            weights = self.plan.weights
-            forward.rules = BackwardRules(gates=gates, antialias=antialias, balance=balance, weights=weights)
+            forward.rules = BackwardRules(
+                gates=gates,
+                antialias=antialias,
+                balance=balance,
+                weights=self.plan.weights,
+                is_input_traced=any(values.requires_grad for values in forward.inputs),
+            )
             forward.rules.__enter__()
 
     def _gates(self) -> float:
