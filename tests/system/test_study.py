@@ -4,7 +4,10 @@ import csv
 import sys
 
 import pytest
-from benchmarks import study
+import torch
+from benchmarks import architectures, study
+from torch import nn
+from torch.nn import functional
 
 from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.summary import compare, valid_mean
@@ -46,3 +49,46 @@ def test_the_study_runs_and_says_what_its_rows_say(tmp_path, monkeypatch):
         "shapes-layers.png",
         "shapes-gates.png",
     }
+
+
+def test_the_study_of_architectures_runs_and_says_what_its_rows_say(tmp_path, monkeypatch, capsys):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["architectures.py", "--data", str(tmp_path), "--share", "0.02", "--runs", str(runs), "--out", str(out)],
+    )
+    monkeypatch.setattr(architectures, "NETWORKS", {"shapes_vit": "a transformer"})
+    quick = tuple(each for each in architectures.QUICK if each.selector in (None, "evidence"))
+    monkeypatch.setattr(architectures, "SETTINGS", quick)
+    architectures.main()
+    assert "has no data for them" in capsys.readouterr().err
+    text = (out / "architectures.md").read_text()
+    assert text.count("\n## ") == 2
+    rows = read_rows(runs / "odd" / "shapes_vit-1")
+    assert {row["setting"] for row in rows} == {architectures.ROLLOUT, *(setting.title for setting in quick)}
+    with (out / "architectures.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["score"] == "weighted_mass_inside"]
+    for title in (architectures.DEFAULT.title, architectures.ROLLOUT):
+        found = [float(line["mean"]) for line in lines if line["setting"] == title]
+        expected = valid_mean([row["weighted_mass_inside"] for row in rows if row["setting"] == title]).value
+        assert found[1] == pytest.approx(expected)
+
+
+def test_attention_rollout_by_hand():
+    """Two layers with one head and known weights: the flow is the product of the averages with the identity."""
+    weights = [torch.rand(1, 1, 5, 5).softmax(-1) for _ in range(2)]
+
+    class Attention(nn.Module):
+        def forward(self, images):
+            for each in weights:
+                # Queries whose scores are the logarithms of the weights.
+                query, key = each.log() * 5**0.5, torch.eye(5)[None, None]
+                functional.scaled_dot_product_attention(query, key, key)
+            return images
+
+    found = architectures.attention_rollout(Attention())(torch.zeros(1, 3, 4, 4), torch.tensor([0]))
+    first, second = (0.5 * (each[0, 0] + torch.eye(5)) for each in weights)
+    coarse = (second @ first)[0, 1:].reshape(1, 1, 2, 2)
+    expected = functional.interpolate(coarse, size=(4, 4), mode="bilinear")[:, 0]
+    torch.testing.assert_close(found, expected)
