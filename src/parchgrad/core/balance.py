@@ -78,7 +78,8 @@ def register_rule(operation: Any) -> Callable[[_Kind], _Kind]:
     """Register the decorated function as the rule by which `balance` passes a module or function of your own.
 
     The function computes the result anew, with `detach()` on every factor that is to be constant. The gradient flows
-    through it instead of through the operation; the values stay those of the operation. What it calls is balanced too.
+    through it instead of through the operation; the values stay those of the operation. What the rule of a module calls
+    is balanced too.
 
     Args:
         operation: a class of modules, whose rule gets the module and its inputs; or a function of torch or with
@@ -219,7 +220,7 @@ class Balance:
         found: dict[Any, Rule] = {}
 
         def add(names: Iterable[str], rule: Rule) -> None:
-            found.update(dict.fromkeys(functions_named(names), rule))
+            found.update(dict.fromkeys(functions_named(*names), rule))
 
         for names, limit in _ACTIVATIONS.items():
             add(names, partial(self._hold_ratio, limit, ACTIVATION))
@@ -252,12 +253,13 @@ class Balance:
         shape, is_centred = norm.shape, norm.is_centred
         steepness = _steepness(at_least_float32(source.detach()).reshape(shape), norm.epsilon, is_centred)
         weight = None if norm.weight is None else norm.weight.detach()
-        like, shift = source.detach(), None if norm.bias is None else norm.bias.shape
+        # Not the source itself, whose memory may be freed.
+        dtype, own_shape, shift = source.dtype, source.shape, None if norm.bias is None else norm.bias.shape
 
         def pullback(gradient: Tensor) -> list[Tensor]:
             wide = at_least_float32(gradient)
             weighted = wide if weight is None else wide * weight
-            through = _through_norm(weighted.reshape(shape), steepness, is_centred).reshape(like.shape).to(like.dtype)
+            through = _through_norm(weighted.reshape(shape), steepness, is_centred).reshape(own_shape).to(dtype)
             return [through] if shift is None else [through, gradient.sum_to_size(shift)]
 
         return follow(result, pullback, source, *([] if norm.bias is None else [norm.bias]))

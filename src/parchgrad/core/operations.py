@@ -4,7 +4,8 @@ A *rule* gets an operation instead of torch running it, and returns its result, 
 of the graph. `BackwardRules` applies rules while a model runs.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -73,11 +74,12 @@ ACTIVATION, GATE = 1, 2
 """Ranks of results that may be a factor of other values: an activation is rather a gate than values without rank."""
 
 
-def functions_named(names: Iterable[str]) -> list[Any]:
+@lru_cache
+def functions_named(*names: str) -> list[Any]:
     """Find the functions of torch, its functional module and its tensors that have one of these names.
 
     Example:
-        >>> torch.exp in functions_named(["exp"]), Tensor.exp in functions_named(["exp"])
+        >>> torch.exp in functions_named("exp"), Tensor.exp in functions_named("exp")
         (True, True)
     """
     places = (torch, Tensor, F)
