@@ -86,8 +86,8 @@ class ParchGrad:
         Args:
             model: a model that returns logits (B, K), or an output that `logits` extracts them from. A
                 DistributedDataParallel wrapper is removed.
-            selector: rates how much each channel matters; None leaves all channels unchanged, and without `gates`
-                and `antialias` makes the block plain.
+            selector: rates how much each channel matters; None leaves all channels unchanged, and without `gates`,
+                `antialias` and `balance` makes the block plain.
             layers: layers to edit; see `choose_layers`. Here and below, None means the selector's default.
             gamma: strength of the kept signal relative to the rest, in (0, inf]; infinity prunes the rest.
             conserve: what each layer conserves: `"energy"`, `"independent"`, `"exact"` or `"none"`; see

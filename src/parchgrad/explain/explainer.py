@@ -58,8 +58,8 @@ class Explainer:
         Args:
             model: a classifier that returns logits (B, K), in evaluation mode. A DistributedDataParallel wrapper is
                 removed.
-            selector: rates how much each channel matters; None is the plain method, which ignores `layers`, `gamma` and
-                `conserve`.
+            selector: rates how much each channel matters; None leaves all channels unchanged, ignores `layers`, `gamma`
+                and `conserve`, and without `gates`, `antialias` and `balance` is the plain method.
             layers: layers to edit; see `choose_layers`. Here and below, None means the selector's default.
             gamma: strength of the kept signal relative to the rest, in (0, inf]; infinity prunes the rest.
             conserve: what each layer conserves: `"energy"`, `"independent"`, `"exact"` or `"none"`; see
