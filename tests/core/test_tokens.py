@@ -170,6 +170,32 @@ def test_networks_that_cut_patches_by_a_linear_layer():
     assert pg.Explainer(model).attribute(x, 1).shape == x.shape
 
 
+def test_tokens_before_the_batch_are_edited_like_those_behind_it():
+    """Torch's transformers have the batch second by default."""
+
+    class Encoder(nn.Module):
+        def __init__(self, batch_first):
+            super().__init__()
+            self.patches, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5)
+            self.token = nn.Parameter(torch.randn(1, 1, 8))
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, activation="gelu")
+            self.batch_first = batch_first
+
+        def forward(self, x):
+            tokens = self.patches(x).flatten(2).mT
+            tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1)
+            tokens = self.layer(tokens if self.batch_first else tokens.transpose(0, 1))
+            return self.head(tokens.mean(1 if self.batch_first else 0))
+
+    first, second = Encoder(True).double().eval(), Encoder(False).double().eval()
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    found, expected = (
+        pg.Explainer(model, layers=["layer.linear1", "layer.linear2"]).attribute(x, 1) for model in (second, first)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
+
+
 def test_how_tokens_are_told_apart():
     assert token_view(torch.Size([4, 17, 8]), 4, 16) == TokenView(4, 1)
     assert token_view(torch.Size([4, 16, 8]), 4, 16) == TokenView(4, 0)
@@ -180,6 +206,7 @@ def test_how_tokens_are_told_apart():
     assert token_view(torch.Size([4, 17, 8]), 4, 0) == TokenView(4, 0)
     assert token_view(torch.Size([3, 17, 8]), 4, 16) == TokenView(3, 1)
     assert token_view(torch.Size([4, 32, 8]), 4, 16) == TokenView(4, 0)
+    assert token_view(torch.Size([17, 4, 8]), 4, 16) == TokenView(4, 1, is_batch_second=True)
     # A layer of vectors has one position.
     assert TokenView(4, 0).patches(torch.zeros(4, 8)).shape == (4, 8, 1)
 

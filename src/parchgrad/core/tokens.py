@@ -14,6 +14,7 @@ class TokenView(NamedTuple):
     Attributes:
         rows: number of rows of the batch. The layer may have a multiple of them, such as one per window.
         prefix: number of tokens before those of the image, such as class and register tokens.
+        is_batch_second: whether the tokens come in the first dimension, as in torch's transformers by default.
 
     Example:
         >>> view = TokenView(rows=1, prefix=1)
@@ -29,10 +30,12 @@ class TokenView(NamedTuple):
 
     rows: int
     prefix: int
+    is_batch_second: bool = False
 
     def flat(self, values: Tensor) -> Tensor:
         """Gather the tokens of each row of the batch, shape (B, T, C)."""
-        return values.reshape(self.rows, -1, values.shape[-1])
+        first = values.transpose(0, 1) if self.is_batch_second else values
+        return first.reshape(self.rows, -1, values.shape[-1])
 
     def patches(self, values: Tensor) -> Tensor:
         """Return the tokens of the image with their channels first, shape (B, C, S)."""
@@ -47,14 +50,15 @@ class TokenView(NamedTuple):
             scales: factor of each channel, shape (B, C).
         """
         before = self.flat(values)[:, : self.prefix] * scales.unsqueeze(1)
-        return torch.cat([before, patches.transpose(1, 2)], dim=1).reshape(values.shape)
+        edited = torch.cat([before, patches.transpose(1, 2)], dim=1)
+        return edited.transpose(0, 1) if self.is_batch_second else edited.reshape(values.shape)
 
 
 def token_view(shape: torch.Size, rows: int, positions: int) -> TokenView:
     """Tell how an output holds the tokens of a batch.
 
     Tokens beyond one for each position of the patch embedding come first, unless there are twice as many or the layer
-    sees windows.
+    sees windows. Outputs (T, B, C) have their batch second.
 
     Args:
         shape: shape of the output, (..., C).
@@ -63,8 +67,11 @@ def token_view(shape: torch.Size, rows: int, positions: int) -> TokenView:
 
     Example:
         >>> token_view(torch.Size([2, 197, 384]), 2, 196), token_view(torch.Size([8, 49, 96]), 2, 3136)
-        (TokenView(rows=2, prefix=1), TokenView(rows=2, prefix=0))
+        (TokenView(rows=2, prefix=1, is_batch_second=False), TokenView(rows=2, prefix=0, is_batch_second=False))
     """
-    rows = rows if rows and shape[0] % rows == 0 else shape[0]
-    beyond = shape[1] - positions if len(shape) == 3 and shape[0] == rows else 0
-    return TokenView(rows, beyond if 0 < beyond < positions else 0)
+    is_batch_second = len(shape) == 3 and shape[0] != rows == shape[1]
+    rows = rows if is_batch_second or (rows and shape[0] % rows == 0) else shape[0]
+    beyond = 0
+    if len(shape) == 3 and (is_batch_second or shape[0] == rows):
+        beyond = shape[0 if is_batch_second else 1] - positions
+    return TokenView(rows, beyond if 0 < beyond < positions else 0, is_batch_second)
