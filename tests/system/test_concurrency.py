@@ -371,7 +371,7 @@ def test_of_blocks_on_a_model_and_its_parts_the_innermost_around_a_convolution_a
     by_chance = inside(wrapper, chance, inputs)
     with pg.ParchGrad(wrapper, energy, layers="all"):
         alone = gradient(wrapper, inputs)
-        with pg.ParchGrad(part, chance, layers="all", gates=0, antialias=False):
+        with pg.ParchGrad(part, chance, layers="all", gates=0, antialias=False, balance=False):
             mixed = gradient(wrapper, inputs)
         assert torch.equal(gradient(wrapper, inputs), alone)
         with engine.plain_gradients(part):
@@ -385,7 +385,7 @@ def test_of_blocks_on_a_model_and_its_parts_the_innermost_around_a_convolution_a
     masks = seen_masks(model, chance, inputs)
     assert not torch.allclose(mixed, alone)
     assert not torch.allclose(mixed, rest)
-    fixed = pg.ParchGrad(part, pg.FixedChannels(masks), layers="all", gates=0, antialias=False)
+    fixed = pg.ParchGrad(part, pg.FixedChannels(masks), layers="all", gates=0, antialias=False, balance=False)
     with pg.ParchGrad(model, energy, layers=["stem"]), fixed:
         assert torch.equal(gradient(model, inputs), mixed)
     assert hooks(wrapper) == 0
@@ -406,7 +406,9 @@ def seen_masks(model, selector, inputs):
             return found
 
     part = nn.Sequential(model.first, model.relu, model.second).eval()
-    with pg.ParchGrad(part, Watching(quantile=selector.quantile), layers="all", gates=0, antialias=False):
+    with pg.ParchGrad(
+        part, Watching(quantile=selector.quantile), layers="all", gates=0, antialias=False, balance=False
+    ):
         gradient(model, inputs)
     return seen
 

@@ -175,7 +175,6 @@ class ForwardPass:
         self.within = current_backward_pass()
         self.reached = False
         self.rules: BackwardRules | None = None
-        self.balance: Balance | None = None
         # Whether this block edits some of the layers, and decides over all convolutions.
         self.edits = self.decides_over_all = True
         # Inputs of the model and their nodes, while it runs.
@@ -187,12 +186,13 @@ class ForwardPass:
         # Classes by id of the backward pass, see `Calls`.
         self._read: deque[tuple[int, Tensor]] = deque(maxlen=_PASSES_AT_ONCE)
 
-    def leave_rules(self) -> None:
-        """Deactivate the rules, if any."""
+    def leave_rules(self) -> Balance | None:
+        """Deactivate the rules, if any, and return those that balance, which refer to the graph."""
         rules, self.rules = self.rules, None
-        if rules is not None:
-            self.balance = rules.balance
-            rules.__exit__(None, None, None)
+        if rules is None:
+            return None
+        rules.__exit__(None, None, None)
+        return rules.balance
 
     def note_positions(self, output: Any) -> None:
         """Note the number of positions of a convolution's output."""
@@ -292,7 +292,7 @@ class ForwardPass:
             if values.requires_grad and not any(values is given for given in inputs):
                 values.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
-    def watch(self, output: object) -> None:
+    def watch(self, output: object, balance: Balance | None) -> None:
         """Note the gradient at the output, and its classes, unless targets were given."""
         selector, targets = self.plan.edit.selector, self.plan.targets
         everything = output
@@ -302,9 +302,7 @@ class ForwardPass:
         recorded = list(
             {id(each): each for each in tensors_in((everything, output)) if each.grad_fn is not None}.values()
         )
-        route, balance = self.plan.route, self.balance
-        # It refers to the graph.
-        self.balance = None
+        route = self.plan.route
         if recorded and not route.was_inspected and self.decides_over_all:
             route.was_inspected = True
             self._inspect([values.grad_fn for values in recorded], balance)

@@ -208,12 +208,12 @@ class Session:
         forward = self._forward()
         if forward is None or self not in SESSIONS.get():
             return
-        forward.leave_rules()
+        balance = forward.leave_rules()
         FORWARDS.set(tuple(other for other in FORWARDS.get() if other is not forward))
         # After an exception the output is None.
         if output is not None:
             self.log.was_passed = True
-            forward.watch(output)
+            forward.watch(output, balance)
         forward.inputs, forward.starts = [], []
 
 
