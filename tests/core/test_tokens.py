@@ -8,7 +8,7 @@ from torch import nn
 
 import parchgrad as pg
 from parchgrad.core.tokens import TokenView, token_view
-from parchgrad.errors import LayerError, ModelWarning
+from parchgrad.errors import InputError, LayerError, ModelWarning
 from tests import reference
 from tests.support import enlivened, input_gradient, nothing_is_left, random_statistics
 
@@ -170,6 +170,36 @@ def test_networks_that_cut_patches_by_a_linear_layer():
     assert pg.Explainer(model).attribute(x, 1).shape == x.shape
 
 
+def test_the_batch_is_that_of_the_input_that_is_explained():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cut, self.linear, self.last = nn.Conv2d(3, 4, 4, stride=4), nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, scale, images):
+            return self.last(self.linear(self.cut(images * scale).flatten(2).mT).mean(1))
+
+    model, images = Scaled().double().eval(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    for scale in (torch.ones(1, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)):
+
+        def gradient(images, scale=scale):
+            leaf = images.clone().requires_grad_()
+            with pg.ParchGrad(model, pg.GradientEnergy(quantile=0.3), layers="linear", **TRUE):
+                return torch.autograd.grad(model(scale, leaf)[:, 1].sum(), leaf)[0]
+
+        rows = torch.cat([gradient(images[row : row + 1]) for row in range(3)])
+        torch.testing.assert_close(gradient(images), rows, rtol=1e-9, atol=1e-15)
+
+
+def test_empty_batches_and_inputs_without_a_batch():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
+    with pg.ParchGrad(model, pg.GradientEnergy(), layers="0", **TRUE):
+        x = torch.zeros(0, 3, requires_grad=True)
+        assert torch.autograd.grad(model(x).sum(), x)[0].shape == (0, 3)
+        with pytest.raises(InputError, match="layer '0' has no batch dimension"):
+            model(torch.zeros(3, requires_grad=True))
+
+
 def test_tokens_before_the_batch_are_edited_like_those_behind_it():
     """Torch's transformers have the batch second by default."""
 
@@ -207,6 +237,8 @@ def test_how_tokens_are_told_apart():
     assert token_view(torch.Size([3, 17, 8]), 4, 16) == TokenView(3, 1)
     assert token_view(torch.Size([4, 32, 8]), 4, 16) == TokenView(4, 0)
     assert token_view(torch.Size([17, 4, 8]), 4, 16) == TokenView(4, 1, is_batch_second=True)
+    with pytest.raises(InputError, match=r"\(8, 4, 8\) for 4 rows"):
+        token_view(torch.Size([8, 4, 8]), 4, 16)
     # A layer of vectors has one position.
     assert TokenView(4, 0).patches(torch.zeros(4, 8)).shape == (4, 8, 1)
 

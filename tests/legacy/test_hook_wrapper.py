@@ -47,7 +47,7 @@ def test_setting_modules_replaces_those_before(network):
     assert [id(module) for module in wrapper.hook_modules] == [id(network[2])]
     with pytest.raises(LayerError, match="`layers` contains a ReLU"):
         wrapper.set_hook_modules([network[1]])
-    with pytest.raises(LayerError, match="non-empty list of convolution modules"):
+    with pytest.raises(LayerError, match="non-empty list of convolutions or linear layers"):
         wrapper.set_hook_modules([])
     with pytest.raises(LayerError, match=r"a ratio must lie in \(0, 1\]"):
         wrapper.get_default_hook_convolutions(1.5)

@@ -19,7 +19,18 @@ import torch.nn.functional as F  # noqa: N812 - the conventional name
 from torch import Tensor, nn
 
 from parchgrad.core._torch import function_of
-from parchgrad.core.operations import ACTIVATION, GATE, Operation, Rule, follow, functions_named, scale_gradient
+from parchgrad.core.operations import (
+    ACTIVATION,
+    CONSTANT,
+    GATE,
+    SQUASHED,
+    Operation,
+    Rule,
+    follow,
+    functions_named,
+    held,
+    scale_gradient,
+)
 from parchgrad.core.partition import at_least_float32
 from parchgrad.errors import ModelError, SettingError
 
@@ -154,6 +165,10 @@ class _Norm(NamedTuple):
     is_centred: bool = True
 
 
+def _rows_of(values: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
+    return *values.shape[: -len(normalized_shape)], math.prod(normalized_shape)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -162,14 +177,14 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> _Norm:
-    return _Norm((*input.shape[: -len(normalized_shape)], -1), weight, bias, eps)
+    return _Norm(_rows_of(input, normalized_shape), weight, bias, eps)
 
 
 def _rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> _Norm:
     epsilon = torch.finfo(input.dtype).eps if eps is None else eps
-    return _Norm((*input.shape[: -len(normalized_shape)], -1), weight, None, epsilon, is_centred=False)
+    return _Norm(_rows_of(input, normalized_shape), weight, None, epsilon, is_centred=False)
 
 
 def _group_norm(
@@ -178,7 +193,7 @@ def _group_norm(
     weight, bias = (
         None if values is None else values.reshape(-1, *[1] * (input.dim() - 2)) for values in (weight, bias)
     )
-    return _Norm((input.shape[0], num_groups, -1), weight, bias, eps)
+    return _Norm((input.shape[0], num_groups, math.prod(input.shape[1:]) // num_groups), weight, bias, eps)
 
 
 def _instance_norm(
@@ -224,7 +239,7 @@ class Balance:
 
         for names, limit in _ACTIVATIONS.items():
             add(names, partial(self._hold_ratio, limit, ACTIVATION))
-        add(("tanh", "tanh_"), partial(self._hold_ratio, 1.0, GATE))
+        add(("tanh", "tanh_"), partial(self._hold_ratio, 1.0, SQUASHED))
         add(("square", "square_"), partial(self._hold_ratio, 0.0, 0))
         add(("pow", "__pow__"), self._hold_power)
         for names, places in _PRODUCTS.items():
@@ -236,7 +251,15 @@ class Balance:
         found[F.instance_norm] = partial(self._normalise, _instance_norm)
         found[F.scaled_dot_product_attention] = self._attend
         found[F.glu] = self._hold_half
-        found.update({function: partial(self._stand_in, rule) for function, rule in STAND_INS.items()})
+        return found
+
+    def own_rules(self) -> dict[Any, Rule]:
+        """Return the rules of users for functions, under each of their spellings."""
+        found: dict[Any, Rule] = {}
+        for function, rule in STAND_INS.items():
+            spellings = functions_named(getattr(function, "__name__", ""))
+            for each in spellings if function in spellings else [function]:
+                found[each] = partial(self._stand_in, rule)
         return found
 
     def _stand_in(self, rule: StandIn, operation: Operation) -> Any:
@@ -282,7 +305,7 @@ class Balance:
         """Balance a power above 1; roots and inverse powers have no ratio at 0."""
         exponent = _argument(operation, 1, "exponent")
         if isinstance(exponent, int | float) and exponent > 1 and isinstance(operation.source, Tensor):
-            return self._hold_ratio(0.0, 0, operation)
+            return self._hold_ratio(0.0, self._rank(operation.source.grad_fn), operation)
         return operation.run()
 
     def _multiply(self, places: Sequence[tuple[int, str]], operation: Operation) -> Any:
@@ -304,7 +327,7 @@ class Balance:
             if ranks[place] > least:
                 values = values.detach()
             elif share < 1:
-                values = _shared(values, share)
+                values = _shared(values, share, ranks[place])
             # Its value may be needed on the way back.
             replaced = _with_argument(replaced, *place, values.clone() if is_in_place else values)
         if not is_in_place:
@@ -329,13 +352,16 @@ class Balance:
 
     def _attend(self, operation: Operation) -> Any:
         """Run attention with its weights held constant: the gradient flows through the values alone."""
+        # With constant values, it flows through the weights.
+        if not self._depends(_argument(operation, 2, "value")):
+            return operation.run()
         self.has_acted = True
         for place in ((0, "query"), (1, "key")):
             operation = _with_argument(operation, *place, _argument(operation, *place).detach())
         mask = _argument(operation, 3, "attn_mask")
-        # A mask made from weights alone keeps its gradient: without it another kernel would round otherwise.
-        if self._depends(mask):
-            operation = _with_argument(operation, 3, "attn_mask", mask.detach())
+        # Without its gradient another kernel would run, which rounds otherwise.
+        if isinstance(mask, Tensor):
+            operation = _with_argument(operation, 3, "attn_mask", held(mask))
         return operation.run()
 
     def _hold_half(self, operation: Operation) -> Any:
@@ -370,7 +396,7 @@ class Balance:
                 continue
             earlier = [other for other, _ in node.next_functions if other is not None]
             if hasattr(node, "variable"):
-                self._known[node] = id(node.variable) not in self._weights
+                self._known[node] = node.variable is not CONSTANT and id(node.variable) not in self._weights
             elif any(self._known.get(other) for other in earlier) or (not self._is_input_traced and _takes_data(node)):
                 self._known[node] = True
             elif waiting := [other for other in earlier if other not in self._known]:
@@ -390,14 +416,14 @@ class Balance:
 
     def _rank_by_graph(self, node: Any, is_mixed: bool) -> int:
         name = _operation_of(node)
-        found: int = _RANKS.get(name, getattr(node, "rank", 0))
+        found: int = getattr(node, "rank", 0) if name not in _RANKS or _is_two_sided(node) else _RANKS[name]
         if found:
             # Weights of attention stay weights when they are mixed across heads.
             return found if "Softmax" in name or not is_mixed else 0
         if name not in _PASSED and name not in _MIXING:
             return 0
         earlier = [other for other, _ in node.next_functions if other is not None and self._follows_input(other)]
-        if not earlier or (len(earlier) > 1 and name not in ("Add", "Sub")):
+        if not earlier or (len(earlier) > 1 and name not in _JOINING):
             return 0
         # The last is the branch of a residual sum, which ends the search soonest.
         is_mixed |= name in _MIXING
@@ -405,20 +431,35 @@ class Balance:
         return min([*ranks, *[0] * len(earlier)][: len(earlier)])
 
     def unbalanced(self, nodes: Iterable[Any]) -> list[str]:
-        """Name the operations among nodes on the path that are neither linear, piecewise linear, nor balanced."""
-        if not self.has_acted:
-            return []
-        names = []
+        """Name the operations among nodes on the path that are neither linear, piecewise linear, nor balanced.
+
+        Where nothing was balanced, only those are named that a rule would have covered.
+        """
+        names, on_path = [], set(nodes)
         for node in nodes:
-            name = _operation_of(node)
-            if name in _NONLINEAR:
-                names.append(_snake_case(name))
+            name, function = _operation_of(node), function_of(node)
+            is_covered = name in _COVERED or name.startswith("ScaledDotProduct") or name == "CheckpointFunction"
+            if function is not None and not function.__module__.startswith("parchgrad."):
+                is_left = self.has_acted or is_covered
+            elif name in _FACTORS or name.startswith("ScaledDotProduct"):
+                is_left = (self.has_acted or is_covered) and _multiplies(node, on_path)
             else:
-                # Functions of users and libraries.
-                function = function_of(node)
-                if function is not None and not function.__module__.startswith("parchgrad."):
-                    names.append(function.__name__)
+                is_left = is_covered or (self.has_acted and name in _NONLINEAR)
+            if is_left:
+                names.append(function.__name__ if function is not None else _snake_case(name))
         return list(dict.fromkeys(names))
+
+
+def _multiplies(node: Any, on_path: Collection[Any]) -> bool:
+    """Whether several factors of a product carry the gradient without a share, or a divisor or an attention weight."""
+    name = _operation_of(node)
+    operands = [other for other, _ in node.next_functions]
+    free = [other in on_path and getattr(other, "rank", None) is None for other in operands]
+    if name == "Div":
+        return len(free) > 1 and free[1]
+    if name.startswith("ScaledDotProduct"):
+        return any(free[:2])
+    return sum(free[place] for place in _FACTORS[name] if place < len(free)) > 1
 
 
 def _ratio(images: Tensor, values: Tensor, limit: float) -> Tensor:
@@ -441,6 +482,14 @@ def _takes_data(node: Any) -> bool:
 _DATA = {"Convolution": 0, "Mm": 0, "Addmm": 1, "Embedding": -1}
 
 
+def _is_two_sided(node: Any) -> bool:
+    """Whether a node clamps values to a range that is no gate, since it holds negative values."""
+    if not _operation_of(node).startswith(("Clamp", "Hardtanh")):
+        return False
+    least = getattr(node, "_saved_min", getattr(node, "_saved_min_val", None))
+    return not isinstance(least, int | float) or least < 0
+
+
 def _operation_of(node: Any) -> str:
     """Name of a node's operation, such as `Mul`."""
     return re.sub(r"Backward\d*$", "", node.name())
@@ -450,8 +499,8 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-def _shared(values: Tensor, share: float) -> Tensor:
-    return follow(values.detach(), lambda gradient: [gradient * share], values)
+def _shared(values: Tensor, share: float, rank: int) -> Tensor:
+    return follow(values.detach(), lambda gradient: [gradient * share], values, rank=rank)
 
 
 def _argument(operation: Operation, place: int, name: str) -> Any:
@@ -465,17 +514,20 @@ def _with_argument(operation: Operation, place: int, name: str, values: Tensor) 
 
 
 _RANKS = {
-    **dict.fromkeys(
-        ("Softmax", "SafeSoftmax", "Sigmoid", "Hardsigmoid", "Tanh", "Clamp", "ClampMin", "ClampMax", "Hardtanh"), GATE
-    ),
-    **dict.fromkeys(("Rsqrt", "Sqrt", "Reciprocal", "Norm", "LinalgVectorNorm", "Std", "Var", "Exp", "Erf"), GATE),
+    **dict.fromkeys(("Softmax", "SafeSoftmax", "Sigmoid", "Hardsigmoid", "Softplus", "Exp", "Erf"), GATE),
+    **dict.fromkeys(("Clamp", "ClampMin", "ClampMax", "Hardtanh"), GATE),
+    **dict.fromkeys(("Rsqrt", "Sqrt", "Pow", "Reciprocal", "Norm", "LinalgVectorNorm", "Std", "Var"), GATE),
+    "Tanh": SQUASHED,
     **dict.fromkeys(("Relu", "LeakyRelu", "PreluKernel", "Threshold"), ACTIVATION),
 }
+_JOINING = {"Add", "Sub", "Mul", "Cat", "Stack", "Where", "Maximum", "Minimum"}
 _PASSED = {
-    *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Mean", "Sum", "AvgPool2D", "AdaptiveAvgPool2D", "NativeDropout"),
-    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "T", "Permute", "Expand", "Squeeze", "Unsqueeze"),
+    *("Rsub", "Div", "Neg", "Mean", "Sum", "AvgPool2D", "AdaptiveAvgPool2D", "NativeDropout", "NanToNum", "Cumsum"),
+    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "T", "Permute", "Expand", "Squeeze", "Unsqueeze", "AsStrided"),
     *("Clone", "ToCopy", "Alias", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Unfold", "Im2Col"),
-    *("Repeat", "Index", "IndexSelect", "Roll", "MaskedFill", "UpsampleNearest2D", "UpsampleBilinear2D"),
+    *("Repeat", "Index", "IndexSelect", "Roll", "Flip", "Gather", "Scatter", "Topk", "Sort", "Tril", "Triu"),
+    *("MaskedFill", "ConstantPadNd", "CopySlices", "Amax", "Amin", "Clamp", "ClampMin", "ClampMax", "Hardtanh"),
+    *("UpsampleNearest2D", "UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBicubic2D", *_JOINING),
 }
 _MIXING = {"Mm", "Addmm", "Bmm", "Convolution", "NativeBatchNorm", "CudnnBatchNorm"}
 
@@ -507,7 +559,17 @@ _NONLINEAR = {
     *("Exp", "Expm1", "Log", "Log1P", "Logsumexp", "Softmax", "SafeSoftmax", "LogSoftmax", "Sigmoid", "LogSigmoid"),
     *("Hardsigmoid", "Softplus", "Tanh", "Erf", "Sin", "Cos", "Pow", "Sqrt", "Rsqrt", "Reciprocal", "Prod", "Cumprod"),
     *("Gelu", "Silu", "Hardswish", "Mish", "Elu", "Glu", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"),
-    *("Var", "VarMean", "Std", "StdMean", "Softshrink", "Renorm", "Atan", "Celu", "Selu"),
+    *("Var", "Std", "Softshrink", "Renorm", "Atan", "Celu", "Selu", "Lerp", "Addcdiv", "Atan2", "LinalgMultiDot"),
+}
+# Those of them that a rule covers, if it sees their call.
+_COVERED = {
+    *("Gelu", "Silu", "Hardswish", "Mish", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm", "Glu"),
+}
+# Places of the factors of products.
+_FACTORS = {
+    **dict.fromkeys(("Mul", "Mm", "Bmm", "Mv", "Dot", "Div"), (0, 1)),
+    **dict.fromkeys(("Addmm", "Baddbmm", "Addbmm", "Addcmul", "Addmv"), (1, 2)),
+    **dict.fromkeys(("Convolution", "Trilinear", "GridSampler2D", "GridSampler3D"), (0, 1)),
 }
 COMPOSITES = (F.multi_head_attention_forward, F.normalize, F.local_response_norm)
 """Functions in Python whose parts follow the rules."""

@@ -16,11 +16,14 @@ from parchgrad.errors import SettingError
 
 __all__ = [
     "ACTIVATION",
+    "CONSTANT",
     "GATE",
+    "SQUASHED",
     "Operation",
     "Rule",
     "follow",
     "functions_named",
+    "held",
     "is_differentiated",
     "refuse_second_derivatives",
     "scale_gradient",
@@ -70,8 +73,8 @@ class Operation(NamedTuple):
 
 Rule: TypeAlias = Callable[[Operation], Any]
 
-ACTIVATION, GATE = 1, 2
-"""Ranks of results that may be a factor of other values: an activation is rather a gate than values without rank."""
+ACTIVATION, SQUASHED, GATE = 1, 2, 3
+"""Ranks of results that may be a factor of other values: the factor of the highest rank is the gate."""
 
 
 @lru_cache
@@ -109,7 +112,7 @@ def follow(
         result: the result; its own node is dropped.
         pullback: turns the gradient at the result into that at each source.
         sources: tensors that the gradient flows to.
-        rank: 0, `ACTIVATION` or `GATE`.
+        rank: 0, `ACTIVATION`, `SQUASHED` or `GATE`.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -120,13 +123,28 @@ def follow(
     return cast(Tensor, _Followed.apply([result], pullback, rank, *sources))
 
 
+CONSTANT = torch.zeros((), device="cpu", requires_grad=True)
+"""What held values seem to depend on; it never gets a gradient."""
+
+
+def held(values: Tensor) -> Tensor:
+    """Return values that require a gradient as before, since kernels differ in that, but pass none.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> torch.autograd.grad((x * held(x)).sum(), x)[0], held(x).requires_grad, held(x.detach()).requires_grad
+        (tensor([1., 1.]), True, False)
+    """
+    return follow(values, lambda gradient: [None], CONSTANT) if values.requires_grad else values
+
+
 def scale_gradient(operation: Operation, factor: Callable[[Tensor], Tensor], *, rank: int = 0) -> Tensor:
     """Run an elementwise operation unchanged, and multiply its gradient by a factor of its own.
 
     Args:
         operation: it may be in place.
         factor: computes the factor from the detached source.
-        rank: 0, `ACTIVATION` or `GATE`.
+        rank: 0, `ACTIVATION`, `SQUASHED` or `GATE`.
 
     Example:
         >>> x = torch.ones(2, 2, requires_grad=True)

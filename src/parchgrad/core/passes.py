@@ -26,7 +26,7 @@ from parchgrad.core.convolution import Geometry, input_gradient, partitioned_inp
 from parchgrad.core.edit import Edit
 from parchgrad.core.hooks import tensors_in
 from parchgrad.core.layers import Convolution, Layer
-from parchgrad.core.operations import refuse_second_derivatives
+from parchgrad.core.operations import CONSTANT, refuse_second_derivatives
 from parchgrad.core.partition import (
     Conserve,
     at_least_float32,
@@ -102,6 +102,8 @@ class Calls:
         """Start without calls."""
         self.plan = plan
         self.log = log
+        # Names of the model's parameters by their id; of each block, since users replace them between blocks.
+        self.weights = {id(weight): name for name, weight in plan.model.named_parameters()}
         # Weak, since a node of the graph refers to its edit, and that to this object.
         self._nodes: dict[int, weakref.ref[Any]] = {}
         self._numbers = itertools.count()
@@ -148,11 +150,11 @@ class Calls:
             stops: further nodes that belong to the input.
         """
         roots, layers = list(roots), self._layers() if layers is None else layers
-        weights = self.plan.weights
+        weights = self.weights
 
         def is_input(node: Any) -> bool:
             variable = getattr(node, "variable", None)
-            return variable is not None and id(variable) not in weights
+            return variable is not None and variable is not CONSTANT and id(variable) not in weights
 
         found = trace(roots, layers, is_input, stops)
         # Without an input that requires a gradient, those of the weights flow through all layers.
@@ -196,7 +198,8 @@ class ForwardPass:
 
     def note_positions(self, output: Any) -> None:
         """Note the number of positions of a convolution's output."""
-        if isinstance(output, Tensor):
+        # A pooled map, as in squeeze-and-excitation, says nothing of the grid.
+        if isinstance(output, Tensor) and output.shape[2:].numel() > 1:
             self.positions = output.shape[2:].numel()
 
     def attach(
@@ -250,7 +253,10 @@ class ForwardPass:
         if not self._is_recorded(layer, output.grad_fn):
             return None
         edit = LayerEdit(self, layer)
-        edit.tokens = token_view(output.shape, len(self.inputs[0]) if self.inputs else 0, self.positions)
+        if output.dim() < 2:
+            raise InputError(f"The input of layer {layer!r} has no batch dimension. Add one with inputs.unsqueeze(0).")
+        batch = next((len(values) for values in self.inputs if values.requires_grad and values.dim() > 1), 0)
+        edit.tokens = token_view(output.shape, batch, self.positions)
         self._check_targets(edit.tokens.rows)
         edit.observe(edit.tokens.patches(output.detach()))
         edited = cast(Tensor, _EditedTokens.apply(output, edit))
@@ -354,7 +360,7 @@ class ForwardPass:
 
     def _left_out(self, nodes: Sequence[Any], calls: Collection[Any], balance: Balance | None) -> list[str]:
         """Name the nodes that convolve, or attend without being balanced, but are no layers."""
-        weights = self.plan.weights
+        weights = self.calls.weights
         own = {f"{layer}.weight" for layer in self.plan.layers}
         found = []
         for node in unmarked(nodes, calls):

@@ -75,15 +75,6 @@ class Plan:
     targets: Tensor | None
     pick_logits: Callable[[Any], Tensor] | None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Drop what identifies objects: a copy has others."""
-        return {name: value for name, value in vars(self).items() if name != "weights"}
-
-    @cached_property
-    def weights(self) -> dict[int, str]:
-        """Names of the model's parameters by their id."""
-        return {id(weight): name for name, weight in self.model.named_parameters()}
-
     @cached_property
     def highest_target(self) -> int:
         """The largest class index of `targets`."""

@@ -64,6 +64,8 @@ class BackwardRules(TorchFunctionMode):
         rules: dict[Any, Rule] = self.balance.rules() if self.balance else {}
         if gates:
             rules.update(gate_rules(gates))
+        if self.balance is not None:
+            rules.update(self.balance.own_rules())
         self.rules: Mapping[Any, Rule] = with_smooth_strides(rules) if antialias else rules
         self._opened = COMPOSITES if balance else ()
 

@@ -126,7 +126,7 @@ class Session:
                 gates=gates,
                 antialias=antialias,
                 balance=balance,
-                weights=self.plan.weights,
+                weights=self.calls.weights,
                 is_input_traced=any(values.requires_grad for values in forward.inputs),
             )
             forward.rules.__enter__()

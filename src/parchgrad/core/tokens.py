@@ -1,9 +1,12 @@
 """Layers of tokens: linear layers of transformers, whose last dimension holds the channels."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from parchgrad.errors import InputError
 
 __all__ = ["TokenView", "token_view"]
 
@@ -35,7 +38,8 @@ class TokenView(NamedTuple):
     def flat(self, values: Tensor) -> Tensor:
         """Gather the tokens of each row of the batch, shape (B, T, C)."""
         first = values.transpose(0, 1) if self.is_batch_second else values
-        return first.reshape(self.rows, -1, values.shape[-1])
+        tokens = math.prod(first.shape[:-1]) // self.rows if self.rows else math.prod(first.shape[1:-1])
+        return first.reshape(self.rows, tokens, values.shape[-1])
 
     def patches(self, values: Tensor) -> Tensor:
         """Return the tokens of the image with their channels first, shape (B, C, S)."""
@@ -65,11 +69,19 @@ def token_view(shape: torch.Size, rows: int, positions: int) -> TokenView:
         rows: number of rows of the batch; an output of fewer, or of another multiple, counts as its own.
         positions: number of positions of the patch embedding; 0 if unknown.
 
+    Raises:
+        InputError: if the shape fits both windows and a batch in the second dimension.
+
     Example:
         >>> token_view(torch.Size([2, 197, 384]), 2, 196), token_view(torch.Size([8, 49, 96]), 2, 3136)
         (TokenView(rows=2, prefix=1, is_batch_second=False), TokenView(rows=2, prefix=0, is_batch_second=False))
     """
     is_batch_second = len(shape) == 3 and shape[0] != rows == shape[1]
+    if is_batch_second and rows > 1 and shape[0] % rows == 0:
+        raise InputError(
+            f"Cannot tell whether an output of shape {tuple(shape)} for {rows} rows has its batch in the second "
+            "dimension or is cut into windows. Use another batch size, or `internal_batch_size=`."
+        )
     rows = rows if is_batch_second or (rows and shape[0] % rows == 0) else shape[0]
     beyond = 0
     if len(shape) == 3 and (is_batch_second or shape[0] == rows):
