@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the conventional name
@@ -430,15 +430,20 @@ class Balance:
         ranks = takewhile(bool, (self._rank(other, is_mixed) for other in reversed(earlier)))
         return min([*ranks, *[0] * len(earlier)][: len(earlier)])
 
-    def unbalanced(self, nodes: Iterable[Any]) -> list[str]:
+    def unbalanced(self, nodes: Iterable[Any], *, is_alone: bool) -> list[str]:
         """Name the operations among nodes on the path that are neither linear, piecewise linear, nor balanced.
 
         Where nothing was balanced, only those are named that a rule would have covered.
+
+        Args:
+            nodes: nodes of the graph between the input and the output.
+            is_alone: whether balance is all that is asked for, so that checkpointed parts are named in any case.
         """
         names, on_path = [], set(nodes)
         for node in nodes:
             name, function = _operation_of(node), function_of(node)
-            is_covered = name in _COVERED or name.startswith("ScaledDotProduct") or name == "CheckpointFunction"
+            is_covered = name in _COVERED or name.startswith("ScaledDotProduct")
+            is_covered |= is_alone and name == "CheckpointFunction"
             if function is not None and not function.__module__.startswith("parchgrad."):
                 is_left = self.has_acted or is_covered
             elif name in _FACTORS or name.startswith("ScaledDotProduct"):
@@ -454,12 +459,19 @@ def _multiplies(node: Any, on_path: Collection[Any]) -> bool:
     """Whether several factors of a product carry the gradient without a share, or a divisor or an attention weight."""
     name = _operation_of(node)
     operands = [other for other, _ in node.next_functions]
-    free = [other in on_path and getattr(other, "rank", None) is None for other in operands]
+    free = [other in on_path and not _is_share(other) for other in operands]
     if name == "Div":
         return len(free) > 1 and free[1]
     if name.startswith("ScaledDotProduct"):
         return any(free[:2])
     return sum(free[place] for place in _FACTORS[name] if place < len(free)) > 1
+
+
+def _is_share(node: Any) -> bool:
+    """Whether a factor carries a share of the gradient, or is a weight, apart from changes of shape."""
+    while _operation_of(node) in _RESHAPED and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    return hasattr(node, "variable") or hasattr(node, "is_share")
 
 
 def _ratio(images: Tensor, values: Tensor, limit: float) -> Tensor:
@@ -500,7 +512,9 @@ def _snake_case(name: str) -> str:
 
 
 def _shared(values: Tensor, share: float, rank: int) -> Tensor:
-    return follow(values.detach(), lambda gradient: [gradient * share], values, rank=rank)
+    shared = follow(values.detach(), lambda gradient: [gradient * share], values, rank=rank)
+    cast(Any, shared.grad_fn).is_share = True
+    return shared
 
 
 def _argument(operation: Operation, place: int, name: str) -> Any:
@@ -528,6 +542,9 @@ _PASSED = {
     *("Repeat", "Index", "IndexSelect", "Roll", "Flip", "Gather", "Scatter", "Topk", "Sort", "Tril", "Triu"),
     *("MaskedFill", "ConstantPadNd", "CopySlices", "Amax", "Amin", "Clamp", "ClampMin", "ClampMax", "Hardtanh"),
     *("UpsampleNearest2D", "UpsampleLinear1D", "UpsampleBilinear2D", "UpsampleBicubic2D", *_JOINING),
+}
+_RESHAPED = {
+    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "T", "Permute", "Expand", "Squeeze", "Unsqueeze", "Clone"),
 }
 _MIXING = {"Mm", "Addmm", "Bmm", "Convolution", "NativeBatchNorm", "CudnnBatchNorm"}
 

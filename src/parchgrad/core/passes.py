@@ -351,7 +351,7 @@ class ForwardPass:
                 f"The gradient stays plain in {', '.join(left_out)}: these parts between the input and the output "
                 "convolve or attend, but are not modules that can be edited."
             )
-        remaining = [] if balance is None else balance.unbalanced(nodes)
+        remaining = [] if balance is None else balance.unbalanced(nodes, is_alone=self.plan.edit.selector is None)
         if remaining:
             self.log.warn_once(
                 f"The gradient is not balanced in {', '.join(remaining)}, so it does not add up to the score. Register "
