@@ -383,6 +383,29 @@ def test_a_layer_of_an_input_without_a_gradient_counts_as_the_input():
         torch.testing.assert_close(found, hidden.sigmoid())
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(6), nn.BatchNorm1d(4).eval(), nn.GroupNorm(2, 4)], ids=["layer", "batch", "group"]
+)
+def test_a_norm_of_an_input_without_a_gradient_counts_as_the_input(norm):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.embed, self.last = norm, nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            tokens = self.embed(self.norm(x))
+            return self.last(((tokens @ tokens.mT).softmax(-1) @ tokens).mean(1))
+
+    model, x = Own().double().eval(), torch.randn(2, 4, 6, dtype=torch.float64)
+    with pg.ParchGrad(model, None, balance=True):
+        method = captum.attr.LayerGradientXActivation(model, model.embed)
+        found, expected = (method.attribute(each, target=1) for each in (x, x.clone().requires_grad_()))
+    torch.testing.assert_close(found, expected)
+    with pg.ParchGrad(model, None):
+        plain = captum.attr.LayerGradientXActivation(model, model.embed).attribute(x, target=1)
+    assert not torch.allclose(found, plain)
+
+
 # Completeness
 
 

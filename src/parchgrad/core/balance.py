@@ -441,6 +441,9 @@ class Balance:
         """
         names, on_path = [], set(nodes)
         for node in nodes:
+            # Before it, there is nothing but weights.
+            if _takes_data(node):
+                continue
             name, function = _operation_of(node), function_of(node)
             is_covered = name in _COVERED or name.startswith("ScaledDotProduct")
             is_covered |= is_alone and name == "CheckpointFunction"
@@ -491,7 +494,11 @@ def _takes_data(node: Any) -> bool:
 
 
 # Place of the data among the operands.
-_DATA = {"Convolution": 0, "Mm": 0, "Addmm": 1, "Embedding": -1}
+_DATA = {
+    **dict.fromkeys(("Convolution", "Mm", "NativeLayerNorm", "NativeBatchNorm", "NativeGroupNorm"), 0),
+    "Addmm": 1,
+    "Embedding": -1,
+}
 
 
 def _is_two_sided(node: Any) -> bool:
