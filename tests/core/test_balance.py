@@ -361,7 +361,7 @@ def test_divisors_are_constant_and_weights_stay_factors():
     of_values, of_divisor = balanced(lambda a, b: a / b, a, b, seed=seed)
     np.testing.assert_allclose(of_values, 1 / b.detach().numpy())
     assert of_divisor is None
-    # A scale made of weights alone is no gate, however it is computed.
+    # A scale that depends on weights alone is not a gate, however it is computed.
     with BackwardRules(balance=True, weights={id(weight)}):
         result = a * weight.sigmoid().reshape(1, 5) + a * weight
     (found,) = torch.autograd.grad(result.sum(), a)
@@ -569,7 +569,7 @@ def test_networks_that_are_linear_in_pieces_have_nothing_to_say():
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3), nn.Softmax(1)
     )
     assert said(lambda: pg.Explainer(silent.eval()).attribute(torch.randn(1, 3, 6, 6), 1)) == []
-    # Something was balanced, so what was not is named: the last softmax too, which is no attention.
+    # Once an operation is balanced, those that are not are named, such as this softmax outside of attention.
     silent[1] = nn.GELU().eval()
     (message,) = said(lambda: pg.Explainer(silent).attribute(torch.randn(1, 3, 6, 6), 1))
     assert "not balanced in softmax," in message

@@ -502,7 +502,7 @@ _DATA = {
 
 
 def _is_two_sided(node: Any) -> bool:
-    """Whether a node clamps values to a range that is no gate, since it holds negative values."""
+    """Whether a node clamps values to a range with negative values, so that its result is not a gate."""
     if not _operation_of(node).startswith(("Clamp", "Hardtanh")):
         return False
     least = getattr(node, "_saved_min", getattr(node, "_saved_min_val", None))

@@ -259,7 +259,7 @@ class ForwardPass:
         edit.tokens = token_view(output.shape, batch, self.positions)
         self._check_targets(edit.tokens.rows)
         edit.observe(edit.tokens.patches(output.detach()))
-        edited = cast(Tensor, _EditedTokens.apply(output, edit))
+        edited = cast(Tensor, _EditedOutput.apply(output, edit))
         self._add(layer, edited)
         return edited
 
@@ -359,7 +359,7 @@ class ForwardPass:
             )
 
     def _left_out(self, nodes: Sequence[Any], calls: Collection[Any], balance: Balance | None) -> list[str]:
-        """Name the nodes that convolve, or attend without being balanced, but are no layers."""
+        """Name the operations outside of layers that convolve, or that attend without being balanced."""
         weights = self.calls.weights
         own = {f"{layer}.weight" for layer in self.plan.layers}
         found = []
@@ -538,24 +538,7 @@ class _EditedConvolution(torch.autograd.Function):
 
 
 class _EditedOutput(torch.autograd.Function):
-    """The output of a convolution variant; its gradient is partitioned before the variant's own backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, edit: LayerEdit) -> Tensor:
-        ctx.edit = edit
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.edit.meet(gradient):
-            return gradient, None
-        weighted, scales, unit = ctx.edit.apply(gradient)
-        edited = weighted * scales.reshape(*scales.shape, *[1] * (gradient.dim() - 2))
-        return restored_range(edited, unit).to(gradient.dtype), None
-
-
-class _EditedTokens(torch.autograd.Function):
-    """The output of a linear layer; the gradient of its channels is partitioned."""
+    """The output of a convolution variant or a linear layer; its gradient is edited before the layer's own pass."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, edit: LayerEdit) -> Tensor:
@@ -567,12 +550,15 @@ class _EditedTokens(torch.autograd.Function):
         if not ctx.edit.meet(gradient):
             return gradient, None
         view = ctx.edit.tokens
-        patches = view.patches(gradient)
-        weighted, scales, unit = ctx.edit.apply(patches)
-        # The gradient may have reached the other tokens alone, as behind the last attention.
-        scales = torch.where((patches != 0).flatten(1).any(dim=1, keepdim=True), scales, 1.0)
-        edited = restored_range(weighted * scales.unsqueeze(2), unit)
-        return view.scaled(at_least_float32(gradient), edited, scales).to(gradient.dtype), None
+        values = gradient if view is None else view.patches(gradient)
+        weighted, scales, unit = ctx.edit.apply(values)
+        if view is not None:
+            # The gradient may have reached the other tokens alone, as behind the last attention.
+            scales = torch.where((values != 0).flatten(1).any(dim=1, keepdim=True), scales, 1.0)
+        edited = restored_range(weighted * scales.reshape(*scales.shape, *[1] * (values.dim() - 2)), unit)
+        if view is not None:
+            edited = view.scaled(at_least_float32(gradient), edited, scales)
+        return edited.to(gradient.dtype), None
 
 
 def refuse_transforms() -> None:
