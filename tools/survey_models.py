@@ -302,6 +302,7 @@ balance holds constant, are not edited by default. The notes:
 
 - *plain*: operations on the path that convolve, but are not convolution modules. Their gradient is not edited, and a
   warning names them. Fixed filters, such as the blurs of TResNet, are passed over.
+- *defaults only*: the network is too large for double precision, so that only the default settings were checked.
 - *not balanced*: operations on the path that are neither linear nor covered by a rule; a warning names them.
 - *n ties*: convolutions left out of the comparison, since two channels differ only by rounding. An attention that
   weights two branches by a softmax sends opposite gradients to them. The second number is that for `layers="all"`.
