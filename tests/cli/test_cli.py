@@ -635,7 +635,7 @@ def test_the_help_of_evaluate_says_the_defaults():
     assert shown["quantile"] == f"{shares[0]:g}, for evidence {shares[2]:g}"
     assert shares[0] == shares[1]
     assert shown["softness"] == f"{softness:g}, for evidence {other:g}"
-    assert shown["layers"] == f"{energy.layers:g}, for evidence {evidence.layers:g}"
+    assert shown["layers"] == f"{energy.layers:g}, for evidence {evidence.layers}"
     assert shown["conserve"] == energy.conserve == evidence.conserve
     assert (
         shown["gates"] == f"{energy.gates:g}, for evidence {evidence.gates:g}; 0 for a hard cut or without a selector"

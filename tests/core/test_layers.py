@@ -90,10 +90,10 @@ def test_patterns_and_modules_keep_module_order():
         (0.0, "ratio 0,"),
         (1.5, "ratio 1.5,"),
         (float("nan"), "ratio nan"),
-        ([], "`layers` is .*, but it must be 'all', 'published', a ratio"),
-        ([1, 2], "`layers` is .*, but it must be 'all', 'published', a ratio"),
-        (True, "`layers` is .*, but it must be 'all', 'published', a ratio"),
-        (None, "`layers` is .*, but it must be 'all', 'published', a ratio"),
+        ([], "`layers` is .*, but it must be 'auto', 'all', 'published', a ratio"),
+        ([1, 2], "`layers` is .*, but it must be 'auto', 'all', 'published', a ratio"),
+        (True, "`layers` is .*, but it must be 'auto', 'all', 'published', a ratio"),
+        (None, "`layers` is .*, but it must be 'auto', 'all', 'published', a ratio"),
         ([nn.Conv2d(1, 1, 1)], "^`layers` contains a Conv2d"),
         (np.array(["conv1", "layer4.*"]), "`layers` is array.* but it must be"),
         ([nn.ReLU()], "^`layers` contains a ReLU"),
@@ -103,6 +103,22 @@ def test_patterns_and_modules_keep_module_order():
 def test_bad_choices_name_the_remedy(layers, words):
     with pytest.raises(LayerError, match=words):
         choose_layers(torchvision.models.resnet18(), layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [("resnet18", 0.75), ("mobilenetv3_small_050", 0.75), ("convnext_atto", 1), ("vit_tiny_patch16_224", 1)],
+)
+def test_auto_takes_all_layers_of_networks_that_normalise_tokens(name, ratio):
+    model = transformer(name)
+    assert resolve_layers(model, "auto") == resolve_layers(model, ratio)
+
+
+def test_auto_knows_norms_of_other_libraries_by_their_names():
+    class T5RMSNorm(nn.Module):
+        pass
+
+    assert resolve_layers(nn.Sequential(nn.Conv2d(2, 2, 1), T5RMSNorm()), "auto") == 1
 
 
 def test_models_without_convolutions():

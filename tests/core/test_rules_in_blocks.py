@@ -585,7 +585,7 @@ def test_the_edit_says_what_suits_the_selector(network):
         assert suits.gates > 0
         assert suits.antialias
     assert settings(pg.GradientEnergy(softness=0)) == (0.5, "energy", 0.0, False)
-    assert settings(pg.Evidence(softness=0), gates=3, conserve="exact") == (0.75, "exact", 3, False)
+    assert settings(pg.Evidence(softness=0), gates=3, conserve="exact") == ("auto", "exact", 3, False)
     assert settings(pg.Evidence(), gates=0, antialias=False, layers="all") == ("all", "energy", 0, False)
     assert settings(None)[2:] == (0.0, False)
     assert pg.ParchGrad(network, None).edit.is_plain

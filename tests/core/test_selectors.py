@@ -255,7 +255,7 @@ def test_what_suits_a_selector_depends_on_its_softness():
         # The study chooses how wide.
         assert soft.gates > 0
         assert (hard.layers, hard.conserve, hard.gates, hard.antialias) == (0.5, "energy", 0.0, False)
-    assert (pg.Evidence().defaults.layers, pg.Evidence(softness=0).defaults.layers) == (0.75, 0.75)
+    assert (pg.Evidence().defaults.layers, pg.Evidence(softness=0).defaults.layers) == ("auto", "auto")
     assert pg.RandomChannels().defaults == pg.FixedChannels({}).defaults == EditDefaults()
 
 

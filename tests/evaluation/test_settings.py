@@ -35,7 +35,7 @@ _ON, _OFF = ({"antialias": value, "balance": value} for value in (True, False))
         ),
         (
             Setting(selector="evidence"),
-            {"quantile": 0.2, "softness": 1.0, "layers": 0.75, "conserve": "energy", "gates": 8.0, **_ON},
+            {"quantile": 0.2, "softness": 1.0, "layers": "auto", "conserve": "energy", "gates": 8.0, **_ON},
         ),
         (
             Setting(selector="class", softness=0),
@@ -92,8 +92,8 @@ def test_a_setting_is_the_edit_of_an_explainer(network, name, softness):
         (Setting(gates=2), "gradient, gates 2"),
         (Setting(method="grad_cam", antialias=True), "Grad-CAM, antialias on"),
         (Setting(method="grad_cam", balance=True), "Grad-CAM, balance on"),
-        (Setting(selector="evidence"), "gradient, evidence 0.2, 0.75 layers"),
-        (Setting(selector="evidence", softness=0), "gradient, evidence 0.2, softness 0, 0.75 layers"),
+        (Setting(selector="evidence"), "gradient, evidence 0.2, auto layers"),
+        (Setting(selector="evidence", softness=0), "gradient, evidence 0.2, softness 0, auto layers"),
         (
             Setting(selector="energy", softness=0, gates=8, antialias=True, balance=True),
             "gradient, energy 0.1, softness 0, 0.5 layers, gates 8, antialias on, balance on",
@@ -202,8 +202,8 @@ def test_a_grid_takes_what_suits_each_selector_and_one_twin_for_those_alike():
     assert titles[4:] == [
         "gradient, random 0.1, 0.5 layers",
         "gradient, energy 0.1, 0.5 layers",
-        "gradient, random 0.2, 0.75 layers, gates 8",
-        "gradient, evidence 0.2, 0.75 layers",
+        "gradient, random 0.2, auto layers, gates 8",
+        "gradient, evidence 0.2, auto layers",
         "gradient, activation 0.1, 0.5 layers",
     ]
 

@@ -316,7 +316,7 @@ def test_layers_are_those_of_the_block():
     model, x = small_network(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
     for selector, layers, asked, edited in (
         (pg.GradientEnergy(), "all", "all", ("0", "2")),
-        (pg.Evidence(), None, 0.75, ("2",)),
+        (pg.Evidence(), None, "auto", ("2",)),
         (pg.GradientEnergy(), None, 0.5, ("2",)),
         (pg.Evidence(), 1, 1.0, ("0", "2")),
         (pg.Evidence(), ["2", "0"], ("0", "2"), ("0", "2")),

@@ -156,7 +156,7 @@ def test_by_default_each_map_is_the_best_settings_at_that_quantile(classifier, i
     np.testing.assert_allclose(
         found.heats[1], pg.heatmap(pg.Explainer(classifier.model).attribute(inputs))[0], rtol=1e-5, atol=1e-9
     )
-    assert (found.edit.layers, found.edit.conserve, len(found.layers)) == (0.75, "energy", 36)
+    assert (found.edit.layers, found.edit.conserve, len(found.layers)) == ("auto", "energy", 36)
     # Weights above 0 reach below the threshold.
     assert found.kept[1] > 0.2
 

@@ -96,7 +96,7 @@ def test_files_hold_everything(explanations, tmp_path):
     assert written["photograph"] == "photograph 1"
     settings = written["settings"]
     assert settings["method_options"] == {"abs": False}
-    assert (settings["internal_batch_size"], settings["layers_choice"]) == (8, 0.75)
+    assert (settings["internal_batch_size"], settings["layers_choice"]) == (8, "auto")
     assert "CenterCrop" in settings["preprocessing"]
     assert settings["selector"] == {"name": "Evidence", "quantile": 0.2, "softness": 1.0, "positions": 0.4}
     assert (settings["gamma"], settings["conserve"], settings["method"]) == ("inf", "energy", "gradient")

@@ -94,10 +94,10 @@ def evaluate(
     layers: Annotated[
         list[str] | None,
         typer.Option(
-            help="Layers to edit: 'all', 'published', a ratio (0.5: the upper half of the path), or patterns "
-            "('layer3.*,conv1').",
+            help="Layers to edit: 'auto' (what suits the network), 'all', 'published', a ratio (0.5: the upper half of "
+            "the path), or patterns ('layer3.*,conv1').",
             rich_help_panel=_COMPARED,
-            show_default="0.5, for evidence 0.75",
+            show_default="0.5, for evidence auto",
         ),
     ] = None,
     gamma: Annotated[

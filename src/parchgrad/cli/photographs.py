@@ -64,8 +64,8 @@ Softness: TypeAlias = Annotated[
 LayersText: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Layers to edit: 'all', a ratio (0.5: the upper half of the path), patterns ('layer3.*,conv1'), or "
-        "'published' (as in the paper).",
+        help="Layers to edit: 'auto' (what suits the network), 'all', a ratio (0.5: the upper half of the path), "
+        "patterns ('layer3.*,conv1'), or 'published' (as in the paper).",
         show_default=_SUITS,
     ),
 ]

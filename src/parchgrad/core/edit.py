@@ -40,7 +40,7 @@ class Edit:
     Example:
         >>> edit = Edit(gates=2.0).resolved()
         >>> edit.layers, edit.conserve, edit.gates, edit.antialias, edit.balance
-        (0.75, 'energy', 2.0, True, True)
+        ('auto', 'energy', 2.0, True, True)
     """
 
     selector: Selector | None = DEFAULT_SELECTOR

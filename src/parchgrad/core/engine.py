@@ -153,8 +153,8 @@ class ParchGrad:
     def layers(self) -> tuple[str, ...] | float | str:
         """The layers: before the first edit as asked for, afterwards `edited_layers`.
 
-        Named layers are a tuple of names, in module order; a ratio and `"all"` stay as given, since their layers depend
-        on the graph of a pass. Empty without a selector.
+        Named layers are a tuple of names, in module order; a ratio, `"all"` and `"auto"` stay as given, since their
+        layers depend on the graph of a pass. Empty without a selector.
         """
         named, layers = self._plan.route.named, self.edit.layers
         if self.edited_layers or layers is None:
@@ -348,18 +348,20 @@ def choose_layers(
         layers: one of
 
             - `"all"`: every convolution on a path from the input to the explained score;
+            - `"auto"`: `"all"` if the network has a LayerNorm or RMSNorm, as transformers and ConvNeXts do, and 0.75
+              otherwise;
             - `"published"`: the paper's set, only for the ResNet, VGG and EfficientNet families;
             - a ratio in (0, 1];
             - name patterns as in `fnmatch`, one or several: `"layer4.*"`, `["layer3.*", "layer4.*"]`. Each stands for
               the convolutions that it matches, or else for linear layers, such as `"blocks.0.attn.qkv"`;
             - convolutions and linear layers of the model.
-        inputs: for a ratio and "all": what the model is called with, such as a batch, a tuple of several arguments, or
-            a dict of keyword arguments. All outputs count as explained.
+        inputs: for a ratio, "all" and "auto": what the model is called with, such as a batch, a tuple of several
+            arguments, or a dict of keyword arguments. All outputs count as explained.
         balance: whether the backward pass is balanced, as by default. Then no gradient flows through layers inside of
             gates and attention weights.
 
     A network without convolutions, such as a transformer that cuts its patches itself, has its first linear layer for a
-    ratio and "all".
+    ratio, "all" and "auto".
 
     Raises:
         LayerError: if a pattern matches nothing, a ratio is out of range or comes without inputs, a module is not a

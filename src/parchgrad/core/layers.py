@@ -16,6 +16,7 @@ from parchgrad.core.paths import exact_ratio
 from parchgrad.errors import LayerError, ModelError
 
 __all__ = [
+    "LAYER_SETS",
     "Convolution",
     "Layer",
     "LayerChoice",
@@ -36,6 +37,7 @@ Convolution: TypeAlias = (
 )
 Layer: TypeAlias = Convolution | nn.Linear
 LayerChoice: TypeAlias = str | float | Sequence[str] | Sequence[nn.Module]
+LAYER_SETS = ("auto", "all", "published")
 
 
 def check_model(model: nn.Module) -> None:
@@ -140,6 +142,8 @@ def resolve_layers(model: nn.Module, layers: LayerChoice) -> frozenset[str] | Fr
     if isinstance(layers, str):
         if layers == "all":
             return Fraction(1)
+        if layers == "auto":
+            return Fraction(1) if _normalises_tokens(model) else Fraction(3, 4)
         if layers == "published":
             return frozenset(_published(model, convolutions))
         return frozenset(_matching(convolutions, linear, [layers]))
@@ -196,9 +200,15 @@ def parse_layers(text: str) -> str | float | list[str]:
         return parts[0] if len(parts) == 1 else parts
 
 
+def _normalises_tokens(model: nn.Module) -> bool:
+    """Whether a network normalises each token or position, as transformers and ConvNeXts do, with few convolutions."""
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return any("LayerNorm" in kind or "RMSNorm" in kind for kind in kinds)
+
+
 def _not_a_choice(layers: object) -> LayerError:
     return LayerError(
-        f"`layers` is {layers!r}, but it must be 'all', 'published', a ratio in (0, 1], "
+        f"`layers` is {layers!r}, but it must be 'auto', 'all', 'published', a ratio in (0, 1], "
         "a non-empty list of name patterns, or a non-empty list of convolutions or linear layers."
     )
 
@@ -233,7 +243,7 @@ def _matching(convolutions: Collection[str], linear: Collection[str], patterns: 
     for pattern in patterns:
         matches = next(filter(None, (fnmatch.filter(names, pattern) for names in (convolutions, linear))), None)
         if matches is None:
-            near = _near(pattern, ["all", "published", *convolutions, *linear])
+            near = _near(pattern, [*LAYER_SETS, *convolutions, *linear])
             raise LayerError(
                 f"The layer pattern {pattern!r} matches none of the {len(convolutions)} convolutions and {len(linear)} "
                 f"linear layers. Similar names: {', '.join(near)}."

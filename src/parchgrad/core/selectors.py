@@ -261,7 +261,7 @@ class RegisteredSelector:
 
         Example:
             >>> REGISTERED["evidence"].suits().layers, REGISTERED["energy"].suits(softness=0).gates
-            (0.75, 0.0)
+            ('auto', 0.0)
         """
         if not self.has("softness"):
             return self.kind.suits
@@ -492,7 +492,7 @@ class Evidence(RankingSelector):
     """
 
     # Wide gates blur the class; the evidence restores it.
-    suits: ClassVar[EditDefaults] = EditDefaults(layers=0.75, gates=8.0)
+    suits: ClassVar[EditDefaults] = EditDefaults(layers="auto", gates=8.0)
     quantile: float = 0.2
     softness: float = 1.0
     positions: float = 0.4

@@ -12,7 +12,7 @@ from torch import nn
 
 from parchgrad._io.checks import check_kind, is_number
 from parchgrad.core.edit import Edit
-from parchgrad.core.layers import parse_layers
+from parchgrad.core.layers import LAYER_SETS, parse_layers
 from parchgrad.core.partition import Conserve
 from parchgrad.core.selectors import EditDefaults, check_softness
 from parchgrad.errors import SettingError
@@ -45,7 +45,6 @@ _CONTROL_METHODS: Mapping[str, Callable[[nn.Module, "Setting", int], Method]] = 
 _WITHOUT_GRADIENT = ("random_map", "centre_blob")
 _MASK_TITLES: Mapping[Masks, str] = {"another": "masks of another class", "shuffled": "shuffled masks"}
 _TITLES = {"grad_cam": "Grad-CAM", "smoothgrad": "SmoothGrad"}
-_LAYER_SETS = ("all", "published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ class Setting:
         SettingError: if the selector is unknown, a setting is out of range, or a control does not have it.
 
     Example:
-        >>> Setting(selector="evidence") == Setting(selector="evidence", softness=1.0, layers=0.75, conserve="energy")
+        >>> Setting(selector="evidence") == Setting(selector="evidence", softness=1.0, layers="auto", conserve="energy")
         True
         >>> Setting(selector="energy", softness=0).gates
         0.0
@@ -196,7 +195,7 @@ def _settled(layers: Any) -> Any:
     """Normalise equivalent layer choices to one form."""
     if is_number(layers):
         return float(layers)
-    return (layers,) if isinstance(layers, str) and layers not in _LAYER_SETS else layers
+    return (layers,) if isinstance(layers, str) and layers not in LAYER_SETS else layers
 
 
 def _number(value: float | None) -> str:
@@ -213,7 +212,7 @@ def _layers_words(layers: str | float | tuple[str, ...] | None) -> str:
 
 def _reads_as_pattern(name: str) -> bool:
     """Whether a pattern cannot be mistaken for a ratio, a set or several patterns."""
-    plain = re.fullmatch(r"[\w.*?!\[\]-]+", name) is not None and name not in _LAYER_SETS
+    plain = re.fullmatch(r"[\w.*?!\[\]-]+", name) is not None and name not in LAYER_SETS
     return plain and isinstance(parse_layers(name), str)
 
 
@@ -265,7 +264,7 @@ class Grid:
             >>> [setting.title for setting in Grid().settings()][:3]
             ['gradient', 'random map', 'Grad-CAM']
             >>> [setting.title for setting in Grid().settings()][4:]
-            ['gradient, random 0.2, 0.75 layers, gates 8', 'gradient, evidence 0.2, 0.75 layers']
+            ['gradient, random 0.2, auto layers, gates 8', 'gradient, evidence 0.2, auto layers']
         """
         found = [Setting(), *(Setting(method=name) for name in _CONTROL_METHODS)]
         for method, selector in itertools.product(self.methods, self.selectors):
