@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.utils.data import Subset
 import parchgrad as pg
 from parchgrad._io.files import writing
 from parchgrad.cli.shared import ProgressBars
+from parchgrad.core.layers import resolve_layers
 from parchgrad.data.samples import LabelledImages, Samples
 from parchgrad.data.shapes import GeneratedShapes
 from parchgrad.errors import ModelWarning, ParchGradError
@@ -47,16 +48,13 @@ SETTINGS = (
     *(Setting(method=name) for name in ("input_x_gradient", "integrated_gradients", "smoothgrad")),
     Setting(balance=True),
     Setting(selector="evidence", balance=False),
-    Setting(selector="random"),
-    Setting(selector="activation"),
-    Setting(selector="energy"),
-    Setting(selector="evidence", layers="all"),
-    Setting(selector="evidence", layers="all", balance=False),
+    replace(DEFAULT, selector="random"),
+    *(Setting(selector=name, layers="auto") for name in ("activation", "energy")),
     Setting(selector="evidence", antialias=False),
     Setting(selector="evidence", gates=0.0),
 )
-# Methods with many passes are left out on the larger networks.
-QUICK = tuple(each for each in SETTINGS if each.method not in ("integrated_gradients", "smoothgrad"))
+# Left out on the larger networks.
+MANY_PASSES = ("integrated_gradients", "smoothgrad")
 STEADY = ("stability_cosine@0.0001", "stability_cosine@0.001", "stability_cosine@0.01")
 HEADER = """# Transformers, ConvNeXts and gated networks
 
@@ -93,6 +91,12 @@ class Track:
     families: tuple[Any, ...]
 
 
+def settings_for(model: nn.Module) -> tuple[Setting, ...]:
+    """Return the settings to compare on a network, with the layers that the default does not choose for it."""
+    others = 0.75 if resolve_layers(model, "auto") == resolve_layers(model, "all") else "all"
+    return (*SETTINGS, replace(DEFAULT, layers=others))
+
+
 def make_tracks(data: Path, share: float, half: int) -> list[Track]:
     """Make the tracks of all networks that can be had offline."""
     found = []
@@ -108,7 +112,7 @@ def make_tracks(data: Path, share: float, half: int) -> list[Track]:
                     title=f"`{name}`, {kind}, {('single shapes', 'beside a rival')[rivals]}",
                     model=model,
                     data=images,
-                    settings=SETTINGS,
+                    settings=settings_for(model),
                     scores=scores,
                     families=families,
                 )
@@ -137,7 +141,7 @@ def pretrained_tracks(folder: Path, share: float, half: int) -> list[Track]:
                 title=f"`{name}`, photographs",
                 model=classifier.model,
                 data=LabelledImages(Subset(photographs, sorted(chosen)), categories=classifier.categories),
-                settings=QUICK,
+                settings=tuple(each for each in settings_for(classifier.model) if each.method not in MANY_PASSES),
                 scores=("aopc", *STEADY),
                 families=("perturbation", "stability"),
             )
