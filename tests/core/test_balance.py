@@ -547,8 +547,24 @@ def test_rules_that_do_not_fit():
         return x[:, :1]
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Squash(), nn.Flatten(), nn.Linear(64, 2)).eval()
-    with pytest.raises(ModelError, match=r"'squash' returns \(1, 1, 4, 4\), but the operation \(1, 4, 4, 4\)"):
+    with pytest.raises(ModelError, match=r"'squash' returns \(1, 1, 4, 4\), but the operation returns \(1, 4, 4, 4\)"):
         pg.Explainer(model, None, balance=True).attribute(torch.randn(1, 3, 6, 6), 1)
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.last = Pair(), model
+
+        def forward(self, x):
+            return self.last(self.pair(x)[0])
+
+    register_rule(Pair)(squash)
+    with pytest.raises(ModelError, match="'squash' is for an operation that returns a tuple"):
+        pg.Explainer(First().eval(), None, balance=True).attribute(torch.randn(1, 3, 6, 6), 1)
     assert nothing_is_left(model)
     # Without balance, it plays no part.
     pg.Explainer(model, None).attribute(torch.randn(1, 3, 6, 6), 1)

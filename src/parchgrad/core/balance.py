@@ -94,7 +94,8 @@ def register_rule(operation: Any) -> Callable[[_Kind], _Kind]:
 
     Args:
         operation: a class of modules, whose rule gets the module and its inputs; or a function of torch or with
-            `torch.overrides.handle_torch_function`, whose rule gets the same arguments.
+            `torch.overrides.handle_torch_function`, whose rule gets the same arguments. They must return one tensor,
+            and modules must not overwrite their inputs.
 
     Raises:
         SettingError: if `operation` is a module instead of its class, or cannot be called.
@@ -141,16 +142,20 @@ def stand_in(result: Tensor, rule: StandIn, *args: Any, **named: Any) -> Tensor:
     """Return a computed result under the gradient of a user's rule.
 
     Raises:
-        ModelError: if the rule returns another shape.
+        ModelError: if the operation or the rule does not return a tensor, or they return different shapes.
     """
-    computed = rule(*args, **named)
-    if not (isinstance(result, Tensor) and isinstance(computed, Tensor)) or result.shape != computed.shape:
-        found, wanted = (
-            tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in (computed, result)
-        )
+    name = getattr(rule, "__name__", rule)
+    if not isinstance(result, Tensor):
         raise ModelError(
-            f"The rule {getattr(rule, '__name__', rule)!r} returns {found}, but the operation {wanted}. Return a "
-            "tensor of the same shape as the result."
+            f"The rule {name!r} is for an operation that returns a {type(result).__name__}, but only operations that "
+            "return one tensor can have a rule. Register rules for the modules or functions inside."
+        )
+    computed = rule(*args, **named)
+    found = tuple(computed.shape) if isinstance(computed, Tensor) else f"a {type(computed).__name__}"
+    if found != tuple(result.shape):
+        raise ModelError(
+            f"The rule {name!r} returns {found}, but the operation returns {tuple(result.shape)}. Return a tensor of "
+            "the operation's shape."
         )
     return follow(result, lambda gradient: [gradient], computed) if computed.requires_grad else result.detach()
 
