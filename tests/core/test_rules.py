@@ -71,6 +71,12 @@ def test_gates_of_a_relu_depend_on_no_scale(scale):
     assert torch.equal(soft_gate(scale * values, 2.0), soft_gate(values, 2.0))
 
 
+def test_gates_of_values_whose_squares_are_too_small_are_the_true_derivative():
+    generator = torch.Generator().manual_seed(0)
+    for values in (torch.randn(1, count, 1, 1, generator=generator) * 1e-27 for count in range(2, 200)):
+        assert torch.equal(soft_gate(values, 2.0, high=6.0), (values > 0).float())
+
+
 def test_gates_move_with_the_values_alone():
     """A small change of what enters moves a gate by at most so much: no derivative jumps any more."""
     values = torch.randn(1, 4, 6, 6, dtype=torch.float64)

@@ -66,7 +66,7 @@ def soft_gate(values: Tensor, width: float, *, low: float = 0.0, high: float = m
     for side in sides[1:]:
         gate = gate.mul_(F.hardsigmoid(side * steepness, inplace=True))
     # On the CPU, reading a value back does not stall.
-    if values.device.type != "cpu" or not bool((steepness < math.inf).all()):
+    if values.device.type != "cpu" or not bool(steepness.isfinite().all()):
         gate = torch.where(steepness.isfinite(), gate, _true_derivative(sides, wide))
     softened: Tensor = gate.to(values.dtype)
     return softened
