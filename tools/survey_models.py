@@ -291,7 +291,8 @@ Scales, branches and classifiers that start at a constant get some noise first, 
 at zero has a zero gradient. The images have 64 pixels a side, or as many as the network needs.
 
 A family is *refused*, with the error message below, if it has neither convolutions nor linear layers. Transformers are
-edited at their patch embedding, or at their first linear layer if they have no convolution, and balanced; see
+edited at their patch embedding, or at the first linear layers that they call if they have no convolution, and
+balanced; see
 [Transformers and modern CNNs](how_to/transformers.md). Networks from the Hugging Face Hub (`hf-hub:OWNER/NAME`) belong
 to timm's families.
 

@@ -570,6 +570,114 @@ def test_rules_that_do_not_fit():
     pg.Explainer(model, None).attribute(torch.randn(1, 3, 6, 6), 1)
 
 
+@pytest.mark.usefixtures("registered")
+def test_operations_that_can_have_no_rule():
+    class Convolution(nn.Conv2d):
+        pass
+
+    def own(x):
+        return x.log1p()
+
+    def reported(x):
+        if torch.overrides.has_torch_function_unary(x):
+            return torch.overrides.handle_torch_function(reported, (x,), x)
+        return x * x.abs().log1p()
+
+    for wrong, words in ((Convolution, "a layer that is edited itself"), (own, "function own, whose calls torch")):
+        with pytest.raises(SettingError, match=words):
+            register_rule(wrong)
+
+    @register_rule(reported)
+    def rule(x):
+        return x * x.abs().log1p().detach()
+
+    model, x = Applied(reported).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(model, None, balance=True):
+        score = model(x)[0, 1]
+        assert abs(contributions(model, x, score) - float(score.detach())) < 1e-9
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_rule_may_call_its_module():
+    class Curved(nn.Module):
+        def forward(self, x):
+            return x * x.abs().log1p()
+
+    @register_rule(Curved)
+    def curved(module, x):
+        return x * (module(x) / x).detach()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Curved(), nn.Flatten(), nn.Linear(64, 2)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    with pg.ParchGrad(model, None, balance=True):
+        score = model(x)[0, 1]
+        assert abs(contributions(model, x, score) - float(score.detach())) < 1e-9
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("spelling", [functional.softmax, torch.softmax, torch.Tensor.softmax])
+def test_a_rule_for_a_gate_leaves_it_a_gate(spelling):
+    """With a rule for softmax, attention still sends its gradient through the values alone."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts, self.softmax = nn.ModuleList(nn.Conv1d(4, 4, 1) for _ in range(3)), nn.Softmax(-1)
+
+        def forward(self, x):
+            query, key, value = (part(x) for part in self.parts)
+            return (self.softmax(query.mT @ key) @ value.mT).mean(1)
+
+    model, x = Attention().double().eval(), torch.randn(2, 4, 5, dtype=torch.float64)
+
+    def gradients():
+        with pg.ParchGrad(model, None, balance=True):
+            weights = [part.weight for part in model.parts]
+            return torch.autograd.grad(model(x.requires_grad_())[:, 1].sum(), [x, *weights], allow_unused=True)
+
+    expected = gradients()
+    assert expected[1] is expected[2] is None
+
+    @register_rule(spelling)
+    def rule(x, *args, **named):
+        return x * (torch.softmax(x, *args, **named) / x).detach()
+
+    for found, other in zip(gradients(), expected, strict=True):
+        assert (found is None) == (other is None)
+        if found is not None:
+            torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: nn.Softplus(), "softplus"),
+        (lambda: nn.Sigmoid(), "sigmoid"),
+        (lambda: nn.BatchNorm2d(4, track_running_stats=False), "batch_norm"),
+        (lambda: Mapped(lambda x: (x * x + 1).log10()), "log10"),
+        (lambda: Mapped(lambda x: nn.LSTM(16, 16)(x.flatten(2))[0].reshape(x.shape)), "(rnn|lstm|sigmoid)"),
+        (lambda: Mapped(lambda x: nn.Bilinear(4, 4, 4)(x, 2 * x)), "trilinear"),
+        (lambda: nn.ReLU(), None),
+        (lambda: nn.MaxPool2d(2, 1, 1), None),
+    ],
+)
+def test_balance_alone_names_what_it_cannot_balance(make, named):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), make(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)).eval()
+    found = said(lambda: pg.Explainer(model, None, balance=True).attribute(torch.randn(1, 3, 6, 6), 1))
+    assert len(found) == (named is not None)
+    assert named is None or re.search(f"not balanced in [a-z_, ]*{named}", found[0])
+
+
+class Mapped(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(_, x):

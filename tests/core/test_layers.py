@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import timm
@@ -124,9 +126,13 @@ def test_auto_knows_norms_of_other_libraries_by_their_names():
 def test_models_without_convolutions():
     with pytest.raises(ModelError, match="ReLU has no convolution"):
         choose_layers(nn.ReLU(), "all")
-    # The first linear layer takes the place of the patch embedding.
-    linear = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    assert list(candidate_layers(linear, resolve_layers(linear, "all"))) == ["0"]
+    # The first linear layer on the path takes the place of the patch embedding, whatever the order of registration.
+    linear = nn.Sequential(OrderedDict(a=nn.Linear(2, 3), b=nn.Linear(3, 2))).eval()
+    assert list(candidate_layers(linear, resolve_layers(linear, "all"))) == ["a", "b"]
+    assert list(choose_layers(linear, "all", inputs=torch.empty(1, 4, 2))) == ["a"]
+    linear = nn.ModuleDict({"last": nn.Linear(3, 2), "first": nn.Linear(2, 3)})
+    linear.forward = lambda x: linear["last"](linear["first"](x))
+    assert list(choose_layers(linear.eval(), 0.5, inputs=torch.empty(1, 4, 2))) == ["first"]
 
 
 def test_linear_layers_are_chosen_by_name_alone():

@@ -227,18 +227,38 @@ def test_tokens_before_the_batch_are_edited_like_those_behind_it():
 
 
 def test_how_tokens_are_told_apart():
-    assert token_view(torch.Size([4, 17, 8]), 4, 16) == TokenView(4, 1)
-    assert token_view(torch.Size([4, 16, 8]), 4, 16) == TokenView(4, 0)
+    assert token_view(torch.Size([4, 17, 8]), 4, {16}) == TokenView(4, 1)
+    assert token_view(torch.Size([4, 16, 8]), 4, {16}) == TokenView(4, 0)
     # Merged tokens, a grid, windows, an unknown grid, another batch, and more than one token for each position.
-    assert token_view(torch.Size([4, 4, 8]), 4, 16) == TokenView(4, 0)
-    assert token_view(torch.Size([4, 4, 5, 8]), 4, 16) == TokenView(4, 0)
-    assert token_view(torch.Size([8, 17, 8]), 4, 16) == TokenView(4, 0)
-    assert token_view(torch.Size([4, 17, 8]), 4, 0) == TokenView(4, 0)
-    assert token_view(torch.Size([3, 17, 8]), 4, 16) == TokenView(3, 1)
-    assert token_view(torch.Size([4, 32, 8]), 4, 16) == TokenView(4, 0)
-    assert token_view(torch.Size([17, 4, 8]), 4, 16) == TokenView(4, 1, is_batch_second=True)
+    assert token_view(torch.Size([4, 4, 8]), 4, {16}) == TokenView(4, 0)
+    assert token_view(torch.Size([4, 4, 5, 8]), 4, {16}) == TokenView(4, 0)
+    assert token_view(torch.Size([8, 17, 8]), 4, {16}) == TokenView(4, 0)
+    assert token_view(torch.Size([4, 17, 8]), 4, set()) == TokenView(4, 0)
+    assert token_view(torch.Size([3, 17, 8]), 4, {16}) == TokenView(3, 1)
+    assert token_view(torch.Size([4, 32, 8]), 4, {16}) == TokenView(4, 0)
+    assert token_view(torch.Size([17, 4, 8]), 4, {16}) == TokenView(4, 1, is_batch_second=True)
+    # The grid is the nearest of several.
+    assert token_view(torch.Size([4, 401, 8]), 4, {196, 400, 784}) == TokenView(4, 1)
     with pytest.raises(InputError, match=r"\(8, 4, 8\) for 4 rows"):
-        token_view(torch.Size([8, 4, 8]), 4, 16)
+        token_view(torch.Size([8, 4, 8]), 4, {16})
+    # As many tokens as rows: only networks that put tokens first leave a doubt.
+    assert token_view(torch.Size([4, 4, 8]), 4, {4}) == TokenView(4, 0)
+    with pytest.raises(InputError, match=r"\(4, 4, 8\) for 4 rows"):
+        token_view(torch.Size([4, 4, 8]), 4, {4}, may_put_batch_second=True)
+    assert token_view(torch.Size([1, 1, 8]), 1, {1}, may_put_batch_second=True) == TokenView(1, 0)
+
+
+def test_a_network_without_convolutions_is_edited_at_the_first_layers_it_calls():
+    """Torch's attention never calls its own projections, which are registered first."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(40, 3)).double().eval()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    explainer = pg.Explainer(model)
+    found = explainer.attribute(x, 1)
+    assert explainer.edited_layers == ("0.layers.0.linear1",)
+    torch.testing.assert_close(found, pg.Explainer(model, layers=["0.layers.0.linear1"]).attribute(x, 1))
+    assert not torch.allclose(found, pg.Explainer(model, None, gates=8, balance=True).attribute(x, 1))
     # A layer of vectors has one position.
     assert TokenView(4, 0).patches(torch.zeros(4, 8)).shape == (4, 8, 1)
 

@@ -170,8 +170,20 @@ def test_a_network_of_hugging_face_is_explained_by_default():
         alone = pg.Explainer(model).attribute(x[row : row + 1], target)
         torch.testing.assert_close(alone[0], found[row], rtol=1e-9, atol=1e-15)
     # Tokens of a linear layer, with a class token before them.
-    name = "model.dinov2.encoder.layer.0.attention.attention.value"
-    if name in dict(model.named_modules()):
-        tokens = pg.Explainer(model, layers=[name])
-        assert tokens.attribute(x, 1).isfinite().all()
-        assert tokens.edited_layers == (name,)
+    name = next(name for name, _ in model.named_modules() if name.endswith((".value", ".v_proj")))
+    tokens = pg.Explainer(model, pg.GradientEnergy(), layers=[name])
+    found = tokens.attribute(x, torch.tensor([1, 3]))
+    assert tokens.edited_layers == (name,)
+    for row, target in ((0, 1), (1, 3)):
+        torch.testing.assert_close(tokens.attribute(x[row : row + 1], target)[0], found[row], rtol=1e-9, atol=1e-15)
+
+
+def test_text_without_convolutions_is_edited_at_the_first_values():
+    torch.manual_seed(0)
+    settings = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=5
+    )
+    model = Picked(transformers.BertForSequenceClassification(settings).eval(), "logits", "inputs_embeds").eval()
+    explainer = pg.Explainer(model)
+    assert explainer.attribute(torch.randn(1, 6, 32), 1).any()
+    assert [name.rsplit(".", 1)[1] for name in explainer.edited_layers] == ["value"]

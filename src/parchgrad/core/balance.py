@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
+from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - the conventional name
 from torch import Tensor, nn
 
 from parchgrad.core._torch import function_of
+from parchgrad.core.layers import Layer
 from parchgrad.core.operations import (
     ACTIVATION,
     CONSTANT,
@@ -90,15 +92,17 @@ def register_rule(operation: Any) -> Callable[[_Kind], _Kind]:
 
     The function computes the result anew, with `detach()` on every factor that is to be constant. The gradient flows
     through it instead of through the operation; the values stay those of the operation. What the rule of a module calls
-    is balanced too.
+    is balanced too, apart from that module itself.
 
     Args:
         operation: a class of modules, whose rule gets the module and its inputs; or a function of torch or with
-            `torch.overrides.handle_torch_function`, whose rule gets the same arguments. They must return one tensor,
-            and modules must not overwrite their inputs.
+            `torch.overrides.handle_torch_function`, whose rule gets the same arguments, under each of its spellings in
+            `torch`, `torch.Tensor` and `torch.nn.functional`. They must return one tensor, and modules must not
+            overwrite their inputs.
 
     Raises:
-        SettingError: if `operation` is a module instead of its class, or cannot be called.
+        SettingError: if `operation` is a module instead of its class, cannot be called, is a layer that can be edited,
+            or is a function that torch does not see.
 
     Example:
         >>> import parchgrad as pg
@@ -120,12 +124,27 @@ def register_rule(operation: Any) -> Callable[[_Kind], _Kind]:
             f"`operation` is of type {type(operation).__name__}, but it must be a class of modules or a function. Pass "
             "type(module)."
         )
+    if isinstance(operation, type) and issubclass(operation, Layer):
+        raise SettingError(
+            f"`operation` is {operation.__name__}, a layer that is edited itself. Register rules for the functions "
+            "that its forward calls, or for a module around it."
+        )
+    if isinstance(operation, FunctionType) and not _is_overridable(operation):
+        raise SettingError(
+            f"`operation` is the function {operation.__name__}, whose calls torch does not report. Register a rule for "
+            "the module that calls it, or decorate it as torch.overrides.handle_torch_function describes."
+        )
 
     def register(rule: _Kind) -> _Kind:
         STAND_INS[operation] = rule
         return rule
 
     return register
+
+
+def _is_overridable(function: FunctionType) -> bool:
+    """Whether torch reports the calls of a function in Python, which its own and decorated functions ask for."""
+    return function.__module__.split(".")[0] == "torch" or "handle_torch_function" in function.__code__.co_names
 
 
 def rules_of_modules(model: nn.Module) -> list[tuple[nn.Module, StandIn]]:
@@ -157,7 +176,10 @@ def stand_in(result: Tensor, rule: StandIn, *args: Any, **named: Any) -> Tensor:
             f"The rule {name!r} returns {found}, but the operation returns {tuple(result.shape)}. Return a tensor of "
             "the operation's shape."
         )
-    return follow(result, lambda gradient: [gradient], computed) if computed.requires_grad else result.detach()
+    if not computed.requires_grad:
+        return result.detach()
+    rank = 0 if result.grad_fn is None else _RANKS.get(_operation_of(result.grad_fn), 0)
+    return follow(result, lambda gradient: [gradient], computed, rank=rank)
 
 
 class _Norm(NamedTuple):
@@ -246,7 +268,7 @@ class Balance:
             add(names, partial(self._hold_ratio, limit, ACTIVATION))
         add(("tanh", "tanh_"), partial(self._hold_ratio, 1.0, SQUASHED))
         add(("square", "square_"), partial(self._hold_ratio, 0.0, 0))
-        add(("pow", "__pow__"), self._hold_power)
+        add(("pow", "__pow__", "pow_", "__ipow__"), self._hold_power)
         for names, places in _PRODUCTS.items():
             add(names, partial(self._multiply, places))
         add(("einsum",), self._contract)
@@ -269,7 +291,9 @@ class Balance:
 
     def _stand_in(self, rule: StandIn, operation: Operation) -> Any:
         self.has_acted = True
-        return stand_in(operation.run(), rule, *operation.args, **operation.named)
+        # Only modules of torch pass it on.
+        named = {name: value for name, value in operation.named.items() if name != "_stacklevel"}
+        return stand_in(operation.run(), rule, *operation.args, **named)
 
     def _normalise(self, read: Callable[..., _Norm | None], operation: Operation) -> Any:
         """Run a normalisation unchanged, and hold its denominator constant on the way back."""
@@ -442,25 +466,30 @@ class Balance:
 
         Args:
             nodes: nodes of the graph between the input and the output.
-            is_alone: whether balance is all that is asked for, so that checkpointed parts are named in any case.
+            is_alone: whether balance is all that is asked for, so that all are named in any case.
         """
         names, on_path = [], set(nodes)
+        names_all = self.has_acted or is_alone
         for node in nodes:
             # Before it, there is nothing but weights.
             if _takes_data(node):
                 continue
             name, function = _operation_of(node), function_of(node)
             is_covered = name in _COVERED or name.startswith("ScaledDotProduct")
-            is_covered |= is_alone and name == "CheckpointFunction"
             if function is not None and not function.__module__.startswith("parchgrad."):
-                is_left = self.has_acted or is_covered
+                is_left = names_all or is_covered
             elif name in _FACTORS or name.startswith("ScaledDotProduct"):
-                is_left = (self.has_acted or is_covered) and _multiplies(node, on_path)
+                is_left = (names_all or is_covered) and _multiplies(node, on_path)
             else:
-                is_left = is_covered or (self.has_acted and name in _NONLINEAR)
+                is_left = is_covered or (names_all and (name in _NONLINEAR or _normalises_batch(node)))
             if is_left:
                 names.append(function.__name__ if function is not None else _snake_case(name))
         return list(dict.fromkeys(names))
+
+
+def _normalises_batch(node: Any) -> bool:
+    """Whether a node normalises by the statistics of its batch, which depend on the input."""
+    return "BatchNorm" in node.name() and bool(getattr(node, "_saved_training", False))
 
 
 def _multiplies(node: Any, on_path: Collection[Any]) -> bool:
@@ -589,6 +618,9 @@ _NONLINEAR = {
     *("Hardsigmoid", "Softplus", "Tanh", "Erf", "Sin", "Cos", "Pow", "Sqrt", "Rsqrt", "Reciprocal", "Prod", "Cumprod"),
     *("Gelu", "Silu", "Hardswish", "Mish", "Elu", "Glu", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"),
     *("Var", "Std", "Softshrink", "Renorm", "Atan", "Celu", "Selu", "Lerp", "Addcdiv", "Atan2", "LinalgMultiDot"),
+    *("Exp2", "Log2", "Log10", "Logaddexp", "Logaddexp2", "Xlogy", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "Tan"),
+    *("Asin", "Acos", "Erfc", "Erfinv", "Logit", "Logcumsumexp", "Sinc"),
+    *("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn", "ThnnFusedLstmCell", "ThnnFusedGruCell"),
 }
 # Those of them that a rule covers, if it sees their call.
 _COVERED = {
@@ -598,7 +630,8 @@ _COVERED = {
 _FACTORS = {
     **dict.fromkeys(("Mul", "Mm", "Bmm", "Mv", "Dot", "Div"), (0, 1)),
     **dict.fromkeys(("Addmm", "Baddbmm", "Addbmm", "Addcmul", "Addmv"), (1, 2)),
-    **dict.fromkeys(("Convolution", "Trilinear", "GridSampler2D", "GridSampler3D"), (0, 1)),
+    **dict.fromkeys(("Convolution", "GridSampler2D", "GridSampler3D"), (0, 1)),
+    "Trilinear": (0, 1, 2),
 }
 COMPOSITES = (F.multi_head_attention_forward, F.normalize, F.local_response_norm)
 """Functions in Python whose parts follow the rules."""

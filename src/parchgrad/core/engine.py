@@ -130,7 +130,6 @@ class ParchGrad:
         targets = None if target is None else integer_targets(target)
         candidates: dict[str, Layer] = {}
         asked: frozenset[str] | Fraction = frozenset()
-        channels: dict[str, int] = {}
         if edit.selector is not None and edit.layers is not None:
             asked = resolve_layers(model, edit.layers)
             candidates = candidate_layers(model, asked)
@@ -143,7 +142,7 @@ class ParchGrad:
             model=model,
             edit=edit,
             layers=candidates,
-            route=Route(asked, edit.selector, channels),
+            route=Route(asked, edit.selector, candidates),
             targets=targets,
             pick_logits=logits,
         )
@@ -278,8 +277,8 @@ class ParchGrad:
             )
         elif log.was_plain and not named and not log.touched:
             raise LayerError(
-                "The gradient passed through no convolution, so nothing was edited. Explain with respect to the input "
-                "or an earlier layer, or leave out the block."
+                "The gradient passed through no convolution or linear layer, so nothing was edited. Explain with "
+                "respect to the input or an earlier layer, or leave out the block."
             )
         elif log.was_plain:
             raise LayerError(
@@ -303,7 +302,7 @@ class ParchGrad:
             warn(
                 f"{len(named - log.reached)} of {len(named)} chosen layers were never called and not edited "
                 f"({self._listed(named - log.reached)}). Leave out layers that are not part of the forward pass, such "
-                "as training-only heads, and avoid compiled parts.",
+                "as training-only heads, or that attention of torch and torchvision uses without a call.",
                 ModelWarning,
             )
 
@@ -360,8 +359,8 @@ def choose_layers(
         balance: whether the backward pass is balanced, as by default. Then no gradient flows through layers inside of
             gates and attention weights.
 
-    A network without convolutions, such as a transformer that cuts its patches itself, has its first linear layer for a
-    ratio, "all" and "auto".
+    A network without convolutions, such as a transformer that cuts its patches itself, has the first linear layers that
+    it calls on each path for a ratio, "all" and "auto".
 
     Raises:
         LayerError: if a pattern matches nothing, a ratio is out of range or comes without inputs, a module is not a

@@ -161,7 +161,8 @@ def resolve_layers(model: nn.Module, layers: LayerChoice) -> frozenset[str] | Fr
 def candidate_layers(model: nn.Module, asked: frozenset[str] | Fraction) -> dict[str, Layer]:
     """Find the modules that a resolved choice chooses from: all convolutions, and the linear layers that it names.
 
-    A network without convolutions, such as a transformer that cuts its patches itself, has its first linear layer.
+    A network without convolutions, such as a transformer that cuts its patches itself, has all its linear layers, of
+    which a ratio chooses the first on each path.
 
     Example:
         >>> model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(6, 6), nn.Linear(6, 6))
@@ -170,7 +171,7 @@ def candidate_layers(model: nn.Module, asked: frozenset[str] | Fraction) -> dict
     """
     convolutions, linear = _layers_of(model)
     named = asked if isinstance(asked, frozenset) else frozenset()
-    found = {*convolutions, *named} or set(list(linear)[:1])
+    found = {*convolutions, *named} or set(linear)
     every: dict[str, Layer] = {**convolutions, **linear}
     return {name: every[name] for name, _ in model.named_modules() if name in found}
 

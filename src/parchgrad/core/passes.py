@@ -182,8 +182,10 @@ class ForwardPass:
         # Inputs of the model and their nodes, while it runs.
         self.inputs: list[Tensor] = []
         self.starts: list[Any] = []
-        # Number of positions of the last convolution, to tell the tokens of the image from those before them.
-        self.positions = 0
+        # Numbers of positions of the convolutions, to tell the tokens of the image from those before them.
+        self.positions: set[int] = set()
+        # Modules whose rule of a user runs.
+        self.standing_in: set[int] = set()
         self._attached: set[str] = set()
         # Classes by id of the backward pass, see `Calls`.
         self._read: deque[tuple[int, Tensor]] = deque(maxlen=_PASSES_AT_ONCE)
@@ -200,7 +202,7 @@ class ForwardPass:
         """Note the number of positions of a convolution's output."""
         # A pooled map, as in squeeze-and-excitation, says nothing of the grid.
         if isinstance(output, Tensor) and output.shape[2:].numel() > 1:
-            self.positions = output.shape[2:].numel()
+            self.positions.add(output.shape[2:].numel())
 
     def attach(
         self, layer: str, module: Layer, inputs: tuple[Any, ...], output: Any, inside: _Inside | None
@@ -256,7 +258,9 @@ class ForwardPass:
         if output.dim() < 2:
             raise InputError(f"The input of layer {layer!r} has no batch dimension. Add one with inputs.unsqueeze(0).")
         batch = next((len(values) for values in self.inputs if values.requires_grad and values.dim() > 1), 0)
-        edit.tokens = token_view(output.shape, batch, self.positions)
+        edit.tokens = token_view(
+            output.shape, batch, self.positions, may_put_batch_second=self.plan.may_put_batch_second
+        )
         self._check_targets(edit.tokens.rows)
         edit.observe(edit.tokens.patches(output.detach()))
         edited = cast(Tensor, _EditedOutput.apply(output, edit))
@@ -316,8 +320,9 @@ class ForwardPass:
             return
         if not self.reached and _may_go_back(output):
             raise ModelError(
-                "None of the chosen layers was called in this forward pass, so nothing would be edited. Choose "
-                "layers that the model calls, and explain the model itself, not a compiled or functional copy."
+                "None of the chosen layers was called in this forward pass, so nothing would be edited. Choose layers "
+                "that the model calls: attention of torch and torchvision uses its linear layers without a call. "
+                "Explain the model itself, not a compiled or functional copy."
             )
         if self.edits:
             for values in recorded:

@@ -52,6 +52,19 @@ class Paths:
         least = min(1 - ratio, max(relative.values(), default=Fraction(1)))
         return frozenset(self.layers[call] for call, depth in relative.items() if depth >= least)
 
+    def first(self, used: Collection[int] | None = None) -> frozenset[str]:
+        """Choose the layers of the calls with none before them.
+
+        Args:
+            used: indices of the calls on a path to the score; None means all.
+
+        Example:
+            >>> Paths(layers=("stem", "branch", "shortcut"), before=((), (0,), ())).first() == {"stem", "shortcut"}
+            True
+        """
+        on_path = set(range(len(self.layers)) if used is None else used)
+        return frozenset(self.layers[call] for call in on_path if on_path.isdisjoint(self.before[call]))
+
 
 def exact_ratio(ratio: float) -> Fraction:
     """Convert a ratio to the fraction that its decimal digits say.

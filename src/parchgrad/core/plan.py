@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from parchgrad.core._torch import current_backward_pass
 from parchgrad.core.edit import Edit
-from parchgrad.core.layers import Layer
+from parchgrad.core.layers import Layer, channel_count
 from parchgrad.core.paths import Paths
 from parchgrad.core.selectors import Selector
 from parchgrad.errors import ModelWarning, warn
@@ -22,19 +22,21 @@ class Route:
     """The layers that a plan edits: named ones, or those that a ratio chooses on the graph of a backward pass.
 
     Attributes:
-        asked: names of layers, or a ratio; see `Paths.chosen`.
+        asked: names of layers, or a ratio; see `Paths.chosen`. Without convolutions, any ratio takes the first layers.
         was_inspected: whether parts that cannot be edited have been named.
         edited: names of the layers edited by the last block that edited any.
     """
 
     def __init__(
-        self, asked: frozenset[str] | Fraction, selector: Selector | None, channels: Mapping[str, int]
+        self, asked: frozenset[str] | Fraction, selector: Selector | None, layers: Mapping[str, Layer]
     ) -> None:
-        """Store the choice, and the selector with the number of channels of every layer, to check that they fit."""
+        """Store the choice, and the selector with the layers to choose from, to check that they fit."""
         self.asked = asked
         self.was_inspected = False
         self.edited: Set[str] = frozenset()
-        self._selector, self._channels = selector, channels
+        self._selector = selector
+        self._channels = {name: channel_count(layer) for name, layer in layers.items()}
+        self._has_convolutions = not all(isinstance(layer, nn.Linear) for layer in layers.values())
 
     @property
     def named(self) -> frozenset[str] | None:
@@ -49,7 +51,7 @@ class Route:
         """
         if isinstance(self.asked, frozenset):
             return self.asked
-        found = paths.chosen(self.asked, used)
+        found = paths.chosen(self.asked, used) if self._has_convolutions else paths.first(used)
         if self._selector is not None:
             self._selector.check({name: count for name, count in self._channels.items() if name in found})
         return found
@@ -79,6 +81,13 @@ class Plan:
     def highest_target(self) -> int:
         """The largest class index of `targets`."""
         return -1 if self.targets is None else int(self.targets.max())
+
+    @cached_property
+    def may_put_batch_second(self) -> bool:
+        """Whether the model has attention of torch that takes tokens first, (T, B, C)."""
+        return any(
+            isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in self.model.modules()
+        )
 
 
 class Log:

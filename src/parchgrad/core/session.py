@@ -197,12 +197,19 @@ class Session:
         named, output = rest if len(rest) == 2 else ({}, *rest)
         forward = self._forward()
         balance = None if forward is None or forward.rules is None else forward.rules.balance
-        if self not in SESSIONS.get() or balance is None or not self._decides_over(module):
+        if forward is None or balance is None or self not in SESSIONS.get() or not self._decides_over(module):
+            return None
+        # The rule may call the module itself.
+        if id(module) in forward.standing_in:
             return None
         if not any(values.requires_grad for values in tensors_in(output)):
             return None
         balance.has_acted = True
-        return stand_in(output, rule, module, *inputs, **named)
+        forward.standing_in.add(id(module))
+        try:
+            return stand_in(output, rule, module, *inputs, **named)
+        finally:
+            forward.standing_in.discard(id(module))
 
     def _end(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         forward = self._forward()

@@ -1,6 +1,7 @@
 """Layers of tokens: linear layers of transformers, whose last dimension holds the channels."""
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -58,32 +59,38 @@ class TokenView(NamedTuple):
         return edited.transpose(0, 1) if self.is_batch_second else edited.reshape(values.shape)
 
 
-def token_view(shape: torch.Size, rows: int, positions: int) -> TokenView:
+def token_view(
+    shape: torch.Size, rows: int, positions: Collection[int], *, may_put_batch_second: bool = False
+) -> TokenView:
     """Tell how an output holds the tokens of a batch.
 
-    Tokens beyond one for each position of the patch embedding come first, unless there are twice as many or the layer
-    sees windows. Outputs (T, B, C) have their batch second.
+    Tokens beyond one for each position of the nearest grid come first, unless there are twice as many or the layer sees
+    windows. Outputs (T, B, C) have their batch second.
 
     Args:
         shape: shape of the output, (..., C).
         rows: number of rows of the batch; an output of fewer, or of another multiple, counts as its own.
-        positions: number of positions of the patch embedding; 0 if unknown.
+        positions: numbers of positions of the convolutions before it.
+        may_put_batch_second: whether the model has attention that takes (T, B, C).
 
     Raises:
-        InputError: if the shape fits both windows and a batch in the second dimension.
+        InputError: if the shape fits a batch in the second dimension, and also windows or a batch in the first.
 
     Example:
-        >>> token_view(torch.Size([2, 197, 384]), 2, 196), token_view(torch.Size([8, 49, 96]), 2, 3136)
+        >>> token_view(torch.Size([2, 197, 384]), 2, {196}), token_view(torch.Size([8, 49, 96]), 2, {3136})
         (TokenView(rows=2, prefix=1, is_batch_second=False), TokenView(rows=2, prefix=0, is_batch_second=False))
     """
     is_batch_second = len(shape) == 3 and shape[0] != rows == shape[1]
-    if is_batch_second and rows > 1 and shape[0] % rows == 0:
+    is_square = len(shape) == 3 and shape[0] == rows == shape[1] and may_put_batch_second
+    if rows > 1 and (is_square or (is_batch_second and shape[0] % rows == 0)):
         raise InputError(
-            f"Cannot tell whether an output of shape {tuple(shape)} for {rows} rows has its batch in the second "
-            "dimension or is cut into windows. Use another batch size, or `internal_batch_size=`."
+            f"Cannot tell which dimension of an output of shape {tuple(shape)} for {rows} rows holds the batch. Use "
+            "another batch size, or `internal_batch_size=`."
         )
     rows = rows if is_batch_second or (rows and shape[0] % rows == 0) else shape[0]
-    beyond = 0
+    prefix = 0
     if len(shape) == 3 and (is_batch_second or shape[0] == rows):
-        beyond = shape[0 if is_batch_second else 1] - positions
-    return TokenView(rows, beyond if 0 < beyond < positions else 0, is_batch_second)
+        tokens = shape[0 if is_batch_second else 1]
+        grid = max((count for count in positions if count <= tokens), default=0)
+        prefix = tokens - grid if tokens < 2 * grid else 0
+    return TokenView(rows, prefix, is_batch_second)
