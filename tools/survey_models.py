@@ -292,9 +292,8 @@ at zero has a zero gradient. The images have 64 pixels a side, or as many as the
 
 A family is *refused*, with the error message below, if it has neither convolutions nor linear layers. Transformers are
 edited at their patch embedding, or at the first linear layers that they call if they have no convolution, and
-balanced; see
-[Transformers and modern CNNs](how_to/transformers.md). Networks from the Hugging Face Hub (`hf-hub:OWNER/NAME`) belong
-to timm's families.
+balanced; see [Transformers and modern CNNs](how_to/transformers.md). Networks from the Hugging Face Hub
+(`hf-hub:OWNER/NAME`) belong to timm's families.
 
 The tables list the parameters in millions, the side of the images in pixels, and the number of convolutions: all of
 them, those on the path from the input to the logits, and those that the default settings edit. Convolutions off the

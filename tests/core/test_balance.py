@@ -562,6 +562,13 @@ def test_rules_that_do_not_fit():
         def forward(self, x):
             return self.last(self.pair(x)[0])
 
+    for rule, words in (
+        (lambda module, x: 2 * x, "returns other values than the operation"),
+        (lambda x: x, r"fails \(.*positional argument"),
+    ):
+        register_rule(Squash)(rule)
+        with pytest.raises(ModelError, match=words):
+            pg.Explainer(model, None, balance=True).attribute(torch.randn(1, 3, 6, 6), 1)
     register_rule(Pair)(squash)
     with pytest.raises(ModelError, match="'squash' is for an operation that returns a tuple"):
         pg.Explainer(First().eval(), None, balance=True).attribute(torch.randn(1, 3, 6, 6), 1)

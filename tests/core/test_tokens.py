@@ -119,18 +119,6 @@ def test_evidence_of_tokens_leaves_out_the_class_token():
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
 
 
-def test_the_last_values_reach_the_score_through_the_class_token_alone():
-    """Behind the last attention the patches have no gradient, so the layer passes it."""
-    model = enlivened(timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, depth=2, embed_dim=24))
-    model = model.eval().double()
-    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    explainer = pg.Explainer(
-        model, pg.FixedChannels({"blocks.1.mlp.fc2": torch.arange(24) < 3}), **TRUE, layers="*.1.mlp.fc2"
-    )
-    torch.testing.assert_close(explainer.attribute(x, 1), input_gradient(model, x, 1))
-    assert explainer.edited_layers == ("blocks.1.mlp.fc2",)
-
-
 def test_values_of_the_first_block_under_balance():
     """Queries and keys get no gradient, so the channels that are kept are values."""
     model = enlivened(timm.create_model("test_vit", num_classes=5, img_size=32)).eval().double()
@@ -261,6 +249,21 @@ def test_a_network_without_convolutions_is_edited_at_the_first_layers_it_calls()
     assert not torch.allclose(found, pg.Explainer(model, None, gates=8, balance=True).attribute(x, 1))
     # A layer of vectors has one position.
     assert TokenView(4, 0).patches(torch.zeros(4, 8)).shape == (4, 8, 1)
+
+
+def test_layers_behind_the_last_attention_have_nothing_to_edit():
+    """There, the gradient is that of the class token alone."""
+    model = timm.create_model("test_vit", num_classes=5, img_size=32).eval()
+    last = f"blocks.{len(model.blocks) - 1}.mlp.fc1"
+    x = torch.randn(2, 3, 32, 32)
+    for selector in (pg.Evidence(), pg.GradientEnergy()):
+        with pytest.raises(LayerError, match="only class or register tokens"):
+            pg.Explainer(model, selector, layers=[last]).attribute(x, 1)
+        explainer = pg.Explainer(model, selector, layers=[last, "blocks.0.mlp.fc1"])
+        with pytest.warns(ModelWarning, match=rf"1 of the chosen layers \({last}\)"):
+            found = explainer.attribute(x, 1)
+        assert explainer.edited_layers == ("blocks.0.mlp.fc1",)
+        torch.testing.assert_close(found, pg.Explainer(model, selector, layers=["blocks.0.mlp.fc1"]).attribute(x, 1))
 
 
 def test_what_is_said_of_layers_that_do_not_fit():

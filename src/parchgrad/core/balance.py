@@ -91,7 +91,8 @@ def register_rule(operation: Any) -> Callable[[_Kind], _Kind]:
     """Register the decorated function as the rule by which `balance` passes a module or function of your own.
 
     The function computes the result anew, with `detach()` on every factor that is to be constant. The gradient flows
-    through it instead of through the operation; the values stay those of the operation. What the rule of a module calls
+    through it instead of through the operation; the values stay those of the operation, with which its own are
+    compared. What the rule of a module calls
     is balanced too, apart from that module itself.
 
     Args:
@@ -161,7 +162,8 @@ def stand_in(result: Tensor, rule: StandIn, *args: Any, **named: Any) -> Tensor:
     """Return a computed result under the gradient of a user's rule.
 
     Raises:
-        ModelError: if the operation or the rule does not return a tensor, or they return different shapes.
+        ModelError: if the rule does not accept the operation's arguments, either does not return a tensor, or they
+            return different values.
     """
     name = getattr(rule, "__name__", rule)
     if not isinstance(result, Tensor):
@@ -169,12 +171,24 @@ def stand_in(result: Tensor, rule: StandIn, *args: Any, **named: Any) -> Tensor:
             f"The rule {name!r} is for an operation that returns a {type(result).__name__}, but only operations that "
             "return one tensor can have a rule. Register rules for the modules or functions inside."
         )
-    computed = rule(*args, **named)
+    try:
+        computed = rule(*args, **named)
+    except TypeError as error:
+        raise ModelError(
+            f"The rule {name!r} fails ({error}). The rule of a module gets the module and its inputs, that of a "
+            "function the function's arguments."
+        ) from error
     found = tuple(computed.shape) if isinstance(computed, Tensor) else f"a {type(computed).__name__}"
     if found != tuple(result.shape):
         raise ModelError(
             f"The rule {name!r} returns {found}, but the operation returns {tuple(result.shape)}. Return a tensor of "
             "the operation's shape."
+        )
+    difference = (computed.detach() - result.detach()).abs().max() if result.numel() else 0
+    if not difference <= 0.01 * result.detach().abs().max():
+        raise ModelError(
+            f"The rule {name!r} returns other values than the operation, by up to {float(difference):.2g}. Compute the "
+            "same result, with `detach()` on the factors that are to be constant."
         )
     if not computed.requires_grad:
         return result.detach()

@@ -263,6 +263,20 @@ class ParchGrad:
         asked = self._listed(named) if named else f"layers={self.edit.layers!r}"
         between = self._listed(log.touched)
         place = f"the input and the explained score{between and f': {between}'}"
+        held = " With balance, layers inside of gates and attention weights get none." * bool(self.edit.balance)
+        without_tokens = log.without_tokens
+        if without_tokens:
+            log.edited -= without_tokens
+            if not log.edited:
+                raise LayerError(
+                    f"The gradient reached only class or register tokens in the chosen layers ({asked}), so nothing "
+                    "was edited. Choose layers before the last attention."
+                )
+            warn(
+                f"The gradient reached only class or register tokens in {len(without_tokens)} of the chosen layers "
+                f"({self._listed(without_tokens)}), which were not edited. Choose layers before the last attention.",
+                ModelWarning,
+            )
         if not log.was_called:
             warn(
                 f"Nothing was edited: {type(self._plan.model).__name__} was not called in this block. Call the model "
@@ -282,7 +296,7 @@ class ParchGrad:
             )
         elif log.was_plain:
             raise LayerError(
-                f"No gradient reached the chosen layers ({asked}), so nothing was edited. Choose layers between "
+                f"No gradient reached the chosen layers ({asked}), so nothing was edited.{held} Choose layers between "
                 f"{place}."
             )
         elif log.plain_passes:
@@ -294,8 +308,7 @@ class ParchGrad:
         elif log.without_gradient:
             warn(
                 f"No gradient reached {len(log.without_gradient)} of {len(log.expected)} chosen layers "
-                f"({self._listed(log.without_gradient)}), which were not edited. Choose layers between {place}."
-                f"{' With balance, layers inside of gates and attention weights get none.' * bool(self.edit.balance)}",
+                f"({self._listed(log.without_gradient)}), which were not edited.{held} Choose layers between {place}.",
                 ModelWarning,
             )
         elif log.was_passed and log.reached and named - log.reached:

@@ -38,6 +38,7 @@ Convolution: TypeAlias = (
 Layer: TypeAlias = Convolution | nn.Linear
 LayerChoice: TypeAlias = str | float | Sequence[str] | Sequence[nn.Module]
 LAYER_SETS = ("auto", "all", "published")
+"""Names of layer choices; see `choose_layers`."""
 
 
 def check_model(model: nn.Module) -> None:

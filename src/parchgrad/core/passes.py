@@ -559,7 +559,10 @@ class _EditedOutput(torch.autograd.Function):
         weighted, scales, unit = ctx.edit.apply(values)
         if view is not None:
             # The gradient may have reached the other tokens alone, as behind the last attention.
-            scales = torch.where((values != 0).flatten(1).any(dim=1, keepdim=True), scales, 1.0)
+            is_reached = (values != 0).flatten(1).any(dim=1, keepdim=True)
+            if len(is_reached):
+                ctx.edit.forward.log.note_tokens(ctx.edit.layer, is_reached.any())
+            scales = torch.where(is_reached, scales, 1.0)
         edited = restored_range(weighted * scales.reshape(*scales.shape, *[1] * (values.dim() - 2)), unit)
         if view is not None:
             edited = view.scaled(at_least_float32(gradient), edited, scales)

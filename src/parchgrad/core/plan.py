@@ -126,12 +126,24 @@ class Log:
         self.started: set[int] = set()
         self.touched_in: set[int] = set()
         self.met_in: set[int] = set()
+        # Whether a gradient reached tokens of the image, by layer; read once, since that synchronises with the device.
+        self._is_reached: dict[str, Tensor] = {}
         self._warned: set[str] = set()
 
     def touch(self, layer: str, gradient: Tensor | None = None) -> None:
         """Note that the running backward pass has reached a convolution."""
         self.touched.add(layer)
         self.touched_in.add(current_backward_pass())
+
+    def note_tokens(self, layer: str, is_reached: Tensor) -> None:
+        """Note whether the running backward pass reached tokens of the image in a layer."""
+        earlier = self._is_reached.get(layer)
+        self._is_reached[layer] = is_reached if earlier is None else earlier | is_reached
+
+    @property
+    def without_tokens(self) -> set[str]:
+        """Layers in which every gradient reached class or register tokens alone, so that nothing was edited."""
+        return {layer for layer, is_reached in self._is_reached.items() if not bool(is_reached)}
 
     @property
     def without_gradient(self) -> set[str]:
