@@ -63,7 +63,8 @@ difference from the plain gradient, from a paired bootstrap over images. Bold is
 italic is worse, if the interval excludes zero. The settings were chosen on other images.
 
 Mass inside by area is the share of the map inside the shape's exact mask, divided by the mask's share of the image; an
-uninformative map has 1. Beside a rival, only the explained shape counts, and shapes are smaller.
+uninformative map has 1. Beside a rival, only the explained shape counts, and shapes are smaller. Times are relative to
+the plain gradient on the machine at hand, which was busy; [speed](../how_to/speed_and_memory.md) is measured apart.
 
 """
 
