@@ -88,7 +88,9 @@ def function_of(node: Any) -> Any:
 
 def has_saved_tensor_hooks() -> bool:
     """Whether hooks intercept what operations save for the backward pass, as in checkpointed parts of a model."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    # Torch tells since 2.8; before, balanced checkpointed parts fail with torch's CheckpointError.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def in_place_changes(values: Tensor) -> int | None:
