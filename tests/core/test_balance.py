@@ -447,10 +447,7 @@ def test_inside_of_captums_methods_and_of_any_edit():
     torch.testing.assert_close(edited.attribute(x, targets), by_block, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.skipif(
-    torch.torch_version.TorchVersion(torch.__version__) < "2.8",
-    reason="torch does not tell before 2.8 whether a part is checkpointed",
-)
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="older torch does not tell whether a part is checkpointed")
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_mambaout"])
 def test_checkpointed_blocks(name):
     model = enlivened(timm.create_model(name, num_classes=7)).eval().double()
