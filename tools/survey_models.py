@@ -147,7 +147,8 @@ def survey_family(family: Family) -> Row:
         "parameters": count_parameters(skeleton),
     }
     try:
-        facts["convolutions"] = len(candidate_layers(skeleton, resolve_layers(skeleton, "all")))
+        candidates = candidate_layers(skeleton, resolve_layers(skeleton, "all"))
+        facts["convolutions"] = sum(not isinstance(layer, nn.Linear) for layer in candidates.values())
     except ParchGradError as error:
         said, _, _ = str(error).partition(". ")
         return Row(**facts, outcome="refused", note=said)

@@ -69,6 +69,8 @@ def edited_by_hook(model, name, prefix, rows, choose):
     ],
 )
 def test_token_layers_are_edited_as_the_equations_say(name, layer, prefix, size):
+    if name not in timm.list_models():
+        pytest.skip("this release of timm does not have the network")
     settings = {"img_size": size} if "vit" in name else {}
     model = enlivened(timm.create_model(name, num_classes=5, **settings)).eval().double()
     x = torch.randn(2, 3, size, size, dtype=torch.float64)

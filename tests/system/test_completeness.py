@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from packaging.version import Version
 from torch import nn
 
 import parchgrad as pg
@@ -101,6 +102,10 @@ def picture(size):
 def test_networks_of_timm(name, dtype):
     torch.manual_seed(0)
     variant, settings = TIMM[name]
+    if variant not in timm.list_models():
+        pytest.skip("this release of timm does not have the network")
+    if name == "convit" and dtype == torch.float64 and Version(timm.__version__) < Version("1.0.20"):
+        pytest.skip("older releases of timm mix float types in ConViT")
     assert_complete(timm.create_model(variant, num_classes=5, **settings), picture(settings.get("img_size", 64)), dtype)
 
 

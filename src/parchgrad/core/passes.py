@@ -360,7 +360,7 @@ class ForwardPass:
         if remaining:
             self.log.warn_once(
                 f"The gradient is not balanced in {', '.join(remaining)}, so it does not add up to the score. Register "
-                "a rule for the module that calls them with `register_rule`, or ignore this warning."
+                "a rule with `register_rule` for the module around, or ignore this warning."
             )
 
     def _left_out(self, nodes: Sequence[Any], calls: Collection[Any], balance: Balance | None) -> list[str]:
