@@ -56,7 +56,8 @@ GATES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 SOFTNESSES = (0.0, 0.5, 1.0)
 PLAIN, GRAD_CAM = Setting(), Setting(method="grad_cam")
 CONTROLS = (PLAIN, Setting(method="random_map"), GRAD_CAM, Setting(method="centre_blob"))
-DEFAULT = Setting(selector="evidence")
+# The layers that "auto" chooses on these networks.
+DEFAULT = Setting(selector="evidence", layers=0.75)
 RULES_ALONE = Setting(gates=DEFAULT.gates, antialias=True)
 RANDOM = replace(DEFAULT, selector="random", softness=None)
 ENERGY = Setting(selector="energy")
@@ -64,7 +65,7 @@ ACTIVATION = Setting(selector="activation")
 CLASS_WISE = Setting(selector="class")
 INSTANCE_WISE = Setting(selector="instance")
 # The hard cuts of earlier releases.
-HARD = Setting(selector="evidence", quantile=0.2, softness=0, conserve="independent")
+HARD = Setting(selector="evidence", quantile=0.2, softness=0, layers=0.75, conserve="independent")
 HARD_ENERGY = Setting(selector="energy", softness=0, conserve="independent")
 PUBLISHED = Setting(selector="class", softness=0, conserve="independent")
 # Tracks of questions that would take hours on the larger networks.

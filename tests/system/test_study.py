@@ -9,6 +9,7 @@ from benchmarks import architectures, study
 from torch import nn
 from torch.nn import functional
 
+import parchgrad as pg
 from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.summary import compare, valid_mean
 
@@ -59,14 +60,19 @@ def test_the_study_of_architectures_runs_and_says_what_its_rows_say(tmp_path, mo
         ["architectures.py", "--data", str(tmp_path), "--share", "0.02", "--runs", str(runs), "--out", str(out)],
     )
     monkeypatch.setattr(architectures, "NETWORKS", {"shapes_vit": "a transformer"})
-    quick = tuple(each for each in architectures.QUICK if each.selector in (None, "evidence"))
+    quick = tuple(
+        each
+        for each in architectures.SETTINGS
+        if each.method not in architectures.MANY_PASSES and each.selector in (None, "evidence")
+    )
     monkeypatch.setattr(architectures, "SETTINGS", quick)
+    asked = architectures.settings_for(pg.load_model("shapes_vit").model)
     architectures.main()
     assert "has no data for them" in capsys.readouterr().err
     text = (out / "architectures.md").read_text()
     assert text.count("\n## ") == 2
     rows = read_rows(runs / "odd" / "shapes_vit-1")
-    assert {row["setting"] for row in rows} == {architectures.ROLLOUT, *(setting.title for setting in quick)}
+    assert {row["setting"] for row in rows} == {architectures.ROLLOUT, *(setting.title for setting in asked)}
     with (out / "architectures.csv").open() as file:
         lines = [line for line in csv.DictReader(file) if line["score"] == "weighted_mass_inside"]
     for title in (architectures.DEFAULT.title, architectures.ROLLOUT):
