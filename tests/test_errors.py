@@ -43,7 +43,7 @@ OTHERS = {
     ("data.shapes", "IndexError"): "ends a loop over the items",
     ("evaluation.examples", "ValueError"): "becomes an InputError that names the file",
     ("evaluation.rows", "ValueError"): "becomes an InputError that names the line",
-    ("explain.scores", "mismatch"): "an InputError, if one fits",
+    ("explain.outputs", "mismatch"): "an InputError, if one fits",
     ("explorer.guard", "MultiPartException"): "the web server's own, which it answers",
     ("legacy.attribution_methods", "_within"): "a NonFiniteError with the name of a layer of the user's",
     ("legacy.pickles", "_RefusedError"): "becomes a StatisticsError that names the file",
@@ -116,7 +116,11 @@ def test_messages_are_read_off_the_source_with_places_and_halves(source):
         "`quantile` is «quantile».",
         f"It must lie in (0, 1]: {remedy}",
     )
-    assert {m.module for m in source.messages if m.kind == "ModelWarning"} == {"core.engine", "core.passes"}
+    assert {m.module for m in source.messages if m.kind == "ModelWarning"} == {
+        "core.engine",
+        "core.passes",
+        "explain.explainer",
+    }
     assert {m.module for m in source.messages if m.kind == "StatisticsWarning"} == {
         "statistics.batches",
         "statistics.store",

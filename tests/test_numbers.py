@@ -246,6 +246,9 @@ DRAWN = {
     "panel": lambda heat, photograph: visual.panel([photograph], {"a": [heat]}),
     "signed_panel": lambda heat, photograph: visual.signed_panel([photograph], {"a": [heat]}),
     "strip": lambda heat, photograph: visual.strip(photograph, {"a": heat}),
+    "volume_figure": lambda heat, _: visual.volume_figure(np.asarray(heat)[None], HEAT[None]),
+    "clip_figure": lambda heat, photograph: visual.clip_figure(np.asarray(heat)[None], photograph[None]),
+    "signal_figure": lambda heat, _: visual.signal_figure(np.asarray(heat).ravel(), HEAT.ravel()),
 }
 
 
@@ -263,8 +266,8 @@ def test_what_is_no_number_is_never_painted(kind, value):
     with pytest.raises(InputError, match="NaN or infinite values"):
         # What heatmap() is given it gives on, so that the picture says so.
         draw(pg.heatmap(torch.from_numpy(with_one(HEAT, value))[None, None])[0], PHOTOGRAPH)
-    if kind.startswith(("blend", "paint", "overlay", "panel", "signed_panel", "strip")):
-        with pytest.raises(InputError, match="`photograph` contains NaN or infinite values"):
+    if kind.startswith(("blend", "paint", "overlay", "panel", "signed_panel", "strip", "clip_figure")):
+        with pytest.raises(InputError, match=r"`(photograph|frames)` contains NaN or infinite values"):
             draw(HEAT, with_one(PHOTOGRAPH, value))
 
 

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from parchgrad.errors import ParchGradError
     from parchgrad.explain.explainer import Explainer
     from parchgrad.explain.heatmap import heatmap, signed_heatmap
-    from parchgrad.explain.scores import RegionScore
+    from parchgrad.explain.scores import (
+        BoxScore,
+        ClassScore,
+        Contrast,
+        Probability,
+        RegionScore,
+        Regression,
+        Similarity,
+    )
     from parchgrad.legacy.hook_wrapper import get_hook_wrapper
     from parchgrad.legacy.pretrained_models import get_pretrained_model
     from parchgrad.models.classifier import Classifier
@@ -37,9 +45,12 @@ if TYPE_CHECKING:
     from parchgrad.workflows.photographs import Explanation, explain_images
 
 __all__ = [
+    "BoxScore",
     "ChannelStatistics",
+    "ClassScore",
     "ClassWise",
     "Classifier",
+    "Contrast",
     "Edit",
     "Evidence",
     "Explainer",
@@ -52,11 +63,14 @@ __all__ = [
     "LayerStatistics",
     "ParchGrad",
     "ParchGradError",
+    "Probability",
     "RandomChannels",
     "RankedLayerStatistics",
     "RegionScore",
+    "Regression",
     "Selection",
     "Selector",
+    "Similarity",
     "__version__",
     "choose_layers",
     "collect_from_folder",
@@ -93,7 +107,15 @@ _MODULES = {
     "errors": ("ParchGradError",),
     "explain.explainer": ("Explainer",),
     "explain.heatmap": ("heatmap", "signed_heatmap"),
-    "explain.scores": ("RegionScore",),
+    "explain.scores": (
+        "BoxScore",
+        "ClassScore",
+        "Contrast",
+        "Probability",
+        "RegionScore",
+        "Regression",
+        "Similarity",
+    ),
     "legacy.hook_wrapper": ("get_hook_wrapper",),
     "legacy.pretrained_models": ("get_pretrained_model",),
     "models.classifier": ("Classifier",),

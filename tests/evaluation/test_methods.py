@@ -141,6 +141,21 @@ def test_the_controls_are_what_their_names_say(network):
         torch.testing.assert_close(method(images, target), expected[name])
 
 
+def test_maps_of_other_scores_than_a_logit():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).double().eval()
+    images, target = batch()
+    explainer = pg.Explainer(model, None)
+
+    def against_the_next(label):
+        return pg.Contrast(target=label, against=(label + 1) % 3)
+
+    found = maps_of(explainer, against_the_next)(images, target)
+    leaf = images.clone().requires_grad_()
+    logits, rows = model(leaf), torch.arange(3)
+    (gradient,) = torch.autograd.grad((logits[rows, target] - logits[rows, (target + 1) % 3]).sum(), leaf)
+    torch.testing.assert_close(found, gradient.abs().mean(1))
+
+
 def test_captum_methods_plug_in_by_name():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).double().eval()
     images, target = batch()

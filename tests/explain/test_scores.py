@@ -1,6 +1,9 @@
 """Outputs of every kind, and what of them is explained."""
 
+import math
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import captum.attr
 import numpy
@@ -8,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_resnet50, lraspp_mobilenet_v3_large
+from transformers.modeling_outputs import ImageClassifierOutput
 
 import parchgrad as pg
-from parchgrad.errors import InputError, ModelError, NonFiniteError, SettingError, TargetError
+from parchgrad.errors import InputError, ModelError, ModelWarning, NonFiniteError, SettingError, TargetError
 from parchgrad.explain.methods import METHODS
 from tests.support import random_statistics, small_network
 
@@ -111,11 +115,149 @@ def test_logits_must_be_a_function(make):
         pg.ParchGrad(small_network(), pg.GradientEnergy(), logits="out")
 
 
-def test_without_a_callable_the_error_says_that_there_is_one():
-    for kind, words in (("dict", "returns a dict"), ("maps", r"returns shape \(4, 5, 2, 2\)")):
-        model = Returns(KINDS[kind][0]).eval()
-        with pytest.raises(ModelError, match=f"{words}.*`logits=`"):
-            pg.Explainer(model, None).attribute(INPUTS, 1)
+class Named(NamedTuple):
+    logits: Tensor
+    features: Tensor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda logits, x: {"logits": logits, "hidden": x},
+        lambda logits, x: OrderedDict(out=logits, aux=logits),
+        lambda logits, x: Named(logits, logits),
+        lambda logits, x: (logits, x),
+        lambda logits, x: [logits, None],
+        lambda logits, x: ImageClassifierOutput(loss=logits.sum(), logits=logits, hidden_states=(x,)),
+    ],
+    ids=["dict", "ordered dict", "named tuple", "tuple", "list", "Hugging Face"],
+)
+def test_logits_are_found_in_outputs_of_usual_types(make):
+    plain, model = Returns(lambda logits, x: logits).eval(), Returns(make).eval()
+    for selector in (pg.GradientEnergy(), statistical()):
+        expected = pg.Explainer(plain, selector, layers="all").attribute(INPUTS)
+        torch.testing.assert_close(pg.Explainer(model, selector, layers="all").attribute(INPUTS), expected)
+    score = pg.Contrast(target=2, against=1)
+    expected = pg.Explainer(plain, selector, layers="all").attribute(INPUTS, score)
+    torch.testing.assert_close(pg.Explainer(model, selector, layers="all").attribute(INPUTS, score), expected)
+    # In a block too, the class is read off the logits.
+    x = INPUTS.clone().requires_grad_()
+    with pg.ParchGrad(model, selector, layers="all"):
+        (found,) = torch.autograd.grad(score(model(x)).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda logits, x: {"a": logits, "b": x}, r"returns a dict with 'a' \(4, 5\), 'b' \(4, 3, 8, 8\).*`logits=`"),
+        (lambda logits, x: (logits, logits), r"returns a tuple with 0 \(4, 5\), 1 \(4, 5\).*`logits=`"),
+        (lambda logits, x: {"logits": logits, "out": logits}, "returns a dict with 'logits'.*`logits=`"),
+        (Answer, "returns an Answer.*`logits=`"),
+        (lambda logits, x: logits[:, :, None, None], r"returns shape \(4, 5, 1, 1\).*RegionScore"),
+        (lambda logits, x: {"logits": logits[:, :, None, None]}, r"returns a dict.*RegionScore"),
+        (lambda logits, x: logits[:, 0], r"returns shape \(4,\).*Regression"),
+        (lambda logits, x: [{"boxes": logits}], "returns a list.*BoxScore"),
+    ],
+)
+def test_outputs_without_logits_say_what_there_is_and_what_to_write(make, words):
+    with pytest.raises(ModelError, match=words):
+        pg.Explainer(Returns(make).eval(), None).attribute(INPUTS, 1)
+
+
+LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 2.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        (pg.ClassScore(target=2), [0.5, 2.0]),
+        (pg.Contrast(target=0, against=1), [3.0, -3.0]),
+        (pg.Contrast(target=0, against="runner-up"), [0.5, -3.0]),
+        (
+            pg.Contrast(target=0, against="rest"),
+            [1 - math.log(math.exp(-2) + math.exp(0.5)), -math.log(math.exp(3) + math.exp(2))],
+        ),
+        (pg.Probability(target=1), [1 / (1 + math.exp(2)), 1 / (1 + math.exp(-3))]),
+        (pg.Regression(index=1), [-2.0, 3.0]),
+        (
+            pg.Similarity(reference=torch.tensor([0.0, 3.0, 4.0])),
+            [(-6 + 2) / (5 * math.sqrt(5.25)), (9 + 8) / (5 * math.sqrt(13))],
+        ),
+    ],
+    ids=repr,
+)
+def test_values_by_hand(score, expected):
+    torch.testing.assert_close(score(LOGITS), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_single_output_has_no_second_dimension():
+    single = torch.tensor([0.0, math.log(3)])
+    for output in (single, single[:, None]):
+        torch.testing.assert_close(pg.Probability()(output), torch.tensor([0.5, 0.75]))
+        assert torch.equal(pg.Regression()(output), single)
+
+
+@pytest.mark.parametrize("against", [1, "runner-up", "rest"])
+def test_the_map_of_a_contrast_is_that_of_the_difference(against):
+    model = small_network()
+    x = INPUTS.clone().requires_grad_()
+    logits = model(x)
+    weights = torch.zeros_like(logits)
+    weights[:, 2] = 1
+    others = logits.detach().clone()
+    others[:, 2] = -math.inf
+    if against == "rest":
+        weights -= others.softmax(dim=1)
+    else:
+        weights[torch.arange(4), others.argmax(dim=1) if against == "runner-up" else 1] -= 1
+    (expected,) = torch.autograd.grad((weights * logits).sum(), x)
+    found = pg.Explainer(model, None).attribute(INPUTS, pg.Contrast(target=2, against=against))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_similarity_takes_the_embedding_of_encoders_of_hugging_face():
+    reference, embedding = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+    for output in ({"image_embeds": embedding, "pooler_output": reference}, {"pooler_output": embedding}):
+        torch.testing.assert_close(pg.Similarity(reference=reference)(output), torch.tensor([0.5**0.5]))
+
+
+@pytest.mark.parametrize(
+    ("error", "run", "words"),
+    [
+        (SettingError, lambda: pg.ClassScore(target=1.5), "`target` is 1.5"),
+        (SettingError, lambda: pg.Contrast(target=1, against=1), "`against` is 1, .* other than 1"),
+        (SettingError, lambda: pg.Contrast(target=1, against="next"), "`against` is 'next'"),
+        (SettingError, lambda: pg.Contrast(target=1, against=-1), "`against` is -1"),
+        (SettingError, lambda: pg.Regression(index=-1), "`index` is -1"),
+        (InputError, lambda: pg.Similarity(reference=torch.zeros(3)), "`reference` is zero"),
+        (InputError, lambda: pg.Similarity(reference=torch.ones(2, 3)), r"`reference` is .* shape \(2, 3\)"),
+        (InputError, lambda: pg.Similarity(reference=[1.0]), "`reference` is of type list"),
+        (TargetError, lambda: pg.ClassScore(target=3)(LOGITS), "index is 3, but the model has 3 outputs"),
+        (TargetError, lambda: pg.Contrast(target=0, against=7)(LOGITS), "index is 7"),
+        (TargetError, lambda: pg.Contrast(target=3, against="rest")(LOGITS), "index is 3"),
+        (TargetError, lambda: pg.Contrast(target=0, against="rest")(LOGITS[:, :1]), "only one class"),
+        (ModelError, lambda: pg.ClassScore(target=0)(LOGITS[:, 0]), r"returns shape \(2,\), but logits of shape"),
+        (ModelError, lambda: pg.Regression()({"a": LOGITS}), r"returns a dict with 'a' \(2, 3\), but values"),
+        (ModelError, lambda: pg.Similarity(reference=torch.ones(2))(LOGITS), r"embedding of shape \(B, 2\)"),
+    ],
+)
+def test_bad_scores(error, run, words):
+    with pytest.raises(error, match=words):
+        run()
+
+
+def test_a_map_of_nothing_is_warned_of():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1)).eval()
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([100.0, 0.0]))
+    with pytest.warns(ModelWarning, match="rows 0, 1 are zero everywhere: the network predicts class 1 nowhere"):
+        pg.Explainer(model, None).attribute(torch.rand(2, 3, 4, 4), pg.RegionScore(target=1))
+    empty = pg.RegionScore(target=1, mask=torch.zeros(4, 4))
+    with pytest.warns(ModelWarning, match="row 0 is zero everywhere: the scores in the mask do not depend"):
+        pg.Explainer(model, None).attribute(torch.rand(1, 3, 4, 4), empty)
+    with pytest.warns(ModelWarning, match="row 0 is zero everywhere: `target` returns a score"):
+        pg.Explainer(model, None).attribute(torch.rand(1, 3, 4, 4), lambda scores: 0 * scores.sum((1, 2, 3)))
 
 
 # Targets that are functions
@@ -228,7 +370,8 @@ def test_regions_by_hand():
 def test_a_class_that_no_pixel_is_called_by_has_an_empty_map():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)).double().eval()
     model[1].bias.data = torch.tensor([1e3, 0.0], dtype=torch.float64)
-    found = pg.Explainer(model, None).attribute(INPUTS, pg.RegionScore(target=1))
+    with pytest.warns(ModelWarning, match="class 1 nowhere"):
+        found = pg.Explainer(model, None).attribute(INPUTS, pg.RegionScore(target=1))
     assert torch.equal(found, torch.zeros_like(INPUTS))
 
 
@@ -238,8 +381,8 @@ def test_a_class_that_no_pixel_is_called_by_has_an_empty_map():
         (SettingError, {"target": -1}, None, "`target` is -1, but it must be a whole number of at least 0"),
         (SettingError, {"target": True}, None, "`target` is True"),
         (TargetError, {"target": 2}, torch.ones(1, 2, 3, 3), "`target` holds 2, .* 2 classes"),
-        (ModelError, {"target": 0}, torch.ones(1, 2), r"returns shape \(1, 2\), but a region needs scores of shape"),
-        (ModelError, {"target": 0}, {"out": 1}, "returns a dict, but a region needs scores"),
+        (ModelError, {"target": 0}, torch.ones(1, 2), r"returns shape \(1, 2\), but scores of shape"),
+        (ModelError, {"target": 0}, {"out": 1}, "returns a dict, but scores of shape"),
         (
             InputError,
             {"target": 0, "mask": torch.ones(1, 3, 3)},

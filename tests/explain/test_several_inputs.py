@@ -271,7 +271,7 @@ def test_stability_by_hand():
     [
         ((), "contains no image"),
         ((DATA, DATA), "contains no image"),
-        ([COLOUR, DATA], "`inputs` is of type list, but a tensor .* or a tuple of tensors"),
+        ([COLOUR, DATA], "`inputs` is of type list .* Pass a tuple for several inputs"),
         ((COLOUR, [1.0]), r"`inputs\[1\]` is of type list"),
         ((COLOUR, DATA[:3]), "The inputs have 4, 3 rows"),
         ((COLOUR, DATA[:, 0]), r"`inputs\[1\]` has shape \(4,\), but a non-empty batch \(B, C, \*S\) or \(B, F\)"),

@@ -486,9 +486,10 @@ class Balance:
         names_all = self.has_acted or is_alone
         for node in nodes:
             # Before it, there is nothing but weights.
-            if _takes_data(node):
-                continue
             name, function = _operation_of(node), function_of(node)
+            # torchvision's detectors pool regions linearly.
+            if _takes_data(node) or re.search("roi_(align|pool)", name):
+                continue
             is_covered = name in _COVERED or name.startswith("ScaledDotProduct")
             if function is not None and not function.__module__.startswith("parchgrad."):
                 is_left = names_all or is_covered

@@ -42,7 +42,15 @@ from parchgrad.core.plan import Log, Plan
 from parchgrad.core.rules import BackwardRules
 from parchgrad.core.selectors import LayerSignal, Selector, as_selection
 from parchgrad.core.strides import is_pass_through, overlapping_strides, smooth_strides
-from parchgrad.core.targets import check_target_count, check_target_range, pick_logits, read_classes
+from parchgrad.core.targets import (
+    check_target_count,
+    check_target_range,
+    describe_output,
+    find_logits,
+    pick_logits,
+    read_classes,
+    without_boxes,
+)
 from parchgrad.core.tokens import TokenView, token_view
 from parchgrad.errors import InputError, LayerError, ModelError, ModelWarning, SettingError, TargetError, warn
 
@@ -305,9 +313,8 @@ class ForwardPass:
     def watch(self, output: object, balance: Balance | None) -> None:
         """Note the gradient at the output, and its classes, unless targets were given."""
         selector, targets = self.plan.edit.selector, self.plan.targets
-        everything = output
-        if self.plan.pick_logits is not None:
-            output = pick_logits(output, self.plan.pick_logits)
+        everything, pick = output, self.plan.pick_logits
+        output = find_logits(output) if pick is None else pick_logits(output, pick)
         # Some outputs hide their tensors, but not from the function that extracts the logits.
         recorded = list(
             {id(each): each for each in tensors_in((everything, output)) if each.grad_fn is not None}.values()
@@ -315,7 +322,8 @@ class ForwardPass:
         route = self.plan.route
         if recorded and not route.was_inspected and self.decides_over_all:
             route.was_inspected = True
-            self._inspect([values.grad_fn for values in recorded], balance)
+            ends = [each.grad_fn for each in tensors_in(without_boxes(everything)) if each.grad_fn is not None]
+            self._inspect(ends or [each.grad_fn for each in recorded], balance)
         if selector is None:
             return
         if not self.reached and _may_go_back(output):
@@ -340,7 +348,7 @@ class ForwardPass:
                 output.register_hook(self.read)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         elif targets is None:
             raise ModelError(
-                f"Cannot infer the class from a {type(output).__name__}. Pass `logits=` to extract the logits, or "
+                f"Cannot infer the class from {describe_output(output)}. Pass `logits=` to extract the logits, or "
                 "`target=` to name the class."
             )
 

@@ -1,7 +1,7 @@
-"""The class to explain: given, or read off the gradient at the logits."""
+"""The logits in a model's output, and the class to explain: given, or read off the gradient at the logits."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,13 @@ __all__ = [
     "check_logits",
     "check_target_count",
     "check_target_range",
+    "describe_output",
+    "find_logits",
+    "find_named",
     "integer_targets",
     "pick_logits",
     "read_classes",
+    "without_boxes",
 ]
 
 Target = int | Sequence[int] | Tensor
@@ -51,6 +55,79 @@ def pick_logits(output: Any, pick: Callable[[Any], Tensor]) -> Tensor:
             "model's output."
         )
     return found
+
+
+def find_logits(output: Any) -> Any:
+    """Find the logits in a model's output of any type.
+
+    These are a tensor itself; the only tensor under the name `logits` or `out` of a mapping or named tuple, such as a
+    `ModelOutput` of Hugging Face; and the first entry of a tuple if it alone has the shape (B, K). Any other output is
+    returned unchanged.
+
+    Example:
+        >>> logits = torch.ones(1, 2)
+        >>> [find_logits(output) is logits for output in (logits, {"out": logits, "aux": logits}, (logits, None))]
+        [True, True, True]
+        >>> find_logits((logits, logits)) is logits
+        False
+    """
+    found = find_named(output, ("logits", "out"))
+    if found is not None:
+        return found
+    if isinstance(output, tuple | list):
+        matrices = [each for each in output if isinstance(each, Tensor) and each.dim() == 2]
+        if len(matrices) == 1 and output[0] is matrices[0]:
+            return matrices[0]
+    return output
+
+
+def find_named(output: Any, names: Sequence[str]) -> Tensor | None:
+    """Find the only tensor of a mapping or named tuple under one of several names; None if there are none or several.
+
+    Example:
+        >>> find_named({"embedding": torch.ones(1), "loss": 2.0}, ["embedding", "loss"])
+        tensor([1.])
+    """
+    found = [value for name, value in _entries(output) if name in names and isinstance(value, Tensor)]
+    return found[0] if len(found) == 1 else None
+
+
+def describe_output(output: Any) -> str:
+    """Describe an output in a message: its type, and the shapes of the tensors in it.
+
+    Example:
+        >>> describe_output({"boxes": torch.ones(2, 9, 4), "loss": 0.5})
+        "a dict with 'boxes' (2, 9, 4)"
+        >>> describe_output([]), describe_output(torch.ones(2))
+        ('a list', 'shape (2,)')
+    """
+    if isinstance(output, Tensor):
+        return f"shape {tuple(output.shape)}"
+    parts = [f"{name!r} {tuple(value.shape)}" for name, value in _entries(output) if isinstance(value, Tensor)]
+    kind = type(output).__name__
+    article = "an" if kind[:1].lower() in ("a", "e", "i", "o", "u") else "a"
+    return f"{article} {kind}" + (f" with {', '.join(parts)}" if parts else "")
+
+
+def without_boxes(output: Any) -> Any:
+    """Return the scores of a list of detections, since their boxes are rarely explained; any other output unchanged.
+
+    Example:
+        >>> without_boxes([{"boxes": torch.zeros(1, 4), "scores": torch.ones(1)}])
+        [tensor([1.])]
+    """
+    if isinstance(output, list) and all(isinstance(row, Mapping) and "scores" in row for row in output):
+        return [row["scores"] for row in output]
+    return output
+
+
+def _entries(output: Any) -> list[tuple[Any, Any]]:
+    """The entries of a mapping, named tuple or sequence, with their names or places."""
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return list(zip(cast(Any, output)._fields, output, strict=True))
+    return list(enumerate(output)) if isinstance(output, tuple | list) else []
 
 
 def read_classes(gradient: Tensor) -> Tensor:

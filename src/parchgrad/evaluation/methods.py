@@ -16,6 +16,7 @@ from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap
+from parchgrad.explain.outputs import Score
 from parchgrad.explain.recording import DelegatingSelector, RecordedSelection, record_selections
 
 __all__ = [
@@ -38,8 +39,13 @@ CONTROLS = ("gradient", "random map", "random channels", "Grad-CAM", "centre blo
 """Names of the controls, the plain gradient first."""
 
 
-def maps_of(explainer: Explainer) -> Method:
+def maps_of(explainer: Explainer, score: Callable[[int], Score] | None = None) -> Method:
     """Method that returns an explainer's heat maps: magnitudes averaged over colours.
+
+    Args:
+        explainer: the explainer.
+        score: makes the score to explain from the class of an image, such as
+            `lambda target: Contrast(target=target, against="runner-up")`; None explains the class's logit.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -48,7 +54,9 @@ def maps_of(explainer: Explainer) -> Method:
     """
 
     def method(images: Tensor, target: Tensor) -> Tensor:
-        return heatmap(explainer.attribute(images, target))
+        if score is None:
+            return heatmap(explainer.attribute(images, target))
+        return heatmap(torch.stack(explainer.attribute(list(images), [score(index) for index in target.tolist()])))
 
     return method
 

@@ -1,9 +1,9 @@
 """`Explainer`: an attribution method with or without ParchGrad, on batches of any size."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from parchgrad.core.layers import LayerChoice, bare_model, check_evaluation_mode
 from parchgrad.core.partition import Conserve
 from parchgrad.core.selectors import Selector
 from parchgrad.core.targets import Target, check_logits, check_target_count, integer_targets
-from parchgrad.errors import ModelError, NonFiniteError, SettingError, TargetError
-from parchgrad.explain.heatmap import heatmap
+from parchgrad.errors import ModelError, ModelWarning, NonFiniteError, SettingError, TargetError, warn
+from parchgrad.explain.heatmap import channel_dim_of, heatmap
 from parchgrad.explain.methods import find_method, is_detached
 from parchgrad.explain.nonfinite import check_running_statistics, find_non_finite
-from parchgrad.explain.scores import Inputs, Logits, Output, Score, Scores, check_inputs, name_of
+from parchgrad.explain.outputs import Inputs, Logits, Output, Score, Scores, check_images, check_inputs, name_of
 from parchgrad.explain.stability import cosine, noisy_copies
 
 __all__ = ["Explainer"]
@@ -181,21 +181,29 @@ class Explainer:
     @overload
     def attribute(self, inputs: tuple[Tensor, ...], target: Target | Score | None = None) -> tuple[Tensor, ...]: ...
 
-    def attribute(self, inputs: Inputs, target: Target | Score | None = None) -> Inputs:
+    @overload
+    def attribute(
+        self, inputs: list[Tensor], target: Target | Score | Sequence[Score] | None = None
+    ) -> list[Tensor]: ...
+
+    def attribute(
+        self, inputs: Inputs | list[Tensor], target: Target | Score | Sequence[Score] | None = None
+    ) -> Inputs | list[Tensor]:
         """Attribute the score of a class to the inputs. A row's map does not depend on its batch.
 
         Args:
             inputs: preprocessed batch, shape (B, C, *S), floating point, finite. For a model with several inputs, which
                 is called as `model(*inputs)`: a tuple of such batches, all with B rows, some of which may have the
-                shape (B, F).
+                shape (B, F). For images of different sizes, such as a detector takes: a list of tensors (C, *S), which
+                are explained one by one.
             target: class index for all rows, one per row of shape (B,), or None for the predicted class. For other
-                outputs than one logit per class: a function of the output, or of what `logits` extracts, that returns a
-                score per row, such as `RegionScore`. Methods that use several versions of an image call it with more
-                rows than images.
+                outputs than one logit per class: a score, such as `Contrast` or `BoxScore`, or any function of the
+                output, or of what `logits` extracts, that returns a score per row. Methods that use several versions of
+                an image call it with more rows than images. For a list of images, also a list of scores.
 
         Returns:
             Attribution of the shape, dtype and device of `inputs`, detached; signed, unless the Captum class
-            returns magnitudes, as `Saliency` does. For a tuple, a tuple with one attribution per input.
+            returns magnitudes, as `Saliency` does. For a tuple or list, the same with one attribution per entry.
 
         Raises:
             InputError: if the inputs are not finite floating-point batches, or do not fit the model.
@@ -207,6 +215,10 @@ class Explainer:
             NonFiniteError: if scores or maps are NaN or infinite; the message names the layer where that began.
         """
         check_evaluation_mode(self._model)
+        if isinstance(inputs, list):
+            check_images(inputs, self._model)
+            scores_of = _scores_per_image(target, len(inputs))
+            return [self.attribute(image.unsqueeze(0), each)[0] for image, each in zip(inputs, scores_of, strict=True)]
         tensors = check_inputs(inputs)
         check_running_statistics(self._model)
         self._method.check_batch(tensors)
@@ -217,7 +229,7 @@ class Explainer:
             if callable(target):
                 targets, scores = None, Scores(Output(self._model, self._pick_logits), target)
             else:
-                targets = self.predict(batch) if target is None else _targets_per_row(target, batch[0])
+                targets = self.predict(batch) if target is None else _targets_per_row(cast(Target, target), batch[0])
                 scores = Logits(self._model, int(targets.max()), self._pick_logits)
                 if self.edit.selector is not None:
                     self.edit.selector.check_targets(sorted(set(targets.tolist())))
@@ -234,6 +246,8 @@ class Explainer:
             finite = torch.stack([maps.flatten(1).isfinite().all(dim=1) for maps in found])
             if not (scores.output.was_finite and bool(finite.all())):
                 raise self._non_finite(scores, batch, targets, size, finite)
+            if isinstance(scores, Scores):
+                _warn_of_zero_maps(scores, batch, found)
         return found if isinstance(inputs, tuple) else found[0]
 
     def _non_finite(
@@ -317,7 +331,8 @@ class Explainer:
         Returns:
             Mean cosine between the heat map of each row and those of its noisy copies, in [0, 1], shape (B,), float64;
             NaN where a map is zero everywhere. For a tuple, a tuple with the stability of each input's map; the map of
-            an input (B, F) is the magnitude of its attribution.
+            an input (B, F) is the magnitude of its attribution. Five dimensions, of which dimension 2 has 1 or 3
+            entries and dimension 1 does not, are taken as a clip (B, T, C, H, W), whose map keeps all frames.
 
         Raises:
             SettingError: if `noise` or `draws` is out of range.
@@ -369,7 +384,9 @@ def _split(inputs: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
 
 
 def _magnitude(attribution: Tensor) -> Tensor:
-    return heatmap(attribution) if attribution.dim() > 2 else attribution.abs()
+    if attribution.dim() < 3:
+        return attribution.abs()
+    return heatmap(attribution, channel_dim=channel_dim_of(attribution))
 
 
 @contextmanager
@@ -395,6 +412,30 @@ def _told_if_independent(scores: Logits | Scores, inputs: tuple[Tensor, ...]) ->
         raise ModelError(
             "The logits do not depend on the inputs. Look for detach(), torch.no_grad() or a constant in the model."
         ) from error
+
+
+def _scores_per_image(target: Any, count: int) -> Sequence[Any]:
+    """Return one target for each image of a list."""
+    if target is None or callable(target):
+        return [target] * count
+    if isinstance(target, list | tuple) and all(callable(each) for each in target):
+        scores = list(target)
+    else:
+        scores = integer_targets(target).tolist()
+        scores = scores * count if len(scores) == 1 else scores
+    if len(scores) != count:
+        raise TargetError(f"`target` has {len(scores)} entries for {count} images. Pass one for each, or one for all.")
+    return scores
+
+
+def _warn_of_zero_maps(scores: Scores, batch: tuple[Tensor, ...], maps: tuple[Tensor, ...]) -> None:
+    """Warn if the map of a row is zero everywhere, and say why for the first."""
+    is_zero = torch.stack([each.flatten(1).any(dim=1) for each in maps]).any(dim=0).logical_not()
+    if not bool(is_zero.any()):
+        return
+    rows = is_zero.nonzero().flatten().tolist()
+    named = f"map of row {rows[0]} is" if len(rows) == 1 else f"maps of rows {', '.join(map(str, rows))} are"
+    warn(f"The {named} zero everywhere: {scores.why_zero(batch, rows[0])}. Pass another target.", ModelWarning)
 
 
 def _targets_per_row(target: Target, inputs: Tensor) -> Tensor:

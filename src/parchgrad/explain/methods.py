@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from parchgrad._io.checks import check_kind, check_seed, check_whole_number, is_number
 from parchgrad.core.partition import at_least_float32
 from parchgrad.errors import ModelError, SettingError, reason_of
-from parchgrad.explain.scores import Inputs
+from parchgrad.explain.outputs import Inputs
 from parchgrad.explain.stability import standard_noise, value_range
 
 __all__ = ["METHODS", "find_method", "is_detached", "replaces_rectifiers"]

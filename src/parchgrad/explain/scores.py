@@ -1,26 +1,219 @@
-"""What to explain of a model's output: logits from an output of any type, or one score per row."""
+"""What to explain of a model's output: scores, which map an output to one number per row.
 
-from collections.abc import Callable, Sequence
+A score accepts the model's output, or what `logits=` extracts from it, and finds the logits in outputs of usual types;
+see `find_logits`. Every other function of the output works as a score too.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
-from parchgrad._io.checks import check_kind, check_whole_number
-from parchgrad.core.layers import Convolution
+from parchgrad._io.checks import check_kind, check_whole_number, is_number, is_whole_number
 from parchgrad.core.partition import at_least_float32
-from parchgrad.core.targets import check_target_range, pick_logits
-from parchgrad.errors import InputError, ModelError, ParchGradError, TargetError, reason_of
+from parchgrad.core.targets import check_target_range, describe_output, find_logits, find_named
+from parchgrad.errors import InputError, ModelError, SettingError, TargetError
 from parchgrad.explain.nonfinite import broken
 
-__all__ = ["Inputs", "Logits", "Output", "RegionScore", "Score", "Scores", "check_batch", "check_inputs", "name_of"]
+__all__ = ["BoxScore", "ClassScore", "Contrast", "Detections", "Probability", "RegionScore", "Regression", "Similarity"]
 
-Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
-"""A batch, or one batch for each argument of a model with several inputs."""
+Detections: TypeAlias = Callable[[Any], tuple[Tensor, Tensor]]
+"""Extracts boxes (B, N, 4), as x1, y1, x2, y2, and class scores (B, N, K) from a detector's output."""
 
-Score: TypeAlias = Callable[[Any], Tensor]
-"""Maps a model's output, or the logits extracted from it, to one score per row, shape (B,)."""
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    """The logit of a class, which is what an integer as `target` means.
+
+    Attributes:
+        target: index of the class.
+
+    Raises:
+        SettingError: if `target` is not an index.
+        TargetError: if the network has no such class.
+        ModelError: if its output has no logits (B, K).
+
+    Source: Simonyan, Vedaldi, Zisserman (2014), "Deep Inside Convolutional Networks: Visualising Image Classification
+    Models and Saliency Maps", section 3.
+
+    Example:
+        >>> ClassScore(target=1)(torch.tensor([[1.0, 5.0, 2.0]]))
+        tensor([5.])
+    """
+
+    target: int
+
+    def __post_init__(self) -> None:
+        check_whole_number("target", self.target, 0)
+
+    def __call__(self, output: Any) -> Tensor:
+        """Pick the logit, (B, K) to (B,)."""
+        return _column(_logits_in(output, "logits of shape (B, K)", least=2, most=2), self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """How much more a network favours one class than another: why this class rather than that one.
+
+    Evidence that both classes share cancels, so the map shows what tells them apart.
+
+    Attributes:
+        target: index of the class.
+        against: index of the other class, for the difference of the logits; `"runner-up"` for the other class with the
+            largest logit, row by row; or `"rest"` for the log-odds against all other classes,
+            `logit - logsumexp(other logits)`.
+
+    Raises:
+        SettingError: if `target` is not an index, or `against` is not a different index, `"runner-up"` or `"rest"`.
+        TargetError: if the network has no such class, or only one.
+        ModelError: if its output has no logits (B, K).
+
+    Source: Jacovi et al. (2021), "Contrastive Explanations for Model Interpretability"; Prabhushankar et al. (2020),
+    "Contrastive Explanations in Neural Networks", for the differences.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 5.0, 2.0]])
+        >>> Contrast(target=1, against=0)(logits), Contrast(target=1, against="runner-up")(logits)
+        (tensor([4.]), tensor([3.]))
+        >>> Contrast(target=1, against="rest")(logits), logits.softmax(dim=1)[:, 1].logit()
+        (tensor([2.6867]), tensor([2.6867]))
+    """
+
+    target: int
+    against: int | Literal["runner-up", "rest"]
+
+    def __post_init__(self) -> None:
+        check_whole_number("target", self.target, 0)
+        if self.against in ("runner-up", "rest"):
+            return
+        if not is_whole_number(self.against) or self.against < 0 or self.against == self.target:
+            raise SettingError(
+                f"`against` is {self.against!r}, but it must be the index of a class other than {self.target}, "
+                "'runner-up' or 'rest'."
+            )
+
+    def __call__(self, output: Any) -> Tensor:
+        """Compare the logits, (B, K) to (B,)."""
+        logits = _logits_in(output, "logits of shape (B, K)", least=2, most=2)
+        own = _column(logits, self.target)
+        if is_whole_number(self.against):
+            return own - _column(logits, self.against)
+        if logits.shape[1] < 2:
+            raise TargetError("The model has only one class, so there is nothing to compare with. Use `Probability`.")
+        others = torch.cat([logits[:, : self.target], logits[:, self.target + 1 :]], dim=1)
+        return own - (others.amax(dim=1) if self.against == "runner-up" else others.logsumexp(dim=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probability:
+    """The sigmoid of one output, the probability of a label in a network with a sigmoid for each.
+
+    Its gradient is that of the logit times p (1 - p), so it vanishes where the network is certain; `ClassScore` keeps
+    its size there. If the network already applies the sigmoid, use `Regression`.
+
+    Attributes:
+        target: index of the output, 0 for a network with a single one.
+
+    Raises:
+        SettingError: if `target` is not an index.
+        TargetError: if the network has no such output.
+        ModelError: if its output has no logits (B, K) or (B,).
+
+    Example:
+        >>> Probability()(torch.tensor([0.0, 2.0])), Probability(target=1)(torch.tensor([[0.0, 2.0]]))
+        (tensor([0.5000, 0.8808]), tensor([0.8808]))
+    """
+
+    target: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole_number("target", self.target, 0)
+
+    def __call__(self, output: Any) -> Tensor:
+        """Apply the sigmoid, (B, K) or (B,) to (B,)."""
+        return _column(_logits_in(output, "logits of shape (B, K) or (B,)", least=1, most=2), self.target).sigmoid()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """One number that a network predicts.
+
+    Attributes:
+        index: place of the number among the outputs, 0 for a network with a single one.
+
+    Raises:
+        SettingError: if `index` is not an index.
+        TargetError: if the network has no such output.
+        ModelError: if its output has no values (B, K) or (B,).
+
+    Source: Letzgus et al. (2022), "Toward Explainable Artificial Intelligence for Regression Models".
+
+    Example:
+        >>> Regression()(torch.tensor([[3.0], [4.0]])), Regression(index=1)(torch.tensor([[1.0, 5.0]]))
+        (tensor([3., 4.]), tensor([5.]))
+    """
+
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole_number("index", self.index, 0)
+
+    def __call__(self, output: Any) -> Tensor:
+        """Pick the number, (B, K) or (B,) to (B,)."""
+        return _column(_logits_in(output, "values of shape (B, K) or (B,)", least=1, most=2), self.index)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Similarity:
+    """The cosine between an image's embedding and a reference, for encoders without classes.
+
+    The reference may come from another image, or from a text in the same space, as with CLIP.
+
+    Attributes:
+        reference: embedding to compare with, shape (D,) or (1, D), finite and not zero.
+
+    Raises:
+        InputError: if the reference is not such a tensor.
+        ModelError: if the network's output has no embedding (B, D) of the reference's size. It is taken from a tensor,
+            or from `image_embeds` or `pooler_output` of a mapping.
+
+    Source: Eberle et al. (2020), "Building and Interpreting Deep Similarity Models", for gradients of similarities.
+
+    Example:
+        >>> Similarity(reference=torch.tensor([0.0, 2.0]))(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
+        tensor([0.8000, 0.0000])
+    """
+
+    reference: Tensor
+
+    def __post_init__(self) -> None:
+        check_kind("`reference`", self.reference, Tensor, "Pass the embedding as a tensor", error=InputError)
+        shape = tuple(self.reference.shape)
+        if not self.reference.is_floating_point() or len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
+            raise InputError(
+                f"`reference` is {self.reference.dtype} of shape {shape}, but an embedding (D,) or (1, D) in floating "
+                "point is needed. Pass one embedding at a time."
+            )
+        if not bool(self.reference.isfinite().all()) or not bool(self.reference.any()):
+            raise InputError("`reference` is zero or contains NaN or infinite values. Pass a finite embedding.")
+
+    def __call__(self, output: Any) -> Tensor:
+        """Compute the cosine, (B, D) to (B,)."""
+        embedding = find_named(output, ("image_embeds",))
+        embedding = find_named(output, ("pooler_output",)) if embedding is None else embedding
+        embedding = output if embedding is None else embedding
+        reference = self.reference.detach().flatten()
+        if not isinstance(embedding, Tensor) or embedding.dim() != 2 or embedding.shape[1] != len(reference):
+            raise ModelError(
+                f"The model returns {describe_output(output)}, but an embedding of shape (B, {len(reference)}) is "
+                "needed, like the reference. Pass `logits=` to extract it."
+            )
+        wide = at_least_float32(embedding)
+        return functional.cosine_similarity(wide, reference.to(wide).expand_as(wide), dim=1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,13 +260,9 @@ class RegionScore:
         if not bool(self.mask.isfinite().all()):
             raise InputError("The mask contains NaN or infinite values. Pass finite weights or a boolean mask.")
 
-    def __call__(self, scores: Tensor) -> Tensor:
+    def __call__(self, output: Any) -> Tensor:
         """Sum the class over the region, (B, K, *S) to (B,)."""
-        if not isinstance(scores, Tensor) or scores.dim() < 3:
-            raise ModelError(
-                f"The model returns {_kind(scores)}, but a region needs scores of shape (B, K, *S). Pass `logits=` "
-                "to extract them."
-            )
+        scores = _logits_in(output, "scores of shape (B, K, *S)", least=3, most=math.inf)
         check_target_range(int(self.target), scores.shape[1])
         if self.mask is None:
             region = scores.argmax(dim=1) == self.target
@@ -94,215 +283,132 @@ class RegionScore:
         # Without finite scores the predicted region is unknown.
         return sums.masked_fill(broken(scores.detach()).flatten(1).any(dim=1), torch.nan)
 
-
-class Output(nn.Module):
-    """The model as attribution methods see it: explains bad inputs and extracts the logits."""
-
-    def __init__(self, model: nn.Module, pick: Callable[[Any], Tensor] | None = None) -> None:
-        """Wrap a model.
-
-        Args:
-            model: any module.
-            pick: extracts the logits from its output; None uses the output itself.
-        """
-        super().__init__()
-        self.model = model
-        self.training = model.training
-        self._pick = pick
-        self._broken: Tensor | None = None
-
-    def forward(self, *inputs: Tensor) -> Any:
-        """Return what `pick` extracts from the model's output."""
-        try:
-            output = self.model(*inputs)
-        except (torch.OutOfMemoryError, ParchGradError):
-            raise
-        except (RuntimeError, ValueError, AssertionError) as error:
-            mismatch = _mismatch(self.model, inputs, error)
-            if mismatch is None:
-                raise
-            raise mismatch from error
-        return output if self._pick is None else pick_logits(output, self._pick)
-
-    def note(self, scores: Tensor) -> None:
-        """Record scores that are NaN or plus infinity; minus infinity rules out a class."""
-        found = broken(scores.detach()).any()
-        self._broken = found if self._broken is None else self._broken | found
-
-    @property
-    def was_finite(self) -> bool:
-        """Whether every score so far was finite; reading it synchronises with the device."""
-        return self._broken is None or not bool(self._broken)
+    def why_zero(self, output: Any) -> str:
+        """Explain why the score of the only row of an output is zero."""
+        if self.mask is not None:
+            return "the scores in the mask do not depend on that image"
+        return f"the network predicts class {self.target} nowhere"
 
 
-class Logits(Output):
-    """The logits of a classifier, (B, K)."""
+@dataclass(frozen=True, kw_only=True)
+class BoxScore:
+    """The summed scores of a detector's boxes that overlap a box, for one label.
 
-    def __init__(
-        self, model: nn.Module, highest_target: int | None, pick: Callable[[Any], Tensor] | None = None
-    ) -> None:
-        """Wrap a model (see `Output`); `highest_target` is the highest explained class, if any."""
-        super().__init__(model, pick)
-        self._highest_target = highest_target
+    Which boxes overlap is fixed; the gradient is that of their scores. A row without such a box scores 0. A detector's
+    scores are probabilities, so with `balance` a warning may name their softmax or sigmoid.
 
-    @property
-    def output(self) -> Output:
-        """The module that calls the model."""
-        return self
-
-    def broken_rows(self, *inputs: Tensor) -> Tensor:
-        """Find rows with a logit that is NaN or infinite, shape (B,)."""
-        return broken(self(*inputs)).any(dim=1)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return logits (B, K)."""
-        logits = super().forward(*inputs)
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            raise ModelError(
-                f"The model returns {_kind(logits)}, but logits of shape (B, K) are needed. Pass `logits=` to extract "
-                "them, or a function as `target=` that returns one score per row."
-            )
-        if logits.shape[0] != len(inputs[0]):
-            raise ModelError(
-                f"The model returns {logits.shape[0]} rows of logits for {len(inputs[0])} inputs. Pass a function as "
-                "`target=` that returns one score per input."
-            )
-        if self._highest_target is not None:
-            check_target_range(self._highest_target, logits.shape[1])
-        self.note(logits)
-        return logits
-
-
-class Scores(nn.Module):
-    """One score per row, computed from the model's output by a user's function."""
-
-    def __init__(self, output: Output, score: Score) -> None:
-        """Wrap the module that calls the model, and the function.
-
-        Raises:
-            TargetError: if the function is a class, which creates an object and not a score.
-        """
-        super().__init__()
-        if isinstance(score, type):
-            raise TargetError(f"`target` is the class {score.__name__} itself. Pass an instance of it.")
-        self.output = output
-        self.training = output.training
-        self._score = score
-
-    def broken_rows(self, *inputs: Tensor) -> Tensor:
-        """Find rows with a score that is NaN or infinite, shape (B,)."""
-        return broken(self._score(self.output(*inputs)))
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return scores (B,)."""
-        scores = self._score(self.output(*inputs))
-        rows = len(inputs[0])
-        if not isinstance(scores, Tensor) or scores.shape != (rows,):
-            raise TargetError(
-                f"`target` returns {_kind(scores)} for {rows} rows, but it must return one score per row, shape "
-                f"({rows},). Sum or pick the rest, as in lambda output: output[:, 3]."
-            )
-        if torch.is_grad_enabled() and not scores.requires_grad:
-            raise TargetError(
-                "The score that `target` returns does not depend on the model's output, or is detached from it. "
-                "Compute it from the output, without detach() or argmax()."
-            )
-        self.output.note(scores)
-        return scores
-
-
-def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return the inputs as a tuple.
+    Attributes:
+        box: corners x1, y1, x2, y2 in pixels of the image.
+        label: index of the class; in torchvision's detectors, 0 is the background.
+        iou: least intersection over union with `box`, in (0, 1].
+        detections: extracts boxes (B, N, 4) and class scores (B, N, K) from the output; None reads the lists of
+            dictionaries of torchvision's detectors.
 
     Raises:
-        InputError: if they are not batches of finite floating-point numbers with the same number of rows, at least one
-            of shape (B, C, *S) and the others (B, C, *S) or (B, F).
+        SettingError: if `box` has no area, `label` is not an index, or `iou` is out of range.
+        ModelError: if the output is not that of a detector.
+        TargetError: if the network has no such class.
+
+    Source: Petsiuk et al. (2021), "Black-box Explanation of Object Detectors via Saliency Maps", for the overlap.
 
     Example:
-        >>> [tuple(each.shape) for each in check_inputs((torch.rand(2, 3, 8, 8), torch.rand(2, 5)))]
-        [(2, 3, 8, 8), (2, 5)]
+        >>> boxes, scores = torch.tensor([[0.0, 0.0, 4.0, 4.0], [9.0, 9.0, 12.0, 12.0]]), torch.tensor([0.9, 0.8])
+        >>> output = [{"boxes": boxes, "labels": torch.tensor([3, 3]), "scores": scores}]
+        >>> BoxScore(box=(0, 0, 4, 5), label=3)(output)
+        tensor([0.9000])
     """
-    if not isinstance(inputs, tuple):
-        check_batch(inputs)
-        return (inputs,)
-    for index, each in enumerate(inputs):
-        check_batch(each, f"inputs[{index}]", 2)
-    if all(each.dim() == 2 for each in inputs):
-        raise InputError("The tuple of inputs contains no image. Pass at least one tensor of shape (B, C, *S).")
-    rows = [len(each) for each in inputs]
-    if len(set(rows)) > 1:
-        raise InputError(
-            f"The inputs have {', '.join(map(str, rows))} rows, but each needs one row per image. Repeat or index them."
+
+    box: Sequence[float]
+    label: int
+    iou: float = 0.5
+    detections: Detections | None = None
+
+    def __post_init__(self) -> None:
+        corners = self.box.tolist() if isinstance(self.box, Tensor) else list(self.box)
+        if len(corners) != 4 or not all(is_number(corner) for corner in corners):
+            raise SettingError(f"`box` is {self.box!r}, but it must be four numbers: x1, y1, x2, y2.")
+        if not (corners[0] < corners[2] and corners[1] < corners[3]):
+            raise SettingError(f"`box` is {tuple(corners)}, but it must have an area: x1 < x2 and y1 < y2.")
+        object.__setattr__(self, "box", tuple(float(corner) for corner in corners))
+        check_whole_number("label", self.label, 0)
+        if not is_number(self.iou) or not 0 < self.iou <= 1:
+            raise SettingError(f"`iou` is {self.iou!r}, but it must lie in (0, 1].")
+
+    def __call__(self, output: Any) -> Tensor:
+        """Sum the scores of the boxes, of a detector's output to (B,)."""
+        # Not multiplied: scores of other boxes may be infinite.
+        return torch.stack(
+            [torch.where(self._overlaps(boxes), scores, 0).sum() for boxes, scores in self._rows(output)]
         )
-    return inputs
+
+    def why_zero(self, output: Any) -> str:
+        """Explain why the score of the only row of an output is zero."""
+        ((boxes, scores),) = self._rows(output)
+        best = scores.detach().topk(min(3, len(scores)))
+        found = [
+            f"{tuple(round(corner) for corner in boxes[place].tolist())} with a score of {score:.2f}"
+            for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        seen = f"the best of that label: {'; '.join(found)}" if found else "none of that label anywhere"
+        return f"no detection of label {self.label} overlaps the box {self.box} by an IoU of {self.iou:g} ({seen})"
+
+    def _rows(self, output: Any) -> list[tuple[Tensor, Tensor]]:
+        """Boxes (N, 4) and the label's scores (N,) of each row."""
+        return _detections_in(output, self.label) if self.detections is None else self._dense(output)
+
+    def _dense(self, output: Any) -> list[tuple[Tensor, Tensor]]:
+        """Boxes (N, 4) and the label's scores (N,) of each row, by the user's function."""
+        found = self.detections(output) if self.detections is not None else None
+        is_pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(e, Tensor) for e in found)
+        boxes, scores = found if is_pair and found is not None else (None, None)
+        if boxes is None or scores is None or boxes.dim() != 3 or boxes.shape[2] != 4 or scores.dim() != 3:
+            raise ModelError(
+                f"`detections` returns {describe_output(found)}, but boxes (B, N, 4) and class scores (B, N, K) are "
+                "needed. Return a tuple of both."
+            )
+        check_target_range(int(self.label), scores.shape[2])
+        return list(zip(boxes, scores[:, :, self.label], strict=True))
+
+    def _overlaps(self, boxes: Tensor) -> Tensor:
+        """Which boxes (N, 4) overlap the box enough, (N,)."""
+        boxes = at_least_float32(boxes.detach())
+        box = torch.tensor(self.box, dtype=boxes.dtype, device=boxes.device)
+        sides = (torch.minimum(boxes[:, 2:], box[2:]) - torch.maximum(boxes[:, :2], box[:2])).clamp(min=0)
+        common = sides.prod(dim=1)
+        areas = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1) + (box[2:] - box[:2]).prod()
+        overlaps: Tensor = common / (areas - common) >= self.iou
+        return overlaps
 
 
-def check_batch(inputs: Tensor, name: str = "inputs", dimensions: int = 3) -> None:
-    """Raise `InputError` unless the inputs are a batch of finite floating-point numbers.
-
-    Args:
-        inputs: batch of shape (B, C, *S), or (B, F) with 2 dimensions.
-        name: what the message calls it.
-        dimensions: least number of dimensions.
-    """
-    wanted = "(B, C, *S)" if dimensions > 2 else "(B, C, *S) or (B, F)"
-    if not isinstance(inputs, Tensor):
-        raise InputError(
-            f"`{name}` is of type {type(inputs).__name__}, but a tensor {wanted} is needed, or a tuple of tensors for "
-            "several inputs. Convert an array with torch.from_numpy, and an image as in training, such as "
-            "classifier.preprocess(image).unsqueeze(0)."
+def _detections_in(output: Any, label: int) -> list[tuple[Tensor, Tensor]]:
+    """Boxes (N, 4) and scores (N,) of a label in each row of a torchvision detector's output."""
+    keys = {"boxes", "labels", "scores"}
+    if not isinstance(output, list) or not all(isinstance(row, Mapping) and keys <= set(row) for row in output):
+        raise ModelError(
+            f"The model returns {describe_output(output)}, but a box needs a list of dictionaries with 'boxes', "
+            "'labels' and 'scores'. Pass `detections=` to extract boxes (B, N, 4) and class scores (B, N, K)."
         )
-    if inputs.dim() < dimensions or inputs.shape[0] == 0:
-        raise InputError(f"`{name}` has shape {tuple(inputs.shape)}, but a non-empty batch {wanted} is needed.")
-    if not inputs.is_floating_point():
-        raise InputError(
-            f"`{name}` is {inputs.dtype}, but gradients need floating point. Preprocess images first. Pass the "
-            "embeddings of category indices, or fix the indices in a wrapper of the model."
+    found = []
+    for row in output:
+        is_label = row["labels"] == label
+        found.append((row["boxes"][is_label], row["scores"][is_label]))
+    return found
+
+
+def _logits_in(output: Any, wanted: str, *, least: int, most: float) -> Tensor:
+    """Find logits with a number of dimensions between two bounds in an output."""
+    logits = find_logits(output)
+    if not isinstance(logits, Tensor) or not least <= logits.dim() <= most:
+        raise ModelError(
+            f"The model returns {describe_output(output)}, but {wanted} are needed. Pass `logits=` to extract them."
         )
-    if inputs.layout != torch.strided:
-        raise InputError(f"`{name}` is {inputs.layout}, but a dense tensor is needed. Pass {name}.to_dense().")
-    if not torch.isfinite(inputs).all():
-        raise InputError(f"`{name}` contains NaN or infinite values. Look for a division by zero in the preprocessing.")
+    return logits
 
 
-def name_of(index: int, inputs: Sequence[Tensor]) -> str:
-    """Name an input in a message.
-
-    Example:
-        >>> name_of(0, [torch.rand(1)]), name_of(1, [torch.rand(1), torch.rand(1)])
-        ('inputs', 'inputs[1]')
-    """
-    return "inputs" if len(inputs) == 1 else f"inputs[{index}]"
-
-
-def _kind(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _mismatch(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> InputError | None:
-    """Explain why a model may have rejected these inputs, judging by its first convolution; None if they fit it."""
-    first = next((module for module in model.modules() if isinstance(module, Convolution)), None)
-    if first is None:
-        return None
-    dimensions = len(first.kernel_size) + 2
-    # Any of several inputs may be the one for this convolution.
-    candidates = [index for index, each in enumerate(inputs) if each.dim() == dimensions]
-    of_other_types = [index for index, each in enumerate(inputs) if each.dtype != first.weight.dtype]
-    index = candidates[0] if candidates else 0
-    name = name_of(index, inputs)
-    if not candidates:
-        needs, remedy = f"needs {dimensions} dimensions", f"Add a missing batch dimension with {name}.unsqueeze(0)"
-    elif all(inputs[i].shape[1] != first.in_channels for i in candidates) and "channels" in str(error):
-        needs = f"takes {first.in_channels} channels"
-        are_last = inputs[index].shape[-1] == first.in_channels
-        remedy = f"Move the channels with {name}.movedim(-1, 1)" if are_last else "Pass as many as it takes"
-    elif of_other_types:
-        index = of_other_types[0]
-        needs, remedy = f"has weights of type {first.weight.dtype}", "Convert one of them with .to()"
-    else:
-        return None
-    name, shape, dtype = name_of(index, inputs), tuple(inputs[index].shape), inputs[index].dtype
-    return InputError(
-        f"The model failed ({reason_of(error)}) on `{name}` of shape {shape} and type {dtype}, but its first "
-        f"convolution {needs}. {remedy}."
-    )
+def _column(values: Tensor, index: int) -> Tensor:
+    """One column of values (B, K), or the values (B,) themselves."""
+    matrix = values.unsqueeze(1) if values.dim() == 1 else values
+    count = matrix.shape[1]
+    if index >= count:
+        raise TargetError(f"The index is {index}, but the model has {count} outputs. Pass 0 to {count - 1}.")
+    return matrix[:, index]

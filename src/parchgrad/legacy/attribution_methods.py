@@ -18,7 +18,7 @@ from parchgrad.errors import InputError, NonFiniteError, SettingError, TargetErr
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap
 from parchgrad.explain.nonfinite import find_non_finite
-from parchgrad.explain.scores import Logits
+from parchgrad.explain.outputs import Logits
 from parchgrad.legacy.hook_wrapper import HookWrapper
 
 __all__ = ["InputAttribution", "get_input_attrib"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from parchgrad._io.checks import check_kind, check_whole_number
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.errors import ModelError, TargetError
-from parchgrad.explain.scores import Logits, check_batch
+from parchgrad.explain.outputs import Logits, check_batch
 
 __all__ = ["Classifier", "Prediction", "check_classifier", "find_category"]
 

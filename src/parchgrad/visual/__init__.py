@@ -15,10 +15,12 @@ from parchgrad.visual.maps import (
     tint,
     tint_signed,
 )
+from parchgrad.visual.volumes import clip_figure, signal_figure, volume_figure
 
 __all__ = [
     "blend",
     "blend_signed",
+    "clip_figure",
     "normalise",
     "overlay",
     "paint",
@@ -26,8 +28,10 @@ __all__ = [
     "relative",
     "save_figure",
     "shared_top",
+    "signal_figure",
     "signed_panel",
     "strip",
     "tint",
     "tint_signed",
+    "volume_figure",
 ]

@@ -7,17 +7,13 @@ from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from parchgrad._io.checks import check_kind
 from parchgrad._io.files import writing
 from parchgrad.errors import InputError, OutputError, SettingError
-from parchgrad.visual.charts import as_written
+from parchgrad.visual.drawing import add_colour_bar, as_array, as_photograph, margins, own_scale, settle, show
 
 __all__ = [
     "COLOUR_MAP",
@@ -46,11 +42,8 @@ COLOUR_MAP = "inferno"
 SIGNED_COLOUR_MAP = "RdBu_r"
 """Colour map for signed maps: red supports the class, blue opposes it; readable with any colour vision."""
 _PERCENTILE = 99.5
-_OWN_SCALE = f"|attribution|, relative to the map's {_PERCENTILE:g}th percentile"
 _SHARED_SCALE = "|attribution|, in multiples of each map's mean"
 _SIGNED_SCALE = "attribution, in multiples of each map's mean magnitude: for the class (red), against it (blue)"
-# Rounding error of float16 colours.
-_ROUNDING = 1e-3
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 
 
@@ -77,7 +70,7 @@ def normalise(heat: ArrayLike, *, percentile: float = _PERCENTILE, top: float | 
                [0.5 , 1.  ]])
     """
     _check_percentile(percentile)
-    values = _array(heat)
+    values = as_array(heat)
     if values.ndim != 2:
         raise InputError(f"`heat` has shape {values.shape}, but it must be one map (H, W).")
     if not np.isfinite(values).all() or (values < 0).any():
@@ -109,7 +102,7 @@ def relative(values: ArrayLike) -> Picture:
         array([[ 0.,  1.],
                [-1.,  2.]])
     """
-    found = _array(values)
+    found = as_array(values)
     if found.ndim != 2:
         raise InputError(f"The map has shape {found.shape}, but it must be (H, W).")
     if not np.isfinite(found).all():
@@ -153,7 +146,7 @@ def blend(photograph: ArrayLike, heat: ArrayLike, *, top: float | None = None, o
     """Lay a heat map over the greyed image: dark where the map is low, coloured where it is high.
 
     Args:
-        photograph: image (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3), or (H, W) if it is grey, in [0, 1].
         heat: non-negative map (H, W), of any scale.
         top: end of the scale, in multiples of the map's mean, to compare maps (see `shared_top`); None uses a
             percentile of this map.
@@ -177,7 +170,7 @@ def paint(photograph: ArrayLike, values: ArrayLike, *, opacity: float = 1.0) -> 
     """Lay a map that is already scaled over the greyed image, as `blend` does.
 
     Args:
-        photograph: image (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3), or (H, W) if it is grey, in [0, 1].
         values: map (H, W) in [0, 1]; see `normalise`.
         opacity: opacity of the map, in [0, 1].
 
@@ -192,7 +185,7 @@ def paint(photograph: ArrayLike, values: ArrayLike, *, opacity: float = 1.0) -> 
         >>> paint(np.ones((1, 2, 3)), [[0.0, 1.0]], opacity=0).tolist()
         [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]
     """
-    scaled = _array(values)
+    scaled = as_array(values)
     if not np.isfinite(scaled).all():
         raise InputError("`values` contains NaN or infinite values. Check the model and its inputs.")
     if not ((scaled >= 0) & (scaled <= 1)).all():
@@ -206,7 +199,7 @@ def blend_signed(
     """Lay a signed map over the greyed image: red where it supports the class, blue where it opposes it.
 
     Args:
-        photograph: image (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3), or (H, W) if it is grey, in [0, 1].
         signed: map (H, W), of any scale; see `signed_heatmap`.
         top: end of the scale on either side, in multiples of the map's mean magnitude; None uses a percentile.
         opacity: opacity of the map, in [0, 1]; 0 shows the image in its own colours.
@@ -273,7 +266,7 @@ def overlay(photograph: ArrayLike, heat: ArrayLike, *, title: str = "") -> Figur
     """Draw a heat map over its image, with a colour bar.
 
     Args:
-        photograph: image (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3), or (H, W) if it is grey, in [0, 1].
         heat: non-negative map (H, W).
         title: title of the picture.
 
@@ -287,18 +280,21 @@ def overlay(photograph: ArrayLike, heat: ArrayLike, *, title: str = "") -> Figur
         >>> overlay(np.ones((4, 4, 3)), np.eye(4), title="cat").axes[0].get_title()
         'cat'
     """
-    figure = Figure(figsize=(4.6, 4.6), layout=_layout())
+    picture = blend(photograph, heat)
+    # Wide pictures, such as spectrograms, would be strips too low to read.
+    width = min(max(4.6, 2.3 * picture.shape[1] / picture.shape[0]), 10.0)
+    figure = Figure(figsize=(width, 4.6), layout=margins())
     axes = figure.subplots()
-    _show(axes, blend(photograph, heat), title)
-    _colour_bar(figure, [axes], COLOUR_MAP, (0, 1), _OWN_SCALE)
-    return _settled(figure)
+    show(axes, picture, title)
+    add_colour_bar(figure, [axes], COLOUR_MAP, (0, 1), own_scale(_PERCENTILE))
+    return settle(figure)
 
 
 def panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[str] | None = None) -> Figure:
     """Draw one image per row, next to its maps; all maps share one scale, in multiples of a map's mean.
 
     Args:
-        photographs: images (H, W, 3) in [0, 1].
+        photographs: images (H, W, 3), or (H, W) if they are grey, in [0, 1].
         maps: maps (H, W) of all images, by column title.
         labels: title of each image; default "photograph".
 
@@ -316,8 +312,8 @@ def panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[s
     top = shared_top(heat for column in maps.values() for heat in column)
     cells = _cells(photographs, maps, labels, lambda picture, heat: blend(picture, heat, top=top))
     figure, axes = _lay_out(cells, 1 + len(maps))
-    _colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
-    return _settled(figure)
+    add_colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
+    return settle(figure)
 
 
 def strip(
@@ -326,7 +322,7 @@ def strip(
     """Draw an image and its maps in rows of `columns`; all maps share one scale.
 
     Args:
-        photograph: image (H, W, 3) in [0, 1].
+        photograph: image (H, W, 3), or (H, W) if it is grey, in [0, 1].
         maps: maps (H, W) by title.
         label: title of the image.
         columns: number of pictures per row, at least 1.
@@ -347,19 +343,19 @@ def strip(
         raise SettingError(f"`columns` is {columns}, but it must be at least 1.")
     top = shared_top(maps.values())
     cells = [
-        (label, _photograph(photograph)),
+        (label, as_photograph(photograph)),
         *((name, blend(photograph, heat, top=top)) for name, heat in maps.items()),
     ]
     figure, axes = _lay_out(cells, columns)
-    _colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
-    return _settled(figure)
+    add_colour_bar(figure, axes, COLOUR_MAP, (0, top), _SHARED_SCALE)
+    return settle(figure)
 
 
 def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Sequence[str] | None = None) -> Figure:
     """Draw one image per row, next to its signed maps; all share one diverging scale around zero.
 
     Args:
-        photographs: images (H, W, 3) in [0, 1].
+        photographs: images (H, W, 3), or (H, W) if they are grey, in [0, 1].
         maps: signed maps (H, W) of all images, by column title; see `signed_heatmap`.
         labels: title of each image; default "photograph".
 
@@ -377,8 +373,8 @@ def signed_panel(photographs: Column, maps: Mapping[str, Column], *, labels: Seq
     top = shared_top(signed for column in maps.values() for signed in column)
     cells = _cells(photographs, maps, labels, lambda picture, signed: blend_signed(picture, signed, top=top))
     figure, axes = _lay_out(cells, 1 + len(maps))
-    _colour_bar(figure, axes, SIGNED_COLOUR_MAP, (-top, top), _SIGNED_SCALE)
-    return _settled(figure)
+    add_colour_bar(figure, axes, SIGNED_COLOUR_MAP, (-top, top), _SIGNED_SCALE)
+    return settle(figure)
 
 
 def draw_figure(figure: Figure, path: Path, *, dots_per_inch: int = 120) -> None:
@@ -412,23 +408,6 @@ def save_figure(figure: Figure, path: str | Path, *, dots_per_inch: int = 120, f
         draw_figure(figure, temporary, dots_per_inch=dots_per_inch)
 
 
-def _array(values: ArrayLike) -> NDArray[np.float64]:
-    """Convert numbers to an array; tensors may be on any device, with or without a gradient."""
-    return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
-
-
-def _photograph(values: ArrayLike) -> NDArray[np.float64]:
-    """Check an image and clip it to [0, 1]."""
-    picture = _array(values)
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
-        raise InputError(f"`photograph` has shape {picture.shape}, but it must be (H, W, 3). Move its channels last.")
-    if not np.isfinite(picture).all():
-        raise InputError("`photograph` contains NaN or infinite values. Pass finite pixels.")
-    if picture.min() < -_ROUNDING or picture.max() > 1 + _ROUNDING:
-        raise InputError(f"`photograph` ranges from {picture.min():g} to {picture.max():g}. Scale it to [0, 1].")
-    return picture.clip(0, 1)
-
-
 def _check_percentile(percentile: float) -> None:
     if not 0 < percentile <= 100:
         raise SettingError(f"`percentile` is {percentile}, but it must be in (0, 100].")
@@ -451,7 +430,7 @@ def _mix(photograph: ArrayLike, tinted: Picture, opacity: float) -> Picture:
     """Lay a tinted map over the image, which turns grey as the map becomes opaque."""
     if not 0 <= opacity <= 1:
         raise SettingError(f"`opacity` is {opacity}, but it must be in [0, 1].")
-    picture = _photograph(photograph)
+    picture = as_photograph(photograph)
     if picture.shape != (*tinted.shape[:2], 3):
         raise InputError(
             f"`photograph` has shape {picture.shape}, but the map has shape {tinted.shape[:2]}. Resize one to match "
@@ -483,7 +462,7 @@ def _cells(
         cell
         for row, photograph in enumerate(photographs)
         for cell in (
-            (labels[row] if labels else "photograph", _photograph(photograph)),
+            (labels[row] if labels else "photograph", as_photograph(photograph)),
             *((name, draw(photograph, column[row])) for name, column in maps.items()),
         )
     ]
@@ -497,37 +476,10 @@ def _lay_out(cells: Sequence[tuple[str, Picture]], columns: int) -> tuple[Figure
         0.15 + 3.1 * max(height / width for height, width, _ in shapes[start : start + columns])
         for start in range(0, len(cells), columns)
     ]
-    figure = Figure(figsize=(3.1 * columns, sum(heights) + 0.6), layout=_layout())
+    figure = Figure(figsize=(3.1 * columns, sum(heights) + 0.6), layout=margins())
     grid = list(figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat)
     for axes, (title, picture) in zip(grid, cells, strict=False):
-        _show(axes, picture, title)
+        show(axes, picture, title)
     for empty in grid[len(cells) :]:
         empty.set_axis_off()
     return figure, grid
-
-
-def _settled(figure: Figure) -> Figure:
-    """Lay a figure out twice: after the first pass, Matplotlib leaves titles past the edge."""
-    for _ in range(2):
-        figure.draw_without_rendering()
-    return figure
-
-
-def _layout() -> ConstrainedLayoutEngine:
-    # Without a margin (in inches), titles would touch the edge.
-    return ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
-
-
-def _show(axes: Any, picture: NDArray[Any], title: str) -> None:
-    axes.imshow(np.clip(picture, 0, 1), interpolation="nearest")
-    axes.set_title(as_written(title), fontsize=11)
-    axes.set_axis_off()
-
-
-def _colour_bar(figure: Figure, axes: list[Any], colours: str, ends: tuple[float, float], label: str) -> None:
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(*ends), colours), ax=axes, location="bottom", shrink=0.7, aspect=45, pad=0.02
-    )
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
