@@ -11,16 +11,19 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
+from torchvision.transforms.functional import to_tensor
 from typer.main import get_command
 
 import parchgrad
 from parchgrad.cli import app, main
 from parchgrad.cli.shared import interrupted_by_signals
+from parchgrad.data.images import read_image
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.settings import Grid
 from parchgrad.models import loading as models
 from parchgrad.models.classifier import Classifier
+from parchgrad.models.detector import load_detector
 from parchgrad.statistics.selectors import find_selector, registered_selectors
 from parchgrad.visual import save_figure
 from parchgrad.visual.sweeps import quantile_sweep
@@ -39,6 +42,44 @@ def coffee(tmp_path, coffee_bytes):
     path = tmp_path / "coffee.png"
     path.write_bytes(coffee_bytes)
     return path
+
+
+def test_explain_compares_with_another_class(capsys, coffee, tmp_path):
+    for versus, index in (("cup", 968), ("rest", "rest")):
+        out = tmp_path / versus
+        code, printed, _ = cli(capsys, "explain", coffee, "--target", "espresso", "--versus", versus, "--out", out)
+        assert code == 0
+        assert "espresso (9" in printed
+        assert json.loads((out / "coffee.json").read_text())["settings"]["against"] == index
+    assert not np.array_equal(*(np.load(tmp_path / name / "coffee.npy") for name in ("cup", "rest")))
+    code, _, said = cli(capsys, "explain", coffee, "--target", "cup", "--versus", "cup", "--out", tmp_path / "same")
+    assert code == 2
+    assert "--versus is 968, but it must be the index of a class other than 968" in said
+
+
+def test_explain_takes_a_box_of_a_detector(capsys, coffee, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    detector = load_detector("ssdlite320_mobilenet_v3_large", pretrained=False)
+    monkeypatch.setattr("parchgrad.models.detector.load_detector", lambda name: detector)
+    found = next(each for each in detector.detect(to_tensor(read_image(coffee))) if each.box[2] - each.box[0] > 40)
+    corners = ",".join(map(str, found.box))
+    options = ["--model", detector.name, "--label", found.category, "--no-balance", "--out", tmp_path / "out"]
+    code, printed, said = cli(capsys, "explain", coffee, "--box", corners, *options)
+    assert code == 0, said
+    assert found.category in printed
+    settings = json.loads((tmp_path / "out" / "coffee.json").read_text())["settings"]
+    assert settings["box"] == list(found.box)
+    assert np.load(tmp_path / "out" / "coffee.npy").shape == (3, *read_image(coffee).size[::-1])
+    for wrong, words in (
+        (["--box", "1,2,3"], "four numbers"),
+        (["--box", "a"], "four numbers"),
+        (["--box", corners, "--versus", "cup"], "--versus is set"),
+        (["--box", corners, "--target", "cup"], "--target is set"),
+        ([], "--box and --label belong together"),
+    ):
+        code, _, said = cli(capsys, "explain", coffee, *wrong, *options[:-1], tmp_path / "wrong")
+        assert code == 2
+        assert words in said
 
 
 def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):

@@ -84,6 +84,21 @@ def test_a_given_target_keeps_its_probability(classifier, images):
         pg.explain_images(classifier, images[:1], target=1000)
 
 
+@pytest.mark.parametrize("against", [504, "runner-up", "rest"])
+def test_a_class_rather_than_another(classifier, images, against):
+    inputs = torch.stack([classifier.preprocess(image) for image in images])
+    found = pg.explain_images(classifier, images, target=967, against=against, internal_batch_size=len(images))
+    for row, explanation in enumerate(found):
+        contrast = pg.Contrast(target=967, against=against)
+        expected = pg.Explainer(classifier.model).attribute(inputs[row : row + 1], contrast)[0]
+        torch.testing.assert_close(explanation.attribution, expected, rtol=1e-4, atol=1e-9)
+        others = [each.category for each in explanation.predictions if each.index != 967]
+        name = {504: "coffee mug", "runner-up": others[0], "rest": "all others"}[against]
+        assert explanation.against == name
+        assert f"rather than {name}" in explanation.figure().axes[0].get_title()
+        assert explanation.manifest()["settings"]["against"] == against
+
+
 def test_files_hold_everything(explanations, tmp_path):
     panel, array, manifest = explanations[0].save(tmp_path / "out", "cup.v2")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cup.v2.json", "cup.v2.npy", "cup.v2.png"]

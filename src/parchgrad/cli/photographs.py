@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
 import typer
 from rich.markup import escape
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from parchgrad.core.edit import Edit
     from parchgrad.core.selectors import RegisteredSelector
     from parchgrad.models.classifier import Classifier
+    from parchgrad.statistics import ChannelStatistics
     from parchgrad.visual.sweeps import Sweep
+    from parchgrad.workflows.photographs import Explanation
 
 
 # Images held in memory together with their maps.
@@ -125,6 +127,16 @@ def explain(
     images: Photographs,
     model: ModelName = "efficientnet_lite0",
     target: TargetName = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--versus",
+            metavar="CLASS",
+            help="Explain why the target rather than this class, given by name or index; 'runner-up' is the other most "
+            "probable class, 'rest' all other classes.",
+            show_default="the target alone",
+        ),
+    ] = None,
     selector: Annotated[
         str,
         typer.Option(
@@ -153,6 +165,17 @@ def explain(
     signed: Annotated[
         bool, typer.Option("--signed", help="Draw a second panel with signed maps: red for the class, blue against it.")
     ] = False,
+    box: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X1,Y1,X2,Y2",
+            help="Explain what a detector of torchvision finds at this box, in pixels; needs --label and a detector as "
+            "--model, such as fasterrcnn_resnet50_fpn.",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Class of the detection at --box, by name or index.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/explain"),
     force: Force = False,
 ) -> None:
@@ -177,6 +200,8 @@ def explain(
         device=device,
     )
     _check_used([selector], asked)
+    if box is not None or label is not None:
+        _check_box(asked, box, label, against, stability=stability)
     with error_console.status("Starting") as status:
         from parchgrad.data.images import read_image, stored_frame
 
@@ -185,14 +210,16 @@ def explain(
             stored_frame(path)
 
         from parchgrad.visual import save_figure
-        from parchgrad.workflows.photographs import UNSTABLE, Explanation, explain_images
+        from parchgrad.workflows.photographs import UNSTABLE, Explanation
 
         stems = distinct_stems(images)
         signed_panels = [out / f"{stem}-signed.png" for stem in stems] if signed else []
         own = [file for stem in stems for file in Explanation.files(out, stem)]
         check_outputs([*own, *signed_panels], force=force, inputs=images)
-        classifier, index, (edit,) = _prepare(asked, [selector], status.update)
-        explained = partial(explain_images, classifier, edit=edit, target=index, method=method, stability=stability)
+        if box is not None and label is not None:
+            explained = _prepare_box(asked, selector, box, label, status.update)
+        else:
+            explained = _prepare_class(asked, selector, against, stability, status.update)
         columns = ("image", "explained class", *(["stability"] if stability else []), "also predicted")
         table, done = make_table(*columns), 0
         edited: list[str] = []
@@ -215,7 +242,8 @@ def explain(
                     measured = [] if found.stability is None else [f"{found.stability:.2f}"]
                     if found.stability is not None and found.stability < UNSTABLE:
                         unstable.append(found.name)
-                    table.add_row(printable(found.name), str(found.target), *measured, ", ".join(map(str, others)))
+                    shown = str(found.target) if found.against is None else f"{found.target}, not {found.against}"
+                    table.add_row(printable(found.name), shown, *measured, ", ".join(map(str, others)))
         except KeyboardInterrupt:
             kept = f"{done} of {len(images)} images are done, in {escape(str(out))}. Pass only the others to continue."
             error_console.print(f"Stopped. {kept}", highlight=False, soft_wrap=True)
@@ -420,6 +448,67 @@ class _Options:
     device: str
 
 
+def _check_box(asked: _Options, box: str | None, label: str | None, against: str | None, *, stability: bool) -> None:
+    """Refuse options that do not go with a box."""
+    if box is None or label is None:
+        raise SettingError("--box and --label belong together. Pass both, or neither.")
+    for option, is_set in (("target", asked.target is not None), ("versus", against is not None)):
+        if is_set:
+            raise SettingError(f"--{option} is set, but --label names the class of a box. Leave it out.")
+    if stability:
+        raise SettingError("--stability does not go with --box. Leave it out.")
+
+
+def _prepare_box(
+    asked: _Options, selector: str, box: str, label: str, say: Callable[[str], None]
+) -> "Callable[..., list[Explanation]]":
+    """Load the detector, and return a function that explains images."""
+    from parchgrad.models.detector import load_detector
+    from parchgrad.workflows.detection import explain_box
+
+    try:
+        corners = [float(corner) for corner in box.split(",")]
+    except ValueError:
+        raise SettingError(f"--box is {box!r}, but it must be four numbers: X1,Y1,X2,Y2.") from None
+    if _find_selector(selector).needs_statistics:
+        raise SettingError(f"--selector is {selector!r}, whose statistics are of classes. Leave it out for a box.")
+    (edit,) = _make_edits(asked, [selector])
+    place = place_of(asked.device)
+    say(f"Loading {escape(asked.model)}")
+    detector = load_detector(asked.model)
+    detector.model.to(place)
+    index = detector.find_category(label)
+    say("Explaining")
+
+    def explain_all(images: "Sequence[Image.Image]", *, names: Sequence[str]) -> "list[Explanation]":
+        return [
+            explain_box(detector, image, edit, box=corners, label=index, method=asked.method, name=name)
+            for image, name in zip(images, names, strict=True)
+        ]
+
+    return explain_all
+
+
+def _prepare_class(
+    asked: _Options, selector: str, against: str | None, stability: bool, say: Callable[[str], None]
+) -> "Callable[..., list[Explanation]]":
+    """Load the classifier, and return a function that explains images."""
+    from parchgrad.workflows.photographs import explain_images
+
+    classifier, index, (edit,) = _prepare(asked, [selector], say)
+    is_named = against not in (None, "runner-up", "rest")
+    other = classifier.find_category(cast(str, against)) if is_named else against
+    return partial(
+        explain_images,
+        classifier,
+        edit=edit,
+        target=index,
+        against=cast(Any, other),
+        method=asked.method,
+        stability=stability,
+    )
+
+
 def _make_sweeps(
     images: Sequence[Path],
     names: Sequence[str],
@@ -469,21 +558,11 @@ def _check_used(names: Sequence[str], asked: _Options) -> None:
             raise SettingError(f"--{option} is set, but the selector {names[0]} has none. Leave it out.")
 
 
-def _prepare(
-    asked: _Options, names: Sequence[str], say: Callable[[str], None]
-) -> "tuple[Classifier, int | None, list[Edit]]":
-    """Load the network, look up the class, and make an edit for each selector, with statistics if needed."""
+def _make_edits(asked: _Options, names: Sequence[str], held: "ChannelStatistics | None" = None) -> "list[Edit]":
+    """Make an edit for each selector."""
     from parchgrad.core.edit import Edit
-    from parchgrad.models.loading import load_model
-    from parchgrad.statistics import ChannelStatistics
 
-    # huggingface_hub logs every failed attempt; the error that follows is enough.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    held = None
-    if any(_find_selector(name).needs_statistics for name in names):
-        file = asked.statistics
-        held = ChannelStatistics.bundled(asked.model) if file is None else ChannelStatistics.load(file)
-    edits = [
+    return [
         Edit(
             selector=_find_selector(name).make(quantile=asked.quantile, softness=asked.softness, statistics=held),
             layers=None if asked.layers is None else parse_layers(asked.layers),
@@ -495,6 +574,22 @@ def _prepare(
         )
         for name in names
     ]
+
+
+def _prepare(
+    asked: _Options, names: Sequence[str], say: Callable[[str], None]
+) -> "tuple[Classifier, int | None, list[Edit]]":
+    """Load the network, look up the class, and make an edit for each selector, with statistics if needed."""
+    from parchgrad.models.loading import load_model
+    from parchgrad.statistics import ChannelStatistics
+
+    # huggingface_hub logs every failed attempt; the error that follows is enough.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    held = None
+    if any(_find_selector(name).needs_statistics for name in names):
+        file = asked.statistics
+        held = ChannelStatistics.bundled(asked.model) if file is None else ChannelStatistics.load(file)
+    edits = _make_edits(asked, names, held)
     place = place_of(asked.device)
     say(f"Loading {escape(asked.model)}")
     classifier = load_model(asked.model)

@@ -7,11 +7,12 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -25,12 +26,13 @@ from parchgrad.core.targets import integer_targets
 from parchgrad.errors import InputError, SettingError
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
+from parchgrad.explain.scores import Contrast
 from parchgrad.models.classifier import Classifier, Prediction, check_classifier
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import panel, signed_panel
 from parchgrad.visual.maps import draw_figure
 
-__all__ = ["Explanation", "explain_images"]
+__all__ = ["Explanation", "describe_explainer", "explain_images"]
 
 UNSTABLE = 0.5
 """Below this stability, imperceptible noise changes the map."""
@@ -54,6 +56,9 @@ class Explanation:
         settings: every setting, ready for JSON.
         stability: mean cosine between the heat map and those of noisy copies, in [0, 1] (see `Explainer.stability`);
             NaN if the map is zero everywhere, None if it was not measured.
+        against: name of the class that the explained one is compared with, `"all others"` for the rest; None if the
+            class is explained alone.
+        box: corners x1, y1, x2, y2 in pixels of the explained detection; None for a class of the whole image.
     """
 
     name: str
@@ -64,14 +69,24 @@ class Explanation:
     predictions: tuple[Prediction, ...]
     settings: Mapping[str, Any]
     stability: float | None = None
+    against: str | None = None
+    box: tuple[float, ...] | None = None
 
     def figure(self) -> Figure:
         """Draw the image next to the plain map and the ParchGrad map, on one scale."""
-        return panel([self.picture], self._columns(heatmap), labels=[self._label()])
+        return self._with_box(panel([self.picture], self._columns(heatmap), labels=[self._label()]))
 
     def signed_figure(self) -> Figure:
         """Draw the same with signed maps: evidence for the class in red, against it in blue."""
-        return signed_panel([self.picture], self._columns(signed_heatmap), labels=[self._label()])
+        return self._with_box(signed_panel([self.picture], self._columns(signed_heatmap), labels=[self._label()]))
+
+    def _with_box(self, figure: Figure) -> Figure:
+        """Draw the box into the image and its maps."""
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            for axes in figure.axes[:3]:
+                axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white"))
+        return figure
 
     def _columns(self, summarise: Callable[[Tensor], Tensor]) -> dict[str, list[NDArray[Any]]]:
         plain, partitioned = summarise(torch.stack((self.plain, self.attribution))).float().cpu().numpy()
@@ -85,7 +100,7 @@ class Explanation:
         return {f"{method}, plain": [plain], title: [partitioned]}
 
     def _label(self) -> str:
-        return str(self.target)
+        return str(self.target) if self.against is None else f"{self.target}\nrather than {self.against}"
 
     def manifest(self) -> dict[str, Any]:
         """Settings, predictions and versions, ready for JSON."""
@@ -140,6 +155,7 @@ def explain_images(
     edit: Edit = Edit(),
     *,
     target: int | None = None,
+    against: int | Literal["runner-up", "rest"] | None = None,
     method: str = "gradient",
     method_options: Mapping[str, Any] | None = None,
     stability: bool = False,
@@ -153,6 +169,7 @@ def explain_images(
         images: images of any size and mode.
         edit: the edit, with a selector.
         target: class to explain in every image; None uses each image's predicted class.
+        against: explain the class rather than this one; see `Contrast`.
         method: attribution method; see `Explainer`.
         method_options: options of the method.
         stability: whether to measure the stability of each map, which takes five more maps per image.
@@ -187,22 +204,13 @@ def explain_images(
     options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size, **(method_options or {})}
     explainer = Explainer.from_edit(classifier.model, edit, **options)
     plain = Explainer(classifier.model, None, **options)
-    settled = explainer.edit
     settings = {
         "model": classifier.name,
         "preprocessing": classifier.preprocess.description,
-        "method": method,
-        "method_options": {name: _describe(value) for name, value in explainer.method_options.items()},
         "internal_batch_size": internal_batch_size,
-        "selector": _describe(settled.selector),
-        "layers_choice": _describe_layers(settled.layers),
-        # JSON has no infinity.
-        "gamma": "inf" if math.isinf(settled.gamma) else float(settled.gamma),
-        "conserve": settled.conserve,
-        "gates": float(settled.gates or 0),
-        "antialias": settled.antialias,
-        "balance": settled.balance,
+        **describe_explainer(explainer, method),
         "target_choice": "predicted" if target is None else target,
+        "against": against,
     }
 
     explanations = []
@@ -212,10 +220,18 @@ def explain_images(
         # Predict first, since its checks explain invalid inputs best.
         targets = explainer.predict(inputs) if target is None else integer_targets(target).expand(len(inputs))
         chosen = targets.tolist()
-        maps = zip(explainer.attribute(inputs, targets), plain.attribute(inputs, targets), strict=True)
+        parts: list[tuple[Tensor, Any]] = [(inputs, targets)]
+        if against is not None:
+            scores = [Contrast(target=index, against=against) for index in chosen]
+            parts = list(zip(torch.split(inputs, 1), scores, strict=True))
+        maps = zip(
+            torch.cat([explainer.attribute(*part) for part in parts]),
+            torch.cat([plain.attribute(*part) for part in parts]),
+            strict=True,
+        )
         stable: list[float | None] = [None] * len(inputs)
         if stability:
-            stable = explainer.stability(inputs, targets, noise=_NOISE, draws=_DRAWS).tolist()
+            stable = torch.cat([explainer.stability(*part, noise=_NOISE, draws=_DRAWS) for part in parts]).tolist()
         ranked = classifier.predict(inputs, count=len(classifier.categories))
         settings = {**settings, "layers": list(explainer.edited_layers)}
         for row, (attribution, plain_attribution) in enumerate(maps):
@@ -229,9 +245,38 @@ def explain_images(
                     predictions=ranked[row][:5],
                     settings=settings,
                     stability=stable[row],
+                    against=_name_against(against, chosen[row], ranked[row], classifier.categories),
                 )
             )
     return explanations
+
+
+def describe_explainer(explainer: Explainer, method: str) -> dict[str, Any]:
+    """Describe the method and the edit, ready for JSON."""
+    settled = explainer.edit
+    return {
+        "method": method,
+        "method_options": {name: _describe(value) for name, value in explainer.method_options.items()},
+        "selector": _describe(settled.selector),
+        "layers_choice": _describe_layers(settled.layers),
+        # JSON has no infinity.
+        "gamma": "inf" if math.isinf(settled.gamma) else float(settled.gamma),
+        "conserve": settled.conserve,
+        "gates": float(settled.gates or 0),
+        "antialias": settled.antialias,
+        "balance": settled.balance,
+    }
+
+
+def _name_against(
+    against: int | str | None, target: int, ranked: Sequence[Prediction], categories: Sequence[str]
+) -> str | None:
+    """Name the class that the explained one is compared with."""
+    if against == "runner-up":
+        return next(prediction.category for prediction in ranked if prediction.index != target)
+    if against == "rest":
+        return "all others"
+    return None if against is None else categories[int(against)]
 
 
 def _check_images(images: object, names: Sequence[str] | None) -> None:
