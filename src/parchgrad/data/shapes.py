@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from parchgrad._io.checks import is_whole_number
@@ -117,9 +118,23 @@ class GeneratedShapes(Dataset[Sample]):
         label = self._label(index)
         return _Plan.draw(self._generator(index), self._scene, label).classes
 
+    def masks(self, index: int) -> Tensor:
+        """Return the visible pixels of each shape in image `index`, in the order of `classes`; boolean (1 + rivals, H, W).
+
+        No pixel is in two masks. The first one is that of the sample.
+
+        Example:
+            >>> shapes = GeneratedShapes(count=1000, rivals=2)
+            >>> shapes.masks(17).sum(dim=(1, 2)), bool((shapes.masks(17)[0] == shapes[17].mask).all())
+            (tensor([127, 125, 125]), True)
+        """
+        _, masks = _draw(self._generator(index), self._scene, self._label(index))
+        return torch.from_numpy(masks)
+
     def __getitem__(self, index: int) -> Sample:
         label = self._label(index)
-        picture, mask = _draw(self._generator(index), self._scene, label)
+        picture, masks = _draw(self._generator(index), self._scene, label)
+        mask = masks[0]
         # 8-bit levels hide platform differences in the last bit of cosines.
         levels = torch.from_numpy(np.rint(picture.clip(0, 1) * 255).transpose(2, 0, 1).copy())
         mean, std = (torch.tensor(values, device="cpu").reshape(-1, 1, 1) for values in (MEAN, STD))
@@ -178,7 +193,7 @@ class _Plan:
 
 
 def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDArray[np.bool_]]:
-    """Draw an image (H, W, 3) in [0, 1] and the mask of its shape."""
+    """Draw an image (H, W, 3) in [0, 1] and the disjoint masks (1 + rivals, H, W) of its shape and rivals."""
     plan = _Plan.draw(generator, scene, label)
     size, count = scene.size, len(plan.sides)
     insides = [OUTLINES[SHAPE_CATEGORIES[index]] for index in plan.classes]
@@ -194,9 +209,11 @@ def _draw(generator: Generator, scene: _Scene, label: int) -> tuple[Picture, NDA
     # Back to front, so that nothing covers the shape.
     for index in reversed(range(count)):
         _paint(picture, drawn[index], palette.fill(generator, index, drawn[index], size))
-    mask = np.zeros((size, size), np.bool_)
-    mask[drawn[0].rows, drawn[0].columns] = drawn[0].share >= 0.5
-    return picture, mask
+    masks = np.zeros((len(plan.classes), size, size), np.bool_)
+    for mask, each in zip(masks, drawn, strict=False):
+        hidden = masks[:, each.rows, each.columns].any(axis=0)
+        mask[each.rows, each.columns] = (each.share >= 0.5) & ~hidden
+    return picture, masks
 
 
 def _place(generator: Generator, radii: Values, size: int) -> list[tuple[float, float]]:

@@ -37,7 +37,7 @@ class ShapesNetwork(nn.Module):
         """
         super().__init__()
         self.features = nn.Sequential(
-            _convolution(3, 16),
+            convolution(3, 16),
             nn.ReLU(),
             nn.MaxPool2d(2),
             _Block(16, 32),
@@ -60,10 +60,10 @@ class _Block(nn.Module):
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         # Defined first, so that the network's last convolution, which Grad-CAM uses, is not 1 x 1.
-        self.path = _convolution(channels, out_channels, kernel_size=1)
+        self.path = convolution(channels, out_channels, kernel_size=1)
         # DeepLift needs a separate module per activation.
         self.inner = nn.Sequential(
-            _convolution(channels, out_channels), nn.ReLU(), _convolution(out_channels, out_channels)
+            convolution(channels, out_channels), nn.ReLU(), convolution(out_channels, out_channels)
         )
         self.activation = nn.ReLU()
 
@@ -72,7 +72,7 @@ class _Block(nn.Module):
         return outputs
 
 
-def _convolution(
+def convolution(
     channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
     """Build a padded convolution with batch normalisation."""
@@ -137,7 +137,7 @@ class _PatchEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*_stem(width // 2), _convolution(width // 2, width, stride=2), nn.ReLU())
+        self.stem = nn.Sequential(*_stem(width // 2), convolution(width // 2, width, stride=2), nn.ReLU())
         self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -148,13 +148,13 @@ class _PatchEmbedding(nn.Module):
 def _stem(channels: int) -> nn.Sequential:
     """Build a stem of four convolutions with a stride of 4 pixels, which learns faster than patches."""
     return nn.Sequential(
-        _convolution(3, channels // 2, stride=2),
+        convolution(3, channels // 2, stride=2),
         nn.ReLU(),
-        _convolution(channels // 2, channels // 2),
+        convolution(channels // 2, channels // 2),
         nn.ReLU(),
-        _convolution(channels // 2, channels, stride=2),
+        convolution(channels // 2, channels, stride=2),
         nn.ReLU(),
-        _convolution(channels, channels),
+        convolution(channels, channels),
         nn.ReLU(),
     )
 
@@ -311,7 +311,7 @@ class ShapesMobileNet(nn.Module):
             classes: number of classes.
         """
         super().__init__()
-        self.stem = nn.Sequential(*_convolution(3, 16, kernel_size=3, stride=2), nn.Hardswish())
+        self.stem = nn.Sequential(*convolution(3, 16, kernel_size=3, stride=2), nn.Hardswish())
         self.blocks = nn.Sequential(
             _InvertedResidual(16, 48, 24, kernel_size=3, stride=2, activation=nn.ReLU),
             _InvertedResidual(24, 72, 24, kernel_size=3, activation=nn.ReLU),
@@ -321,7 +321,7 @@ class ShapesMobileNet(nn.Module):
             _InvertedResidual(40, 160, 64, kernel_size=5, excite=True),
             _InvertedResidual(64, 192, 64, kernel_size=5, excite=True),
         )
-        self.conv_head = nn.Sequential(*_convolution(64, 256, kernel_size=1), nn.Hardswish())
+        self.conv_head = nn.Sequential(*convolution(64, 256, kernel_size=1), nn.Hardswish())
         self.classifier = nn.Linear(256, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -345,12 +345,12 @@ class _InvertedResidual(nn.Module):
         activation: type[nn.Module] = nn.Hardswish,
     ) -> None:
         super().__init__()
-        self.conv_pw = nn.Sequential(*_convolution(channels, hidden, kernel_size=1), activation())
+        self.conv_pw = nn.Sequential(*convolution(channels, hidden, kernel_size=1), activation())
         self.conv_dw = nn.Sequential(
-            *_convolution(hidden, hidden, kernel_size=kernel_size, stride=stride, groups=hidden), activation()
+            *convolution(hidden, hidden, kernel_size=kernel_size, stride=stride, groups=hidden), activation()
         )
         self.se = _SqueezeExcite(hidden) if excite else nn.Identity()
-        self.conv_pwl = _convolution(hidden, out_channels, kernel_size=1)
+        self.conv_pwl = convolution(hidden, out_channels, kernel_size=1)
         self.has_skip = stride == 1 and channels == out_channels
 
     def forward(self, inputs: Tensor) -> Tensor:
