@@ -34,7 +34,8 @@ from parchgrad._io.files import writing
 from parchgrad.data.samples import Sample
 from parchgrad.data.shapes import GENERATOR_VERSION, SHAPE_CATEGORIES, GeneratedShapes
 from parchgrad.evaluation.localisation import mosaic
-from parchgrad.models.dense_networks import DENSE_NETWORKS, ShapesDetections, ShapesDetector
+from parchgrad.models.dense_networks import DENSE_NETWORKS, ShapesDetections, ShapesDetector, ShapesSegmenter
+from parchgrad.models.loading import load_model
 from parchgrad.models.shapes_networks import SHAPES_NETWORKS
 
 FOLDER = Path(parchgrad.__file__).parent / "weights"
@@ -200,8 +201,8 @@ def build(network: str) -> nn.Module:
     torch.manual_seed(NETWORK_SEED)
     recipe = RECIPES[network]
     model = {**SHAPES_NETWORKS, **DENSE_NETWORKS}[network](len(SHAPE_CATEGORIES))
-    if recipe.task != "classify":
-        model.features.load_state_dict(parchgrad.load_model("shapes").model.features.state_dict())
+    if isinstance(model, ShapesSegmenter | ShapesDetector):
+        model.features.load_state_dict(load_model("shapes").model.features.state_dict())
     if recipe.task != "segment":
         *_, last = (module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d))
         nn.init.constant_(last.bias, recipe.bias)

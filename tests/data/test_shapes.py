@@ -165,6 +165,19 @@ def test_rivals_are_other_classes_and_as_large():
     )
 
 
+def test_the_masks_are_of_the_shape_and_its_rivals():
+    alone, rivalled = make(count=40, distractors=0), make(count=40, rivals=2)
+    for index in range(40):
+        assert torch.equal(alone.masks(index)[0], alone[index].mask)
+        masks = rivalled.masks(index)
+        assert (masks.dtype, masks.shape) == (torch.bool, (3, *rivalled[index].mask.shape))
+        assert torch.equal(masks[0], rivalled[index].mask)
+        assert masks.sum(dim=0).max() == 1
+    sizes = torch.stack([rivalled.masks(index).sum(dim=(1, 2)) for index in range(40)]).double()
+    # Shapes are placed apart wherever possible, so few pixels are hidden.
+    assert (sizes[:, 1:].mean() / sizes[:, 0].mean() - 1).abs() < 0.1
+
+
 def test_rivals_are_drawn_from_all_other_classes(monkeypatch):
     asked = []
     draw = shapes.coverage

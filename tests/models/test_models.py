@@ -22,6 +22,7 @@ from parchgrad.errors import ModelError, SettingError, TargetError, WeightsError
 from parchgrad.evaluation.localisation import boxes_to_region, mosaic
 from parchgrad.legacy.pretrained_models import get_pretrained_model
 from parchgrad.models import loading as models
+from parchgrad.models.dense_networks import DENSE_NETWORKS
 from parchgrad.models.shapes_networks import SHAPES_NETWORKS
 
 
@@ -217,7 +218,7 @@ def test_the_shapes_network_looks_at_the_shape(shapes_classifier):
     assert (seen - without_shape).mean() > 5 * (seen - without_rest).abs().mean()
 
 
-@pytest.mark.parametrize("name", SHAPES_NETWORKS)
+@pytest.mark.parametrize("name", [*SHAPES_NETWORKS, *DENSE_NETWORKS])
 @pytest.mark.parametrize("content", [None, b"", b"no weights at all", "other"])
 def test_damaged_weights_of_the_shapes_networks(monkeypatch, tmp_path, content, name):
     path = tmp_path / "weights" / f"{name}.safetensors"
@@ -238,6 +239,8 @@ def test_unknown_names():
         pg.load_model("@@@@@@")
     with pytest.raises(ModelError, match="shapes_vit"):
         pg.load_model("shapes_vi")
+    with pytest.raises(ModelError, match="shapes_segmenter"):
+        pg.load_model("shapes_segmentation")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from benchmarks import architectures, study
+from benchmarks import architectures, outputs, study
 from torch import nn
 from torch.nn import functional
 
@@ -97,4 +97,65 @@ def test_attention_rollout_by_hand():
     first, second = (0.5 * (each[0, 0] + torch.eye(5)) for each in weights)
     coarse = (second @ first)[0, 1:].reshape(1, 1, 2, 2)
     expected = functional.interpolate(coarse, size=(4, 4), mode="bilinear")[:, 0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_study_of_outputs_runs_and_says_what_its_rows_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["outputs.py", "--share", "0.03", "--out", str(tmp_path)])
+    kept = []
+    monkeypatch.setattr(
+        outputs, "summarise_rows", lambda rows, of=outputs.summarise_rows: kept.append(rows) or of(rows)
+    )
+    outputs.main()
+    text = (tmp_path / "outputs.md").read_text()
+    assert text.count("\n## ") == len(outputs.TRACKS) == len(kept)
+    assert text.count("mass inside the rival ↓") == len(outputs.TRACKS)
+    assert "mass inside ↑" not in text
+    with (tmp_path / "outputs.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["score"] for line in lines} == {"weighted_mass_inside", "mass_inside_rival"}
+    for rows in kept:
+        for title in {row["setting"] for row in rows}:
+            values = {
+                line["score"]: float(line["mean"])
+                for line in lines
+                if (line["model"], line["setting"]) == (rows[0]["model"], title)
+            }
+            own, rival = (
+                valid_mean([row[name] for row in rows if row["setting"] == title]).value
+                for name in ("weighted_mass_inside", "mass_inside")
+            )
+            assert values == pytest.approx({"weighted_mass_inside": own, "mass_inside_rival": rival})
+
+
+def test_less_mass_inside_the_rival_is_better():
+    rows = [
+        {
+            "model": "m",
+            "setting": setting,
+            "index": index,
+            "seconds": 1.0,
+            "weighted_mass_inside": 1.0,
+            "mass_inside": share + index / 1000,
+        }
+        for setting, share in ((outputs.PLAIN, 0.3), ("less", 0.2), ("more", 0.4))
+        for index in range(20)
+    ]
+    found = outputs.summarise_rows(rows)
+    cells = {setting: found.cells[setting, "mass_inside"] for setting in found.settings}
+    assert [cells[setting].verdict for setting in ("less", outputs.PLAIN, "more")] == ["better", "open", "worse"]
+    assert [cells[setting].rank for setting in ("less", outputs.PLAIN, "more")] == [1, 2, 3]
+
+
+def test_grad_cam_of_a_score_by_hand():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    image = torch.randn(3, 6, 6)
+    features = model[0](image[None]).detach()
+    # The gradient of an average over 36 pixels behind a rectifier.
+    gradient = model[4].weight[1].detach()[:, None, None] / 36 * (features[0] > 0)
+    expected = (gradient.mean(dim=(1, 2))[:, None, None] * features[0]).sum(dim=0).relu()
+    found = outputs.grad_cam(model)(image, lambda logits: logits[:, 1])
     torch.testing.assert_close(found, expected)

@@ -75,7 +75,7 @@ class GeneratedShapes(Dataset[Sample]):
 
         Args:
             count: number of images, at least 1.
-            seed: random seed in [0, 2^63). The networks in this package were trained on seed 1.
+            seed: random seed in [0, 2^63). The networks in this package were trained on the seeds 1 and 21.
             size: side of the images in pixels, at least 32. Shapes scale with it.
             distractors: number of distractors, at least 0.
             rivals: number of shapes of other classes, at least 0 and below the number of classes. They are as large as
@@ -119,7 +119,7 @@ class GeneratedShapes(Dataset[Sample]):
         return _Plan.draw(self._generator(index), self._scene, label).classes
 
     def masks(self, index: int) -> Tensor:
-        """Return the visible pixels of each shape in image `index`, in the order of `classes`; boolean (1 + rivals, H, W).
+        """Return the visible pixels of each shape in image `index`, boolean (1 + rivals, H, W), ordered like `classes`.
 
         No pixel is in two masks. The first one is that of the sample.
 

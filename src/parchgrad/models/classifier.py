@@ -38,7 +38,7 @@ class Classifier:
     """A network in evaluation mode with all that is needed to classify images.
 
     Attributes:
-        model: the network, which returns logits (B, K).
+        model: the network, which returns logits (B, K), except for `shapes_segmenter` and `shapes_detector`.
         preprocess: the network's preprocessing.
         categories: names of the K classes.
         name: name of the network, as passed to `load_model`.

