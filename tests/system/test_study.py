@@ -102,10 +102,8 @@ def test_attention_rollout_by_hand():
 
 def test_the_study_of_outputs_runs_and_says_what_its_rows_say(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["outputs.py", "--share", "0.03", "--out", str(tmp_path)])
-    kept = []
-    monkeypatch.setattr(
-        outputs, "summarise_rows", lambda rows, of=outputs.summarise_rows: kept.append(rows) or of(rows)
-    )
+    kept, run = [], outputs.run
+    monkeypatch.setattr(outputs, "run", lambda *arguments: kept.append(run(*arguments)) or kept[-1])
     outputs.main()
     text = (tmp_path / "outputs.md").read_text()
     assert text.count("\n## ") == len(outputs.TRACKS) == len(kept)
