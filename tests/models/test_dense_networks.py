@@ -8,6 +8,8 @@ from safetensors import safe_open
 import parchgrad as pg
 from parchgrad.data.shapes import GENERATOR_VERSION, SHAPE_CATEGORIES, GeneratedShapes
 from parchgrad.errors import ModelError
+from parchgrad.evaluation.runs import evaluate
+from parchgrad.evaluation.settings import Setting
 from parchgrad.explain.scores import BoxScore, RegionScore
 from parchgrad.models.dense_networks import DENSE_NETWORKS, ShapesDetector, ShapesSegmenter
 
@@ -39,7 +41,7 @@ def test_the_weights_are_small_and_of_the_present_generator(name):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("shapes_segmenter", ShapesSegmenter), ("shapes_detector", ShapesDetector)])
-def test_the_networks_are_loaded_like_classifiers_but_do_not_classify(name, kind):
+def test_the_networks_are_loaded_like_classifiers_but_do_not_classify(name, kind, tmp_path):
     loaded, random = pg.load_model(name), pg.load_model(name, pretrained=False)
     assert isinstance(loaded.model, kind)
     assert not any(module.training for module in loaded.model.modules())
@@ -49,6 +51,8 @@ def test_the_networks_are_loaded_like_classifiers_but_do_not_classify(name, kind
     assert loaded.preprocess.mean == pg.load_model("shapes").preprocess.mean
     with pytest.raises(ModelError, match=r"logits of shape \(B, K\) are needed"):
         loaded.predict(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ModelError, match=r"evaluations need logits of shape \(B, K\)"):
+        evaluate(loaded.model, GeneratedShapes(count=2, seed=5), [Setting()], tmp_path / "run")
 
 
 def test_the_segmenter_names_all_its_scores():

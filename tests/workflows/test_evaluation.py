@@ -383,7 +383,7 @@ def test_generated_shapes_are_for_the_network_that_knows_them(classifier):
     data = open_data(settings, pg.load_model("shapes"))
     assert len(data) == 6
     assert data[3].mask.any()
-    with pytest.raises(SettingError, match="small was not trained on generated shapes"):
+    with pytest.raises(SettingError, match="small does not classify generated shapes"):
         open_data(settings, classifier)
 
 

@@ -24,8 +24,9 @@ from parchgrad._io.digests import digest
 from parchgrad._io.files import locked, refuse_special, writing
 from parchgrad._version import __version__
 from parchgrad.core.layers import bare_model, check_evaluation_mode
+from parchgrad.core.targets import describe_output
 from parchgrad.data.samples import Sample, Samples
-from parchgrad.errors import InputError, OutputError, SettingError, StatisticsError, reason_of
+from parchgrad.errors import InputError, ModelError, OutputError, SettingError, StatisticsError, reason_of
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Choice, Examples, MakePicture, choose_examples, make_examples
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import Method
@@ -86,7 +87,7 @@ def evaluate(
         InputError: if the images differ in size, or a file of the run is damaged.
         OutputError: if the folder cannot be written, has files of no run, or this process of the run is already
             running.
-        ModelError: if the model is in training mode, or wrapped in DataParallel.
+        ModelError: if the model is in training mode, is wrapped in DataParallel, or does not return logits (B, K).
         ParchGradError: if a setting does not fit the model; see `Explainer`.
 
     Example:
@@ -236,6 +237,11 @@ def _load(data: Samples, indices: list[int], model: nn.Module, target: TargetCho
     images = torch.stack([sample.image for sample in samples]).to(weight)
     with torch.no_grad():
         logits = model(images)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise ModelError(
+                f"The model returns {describe_output(logits)}, but evaluations need logits of shape (B, K). Wrap the "
+                "model in a module that returns them."
+            )
         probability, predicted = logits.softmax(dim=1).max(dim=1)
     for sample in samples:
         if not 0 <= sample.label < logits.shape[1]:

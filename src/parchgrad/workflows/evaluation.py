@@ -319,7 +319,7 @@ def _open(settings: DataSettings, classifier: Classifier) -> Samples:
     if settings.name == "shapes":
         if categories != SHAPE_CATEGORIES:
             names = ", ".join(repr(name) for name in SHAPES_NETWORKS)
-            raise SettingError(f"{classifier.name} was not trained on generated shapes. Use one of the models {names}.")
+            raise SettingError(f"{classifier.name} does not classify generated shapes. Use one of the models {names}.")
         return GeneratedShapes(count=cast(int, settings.count), seed=settings.seed)
     root = str(settings.root)
     if settings.name == "imagenet":
