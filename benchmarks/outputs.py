@@ -9,6 +9,7 @@ Settings are chosen on `--half even` and reported on `--half odd`, which are dif
 """
 
 import argparse
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from parchgrad.evaluation.localisation import mass_inside, weighted_mass_inside
 from parchgrad.evaluation.report import Cell, Summary, csv_table, markdown_table, summarise
 from parchgrad.evaluation.rows import Row
 from parchgrad.evaluation.settings import Setting
-from parchgrad.evaluation.summary import compare
+from parchgrad.evaluation.summary import compare, valid_mean
 from parchgrad.explain.outputs import Score
 from parchgrad.explain.scores import BoxScore, ClassScore, Contrast, RegionScore
 
@@ -44,12 +45,13 @@ HEADER = f"""# Segmentation, detection and contrasts
 Written by `python -m benchmarks.outputs`, over {COUNT} generated images of a shape and a rival of another class. Means
 over the images; in brackets is the 95 % interval of the difference from the plain gradient, from a paired bootstrap
 over images. Bold is better than the plain gradient and italic is worse, if the interval excludes zero. No setting was
-chosen on these images.
+chosen on these images; that the detector is explained by its probabilities and not its logits was chosen on others.
 
 Mass inside by area is the share of the map inside the explained shape's exact mask, divided by the mask's share of the
-image; an uninformative map has 1. Mass inside the rival is the share of the map inside the rival's mask, which should
-be low. Images with a zero map have no score. Grad-CAM is computed at the last convolution of the backbone. Times are
-relative to the plain gradient on the machine at hand, which was busy.
+image; an uninformative map has 1. Mass inside the rival is the share of the map inside the rival's mask. It should be
+low, except for a contrast, which also depends on the evidence for the rival. Images with a zero map have no score.
+Grad-CAM is computed at the last convolution of the backbone. Times are relative to the plain gradient on the machine at
+hand, which was busy.
 
 """
 
@@ -184,12 +186,14 @@ def run(track: Track, scenes: Sequence[Scene], on_progress: Callable[[int, int],
     methods = methods_for(model)
     rows = []
     for index, scene in enumerate(scenes):
+        first: dict[str, Tensor] = {}
         for name, make_score in track.scores.items():
             for title, make in methods.items():
                 start = time.perf_counter()
                 heat = make(scene.sample.image, make_score(scene))
                 seconds = time.perf_counter() - start
                 own, rival = scene.masks[:, None]
+                cosine = functional.cosine_similarity(heat.flatten(), first.setdefault(title, heat).flatten(), dim=0)
                 rows.append(
                     {
                         "model": track.name,
@@ -199,6 +203,8 @@ def run(track: Track, scenes: Sequence[Scene], on_progress: Callable[[int, int],
                         "weighted_mass_inside": weighted_mass_inside(heat[None], own).item(),
                         # Of the rival, until the report is written.
                         "mass_inside": mass_inside(heat[None], rival).item(),
+                        # Of a zero map, the cosine is undefined.
+                        "cosine": cosine.item() if bool(heat.any() and first[title].any()) else math.nan,
                     }
                 )
         on_progress(index + 1, len(scenes))
@@ -223,19 +229,24 @@ def turned(cell: Cell, settings: int) -> Cell:
     return replace(cell, verdict=verdict, rank=settings + 1 - cell.rank)
 
 
-def gain_of_contrast(rows: Sequence[Row]) -> str:
-    """Compare the contrast with the logit, for each method."""
-    said = []
-    for title in dict.fromkeys(str(row["setting"]) for row in rows):
-        if not title.endswith(f", {CONTRAST}"):
-            continue
-        base = title.removesuffix(f", {CONTRAST}")
-        columns = [
-            [row["weighted_mass_inside"] for row in rows if row["setting"] == setting] for setting in (title, base)
-        ]
-        found = compare(*columns)
-        said.append(f"`{base}` {found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
-    return f"Contrast minus logit, mass inside by area: {'; '.join(said)}."
+def gain_over(rows: Sequence[Row], others: Sequence[str]) -> str:
+    """Compare the default with other methods."""
+    columns = {title: column(rows, title, "weighted_mass_inside") for title in (DEFAULT, *others)}
+    found = {title: compare(columns[DEFAULT], columns[title]) for title in others}
+    said = [f"`{title}` {each.difference:+.3f} ({each.low:+.3f} to {each.high:+.3f})" for title, each in found.items()]
+    return f"The default minus others, mass inside by area: {'; '.join(said)}."
+
+
+def likeness_of_contrast(rows: Sequence[Row]) -> str:
+    """Compare the maps of the contrast with those of the logit, for each method."""
+    titles = [title for title in dict.fromkeys(row["setting"] for row in rows) if title.endswith(f", {CONTRAST}")]
+    said = [f"`{title}` {valid_mean(column(rows, title, 'cosine')).value:.3f}" for title in titles]
+    return f"Mean cosine to the map of the logit: {'; '.join(said)}."
+
+
+def column(rows: Sequence[Row], setting: str, score: str) -> list[float]:
+    """Return a score of all images."""
+    return [row[score] for row in rows if row["setting"] == setting]
 
 
 def main() -> None:
@@ -259,8 +270,10 @@ def main() -> None:
             rows = run(track, scenes, lambda done, total, name=track.name: progress.update(name, done, total))
             found = summarise_rows(rows)
             table = markdown_table(found).replace("mass inside ↑", "mass inside the rival ↓")
-            said = [sentence(found, PLAIN), *([gain_of_contrast(rows)] if CONTRAST in track.scores else [])]
-            sections.append(f"## `{track.name}`: {track.title}\n\n{table}\n\n{' '.join(said)}\n")
+            said = [sentence(found, PLAIN), gain_over(rows, (SMOOTHGRAD, GRAD_CAM))]
+            said += [likeness_of_contrast(rows)] if CONTRAST in track.scores else []
+            text = "\n\n".join((f"## `{track.name}`: {track.title}", table, *said))
+            sections.append(f"{text}\n")
             tables.append(csv_table(found).replace(",mass_inside,higher,", ",mass_inside_rival,lower,"))
     lines = tables[0].splitlines()[:1] + [line for table in tables for line in table.splitlines()[1:]]
     for name, text in (("outputs.md", HEADER + "\n".join(sections)), ("outputs.csv", "\n".join(lines) + "\n")):
