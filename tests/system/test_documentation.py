@@ -260,6 +260,20 @@ def test_the_pages_are_built_without_a_warning_and_need_no_network(tmp_path):
             assert (name, id(getattr(module, name))) in documented, f"{module.__name__}.{name} is not in the reference"
 
 
+def test_the_gallery_lists_every_page_with_small_pictures():
+    folder = DOCS / "gallery"
+    index = (folder / "index.md").read_text(encoding="utf-8")
+    pages = {path.stem for path in folder.glob("*.md")} - {"index"}
+    assert pages == set(re.findall(r"images/(\w+)-small.jpg.*\(\1\.md\)", index))
+    assert pages == set(index.partition(":hidden:")[2].strip("`\n ").split())
+    for page in pages:
+        assert f"(images/{page}.jpg)" in (folder / f"{page}.md").read_text(encoding="utf-8")
+    sizes = [path.stat().st_size for path in (folder / "images").iterdir()]
+    assert len(sizes) == 2 * len(pages)
+    assert max(sizes) <= 120_000
+    assert sum(sizes) <= 1_000_000
+
+
 def test_every_cell_of_the_comparison_that_names_a_source_has_one():
     page = DOCS / "comparison.md"
     text, sources = page.read_text(encoding="utf-8").split("## Sources")
