@@ -4,6 +4,7 @@ python tools/draw_gallery.py [PAGE ...]
 """
 
 import argparse
+import io
 import os
 import re
 import tempfile
@@ -11,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
@@ -66,28 +66,32 @@ def run_page(page: Path) -> Figure:
 
 def render(figure: Figure) -> Image.Image:
     """Render a figure on white, since pages may have a dark background."""
-    figure.set_facecolor("white")
+    # Makes the axes' extents fit the picture.
     figure.set_dpi(DOTS_PER_INCH)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DOTS_PER_INCH, facecolor="white")
+    return Image.open(buffer).convert("RGB")
 
 
 def cut_out(figure: Figure, picture: Image.Image, detail: Detail) -> Image.Image:
     """Cut axes of equal size out of a rendered figure, and tile them on a square."""
-    rows = []
-    for row in detail.rows:
-        boxes = [figure.axes[index].get_window_extent() for index in row]
-        # Leave out the border.
-        corners = [(box.x0 + 1, picture.height - box.y1 + 1, box.x1 - 1, picture.height - box.y0 - 1) for box in boxes]
-        rows.append([picture.crop(tuple(map(round, corner))) for corner in corners])
-    width, height = rows[0][0].size
-    size = (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP)
-    tiled = Image.new("RGB", size, "white")
-    for down, row in enumerate(rows):
-        for across, part in enumerate(row):
-            tiled.paste(part, (across * (width + GAP), down * (height + GAP)))
+    tiles = {
+        (across, down): inside(figure.axes[index], picture)
+        for down, row in enumerate(detail.rows)
+        for across, index in enumerate(row)
+    }
+    width, height = tiles[0, 0].size
+    columns, rows = len(detail.rows[0]), len(detail.rows)
+    tiled = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
+    for (across, down), tile in tiles.items():
+        tiled.paste(tile, (across * (width + GAP), down * (height + GAP)))
     return ImageOps.fit(tiled, (SIDE, SIDE), centering=detail.centre)
+
+
+def inside(axes: Axes, picture: Image.Image) -> Image.Image:
+    """Cut axes out of a rendered figure, without their border."""
+    left, bottom, right, top = axes.get_window_extent().padded(-1).extents
+    return picture.crop((round(left), round(picture.height - top), round(right), round(picture.height - bottom)))
 
 
 def save(picture: Image.Image, name: str) -> None:
