@@ -42,7 +42,7 @@ DETAILS = {
     "classification": Detail(((3,),)),
     "contrast": Detail(((3,),)),
     "detection": Detail(((1,),)),
-    "segmentation": Detail(((1,),)),
+    "segmentation": Detail(((3,),)),
     "embeddings": Detail(((1,), (2,))),
     "several_labels": Detail(((3,),)),
     "regression": Detail(((1,),)),
