@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from parchgrad.legacy.hook_wrapper import get_hook_wrapper
     from parchgrad.legacy.pretrained_models import get_pretrained_model
     from parchgrad.models.classifier import Classifier
+    from parchgrad.models.detector import Detector, load_detector
     from parchgrad.models.loading import load_model
     from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayerStatistics
     from parchgrad.statistics.accumulate import merge_statistics
     from parchgrad.statistics.collect import collect_statistics
     from parchgrad.statistics.selectors import ClassWise, InstanceWise
     from parchgrad.workflows.collection import collect_from_folder
+    from parchgrad.workflows.detection import explain_box
     from parchgrad.workflows.photographs import Explanation, explain_images
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "ClassWise",
     "Classifier",
     "Contrast",
+    "Detector",
     "Edit",
     "Evidence",
     "Explainer",
@@ -75,11 +78,13 @@ __all__ = [
     "choose_layers",
     "collect_from_folder",
     "collect_statistics",
+    "explain_box",
     "explain_images",
     "find_convolutions",
     "get_hook_wrapper",
     "get_pretrained_model",
     "heatmap",
+    "load_detector",
     "load_model",
     "merge_statistics",
     "partition_gradient",
@@ -119,12 +124,14 @@ _MODULES = {
     "legacy.hook_wrapper": ("get_hook_wrapper",),
     "legacy.pretrained_models": ("get_pretrained_model",),
     "models.classifier": ("Classifier",),
+    "models.detector": ("Detector", "load_detector"),
     "models.loading": ("load_model",),
     "statistics": ("ChannelStatistics", "LayerStatistics", "RankedLayerStatistics"),
     "statistics.accumulate": ("merge_statistics",),
     "statistics.collect": ("collect_statistics",),
     "statistics.selectors": ("ClassWise", "InstanceWise"),
     "workflows.collection": ("collect_from_folder",),
+    "workflows.detection": ("explain_box",),
     "workflows.photographs": ("Explanation", "explain_images"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

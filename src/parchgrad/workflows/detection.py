@@ -47,9 +47,9 @@ def explain_box(
         ParchGradError: whatever `Explainer` raises.
 
     Example:
-        >>> from parchgrad.models.detector import load_detector
+        >>> import parchgrad as pg
         >>> _ = torch.manual_seed(0)
-        >>> detector = load_detector("ssdlite320_mobilenet_v3_large", pretrained=False)
+        >>> detector = pg.load_detector("ssdlite320_mobilenet_v3_large", pretrained=False)
         >>> image = Image.new("RGB", (64, 48))
         >>> first = detector.detect(to_tensor(image))[0]
         >>> explanation = explain_box(detector, image, Edit(balance=False), box=first.box, label=first.index)
