@@ -52,7 +52,7 @@ class User:
             properties = getattr(update, "properties", {"value": update})
             self.updates[part.elem_id] = properties
             # The settings that an event is given last for this event alone.
-            if "value" in properties and part.elem_id in (None, "class", "stamp", "selector"):
+            if "value" in properties and part.elem_id in (None, "class", "rather-than", "stamp", "selector"):
                 self._held[part] = properties["value"]
         return {name: properties["value"] for name, properties in self.updates.items() if "value" in properties}
 
@@ -124,6 +124,42 @@ def test_a_class_from_an_earlier_list_does_not_count(user, shapes):
         assert f"for {predicted.category}," in user.show(**late)
 
 
+def test_what_the_class_is_compared_with_is_kept_while_it_makes_sense(user, shapes):
+    images = [shapes.preprocess(example_photographs()[place]).unsqueeze(0) for place in (1, 2)]
+    first, second = (int(shapes.model(image).argmax()) for image in images)
+    other = next(index for index in range(10) if index not in (first, second))
+    name = {index: shapes.categories[index] for index in range(10)}
+    user.act("take_example", "coffee")
+    user.show()
+    assert user.updates["rather-than"]["choices"][:4][::3] == [("Nothing", "alone"), ("arrow", 0)]
+    page = user.show(**{"rather-than": "rest"})
+    explainer = pg.Explainer(shapes.model, pg.GradientEnergy(quantile=0.25), layers="all")
+    contrast = pg.Contrast(target=first, against="rest")
+    expected = shown_maps(shapes, example_photographs()[1], explainer, contrast)
+    for found, wanted in zip(maps_on(page), expected, strict=True):
+        assert np.abs(found - wanted).max() < 0.003
+    assert ", rather than all others<" in page
+    assert re.search(rf"{name[first]}_rather-than-all-others_.*\.npy$", user.act("run_2")["fetched"])
+    same = html.unescape(user.show(**{"rather-than": first}))
+    assert f"Cannot explain '{name[first]}' rather than itself." in same
+    assert f"rather than {name[other]}<" in user.show(**{"rather-than": other})
+    # The next image keeps the choice, unless it is the explained class itself.
+    user.act("take_example", "camera")
+    assert re.search(rf"for {name[second]}, [\d.]+%, rather than {name[other]}<", user.show(**{"rather-than": other}))
+    assert user.updates["rather-than"]["value"] == other
+    assert f"rather than {name[first]}<" in user.show(**{"rather-than": first})
+    user.act("take_example", "coffee")
+    assert "rather than" not in user.show(**{"rather-than": first})
+    assert user.updates["rather-than"]["value"] == "alone"
+    # Another network has other classes; a choice from the list before does not count.
+    late = {"rather-than": other, "stamp": user.updates["stamp"]["value"]}
+    assert f"rather than {name[other]}<" in user.show(**late)
+    lite0 = {"network": "efficientnet_lite0"}
+    wait_for(lambda: "Results appear when it is ready" not in user.show(**lite0, **late))
+    assert "for espresso," in user.show(**lite0, **late)
+    assert "rather than" not in user.show(**lite0, **late)
+
+
 def test_a_selector_without_statistics_falls_back(user):
     user.act("take_example", "coffee")
     assert "gradient energy, quantile 0.25" in user.show(selector="class")
@@ -169,6 +205,8 @@ def test_a_change_of_the_network_offers_its_lists(user):
         ({"gates": -1}, "`gates` is -1,"),
         ({"gates": "wide"}, "`gates` is wide,"),
         ({"class": "tabby"}, "'tabby', but it must be a whole number."),
+        ({"rather-than": "tabby"}, "`against` is 'tabby', but it must be the index of a class other than"),
+        ({"rather-than": 1000}, "The index is 1000, but the model has 10 outputs."),
     ],
 )
 def test_values_that_programs_send_are_refused_in_one_sentence(user, settings, said):

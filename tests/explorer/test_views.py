@@ -3,6 +3,7 @@
 import math
 import threading
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from parchgrad.explorer.inputs import EXAMPLES, Photograph, View, check_photogra
 from parchgrad.explorer.views import Explorer, _Recent, tinted
 from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual import blend, blend_signed
+from parchgrad.visual.animation import animate
 from parchgrad.workflows.demonstration import example_photographs
 
 STATISTICS = ("class", "instance")
@@ -142,6 +144,49 @@ def test_stability_is_that_of_the_explainer(explorer, lite0, view):
         balance=resolved.balance,
     )
     assert found == pytest.approx(float(explainer.stability(inputs)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("against", "name", "selector"),
+    [(504, "coffee mug", "evidence"), ("runner-up", "cup", "class"), ("rest", "all others", "instance")],
+)
+def test_a_class_rather_than_another_is_a_contrast(explorer, lite0, photograph, against, name, selector):
+    view = View(selector=selector, against=against, signed=True)
+    found = explorer.explore(photograph, view)
+    inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
+    contrast = pg.Contrast(target=967, against=against)
+    made = find_selector(selector).make(statistics=pg.ChannelStatistics.bundled("efficientnet_lite0"))
+    of_library = pg.Explainer(lite0.model, made)
+    assert torch.equal(found.attribution, of_library.attribute(inputs, contrast)[0])
+    assert torch.equal(found.plain, pg.Explainer(lite0.model, None).attribute(inputs, contrast)[0])
+    assert (found.target.category, found.against) == ("espresso", name)
+    assert found.figure().axes[0].get_title() == f"{found.target}\nrather than {name}"
+    # The class alone has other maps, whichever was asked for first.
+    assert not torch.equal(found.plain, explorer.explore(photograph, View(selector=selector)).plain)
+    given = run(found.code)
+    assert torch.equal(given["attribution"][0], found.attribution)
+    assert f"  # espresso rather than {name}\n" in found.code
+    stability = explorer.stability(photograph, view)
+    assert stability == pytest.approx(float(of_library.stability(inputs, contrast)), rel=1e-9)
+
+
+def test_a_sweep_has_the_maps_of_the_contrast(explorer):
+    cat, view = Photograph("cat"), View(network="shapes", target=3, against=7, quantile=0.2)
+    found = explorer.sweep(cat, view)
+    heat = pg.heatmap(explorer.explore(cat, view).attribution.unsqueeze(0))[0]
+    np.testing.assert_allclose(found.heats[found.values.index(0.2)], heat, rtol=1e-4, atol=1e-9)
+    assert found.label.endswith(f"\nrather than {pg.load_model('shapes').categories[7]}")
+    assert found.against in found.label
+    alone = explorer.sweep(cat, replace(view, against=None))
+    assert animate({"both": found}).frames[0].shape == animate({"both": alone}).frames[0].shape
+    with pytest.raises(InputError, match="differ in setting, values or class"):
+        animate({"one": found, "two": alone})
+
+
+def test_a_mosaic_explains_its_classes_alone(explorer):
+    photographs, view = [Photograph(name) for name in EXAMPLES], View(network="shapes")
+    alone = explorer.play(photographs, view).attribution
+    assert torch.equal(Explorer().play(photographs, replace(view, against="rest")).attribution, alone)
 
 
 @pytest.mark.parametrize("balance", [True, False])
@@ -314,6 +359,10 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
     for changes, error in (
         ({"target": 10}, TargetError),
         ({"target": -1}, TargetError),
+        ({"against": 10}, TargetError),
+        ({"against": -1}, SettingError),
+        ({"against": "next"}, SettingError),
+        ({"against": ["rest"]}, SettingError),
         ({"layers": "nothing.*"}, LayerError),
         ({"layers": ""}, LayerError),
         ({"layers": "nan"}, LayerError),
@@ -326,6 +375,10 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
     ):
         with pytest.raises(error):
             explorer.explore(cup, View(**{"network": "shapes", **changes}))
+    predicted = explorer.ranked(cup, "shapes")[0]
+    for target in (predicted, None):
+        with pytest.raises(SettingError, match=r"^Cannot explain '\w+' rather than itself\. Choose another class"):
+            explorer.explore(cup, View(network="shapes", target=target, against=predicted))
     wrong = ({"opacity": 1.5}, {"softness": 1.1}, {"softness": math.nan}, {"gates": -1}, {"antialias": 1})
     for changes in (*wrong, {"balance": 0}):
         with pytest.raises(SettingError, match=next(iter(changes))):

@@ -70,6 +70,7 @@ class User:
         found = self._client.predict(
             network=network,
             target=self._target,
+            against="alone",
             stamp=self._stamp,
             selector=selector,
             layers=layers,

@@ -160,15 +160,24 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         page.wait(lambda: "cup" in page.text("#predictions"))
         page.changes(lambda: page.script("document.querySelectorAll('#predictions input')[1].click()"))
         page.wait(lambda: "for cup," in page.text("#result"))
-        combobox = page.one("#class input")
+        combobox, compared = page.one("#class input"), page.one("#rather-than input")
 
-        def search():
-            combobox.click()
-            combobox.send_keys(Keys.CONTROL, "a")
-            combobox.send_keys("tabby")
-            page.wait(lambda: page.text("[role=option]").strip().endswith("tabby"))
-            combobox.send_keys(Keys.ENTER)
+        def search(name="tabby", box=combobox):
+            box.click()
+            box.send_keys(Keys.CONTROL, "a")
+            box.send_keys(name)
+            page.wait(lambda: page.text("[role=option]").strip().endswith(name))
+            box.send_keys(Keys.ENTER)
 
+        # Rather than another class, which must be another one.
+        assert compared.get_attribute("aria-label") == "Rather than"
+        page.changes(lambda: search("espresso", compared))
+        page.wait(lambda: "rather than espresso" in page.text("#result"))
+        assert "pg.Contrast(target=968, against=967)" in page.text("#code")
+        search("espresso")
+        page.wait(lambda: "Cannot explain 'espresso' rather than itself." in page.text("#result [role=alert]"))
+        search("Nothing", compared)
+        page.wait(lambda: "for espresso," in page.text("#result"))
         page.changes(search)
         page.wait(lambda: "for tabby," in page.text("#result"))
         # Once more: there is nothing to change.

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from torch import Tensor
@@ -15,6 +16,7 @@ from parchgrad.core.layers import LayerChoice, parse_layers
 from parchgrad.core.selectors import check_softness
 from parchgrad.data.images import opened_image, read_image, stored_frame
 from parchgrad.errors import ImageError, SettingError
+from parchgrad.explain.scores import Contrast
 from parchgrad.models.classifier import Classifier, Prediction
 from parchgrad.models.loading import OFFLINE_MODEL
 from parchgrad.statistics import ChannelStatistics
@@ -41,6 +43,8 @@ class View:
     Attributes:
         network: name of a model; see `load_model`.
         target: class to explain; None uses the predicted one.
+        against: explain the class rather than this one, `"runner-up"` or `"rest"`; see `Contrast`. None explains the
+            class alone.
         selector: short name of a selector; see `find_selector`.
         method: attribution method; see `Explainer`.
         layers: text of the layer choice; see `parse_layers`.
@@ -65,6 +69,7 @@ class View:
 
     network: str = OFFLINE_MODEL
     target: int | None = None
+    against: int | Literal["runner-up", "rest"] | None = None
     selector: str = "evidence"
     method: str = "gradient"
     layers: str | None = None
@@ -93,8 +98,16 @@ class View:
         """The parsed `layers`; None for the selector's default."""
         return None if self.layers is None else parse_layers(self.layers)
 
+    def score(self, target: int) -> int | Contrast:
+        """What to explain if `target` is the explained class: the class, or its contrast with `against`.
+
+        Raises:
+            SettingError: if `against` is the explained class, or neither a class, `"runner-up"` nor `"rest"`.
+        """
+        return target if self.against is None else Contrast(target=target, against=self.against)
+
     def resolved(self) -> "View":
-        """Replace every None except `target` by the selector's default.
+        """Replace every None except `target` and `against` by the selector's default.
 
         Raises:
             SettingError: if the selector is unknown.

@@ -65,6 +65,8 @@ _LAYERS = {
     "All": "all",
     "Published set": "published",
 }
+_ALONE = "alone"
+_COMPARED = [("Nothing", _ALONE), ("The runner-up", "runner-up"), ("All other classes", "rest")]
 _GATES = {"Off": 0, "1": 1, "2": 2, "4": 4, "8": 8}
 _HEAD = """<div class='pg-head'><h1>ParchGrad</h1>
 <p>See which parts of an image support a class, through the channels that matter</p></div>"""
@@ -168,6 +170,7 @@ class _Shown:
     Attributes:
         listed: image and network of the list of classes.
         target: class chosen from the list.
+        against: what it is compared with; see `View`.
         network: network of the list of selectors.
         view: settings of the displayed result; None if there is an error instead.
         photographs: images of the displayed mosaic; empty for a single image.
@@ -176,6 +179,7 @@ class _Shown:
 
     listed: tuple[Photograph, str] | None = None
     target: int | None = None
+    against: Any = None
     network: str = ""
     view: View | None = None
     photographs: tuple[Photograph, ...] = ()
@@ -230,7 +234,11 @@ class _Page:
             )
             self.example = gr.Radio(EXAMPLES, value=EXAMPLES[0], label="Or choose an example", elem_id="examples")
             self.top = gr.Radio([], label="Class: most probable", elem_id="predictions")
-            self.target = gr.Dropdown([], label="Or any class (type to search)", elem_id="class")
+            with gr.Row():
+                self.target = gr.Dropdown([], label="Or search a class", min_width=130, elem_id="class")
+                self.against = gr.Dropdown(
+                    list(_COMPARED), value=_ALONE, label="Rather than", min_width=130, elem_id="rather-than"
+                )
             # Identifies the browser's list of classes, so that choices from an outdated list are ignored.
             self.stamp = gr.Textbox("", visible="hidden", label="List of classes", elem_id="stamp")
         first = View().resolved()
@@ -348,11 +356,11 @@ class _Page:
         edit += [self.gates, self.antialias, self.balance]
         of_view = [*edit, self.method, self.signed, self.opacity]
         shown = [self.result, self.game, self.status, self.code]
-        shown += [self.top, self.target, self.stamp, self.selector, self.layers, self.steadiness]
+        shown += [self.top, self.target, self.stamp, self.selector, self.layers, self.steadiness, self.against]
         shown += [self._shown, self.again]
         shows: dict[str, Any] = {
             "fn": _complete(self._on_worker(self._show), shown),
-            "inputs": [*of_user, self.network, self.target, self.stamp, *of_view],
+            "inputs": [*of_user, self.network, self.target, self.against, self.stamp, *of_view],
             "outputs": shown,
             # Gradio would check values against choices that may have changed meanwhile.
             "preprocess": False,
@@ -361,12 +369,14 @@ class _Page:
             "show_progress_on": self.status,
         }
         # One listener for all settings, so that after rapid changes only the last state is computed.
-        settings = [self.target, self.network, *edit, self.method, self.signed]
+        settings = [self.target, self.against, self.network, *edit, self.method, self.signed]
         triggers = [app.load, self.again.tick, *(setting.change for setting in settings)]
         gr.on(triggers, trigger_mode="always_last", api_name="show", **shows)
         shows["api_visibility"] = "private"
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         self.top.input(None, self.top, self.target, js="(index) => index")
+        # At once, so that the other list is right even where no map can be made.
+        self.target.input(None, self.target, self.top, js="(index) => index")
         suited = [getattr(self, name) for name in _SUITED]
         self.selector.input(None, [self.selector, *suited], suited, js=_SUGGEST)
         for name, own in zip(_SUITED, suited, strict=True):
@@ -474,6 +484,7 @@ class _Page:
         shown: _Shown,
         network: str,
         target: int | None,
+        against: int | str,
         stamp: str,
         selector: str,
         layers: str,
@@ -510,6 +521,7 @@ class _Page:
             view = View(
                 network=network,
                 target=_chosen(shown, photograph, network, target, stamp),
+                against=_compared(shown, network, against, stamp),
                 selector=selector,
                 method=method,
                 layers=layers,
@@ -541,6 +553,7 @@ class _Page:
         if mode == "single" and isinstance(photograph, _Refused):
             # The listed classes belong to a removed image.
             offered |= {part: _Update({"choices": [], "value": None}) for part in (self.top, self.target)}
+            offered[self.against] = _Update({"choices": _COMPARED, "value": _ALONE})
             shown = replace(shown, listed=None)
         told_instead = {place: told, self.status: "", self.code: "", self.steadiness: "", self._shown: shown}
         return offered | told_instead | {self.again: _Update({"active": is_coming})}
@@ -552,24 +565,35 @@ class _Page:
             )
 
     def _explore(self, photograph: Photograph | _Refused, view: View, shown: _Shown) -> dict[Any, Any]:
-        found = self._explorer.explore(_usable([photograph])[0], view)
+        listed = (_usable([photograph])[0], view.network)
+        if view.target is None and view.against == self._explorer.ranked(*listed)[0]:
+            # Chosen for the image before, and now the explained class itself.
+            view = replace(view, against=None)
+        found = self._explorer.explore(listed[0], view)
         held, chosen = [item.index for item in found.predictions], found.target.index
-        listed = (found.photograph, view.network)
         lists: dict[Any, Any] = {self.top: _Update({"value": chosen if chosen in held else None})}
         if shown.listed != listed:
             ranked = [(f"{item.category}  {item.probability:.1%}", item.index) for item in found.predictions]
             # Send the long list only for a new network.
             is_new = shown.listed is None or shown.listed[1] != view.network
-            classes = {"choices": self._classes(view.network)} if is_new else {}
+            classes = self._classes(view.network) if is_new else []
+            compared = _ALONE if view.against is None else view.against
             lists = {
                 self.top: _Update({"choices": ranked, "value": chosen}),
-                self.target: _Update({"value": chosen, **classes}),
+                self.target: _Update({"value": chosen} | ({"choices": classes} if is_new else {})),
+                self.against: _Update({"value": compared} | ({"choices": _COMPARED + classes} if is_new else {})),
                 self.stamp: _stamp(listed),
             }
         return lists | {
             self.result: _single_page(found),
             self.status: _edited(found.layers),
-            self._shown: _Shown(listed=listed, target=chosen, network=view.network, view=replace(view, target=chosen)),
+            self._shown: _Shown(
+                listed=listed,
+                target=chosen,
+                against=view.against,
+                network=view.network,
+                view=replace(view, target=chosen),
+            ),
             self.code: found.code,
         }
 
@@ -685,6 +709,15 @@ def _chosen(
     return target
 
 
+def _compared(shown: _Shown, network: str, against: int | str, stamp: str) -> Any:
+    """What to compare the class with; None if the network is new, since its classes are others."""
+    if shown.listed is None or shown.listed[1] != network:
+        return None
+    if stamp != _stamp(shown.listed):
+        return shown.against
+    return None if against == _ALONE else against
+
+
 def _check_texts(**settings: object) -> None:
     """Check text values, since API clients can send anything."""
     for name, value in settings.items():
@@ -734,7 +767,11 @@ def _stem(found: Exploration | Game) -> str:
     """Descriptive file name for a result."""
     view = found.view
     shown = (
-        [found.photograph.name.rsplit(".", 1)[0], found.target.category]
+        [
+            found.photograph.name.rsplit(".", 1)[0],
+            found.target.category,
+            "" if found.against is None else f"rather than {found.against}",
+        ]
         if isinstance(found, Exploration)
         else ["mosaic", *(item.category for item in found.targets)]
     )
@@ -795,6 +832,7 @@ def _single_page(found: Exploration) -> str:
         maps=[data_url(picture, "PNG") for picture in pictures],
         category=found.target.category,
         probability=found.target.probability,
+        against=found.against,
         setting=", ".join(setting),
     )
 

@@ -11,8 +11,12 @@ from parchgrad.statistics.selectors import find_selector
 __all__ = ["mosaic_snippet", "single_snippet"]
 
 
-def single_snippet(network: Network, photograph: Photograph, view: View, target: int) -> str:
-    """Script that reproduces the attribution of one image and its picture."""
+def single_snippet(
+    network: Network, photograph: Photograph, view: View, target: int, against: str | None = None
+) -> str:
+    """Script that reproduces the attribution of one image and its picture; `against` is the name of that class."""
+    score, category = view.score(target), network.classifier.categories[target]
+    explained = category if against is None else f"{category} rather than {against}"
     kind = ("blend_signed", "signed_heatmap") if view.signed else ("blend", "heatmap")
     opacity = f", opacity={view.opacity:g}" if view.opacity < 1 else ""
     return f"""\
@@ -20,7 +24,7 @@ def single_snippet(network: Network, photograph: Photograph, view: View, target:
 {_explainers(network, view)}
 
 x = classifier.preprocess({photograph.code()}).unsqueeze(0)
-target = {target}  # {on_one_line(network.classifier.categories[target])}
+target = {"pg." * (against is not None)}{score!r}  # {on_one_line(explained)}
 attribution = explainer.attribute(x, target=target)
 
 # On one scale with the plain map.

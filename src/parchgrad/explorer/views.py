@@ -20,13 +20,14 @@ from torch import Tensor
 
 from parchgrad.core.edit import Edit
 from parchgrad.core.selectors import Selector
-from parchgrad.errors import InputError, StatisticsError, StatisticsWarning, TargetError
+from parchgrad.errors import InputError, SettingError, StatisticsError, StatisticsWarning, TargetError
 from parchgrad.evaluation.localisation import cell_shares, mosaic
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
+from parchgrad.explain.scores import Contrast
 from parchgrad.explorer.inputs import CELLS, COLUMNS, ROWS, Network, Photograph, View
 from parchgrad.explorer.snippet import mosaic_snippet, single_snippet
-from parchgrad.models.classifier import Classifier, Prediction
+from parchgrad.models.classifier import Classifier, Prediction, label_of, name_against
 from parchgrad.models.loading import load_model
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.selectors import find_selector, registered_selectors
@@ -57,6 +58,8 @@ class Exploration:
         photograph: the image.
         view: the settings.
         target: the explained class.
+        against: name of the class that it is compared with, `"all others"` for the rest; None if the class is
+            explained alone.
         predictions: the most probable classes, best first.
         picture: the network's input as an image, (H, W, 3) in [0, 1].
         attribution: signed attribution with ParchGrad, (3, H, W), float32.
@@ -68,6 +71,7 @@ class Exploration:
     photograph: Photograph
     view: View
     target: Prediction
+    against: str | None
     predictions: tuple[Prediction, ...]
     picture: NDArray[Any]
     attribution: Tensor
@@ -83,7 +87,7 @@ class Exploration:
     def figure(self) -> Figure:
         """Draw the image next to the plain map and the ParchGrad map."""
         plain, partitioned = self.maps()
-        label = str(self.target)
+        label = label_of(self.target, self.against)
         return _figure([self.picture], [plain], [partitioned], [label], self.view)
 
 
@@ -93,7 +97,7 @@ class Game:
 
     Attributes:
         photographs: the four images, row by row.
-        view: the settings; `target` is ignored.
+        view: the settings; `target` and `against` are ignored.
         targets: predicted class of each image on its own.
         picture: the mosaic, (2 H, 2 W, 3) in [0, 1].
         attribution: signed attribution with ParchGrad, (4, 3, 2 H, 2 W), one per class.
@@ -214,7 +218,15 @@ class Explorer:
         network = self._network(view.network)
         inputs = self._inputs(network, photograph)
         target = self.explore(photograph, view).target.index
-        return float(self._explainer(network, view, inputs, (target,)).stability(inputs, target)[0])
+        return float(self._explainer(network, view, inputs, (target,)).stability(inputs, view.score(target))[0])
+
+    def ranked(self, photograph: Photograph, name: str) -> list[int]:
+        """Rank the classes of a network for an image, most probable first.
+
+        Raises:
+            ParchGradError: if the image cannot be read, or the network cannot be loaded.
+        """
+        return self._probabilities(self._network(name), photograph).argsort(descending=True).tolist()
 
     def selectors(self, name: str) -> tuple[str, ...]:
         """Short names of the selectors that work for a network.
@@ -240,24 +252,30 @@ class Explorer:
         network = self._network(view.network)
         inputs = self._inputs(network, photograph)
         probabilities = self._probabilities(network, photograph)
-        ranked = probabilities.argsort(descending=True).tolist()
+        ranked = self.ranked(photograph, view.network)
         target = ranked[0] if view.target is None else view.target
         if not 0 <= target < len(ranked):
             raise TargetError(
                 f"`target` is {target}, but {view.network} has {len(ranked)} classes. Choose 0 to {len(ranked) - 1}."
             )
-        key = (view.network, photograph.key, target)
-        partitioned, layers, plain = self._attribute(network, view, inputs, (target,), key)
+        if view.against == target:
+            category = network.classifier.categories[target]
+            raise SettingError(f"Cannot explain {category!r} rather than itself. Choose another class to compare with.")
+        key = (view.network, photograph.key, target, view.against)
+        partitioned, layers, plain = self._attribute(network, view, inputs, (target,), view.score(target), key)
+        predictions = tuple(network.prediction(index, probabilities) for index in ranked[:5])
+        against = name_against(view.against, target, predictions, network.classifier.categories)
         return Exploration(
             photograph=photograph,
             view=view.resolved(),
             target=network.prediction(target, probabilities),
-            predictions=tuple(network.prediction(index, probabilities) for index in ranked[:5]),
+            against=against,
+            predictions=predictions,
             picture=network.classifier.preprocess.picture(inputs[0]),
             attribution=partitioned[0],
             plain=plain[0],
             layers=layers,
-            code=single_snippet(network, photograph, view, target),
+            code=single_snippet(network, photograph, view, target, against),
         )
 
     def play(self, photographs: Sequence[Photograph], view: View) -> Game:
@@ -276,7 +294,8 @@ class Explorer:
         each = [self._probabilities(network, photograph) for photograph in photographs]
         targets = tuple(int(probabilities.argmax()) for probabilities in each)
         key = (view.network, tuple(photograph.key for photograph in photographs), targets)
-        partitioned, _, plain = self._attribute(network, view, inputs.expand(CELLS, -1, -1, -1), targets, key)
+        inputs, classes = inputs.expand(CELLS, -1, -1, -1), torch.tensor(targets)
+        partitioned, _, plain = self._attribute(network, view, inputs, targets, classes, key)
         return Game(
             photographs=tuple(photographs),
             view=view.resolved(),
@@ -302,7 +321,9 @@ class Explorer:
         network = self._network(view.network)
         target = self.explore(photograph, view).target.index
         edit = self._edit(network, view, (target,))
-        return quantile_sweep(network.classifier, photograph.read(), edit, target=target, method=view.method)
+        return quantile_sweep(
+            network.classifier, photograph.read(), edit, target=view.score(target), method=view.method
+        )
 
     def _network(self, name: str) -> Network:
         return self._networks.get(name, lambda: self._load(name))
@@ -333,16 +354,21 @@ class Explorer:
         return self._tensors.get(("probabilities", network.classifier.name, photograph.key), predict)
 
     def _attribute(
-        self, network: Network, view: View, inputs: Tensor, targets: tuple[int, ...], key: tuple[Hashable, ...]
+        self,
+        network: Network,
+        view: View,
+        inputs: Tensor,
+        targets: tuple[int, ...],
+        score: int | Contrast | Tensor,
+        key: tuple[Hashable, ...],
     ) -> tuple[Tensor, tuple[str, ...], Tensor]:
         """The attributions of the inputs with ParchGrad, the layers edited for them, and the plain attributions."""
-        # The display does not change the attribution.
-        settings = astuple(replace(view.resolved(), target=None, signed=False, opacity=1.0))
-        classes = torch.tensor(targets)
+        # The display does not change the attribution, and `key` holds what is explained.
+        settings = astuple(replace(view.resolved(), target=None, against=None, signed=False, opacity=1.0))
 
         def explained(of: tuple[int, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
             explainer = self._explainer(network, view, inputs, of)
-            attribution = explainer.attribute(inputs, classes)
+            attribution = explainer.attribute(inputs, score)
             return attribution, explainer.edited_layers
 
         partitioned, layers = self._maps.get((*key, *settings), lambda: explained(targets))

@@ -12,7 +12,7 @@ from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.errors import ModelError, TargetError
 from parchgrad.explain.outputs import Logits, check_batch
 
-__all__ = ["Classifier", "Prediction", "check_classifier", "find_category"]
+__all__ = ["Classifier", "Prediction", "check_classifier", "find_category", "label_of", "name_against"]
 
 
 @dataclass(frozen=True)
@@ -139,3 +139,36 @@ def find_category(query: str, categories: Sequence[str], model: str) -> int:
     near = near or difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
     hint = f"Close matches: {', '.join(near)}" if near else f"Pass its index, or a name such as {categories[0]!r}"
     raise TargetError(f"{model} has no class named {query!r}. {hint}.")
+
+
+def name_against(
+    against: int | str | None, target: int, ranked: Sequence[Prediction], categories: Sequence[str]
+) -> str | None:
+    """Name the class that the explained one is compared with.
+
+    Args:
+        against: index of the class, `"runner-up"` or `"rest"`; see `Contrast`. None if there is none.
+        target: index of the explained class.
+        ranked: the most probable classes, best first, at least two.
+        categories: names of the classes.
+
+    Example:
+        >>> ranked = [Prediction(1, "pug", 0.7), Prediction(0, "tabby", 0.2)]
+        >>> name_against("runner-up", 1, ranked, ["tabby", "pug"]), name_against("rest", 1, ranked, ["tabby", "pug"])
+        ('tabby', 'all others')
+    """
+    if against == "runner-up":
+        return next(prediction.category for prediction in ranked if prediction.index != target)
+    if against == "rest":
+        return "all others"
+    return None if against is None else categories[int(against)]
+
+
+def label_of(target: Prediction, against: str | None) -> str:
+    r"""Label a map with its class, and with the class that it is compared with.
+
+    Example:
+        >>> label_of(Prediction(1, "pug", 0.7), "tabby")
+        'pug (70%)\nrather than tabby'
+    """
+    return str(target) if against is None else f"{target}\nrather than {against}"

@@ -94,8 +94,8 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
 
     multiples = [[relative(heat) for heat in sweep.heats] for sweep in sweeps.values()]
     still = [to_bytes(picture), drawn(relative(first.plain))]
-    label = str(first.target)
-    titles = [label, f"{first.method.replace('_', ' ')}, plain", *sweeps]
+    title, _, other = first.label.partition("\n")
+    titles = [title, f"{first.method.replace('_', ' ')}, plain", *sweeps]
     frames, durations = [], []
     places = range(len(first.values))
     for place, following in zip(places, [*places[1:], 0], strict=True):
@@ -103,7 +103,7 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
         for step in range(fading_frames + 1 if following != place else 1):
             share = step / (fading_frames + 1)
             panels = still + [drawn((1 - share) * maps[place] + share * maps[following]) for maps in multiples]
-            frames.append(_compose(panels, titles, ["", f"yellow: {top:.0f} x the mean", *captions]))
+            frames.append(_compose(panels, titles, [other, f"yellow: {top:.0f} x the mean", *captions]))
             durations.append(_FADING if step else _HELD)
     _, line = _letters_and_line(size[0])
     left = _left_of(0, size[0])
@@ -198,7 +198,8 @@ def _check_together(sweeps: Mapping[str, Sweep]) -> Sweep:
         raise InputError("`sweeps` is empty. Pass at least one sweep.")
     first, *others = sweeps.values()
     for other in others:
-        if (other.setting, other.values, other.target.index) != (first.setting, first.values, first.target.index):
+        shown = [(sweep.setting, sweep.values, sweep.target.index, sweep.against) for sweep in (first, other)]
+        if shown[0] != shown[1]:
             raise InputError("The sweeps differ in setting, values or class. Make all of `sweeps` with the same ones.")
         if other.method != first.method:
             raise InputError(

@@ -19,7 +19,8 @@ from parchgrad.errors import SettingError
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap
 from parchgrad.explain.recording import Recorder
-from parchgrad.models.classifier import Classifier, Prediction, check_classifier
+from parchgrad.explain.scores import Contrast
+from parchgrad.models.classifier import Classifier, Prediction, check_classifier, label_of, name_against
 from parchgrad.statistics import RankedLayerStatistics
 from parchgrad.statistics.selectors import ClassWise
 from parchgrad.visual.maps import strip
@@ -46,6 +47,7 @@ class Sweep:
             counts as 0. NaN where no layer was edited.
         untouched: number of unedited layers, whose channels all weigh the same, at each value.
         target: the explained class.
+        against: name of the class that it is compared with; None if it is explained alone.
         edit: the edit with all defaults resolved, and the selector of the first value.
         layers: names of the edited layers.
         method: the attribution method.
@@ -59,9 +61,15 @@ class Sweep:
     kept: tuple[float, ...]
     untouched: tuple[int, ...]
     target: Prediction
+    against: str | None = None
     edit: Edit
     layers: tuple[str, ...]
     method: str
+
+    @property
+    def label(self) -> str:
+        """The explained class, and the class that it is compared with."""
+        return label_of(self.target, self.against)
 
     def titles(self) -> tuple[str, ...]:
         """Title each value, with the mean weight (for alpha) and the number of unedited layers."""
@@ -82,8 +90,7 @@ class Sweep:
             # A long title would run into the next panel.
             **{title.replace(", ", "\n"): heat for title, heat in zip(self.titles(), self.heats, strict=True)},
         }
-        label = str(self.target)
-        return strip(self.picture, maps, label=label, columns=columns)
+        return strip(self.picture, maps, label=self.label, columns=columns)
 
 
 def quantile_sweep(
@@ -92,7 +99,7 @@ def quantile_sweep(
     edit: Edit = Edit(),
     *,
     quantiles: Iterable[float] | None = None,
-    target: int | None = None,
+    target: int | Contrast | None = None,
     method: str = "gradient",
 ) -> Sweep:
     """Explain an image at several quantiles: shares of the channels at or above the threshold.
@@ -103,7 +110,7 @@ def quantile_sweep(
         edit: the edit; its selector's quantile is replaced.
         quantiles: quantiles, in (0, 1]; None uses those of `QUANTILES` that the selector can apply, since compact
             statistics rank only some channels.
-        target: class to explain; None uses the predicted one.
+        target: class to explain, alone or as a `Contrast`; None uses the predicted one.
         method: attribution method; see `Explainer`.
 
     Raises:
@@ -173,7 +180,7 @@ def _sweep(
     image: Image.Image,
     edit: Edit,
     *,
-    target: int | None,
+    target: int | Contrast | None,
     method: str,
 ) -> Sweep:
     check_classifier(classifier)
@@ -183,12 +190,13 @@ def _sweep(
     first = Explainer.from_edit(classifier.model, replace(edit, selector=selectors[0]), method=method)
     inputs = classifier.preprocess(image).unsqueeze(0).to(next(classifier.model.parameters()))
     plain = Explainer(classifier.model, None, method=method)
-    index = int(plain.predict(inputs)) if target is None else target
+    score = int(plain.predict(inputs)) if target is None else target
+    index, against = (score.target, score.against) if isinstance(score, Contrast) else (score, None)
     heats, kept, untouched = [], [], []
     for selector in selectors:
         recorder = Recorder(selector)
         explainer = Explainer.from_edit(classifier.model, replace(first.edit, selector=recorder), method=method)
-        heats.append(_heat(explainer.attribute(inputs, index)))
+        heats.append(_heat(explainer.attribute(inputs, score)))
         selected = [record for record in recorder.found if not record.untouched.all()]
         shares = [(record.selection.channel_weights * (record.channel_norms > 0)).float().mean() for record in selected]
         kept.append(float(torch.stack(shares).mean()) if shares else math.nan)
@@ -201,10 +209,11 @@ def _sweep(
         values=values,
         picture=classifier.preprocess.picture(inputs[0]),
         heats=np.stack(heats),
-        plain=_heat(plain.attribute(inputs, index)),
+        plain=_heat(plain.attribute(inputs, score)),
         kept=tuple(kept),
         untouched=tuple(untouched),
         target=next(prediction for prediction in predictions if prediction.index == index),
+        against=name_against(against, index, predictions, classifier.categories),
         edit=first.edit,
         layers=explainer.edited_layers,
         method=method,

@@ -27,7 +27,7 @@ from parchgrad.errors import InputError, SettingError
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
 from parchgrad.explain.scores import Contrast
-from parchgrad.models.classifier import Classifier, Prediction, check_classifier
+from parchgrad.models.classifier import Classifier, Prediction, check_classifier, label_of, name_against
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import panel, signed_panel
 from parchgrad.visual.maps import draw_figure
@@ -100,7 +100,7 @@ class Explanation:
         return {f"{method}, plain": [plain], title: [partitioned]}
 
     def _label(self) -> str:
-        return str(self.target) if self.against is None else f"{self.target}\nrather than {self.against}"
+        return label_of(self.target, self.against)
 
     def manifest(self) -> dict[str, Any]:
         """Settings, predictions and versions, ready for JSON."""
@@ -245,7 +245,7 @@ def explain_images(
                     predictions=ranked[row][:5],
                     settings=settings,
                     stability=stable[row],
-                    against=_name_against(against, chosen[row], ranked[row], classifier.categories),
+                    against=name_against(against, chosen[row], ranked[row], classifier.categories),
                 )
             )
     return explanations
@@ -266,17 +266,6 @@ def describe_explainer(explainer: Explainer, method: str) -> dict[str, Any]:
         "antialias": settled.antialias,
         "balance": settled.balance,
     }
-
-
-def _name_against(
-    against: int | str | None, target: int, ranked: Sequence[Prediction], categories: Sequence[str]
-) -> str | None:
-    """Name the class that the explained one is compared with."""
-    if against == "runner-up":
-        return next(prediction.category for prediction in ranked if prediction.index != target)
-    if against == "rest":
-        return "all others"
-    return None if against is None else categories[int(against)]
 
 
 def _check_images(images: object, names: Sequence[str] | None) -> None:
