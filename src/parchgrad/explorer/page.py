@@ -59,7 +59,7 @@ _ASKED_AGAIN = 1.0
 # Longest name or layer pattern, in characters.
 _LONGEST_TEXT = 1000
 _LAYERS = {
-    "What suits the network": "auto",
+    "Automatic": "auto",
     "Upper half": "0.5",
     "Upper 3/4": "0.75",
     "All": "all",
