@@ -150,8 +150,8 @@ def test_the_picture_of_every_class_is_the_same_but_for_the_outline():
     drawn = [shapes._draw(np.random.Generator(np.random.Philox(key=5)), scene, label) for label in range(len(OUTLINES))]
     pictures = np.stack([picture for picture, _ in drawn])
     rows, columns = np.nonzero((pictures != pictures[0]).any(axis=(0, 3)))
-    centre = np.array([np.argwhere(mask).mean(axis=0) for _, mask in drawn])
-    areas = np.array([mask.sum() for _, mask in drawn])
+    centre = np.array([np.argwhere(mask).mean(axis=0) for _, (mask,) in drawn])
+    areas = np.array([mask.sum() for _, (mask,) in drawn])
     assert np.ptp(centre, axis=0).max() < 0.5
     assert areas.std() / areas.mean() < 0.03
     away = np.hypot(rows - centre[0, 0], columns - centre[0, 1]).max()
