@@ -158,6 +158,7 @@ def test_logits_are_found_in_outputs_of_usual_types(make):
         (lambda logits, x: {"logits": logits[:, :, None, None]}, r"returns a dict.*RegionScore"),
         (lambda logits, x: logits[:, 0], r"returns shape \(4,\).*Regression"),
         (lambda logits, x: [{"boxes": logits}], "returns a list.*BoxScore"),
+        (lambda logits, x: {"logits": logits[:, :, None], "pred_boxes": x}, "returns a dict.*detections="),
     ],
 )
 def test_outputs_without_logits_say_what_there_is_and_what_to_write(make, words):

@@ -235,12 +235,15 @@ def _remedy(output: Any) -> str:
     """Say how to explain an output without logits."""
     logits = find_logits(output)
     dimensions = logits.dim() if isinstance(logits, Tensor) else 0
+    if isinstance(output, list) and output and isinstance(output[0], Mapping) and "boxes" in output[0]:
+        return "Pass target=parchgrad.BoxScore(box=..., label=...) to explain a detection"
+    # The names of the tensors in an output.
+    if "box" in describe_output(output):
+        return "Pass target=parchgrad.BoxScore(box=..., label=..., detections=...) to explain a detection"
     if dimensions > 2:
         return "Pass target=parchgrad.RegionScore(target=...) to explain a class's scores over a region"
     if dimensions == 1:
         return "Pass target=parchgrad.Regression() to explain one number per row"
-    if isinstance(output, list) and output and isinstance(output[0], Mapping) and "boxes" in output[0]:
-        return "Pass target=parchgrad.BoxScore(box=..., label=...) to explain a detection"
     return (
         "Pass `logits=` to extract them, such as lambda output: output['logits'], or a score or function as `target=` "
         "that returns one number per row"
