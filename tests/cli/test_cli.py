@@ -54,7 +54,7 @@ def test_explain_compares_with_another_class(capsys, coffee, tmp_path):
     assert not np.array_equal(*(np.load(tmp_path / name / "coffee.npy") for name in ("cup", "rest")))
     code, _, said = cli(capsys, "explain", coffee, "--target", "cup", "--versus", "cup", "--out", tmp_path / "same")
     assert code == 2
-    assert "--versus is 968, but it must be the index of a class other than 968" in said
+    assert "--versus is 968, the class that is explained in image 1" in said
 
 
 def test_explain_takes_a_box_of_a_detector(capsys, coffee, tmp_path, monkeypatch):

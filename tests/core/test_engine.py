@@ -932,7 +932,7 @@ def test_a_model_without_one_output_tensor_needs_a_target(network):
             self.network = network
 
         def forward(self, x):
-            return self.network(x), x
+            return x, self.network(x)
 
     model = Pair().eval()
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -941,7 +941,7 @@ def test_a_model_without_one_output_tensor_needs_a_target(network):
         model(x)
     selector = PinnedChannels(needs_class=True)
     with pg.ParchGrad(model, selector, target=2):
-        model(x)[0][:, 2].sum().backward()
+        model(x)[1][:, 2].sum().backward()
     assert selector.seen[0].classes.tolist() == [2]
 
 

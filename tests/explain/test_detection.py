@@ -184,6 +184,10 @@ def test_the_boxes_themselves_carry_no_gradient():
         (ModelError, {}, torch.ones(2, 3), r"returns shape \(2, 3\), but a box needs a list of dictionaries"),
         (ModelError, {"detections": lambda output: output}, BOXES, "`detections` returns shape"),
         (TargetError, {"label": 2, "detections": lambda output: output}, (BOXES, SCORES), "`target` holds 2"),
+        (ModelError, {"detections": lambda output: output}, (BOXES, SCORES[:1]), "must agree in their first two"),
+        (ModelError, {"detections": lambda output: output}, (BOXES, SCORES.mT), "must agree in their first two"),
+        (ModelError, {"detections": lambda output: output}, (BOXES.flip(2), SCORES), "box_convert"),
+        (SettingError, {"detections": 3}, None, "`detections` is 3"),
     ],
 )
 def test_bad_boxes(error, options, output, words):

@@ -223,6 +223,11 @@ def test_a_similarity_takes_the_embedding_of_encoders_of_hugging_face():
         torch.testing.assert_close(pg.Similarity(reference=reference)(output), torch.tensor([0.5**0.5]))
 
 
+def test_the_region_of_the_only_class_is_where_its_score_is_positive():
+    scores = torch.tensor([[[1.0, -5.0, 2.0]], [[-1.0, -2.0, -3.0]]])
+    assert pg.RegionScore(target=0)(scores).tolist() == [3.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("error", "run", "words"),
     [
@@ -257,7 +262,7 @@ def test_a_map_of_nothing_is_warned_of():
     empty = pg.RegionScore(target=1, mask=torch.zeros(4, 4))
     with pytest.warns(ModelWarning, match="row 0 is zero everywhere: the scores in the mask do not depend"):
         pg.Explainer(model, None).attribute(torch.rand(1, 3, 4, 4), empty)
-    with pytest.warns(ModelWarning, match="row 0 is zero everywhere: `target` returns a score"):
+    with pytest.warns(ModelWarning, match="row 0 is zero everywhere: the gradient of its score is zero"):
         pg.Explainer(model, None).attribute(torch.rand(1, 3, 4, 4), lambda scores: 0 * scores.sum((1, 2, 3)))
 
 

@@ -463,13 +463,17 @@ def _prepare_box(
     asked: _Options, selector: str, box: str, label: str, say: Callable[[str], None]
 ) -> "Callable[..., list[Explanation]]":
     """Load the detector, and return a function that explains images."""
+    from parchgrad.explain.scores import BoxScore
     from parchgrad.models.detector import load_detector
     from parchgrad.workflows.detection import explain_box
 
     try:
-        corners = [float(corner) for corner in box.split(",")]
+        # Checked before the detector is loaded.
+        corners = BoxScore(box=[float(corner) for corner in box.split(",")], label=0).box
     except ValueError:
-        raise SettingError(f"--box is {box!r}, but it must be four numbers: X1,Y1,X2,Y2.") from None
+        raise SettingError(
+            f"--box is {box!r}, but it must be four numbers X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2."
+        ) from None
     if _find_selector(selector).needs_statistics:
         raise SettingError(f"--selector is {selector!r}, whose statistics are of classes. Leave it out for a box.")
     (edit,) = _make_edits(asked, [selector])

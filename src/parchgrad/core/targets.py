@@ -110,7 +110,7 @@ def describe_output(output: Any) -> str:
 
 
 def without_boxes(output: Any) -> Any:
-    """Return the scores of a list of detections, since their boxes are rarely explained; any other output unchanged.
+    """Return an output without the boxes of detections, which are rarely explained.
 
     Example:
         >>> without_boxes([{"boxes": torch.zeros(1, 4), "scores": torch.ones(1)}])
@@ -118,6 +118,9 @@ def without_boxes(output: Any) -> Any:
     """
     if isinstance(output, list) and all(isinstance(row, Mapping) and "scores" in row for row in output):
         return [row["scores"] for row in output]
+    entries = _entries(output)
+    if any(name in ("boxes", "pred_boxes") for name, _ in entries):
+        return [value for name, value in entries if name not in ("boxes", "pred_boxes")]
     return output
 
 

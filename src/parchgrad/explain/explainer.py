@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,8 @@ class Explainer:
                 attention weights, denominators of normalisations, gates, and f(x) / x of smooth activations.
             method: `"gradient"`, `"input_x_gradient"`, `"integrated_gradients"`, `"smoothgrad"`, or the class name of
                 any Captum gradient attribution that explains the input, such as `"DeepLift"`.
-            logits: extracts the logits from an output of any type, such as `lambda output: output["logits"]`; None uses
-                the output itself.
+            logits: extracts the logits from an output of any type, such as `lambda output: output["logits"]`; None
+                finds them in outputs of usual types, see `find_logits`.
             internal_batch_size: maximum number of rows per pass, at least 1; bounds memory for large batches and for
                 methods that expand a row into many (`DeepLiftShap` and `GradientShap` use at least the rows of one
                 image). None uses a single pass.
@@ -217,9 +217,16 @@ class Explainer:
         check_evaluation_mode(self._model)
         if isinstance(inputs, list):
             check_images(inputs, self._model)
-            scores_of = _scores_per_image(target, len(inputs))
-            return [self.attribute(image.unsqueeze(0), each)[0] for image, each in zip(inputs, scores_of, strict=True)]
-        tensors = check_inputs(inputs)
+            targets = _scores_per_image(target, len(inputs))
+            return [
+                self._attribute((image.unsqueeze(0),), targets[place], place)[0][0]
+                for place, image in enumerate(inputs)
+            ]
+        found = self._attribute(check_inputs(inputs), target)
+        return found if isinstance(inputs, tuple) else found[0]
+
+    def _attribute(self, tensors: tuple[Tensor, ...], target: Any, first: int = 0) -> tuple[Tensor, ...]:
+        """Attribute the score of a batch whose first row has the number `first` in a warning."""
         check_running_statistics(self._model)
         self._method.check_batch(tensors)
         with torch.inference_mode(False), torch.enable_grad():
@@ -229,7 +236,7 @@ class Explainer:
             if callable(target):
                 targets, scores = None, Scores(Output(self._model, self._pick_logits), target)
             else:
-                targets = self.predict(batch) if target is None else _targets_per_row(cast(Target, target), batch[0])
+                targets = self.predict(batch) if target is None else _targets_per_row(target, batch[0])
                 scores = Logits(self._model, int(targets.max()), self._pick_logits)
                 if self.edit.selector is not None:
                     self.edit.selector.check_targets(sorted(set(targets.tolist())))
@@ -247,8 +254,8 @@ class Explainer:
             if not (scores.output.was_finite and bool(finite.all())):
                 raise self._non_finite(scores, batch, targets, size, finite)
             if isinstance(scores, Scores):
-                _warn_of_zero_maps(scores, batch, found)
-        return found if isinstance(inputs, tuple) else found[0]
+                _warn_of_zero_maps(scores, batch, found, first)
+        return found
 
     def _non_finite(
         self, scores: Logits | Scores, batch: tuple[Tensor, ...], targets: Tensor | None, size: int, finite: Tensor
@@ -428,13 +435,14 @@ def _scores_per_image(target: Any, count: int) -> Sequence[Any]:
     return scores
 
 
-def _warn_of_zero_maps(scores: Scores, batch: tuple[Tensor, ...], maps: tuple[Tensor, ...]) -> None:
-    """Warn if the map of a row is zero everywhere, and say why for the first."""
+def _warn_of_zero_maps(scores: Scores, batch: tuple[Tensor, ...], maps: tuple[Tensor, ...], first: int) -> None:
+    """Warn if the map of a row is zero everywhere, and say why for the first of them."""
     is_zero = torch.stack([each.flatten(1).any(dim=1) for each in maps]).any(dim=0).logical_not()
     if not bool(is_zero.any()):
         return
     rows = is_zero.nonzero().flatten().tolist()
-    named = f"map of row {rows[0]} is" if len(rows) == 1 else f"maps of rows {', '.join(map(str, rows))} are"
+    listed = ", ".join(str(first + row) for row in rows)
+    named = f"map of row {listed} is" if len(rows) == 1 else f"maps of rows {listed} are"
     warn(f"The {named} zero everywhere: {scores.why_zero(batch, rows[0])}. Pass another target.", ModelWarning)
 
 

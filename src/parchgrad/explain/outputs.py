@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad.core.layers import Convolution
-from parchgrad.core.targets import check_target_range, describe_output, find_logits, pick_logits
+from parchgrad.core.targets import check_target_range, describe_output, find_logits, find_named, pick_logits
 from parchgrad.errors import InputError, ModelError, ParchGradError, TargetError, reason_of
 from parchgrad.explain.nonfinite import broken
 
@@ -28,7 +28,7 @@ class Output(nn.Module):
 
         Args:
             model: any module.
-            pick: extracts the logits from its output; None uses the output itself.
+            pick: extracts the logits from its output; None leaves that to `find_logits`.
         """
         super().__init__()
         self.model = model
@@ -122,10 +122,11 @@ class Scores(nn.Module):
     def why_zero(self, batch: tuple[Tensor, ...], row: int) -> str:
         """Explain why the map of a row is zero everywhere."""
         explain = getattr(self._score, "why_zero", None)
-        if explain is None:
-            return "`target` returns a score that does not depend on that image"
         with torch.no_grad():
-            return str(explain(self.output(*(each[row : row + 1] for each in batch))))
+            output = self.output(*(each[row : row + 1] for each in batch))
+            if explain is not None and not bool(self._score(output).any()):
+                return str(explain(output))
+        return "the gradient of its score is zero, as in a saturated sigmoid or behind inactive ReLUs"
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return scores (B,)."""
@@ -172,7 +173,9 @@ def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def check_images(images: Sequence[Tensor], model: nn.Module) -> None:
-    """Raise `InputError` unless a list holds tensors, each without a batch dimension."""
+    """Raise `InputError` unless a list holds images, each without a batch dimension."""
+    if not images:
+        raise InputError("`inputs` is an empty list. Pass at least one image.")
     dimensions = _dimensions_of(model)
     for image in images:
         if not isinstance(image, Tensor):
@@ -237,8 +240,7 @@ def _remedy(output: Any) -> str:
     dimensions = logits.dim() if isinstance(logits, Tensor) else 0
     if isinstance(output, list) and output and isinstance(output[0], Mapping) and "boxes" in output[0]:
         return "Pass target=parchgrad.BoxScore(box=..., label=...) to explain a detection"
-    # The names of the tensors in an output.
-    if "box" in describe_output(output):
+    if find_named(output, ("boxes", "pred_boxes")) is not None:
         return "Pass target=parchgrad.BoxScore(box=..., label=..., detections=...) to explain a detection"
     if dimensions > 2:
         return "Pass target=parchgrad.RegionScore(target=...) to explain a class's scores over a region"

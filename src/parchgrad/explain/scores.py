@@ -24,6 +24,8 @@ __all__ = ["BoxScore", "ClassScore", "Contrast", "Detections", "Probability", "R
 Detections: TypeAlias = Callable[[Any], tuple[Tensor, Tensor]]
 """Extracts boxes (B, N, 4), as x1, y1, x2, y2, and class scores (B, N, K) from a detector's output."""
 
+_BOXES = ("boxes", "pred_boxes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
@@ -59,7 +61,8 @@ class ClassScore:
 class Contrast:
     """How much more a network favours one class than another: why this class rather than that one.
 
-    Evidence that both classes share cancels, so the map shows what tells them apart.
+    Evidence that both classes share cancels, so the map shows what tells them apart. The default selector keeps only
+    evidence for the target, so its map of a contrast is often close to that of the class alone.
 
     Attributes:
         target: index of the class.
@@ -226,7 +229,8 @@ class RegionScore:
     Attributes:
         target: index of the class.
         mask: the region, boolean or weights, with the spatial shape (*S) of the scores, one for all images; None uses
-            the region where the network predicts the class, image by image. An empty region gives a zero map.
+            the region where the network predicts the class, image by image: where its score is the largest, or, if it
+            is the only class, positive. An empty region gives a zero map, and a warning.
 
     Raises:
         SettingError: if `target` is not an index.
@@ -264,8 +268,13 @@ class RegionScore:
         """Sum the class over the region, (B, K, *S) to (B,)."""
         scores = _logits_in(output, "scores of shape (B, K, *S)", least=3, most=math.inf)
         check_target_range(int(self.target), scores.shape[1])
+        if find_named(output, _BOXES) is not None:
+            raise ModelError(
+                f"The model returns {describe_output(output)}, but a region needs scores of shape (B, K, *S) without "
+                "boxes. Pass a `BoxScore`."
+            )
         if self.mask is None:
-            region = scores.argmax(dim=1) == self.target
+            region = scores[:, 0] > 0 if scores.shape[1] == 1 else scores.argmax(dim=1) == self.target
         elif self.mask.shape == scores.shape[2:]:
             region = self.mask.to(scores.device)
         else:
@@ -294,15 +303,17 @@ class RegionScore:
 class BoxScore:
     """The summed scores of a detector's boxes that overlap a box, for one label.
 
-    Which boxes overlap is fixed; the gradient is that of their scores. A row without such a box scores 0. A detector's
-    scores are probabilities, so with `balance` a warning may name their softmax or sigmoid.
+    The choice of the boxes carries no gradient. Methods that use several versions of an image choose anew in each, so
+    integrated gradients do not add up exactly. A row without such a box scores 0. Scores of torchvision's detectors are
+    probabilities, so with `balance` a warning names their softmax or sigmoid.
 
     Attributes:
         box: corners x1, y1, x2, y2 in pixels of the image.
         label: index of the class; in torchvision's detectors, 0 is the background.
         iou: least intersection over union with `box`, in (0, 1].
         detections: extracts boxes (B, N, 4) and class scores (B, N, K) from the output; None reads the lists of
-            dictionaries of torchvision's detectors.
+            dictionaries of torchvision's detectors. Return probabilities: among logits, boxes that the detector rejects
+            count as much as those that it accepts.
 
     Raises:
         SettingError: if `box` has no area, `label` is not an index, or `iou` is out of range.
@@ -333,6 +344,8 @@ class BoxScore:
         check_whole_number("label", self.label, 0)
         if not is_number(self.iou) or not 0 < self.iou <= 1:
             raise SettingError(f"`iou` is {self.iou!r}, but it must lie in (0, 1].")
+        if self.detections is not None and not callable(self.detections):
+            raise SettingError(f"`detections` is {self.detections!r}, but it must be a function of the output.")
 
     def __call__(self, output: Any) -> Tensor:
         """Sum the scores of the boxes, of a detector's output to (B,)."""
@@ -350,7 +363,8 @@ class BoxScore:
             for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         seen = f"the best of that label: {'; '.join(found)}" if found else "none of that label anywhere"
-        return f"no detection of label {self.label} overlaps the box {self.box} by an IoU of {self.iou:g} ({seen})"
+        box = tuple(round(corner) for corner in self.box)
+        return f"no detection of label {self.label} overlaps the box {box} by an IoU of {self.iou:g} ({seen})"
 
     def _rows(self, output: Any) -> list[tuple[Tensor, Tensor]]:
         """Boxes (N, 4) and the label's scores (N,) of each row."""
@@ -365,6 +379,16 @@ class BoxScore:
             raise ModelError(
                 f"`detections` returns {describe_output(found)}, but boxes (B, N, 4) and class scores (B, N, K) are "
                 "needed. Return a tuple of both."
+            )
+        if boxes.shape[:2] != scores.shape[:2]:
+            raise ModelError(
+                f"`detections` returns boxes {tuple(boxes.shape)} and scores {tuple(scores.shape)}, but they must "
+                "agree in their first two dimensions. Transpose one of them."
+            )
+        if bool((boxes[..., 2:] < boxes[..., :2]).any()):
+            raise ModelError(
+                "`detections` returns boxes whose x2 or y2 is smaller than x1 or y1. Convert them to x1, y1, x2, y2, "
+                "as torchvision.ops.box_convert does."
             )
         check_target_range(int(self.label), scores.shape[2])
         return list(zip(boxes, scores[:, :, self.label], strict=True))

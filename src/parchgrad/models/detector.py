@@ -16,6 +16,7 @@ from parchgrad.models.classifier import find_category
 with needs_extra("models"):
     import torchvision
     from torchvision.models import detection
+    from torchvision.ops import box_iou
 
 __all__ = ["Detection", "Detector", "list_detectors", "load_detector"]
 
@@ -33,6 +34,15 @@ class Detection:
     category: str
     box: tuple[float, float, float, float]
     score: float
+
+    def overlap(self, box: Sequence[float]) -> float:
+        """Compute the intersection over union with another box.
+
+        Example:
+            >>> Detection(index=18, category="dog", box=(0.0, 0.0, 4.0, 4.0), score=0.9).overlap((0, 0, 4, 8))
+            0.5
+        """
+        return float(box_iou(torch.tensor([self.box]), torch.tensor([[float(corner) for corner in box]]))[0, 0])
 
     def __str__(self) -> str:
         """Return name, score and box, as the command line takes it."""

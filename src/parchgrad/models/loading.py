@@ -127,6 +127,11 @@ def check_model_name(name: str) -> None:
     if name == OFFLINE_MODEL or name in _PACKAGED or name in of_torchvision or timm.is_model(name):
         return
     known = [*(entry.name for entry in list_models()), *DENSE_NETWORKS]
+    if name in torchvision.models.list_models(torchvision.models.detection):
+        raise ModelError(
+            f"{name} is a detector, not a classifier. Load it with `load_detector`; on the command line, pass --box "
+            "and --label."
+        )
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"Close matches: {', '.join(near)}" if near else "Run `parchgrad models` to list the models"
     raise ModelError(f"Neither torchvision nor timm has a model {name!r}. {hint}.")

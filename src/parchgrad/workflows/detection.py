@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
@@ -47,6 +46,7 @@ def explain_box(
         ParchGradError: whatever `Explainer` raises.
 
     Example:
+        >>> import torch
         >>> import parchgrad as pg
         >>> _ = torch.manual_seed(0)
         >>> detector = pg.load_detector("ssdlite320_mobilenet_v3_large", pretrained=False)
@@ -61,30 +61,31 @@ def explain_box(
         raise SettingError("The selector of `edit` is None, but ParchGrad needs one. Pass Edit(), for example.")
     score = BoxScore(box=box, label=label, iou=iou)
     pixels = to_tensor(image.convert("RGB")).to(next(detector.model.parameters()))
-    with torch.no_grad():
-        output = detector.model([pixels])
-    total = float(score(output)[0])
-    if total == 0:
+    detections = detector.detect(pixels)
+    chosen = [each for each in detections if each.index == label and each.overlap(score.box) >= iou]
+    if not chosen:
+        seen = "; ".join(map(str, detections[:5])) or "nothing"
         raise TargetError(
-            f"The score is zero: {score.why_zero(output)}. Pass the box and label of a detection, or a lower `iou`."
+            f"No {detector.categories[label]} is detected at {','.join(f'{corner:g}' for corner in score.box)}. The "
+            f"best detections: {seen}. Pass the box and label of one of them, or a lower `iou`."
         )
     explainer = Explainer.from_edit(detector.model, edit, method=method)
     plain = Explainer(detector.model, None, method=method)
     attribution, without = (each.attribute(pixels.unsqueeze(0), score)[0] for each in (explainer, plain))
-    detections = detector.detect(pixels)
     predictions = [Prediction(each.index, each.category, each.score) for each in detections]
     return Explanation(
         name=name,
         picture=pixels.movedim(0, -1).cpu().numpy(),
         attribution=attribution,
         plain=without,
-        target=Prediction(label, detector.categories[label], total),
+        target=Prediction(label, detector.categories[label], chosen[0].score),
         predictions=tuple(predictions[:5]),
         settings={
             "model": detector.name,
             **describe_explainer(explainer, method),
             "box": list(score.box),
             "iou": iou,
+            "detections": len(chosen),
             "layers": list(explainer.edited_layers),
         },
         box=tuple(score.box),

@@ -221,6 +221,11 @@ def explain_images(
         targets = explainer.predict(inputs) if target is None else integer_targets(target).expand(len(inputs))
         chosen = targets.tolist()
         parts: list[tuple[Tensor, Any]] = [(inputs, targets)]
+        if against in chosen:
+            raise SettingError(
+                f"`against` is {against}, the class that is explained in image {start + chosen.index(against) + 1}. "
+                "Pass another class, or `target`."
+            )
         if against is not None:
             scores = [Contrast(target=index, against=against) for index in chosen]
             parts = list(zip(torch.split(inputs, 1), scores, strict=True))
