@@ -120,6 +120,7 @@ def test_messages_are_read_off_the_source_with_places_and_halves(source):
         "core.engine",
         "core.passes",
         "explain.explainer",
+        "workflows.photographs",
     }
     assert {m.module for m in source.messages if m.kind == "StatisticsWarning"} == {
         "statistics.batches",

@@ -217,6 +217,18 @@ def test_the_map_of_a_contrast_is_that_of_the_difference(against):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_batch_takes_a_list_of_scores():
+    model, scores = small_network(), [pg.ClassScore(target=index) for index in TARGETS.tolist()]
+    explainer = pg.Explainer(model, pg.GradientEnergy(), layers="all")
+    torch.testing.assert_close(explainer.attribute(INPUTS, scores), explainer.attribute(INPUTS, TARGETS))
+    with pytest.raises(TargetError, match="has 2 entries for 4 images"):
+        explainer.attribute(INPUTS, scores[:2])
+    with pytest.raises(TargetError, match="not a tuple"):
+        explainer.attribute(tuple(INPUTS[:, None]), scores)
+    with pytest.raises(InputError, match="Measure one at a time"):
+        explainer.stability(list(INPUTS), scores[0])
+
+
 def test_a_similarity_takes_the_embedding_of_encoders_of_hugging_face():
     reference, embedding = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]])
     for output in ({"image_embeds": embedding, "pooler_output": reference}, {"pooler_output": embedding}):
@@ -243,6 +255,8 @@ def test_the_region_of_the_only_class_is_where_its_score_is_positive():
         (TargetError, lambda: pg.Contrast(target=0, against=7)(LOGITS), "index is 7"),
         (TargetError, lambda: pg.Contrast(target=3, against="rest")(LOGITS), "index is 3"),
         (TargetError, lambda: pg.Contrast(target=0, against="rest")(LOGITS[:, :1]), "only one class"),
+        (TargetError, lambda: pg.Regression()(LOGITS), "has 3 outputs. Pass the index"),
+        (TargetError, lambda: pg.Probability()(LOGITS), "has 3 outputs. Pass the index"),
         (ModelError, lambda: pg.ClassScore(target=0)(LOGITS[:, 0]), r"returns shape \(2,\), but logits of shape"),
         (ModelError, lambda: pg.Regression()({"a": LOGITS}), r"returns a dict with 'a' \(2, 3\), but values"),
         (ModelError, lambda: pg.Similarity(reference=torch.ones(2))(LOGITS), r"embedding of shape \(B, 2\)"),

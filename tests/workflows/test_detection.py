@@ -7,7 +7,7 @@ from skimage import data
 from torchvision.transforms.functional import to_tensor
 
 import parchgrad as pg
-from parchgrad.errors import ModelError, SettingError, TargetError
+from parchgrad.errors import InputError, ModelError, SettingError, TargetError
 from parchgrad.models.detector import Detector, load_detector
 from parchgrad.workflows.detection import explain_box
 
@@ -51,6 +51,16 @@ def test_a_box_without_a_detection_lists_what_there_is(detector, image):
         explain_box(detector, image, box=(0, 0, 2, 2), label=found.index)
     with pytest.raises(SettingError, match="needs one"):
         explain_box(detector, image, pg.Edit(selector=None), box=found.box, label=found.index)
+
+
+def test_images_of_a_detector(detector, image):
+    assert detector.detect(image) == detector.detect(to_tensor(image))
+    pixels = to_tensor(image)
+    for wrong in (pixels[None], 255 * pixels, (255 * pixels).byte()):
+        with pytest.raises(InputError, match=r"values in \[0, 1\] is needed"):
+            detector.detect(wrong)
+    with pytest.raises(InputError, match="`image` is of type list"):
+        detector.detect([pixels])
 
 
 def test_names_of_detectors_and_classes(detector):

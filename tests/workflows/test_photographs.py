@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 
 import parchgrad as pg
-from parchgrad.errors import OutputError, SettingError, TargetError
+from parchgrad.errors import ModelWarning, OutputError, SettingError, TargetError
 from parchgrad.visual import blend_signed, shared_top
 
 
@@ -84,6 +84,7 @@ def test_a_given_target_keeps_its_probability(classifier, images):
         pg.explain_images(classifier, images[:1], target=1000)
 
 
+@pytest.mark.filterwarnings("ignore:In image .* the network favours:parchgrad.errors.ModelWarning")
 @pytest.mark.parametrize("against", [504, "runner-up", "rest"])
 def test_a_class_rather_than_another(classifier, images, against):
     inputs = torch.stack([classifier.preprocess(image) for image in images])
@@ -97,6 +98,12 @@ def test_a_class_rather_than_another(classifier, images, against):
         assert explanation.against == name
         assert f"rather than {name}" in explanation.figure().axes[0].get_title()
         assert explanation.manifest()["settings"]["against"] == against
+
+
+def test_a_contrast_that_the_network_does_not_favour_is_warned_of(classifier, images):
+    for against in (967, "runner-up", "rest"):
+        with pytest.warns(ModelWarning, match="In image 1, the network favours the other side"):
+            pg.explain_images(classifier, images[:1], target=3, against=against)
 
 
 def test_files_hold_everything(explanations, tmp_path):

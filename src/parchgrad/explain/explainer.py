@@ -15,7 +15,7 @@ from parchgrad.core.layers import LayerChoice, bare_model, check_evaluation_mode
 from parchgrad.core.partition import Conserve
 from parchgrad.core.selectors import Selector
 from parchgrad.core.targets import Target, check_logits, check_target_count, integer_targets
-from parchgrad.errors import ModelError, ModelWarning, NonFiniteError, SettingError, TargetError, warn
+from parchgrad.errors import InputError, ModelError, ModelWarning, NonFiniteError, SettingError, TargetError, warn
 from parchgrad.explain.heatmap import channel_dim_of, heatmap
 from parchgrad.explain.methods import find_method, is_detached
 from parchgrad.explain.nonfinite import check_running_statistics, find_non_finite
@@ -176,7 +176,7 @@ class Explainer:
         return dict(self._method.options)
 
     @overload
-    def attribute(self, inputs: Tensor, target: Target | Score | None = None) -> Tensor: ...
+    def attribute(self, inputs: Tensor, target: Target | Score | Sequence[Score] | None = None) -> Tensor: ...
 
     @overload
     def attribute(self, inputs: tuple[Tensor, ...], target: Target | Score | None = None) -> tuple[Tensor, ...]: ...
@@ -199,7 +199,7 @@ class Explainer:
             target: class index for all rows, one per row of shape (B,), or None for the predicted class. For other
                 outputs than one logit per class: a score, such as `Contrast` or `BoxScore`, or any function of the
                 output, or of what `logits` extracts, that returns a score per row. Methods that use several versions of
-                an image call it with more rows than images. For a list of images, also a list of scores.
+                an image call it with more rows than images. For a batch or a list of images, also a list of scores.
 
         Returns:
             Attribution of the shape, dtype and device of `inputs`, detached; signed, unless the Captum class
@@ -222,6 +222,10 @@ class Explainer:
                 self._attribute((image.unsqueeze(0),), targets[place], place)[0][0]
                 for place, image in enumerate(inputs)
             ]
+        if isinstance(target, list | tuple) and any(callable(each) for each in target):
+            if isinstance(inputs, tuple):
+                raise TargetError("A list of scores needs a batch or a list of images, not a tuple. Pass list(inputs).")
+            return torch.stack(self.attribute(list(inputs), target))
         found = self._attribute(check_inputs(inputs), target)
         return found if isinstance(inputs, tuple) else found[0]
 
@@ -350,6 +354,10 @@ class Explainer:
             >>> Explainer(model, None).stability(torch.rand(1, 3, 8, 8), target=2).round(decimals=6)
             tensor([1.], dtype=torch.float64)
         """
+        if isinstance(inputs, list):
+            raise InputError(
+                "`inputs` is a list of images. Measure one at a time, as in stability(image.unsqueeze(0))."
+            )
         tensors = check_inputs(inputs)
         if target is None:
             target = self.predict(tensors)

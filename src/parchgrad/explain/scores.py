@@ -62,7 +62,8 @@ class Contrast:
     """How much more a network favours one class than another: why this class rather than that one.
 
     Evidence that both classes share cancels, so the map shows what tells them apart. The default selector keeps only
-    evidence for the target, so its map of a contrast is often close to that of the class alone.
+    evidence for the target, so its map of a contrast is often close to that of the class alone. If the network favours
+    the other class, the contrast is negative and little supports it: explain the other class rather than this one.
 
     Attributes:
         target: index of the class.
@@ -119,11 +120,11 @@ class Probability:
     its size there. If the network already applies the sigmoid, use `Regression`.
 
     Attributes:
-        target: index of the output, 0 for a network with a single one.
+        target: index of the output; None if there is only one.
 
     Raises:
         SettingError: if `target` is not an index.
-        TargetError: if the network has no such output.
+        TargetError: if the network has no such output, or several and `target` is None.
         ModelError: if its output has no logits (B, K) or (B,).
 
     Example:
@@ -131,10 +132,11 @@ class Probability:
         (tensor([0.5000, 0.8808]), tensor([0.8808]))
     """
 
-    target: int = 0
+    target: int | None = None
 
     def __post_init__(self) -> None:
-        check_whole_number("target", self.target, 0)
+        if self.target is not None:
+            check_whole_number("target", self.target, 0)
 
     def __call__(self, output: Any) -> Tensor:
         """Apply the sigmoid, (B, K) or (B,) to (B,)."""
@@ -146,11 +148,11 @@ class Regression:
     """One number that a network predicts.
 
     Attributes:
-        index: place of the number among the outputs, 0 for a network with a single one.
+        index: place of the number among the outputs; None if there is only one.
 
     Raises:
         SettingError: if `index` is not an index.
-        TargetError: if the network has no such output.
+        TargetError: if the network has no such output, or several and `index` is None.
         ModelError: if its output has no values (B, K) or (B,).
 
     Source: Letzgus et al. (2022), "Toward Explainable Artificial Intelligence for Regression Models".
@@ -160,10 +162,11 @@ class Regression:
         (tensor([3., 4.]), tensor([5.]))
     """
 
-    index: int = 0
+    index: int | None = None
 
     def __post_init__(self) -> None:
-        check_whole_number("index", self.index, 0)
+        if self.index is not None:
+            check_whole_number("index", self.index, 0)
 
     def __call__(self, output: Any) -> Tensor:
         """Pick the number, (B, K) or (B,) to (B,)."""
@@ -429,10 +432,14 @@ def _logits_in(output: Any, wanted: str, *, least: int, most: float) -> Tensor:
     return logits
 
 
-def _column(values: Tensor, index: int) -> Tensor:
-    """One column of values (B, K), or the values (B,) themselves."""
+def _column(values: Tensor, index: int | None) -> Tensor:
+    """One column of values (B, K), or the values (B,) or (B, 1) themselves."""
     matrix = values.unsqueeze(1) if values.dim() == 1 else values
     count = matrix.shape[1]
+    if index is None:
+        if count > 1:
+            raise TargetError(f"The model has {count} outputs. Pass the index of one of them.")
+        index = 0
     if index >= count:
         raise TargetError(f"The index is {index}, but the model has {count} outputs. Pass 0 to {count - 1}.")
     return matrix[:, index]

@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from parchgrad._io.checks import check_kind
 from parchgrad._io.extras import needs_extra
-from parchgrad.errors import ModelError, WeightsError, reason_of
+from parchgrad.errors import InputError, ModelError, WeightsError, reason_of
 from parchgrad.models.classifier import find_category
 
 with needs_extra("models"):
     import torchvision
     from torchvision.models import detection
     from torchvision.ops import box_iou
+    from torchvision.transforms.functional import to_tensor
 
 __all__ = ["Detection", "Detector", "list_detectors", "load_detector"]
 
@@ -71,10 +73,24 @@ class Detector:
         """
         return find_category(query, self.categories, self.name)
 
-    def detect(self, image: Tensor) -> list[Detection]:
-        """Detect the objects in an image (3, H, W) with values in [0, 1], best first."""
+    def detect(self, image: Image.Image | Tensor) -> list[Detection]:
+        """Detect the objects in an image, or a tensor (3, H, W) with values in [0, 1], best first.
+
+        Raises:
+            InputError: if the image is neither.
+        """
+        pixels = to_tensor(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        remedy = "Pass a PIL image, or a tensor (3, H, W)"
+        check_kind("`image`", pixels, Tensor, remedy, error=InputError, wanted="an image")
+        is_image = pixels.dim() == 3 and pixels.is_floating_point()
+        if not is_image or not 0 <= float(pixels.min()) <= float(pixels.max()) <= 1:
+            raise InputError(
+                f"`image` is {pixels.dtype} of shape {tuple(pixels.shape)}, but a tensor (3, H, W) with values in "
+                "[0, 1] is needed. Pass a PIL image, or convert it with torchvision.transforms.functional.to_tensor."
+            )
+        pixels = pixels.to(next(self.model.parameters()))
         with torch.no_grad():
-            (found,) = self.model([image])
+            (found,) = self.model([pixels])
         rows: Sequence[tuple[int, float, list[float]]] = list(
             zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
         )

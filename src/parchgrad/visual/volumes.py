@@ -116,7 +116,9 @@ def volume_figure(
         # The colour bar moved them to the bottom of their cells.
         axes.set_anchor("C")
     meeting = ", ".join(f"{name} {index}" for name, index in zip(_AXES, place, strict=True))
-    where = "the voxel" if at is not None else "the map's peak" if scaled.any() else "the centre of a map of zeros"
+    where = (
+        "the voxel" if at is not None else "the smoothed map's peak" if scaled.any() else "the centre of a map of zeros"
+    )
     figure.suptitle(as_written(title or f"Slices through {where} at {meeting}"), fontsize=11.5)
     return settle(figure)
 
@@ -224,7 +226,9 @@ def signal_figure(
     )
     channels, length = lines.shape
     scaled = _scaled(heat, (length,), "signal", _SIGNAL_PERCENTILE)
-    names = labels or (["signal"] if channels == 1 else [f"channel {index}" for index in range(channels)])
+    # Longer names would run into each other in low rows.
+    kind = "channel " if channels < 8 else ""
+    names = labels or (["signal"] if channels == 1 else [f"{kind}{index}" for index in range(channels)])
     if len(names) != channels:
         raise InputError(f"`labels` has {len(names)} texts for {channels} channels. Pass one for each.")
     step = 1.0 if rate is None else 1 / rate

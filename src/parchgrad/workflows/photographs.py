@@ -23,7 +23,7 @@ from parchgrad.core.edit import Edit
 from parchgrad.core.layers import LayerChoice
 from parchgrad.core.selectors import Selector
 from parchgrad.core.targets import integer_targets
-from parchgrad.errors import InputError, SettingError
+from parchgrad.errors import InputError, ModelWarning, SettingError, warn
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
 from parchgrad.explain.scores import Contrast
@@ -239,6 +239,8 @@ def explain_images(
             stable = torch.cat([explainer.stability(*part, noise=_NOISE, draws=_DRAWS) for part in parts]).tolist()
         ranked = classifier.predict(inputs, count=len(classifier.categories))
         settings = {**settings, "layers": list(explainer.edited_layers)}
+        if against is not None:
+            _warn_of_unlikely(chosen, against, ranked, start)
         for row, (attribution, plain_attribution) in enumerate(maps):
             explanations.append(
                 Explanation(
@@ -254,6 +256,23 @@ def explain_images(
                 )
             )
     return explanations
+
+
+def _warn_of_unlikely(
+    targets: Sequence[int], against: int | str, ranked: Sequence[Sequence[Prediction]], start: int
+) -> None:
+    """Warn if a network favours the other side of a contrast, whose map then shows little."""
+    for row, (target, predictions) in enumerate(zip(targets, ranked, strict=True)):
+        shares = {each.index: each.probability for each in predictions}
+        own = shares.pop(target)
+        sides = {"runner-up": max(shares.values()), "rest": 1 - own}
+        other = sides[against] if isinstance(against, str) else shares[against]
+        if own < other:
+            warn(
+                f"In image {start + row + 1}, the network favours the other side of the contrast, so little supports "
+                "the target. Explain the other class rather than this one.",
+                ModelWarning,
+            )
 
 
 def describe_explainer(explainer: Explainer, method: str) -> dict[str, Any]:
