@@ -1,18 +1,18 @@
 """Convert images to network inputs and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from parchgrad.data.images import check_proportions, to_rgb
-from parchgrad.errors import InputError
+from parchgrad.errors import InputError, SettingError
 
-__all__ = ["Preprocessing"]
+__all__ = ["Preprocessing", "as_preprocessing"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,60 @@ class Preprocessing:
         restored = (inputs.detach().float().cpu() * std + mean).clamp(0, 1)
         picture: NDArray[Any] = restored.expand(3, *restored.shape[1:]).permute(1, 2, 0).numpy()
         return picture
+
+
+def as_preprocessing(transform: Any) -> Preprocessing:
+    """Read the preprocessing of torchvision, timm or Hugging Face, with the mean and deviation that it normalises by.
+
+    Args:
+        transform: a `Preprocessing`; `weights.transforms()` of torchvision; a composition of transforms of torchvision
+            or timm; or an image processor of Hugging Face.
+
+    Raises:
+        SettingError: if `transform` is none of these.
+
+    Example:
+        >>> from torchvision import transforms
+        >>> steps = [transforms.ToTensor(), transforms.Normalize((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))]
+        >>> as_preprocessing(transforms.Compose(steps)).mean
+        (0.5, 0.4, 0.3)
+    """
+    if isinstance(transform, Preprocessing):
+        return transform
+    if hasattr(transform, "image_mean") and hasattr(transform, "image_std"):
+        return Preprocessing(_Processor(transform), _floats(transform.image_mean), _floats(transform.image_std))
+    found = [step for step in _steps(transform) if hasattr(step, "mean") and hasattr(step, "std")]
+    if found:
+        # The last one normalises what the network sees.
+        return Preprocessing(transform, _floats(found[-1].mean), _floats(found[-1].std))
+    if not callable(transform):
+        raise SettingError(
+            f"`preprocess` is of type {type(transform).__name__}, but it must turn a PIL image into a tensor. Pass "
+            "weights.transforms(), a composition of transforms or an image processor."
+        )
+    raise SettingError(
+        f"`preprocess` is of type {type(transform).__name__}, from which mean and deviation cannot be read. Pass "
+        "parchgrad.data.preprocessing.Preprocessing(transform, mean, std), with 0 and 1 if it does not normalise."
+    )
+
+
+def _steps(transform: Any) -> list[Any]:
+    """A transform and all those that it consists of."""
+    parts = transform.transforms if hasattr(transform, "transforms") else transform
+    inner = parts if isinstance(parts, nn.Sequential | nn.ModuleList | list | tuple) else ()
+    return [transform, *(step for part in inner for step in _steps(part))]
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """An image processor of Hugging Face as a function of one image."""
+
+    processor: Any
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+
+def _floats(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

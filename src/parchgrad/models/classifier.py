@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad._io.checks import check_kind, check_whole_number
-from parchgrad.data.preprocessing import Preprocessing
-from parchgrad.errors import ModelError, TargetError
+from parchgrad.data.preprocessing import Preprocessing, as_preprocessing
+from parchgrad.errors import ModelError, SettingError, TargetError
 from parchgrad.explain.outputs import Logits, check_batch
 
 __all__ = ["Classifier", "Prediction", "check_classifier", "find_category", "label_of", "name_against"]
@@ -39,10 +39,15 @@ class Classifier:
 
     Attributes:
         model: the network, which returns logits (B, K), except for `shapes_segmenter` and `shapes_detector`.
-        preprocess: the network's preprocessing.
+        preprocess: the network's preprocessing; also `weights.transforms()` of torchvision, a composition of
+            transforms, or an image processor of Hugging Face, which `as_preprocessing` converts.
         categories: names of the K classes.
         name: name of the network, as passed to `load_model`.
         synsets: WordNet ids of the K classes, which name ImageNet's folders; empty if the classes have none.
+
+    Raises:
+        ModelError: if `model` is not a module.
+        SettingError: if the preprocessing is of another kind, or `categories` is a string.
 
     Example:
         >>> import parchgrad as pg
@@ -58,6 +63,13 @@ class Classifier:
     categories: tuple[str, ...] = field(repr=False)
     name: str
     synsets: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        check_kind("`model`", self.model, nn.Module, "Pass the network", error=ModelError)
+        object.__setattr__(self, "preprocess", as_preprocessing(self.preprocess))
+        if isinstance(self.categories, str):
+            raise SettingError("`categories` is a string, but it must be a sequence of names. Pass one name per class.")
+        object.__setattr__(self, "categories", tuple(str(name) for name in self.categories))
 
     def __str__(self) -> str:
         """Return name, network and number of classes."""

@@ -126,13 +126,18 @@ class Explanation:
         folder = Path(directory)
         return folder / f"{stem}.png", folder / f"{stem}.npy", folder / f"{stem}.json"
 
-    def save(self, directory: str | Path, stem: str, *, force: bool = False) -> tuple[Path, Path, Path]:
+    def save(self, directory: str | Path, stem: str | None = None, *, force: bool = False) -> tuple[Path, Path, Path]:
         """Write the panel as PNG, the raw signed attribution (3, H, W) as .npy, and the manifest as JSON.
+
+        Args:
+            directory: folder of the files.
+            stem: name of the files without suffix; None uses the image's name.
+            force: whether to overwrite files.
 
         Raises:
             OutputError: if a file exists and `force` is off, or cannot be written.
         """
-        paths = self.files(directory, stem)
+        paths = self.files(directory, Path(self.name).stem if stem is None else stem)
         check_outputs(paths, force=force)
         text = json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n"
         with writing_together(paths, force=force) as (drawn, saved, written):
@@ -154,7 +159,7 @@ def explain_images(
     images: Sequence[Image.Image],
     edit: Edit = Edit(),
     *,
-    target: int | None = None,
+    target: int | str | None = None,
     against: int | Literal["runner-up", "rest"] | None = None,
     method: str = "gradient",
     method_options: Mapping[str, Any] | None = None,
@@ -168,7 +173,7 @@ def explain_images(
         classifier: the network.
         images: images of any size and mode.
         edit: the edit, with a selector.
-        target: class to explain in every image; None uses each image's predicted class.
+        target: class to explain in every image, by index or name; None uses each image's predicted class.
         against: explain the class rather than this one; see `Contrast`.
         method: attribution method; see `Explainer`.
         method_options: options of the method.
@@ -191,6 +196,8 @@ def explain_images(
         ('tiger shark', (3, 224, 224))
     """
     check_classifier(classifier)
+    if isinstance(target, str):
+        target = classifier.find_category(target)
     _check_images(images, names)
     check_whole_number("internal_batch_size", internal_batch_size, 1)
     check_kind("`edit`", edit, Edit, "Pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
