@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.study import Photographs, part_of, sentence, shuffled
+from benchmarks.study import Photographs, part_of, sentence, shuffled, write_pages
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Subset
 
 import parchgrad as pg
-from parchgrad._io.files import writing
 from parchgrad.cli.shared import ProgressBars
 from parchgrad.core.layers import resolve_layers
 from parchgrad.data.samples import LabelledImages, Samples
@@ -234,13 +233,7 @@ def main() -> None:
                 f"{sentence(found, Setting().title)}\n"
             )
             tables.append(csv_table(found))
-    lines = tables[0].splitlines()[:1] + [line for table in tables for line in table.splitlines()[1:]]
-    for name, text in (
-        ("architectures.md", HEADER + "\n".join(sections)),
-        ("architectures.csv", "\n".join(lines) + "\n"),
-    ):
-        with writing(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_pages(out, "architectures", HEADER, sections, tables)
 
 
 if __name__ == "__main__":

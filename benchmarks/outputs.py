@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from benchmarks.study import part_of, sentence
+from benchmarks.study import part_of, sentence, write_pages
 from torch import Tensor, nn
 from torch.nn import functional
 
 import parchgrad as pg
-from parchgrad._io.files import writing
 from parchgrad.cli.shared import ProgressBars
 from parchgrad.core.layers import find_convolutions
 from parchgrad.data.samples import Sample
@@ -275,10 +274,7 @@ def main() -> None:
             text = "\n\n".join((f"## `{track.name}`: {track.title}", table, *said))
             sections.append(f"{text}\n")
             tables.append(csv_table(found).replace(",mass_inside,higher,", ",mass_inside_rival,lower,"))
-    lines = tables[0].splitlines()[:1] + [line for table in tables for line in table.splitlines()[1:]]
-    for name, text in (("outputs.md", HEADER + "\n".join(sections)), ("outputs.csv", "\n".join(lines) + "\n")):
-        with writing(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_pages(out, "outputs", HEADER, sections, tables)
 
 
 if __name__ == "__main__":

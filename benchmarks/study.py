@@ -650,6 +650,17 @@ def place_of(setting: Setting, axis: str) -> int:
     return {"quantile": QUANTILES, "layers": LAYERS, "gates": GATES}[axis].index(getattr(setting, axis))
 
 
+def write_pages(folder: Path, name: str, header: str, sections: Sequence[str], tables: Sequence[str]) -> None:
+    """Write the sections as Markdown, and the rows of all tables as one CSV file."""
+    lines = tables[0].splitlines()[:1] + [line for table in tables for line in table.splitlines()[1:]]
+    for path, text in (
+        (folder / f"{name}.md", header + "\n".join(sections)),
+        (folder / f"{name}.csv", "\n".join(lines) + "\n"),
+    ):
+        with writing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Run the tracks whose data exist, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -710,10 +721,7 @@ def main() -> None:
         sections.append(
             f"## Do the maps depend on the weights and not on noise?\n\n{SANITY_TEXT}\n\n" + "\n".join(parts)
         )
-    lines = tables[0].splitlines()[:1] + [line for table in tables for line in table.splitlines()[1:]]
-    for name, text in (("results.md", HEADER + "\n".join(sections)), ("results.csv", "\n".join(lines) + "\n")):
-        with writing(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_pages(out, "results", HEADER, sections, tables)
 
 
 if __name__ == "__main__":

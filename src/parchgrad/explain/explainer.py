@@ -342,8 +342,8 @@ class Explainer:
         Returns:
             Mean cosine between the heat map of each row and those of its noisy copies, in [0, 1], shape (B,), float64;
             NaN where a map is zero everywhere. For a tuple, a tuple with the stability of each input's map; the map of
-            an input (B, F) is the magnitude of its attribution. Five dimensions, of which dimension 2 has 1 or 3
-            entries and dimension 1 does not, are taken as a clip (B, T, C, H, W), whose map keeps all frames.
+            an input (B, F) is the magnitude of its attribution. An input of five dimensions is a clip
+            (B, T, C, H, W) if dimension 2 has size 1 or 3 and dimension 1 does not; its map keeps all frames.
 
         Raises:
             SettingError: if `noise` or `draws` is out of range.

@@ -23,7 +23,7 @@ def heatmap(attribution: Tensor, *, channel_dim: int | None = None) -> Tensor:
         Non-negative map, shape (B, *S): the attribution's without the channels.
 
     Raises:
-        InputError: if there are no spatial dimensions, or it is unclear which dimension has the channels.
+        InputError: if there are no spatial dimensions, or the channel dimension is ambiguous.
         SettingError: if `channel_dim` is not a dimension, or is that of the batch.
 
     Example:
@@ -51,7 +51,7 @@ def signed_heatmap(attribution: Tensor, *, channel_dim: int | None = None) -> Te
         Signed map, shape (B, *S): the attribution's without the channels.
 
     Raises:
-        InputError: if there are no spatial dimensions, or it is unclear which dimension has the channels.
+        InputError: if there are no spatial dimensions, or the channel dimension is ambiguous.
         SettingError: if `channel_dim` is not a dimension, or is that of the batch.
 
     Example:

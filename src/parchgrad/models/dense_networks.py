@@ -73,8 +73,8 @@ class ShapesDetector(nn.Module):
     """A one-stage detector without anchors for images of 64 x 64 pixels and larger.
 
     The backbone is that of `ShapesNetwork`. Each position of its grid, with a stride of 8 pixels, predicts one box and
-    the classes in it. There is no background class: all logits are low where there is no shape. A shape has up to four
-    boxes, which suppression reduces to one.
+    its classes. Positions without a shape have low logits for every class. Up to four boxes match a shape, and
+    non-maximum suppression keeps one.
 
     Source: Ge et al. (2021), "YOLOX: Exceeding YOLO Series in 2021", for the boxes and the heads.
 
