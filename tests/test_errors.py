@@ -47,6 +47,7 @@ OTHERS = {
     ("explorer.guard", "MultiPartException"): "the web server's own, which it answers",
     ("legacy.attribution_methods", "_within"): "a NonFiniteError with the name of a layer of the user's",
     ("legacy.pickles", "_RefusedError"): "becomes a StatisticsError that names the file",
+    ("models.own_networks", "ValueError"): "becomes an InputError that names the file",
     ("statistics.accumulate", "ValueError"): "becomes a StatisticsError that names the checkpoint",
     ("statistics.batches", "type"): "an error of this package that a loading process raised",
     ("statistics.checkpoint", "ValueError"): "becomes a StatisticsError that names the file",
@@ -120,6 +121,7 @@ def test_messages_are_read_off_the_source_with_places_and_halves(source):
         "core.engine",
         "core.passes",
         "explain.explainer",
+        "models.own_networks",
         "workflows.photographs",
     }
     assert {m.module for m in source.messages if m.kind == "StatisticsWarning"} == {
@@ -261,7 +263,7 @@ C.predict(x.numpy()) | InputError: type ndarray
 C.predict(x[0]) | InputError: inputs.unsqueeze
 C.predict(x, count="3") | SettingError: `count` is '3'
 C.preprocess("photo.jpg") | InputError: The image is of type str
-C.find_category(3) | TargetError: The class is of type int
+C.find_category(3.5) | TargetError: The class is of type float
 read_image(None) | ImageError: `path` is of type NoneType
 read_image(["a.jpg"]) | ImageError: `path` is of type list
 pg.choose_layers(C, 0.5) | ModelError: its .model

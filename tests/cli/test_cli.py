@@ -619,7 +619,7 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
         (("report", "runs"), "does not contain a run"),
         (("evaluate", "nowhere.toml"), "Cannot read 'nowhere.toml'"),
         (("evaluate", "study.toml", "--device", "moon"), "--device is 'moon'"),
-        (("evaluate",), "does not set model and data. Pass flags such as --model shapes"),
+        (("evaluate",), "does not set --model and --data"),
         (("evaluate", "--model", "shapes", "--root", "photos"), "'data.name' is missing"),
         (("evaluate", "--model", "shapes", "--data", "shapes"), "needs 'count'"),
         (("evaluate", "--model", "shapes", "--data", "forms"), "'data.name' in the settings is 'forms'"),

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from parchgrad.data.folders import PhotographFolder, find_files, match_classes
+from parchgrad.data.folders import PhotographFolder, match_classes
+from parchgrad.data.images import find_files
 from parchgrad.errors import ImageError
 
 

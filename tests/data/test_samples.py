@@ -25,7 +25,7 @@ def pairs(image, label=0):
         (pairs(torch.rand(1, 2, 2), -1), "label of item 0 is -1"),
         (pairs(torch.rand(1, 2, 2), 0.5), r"label of item 0 is 0\.5, .* class index"),
         (pairs(torch.rand(1, 2, 2), torch.zeros(2)), "class index"),
-        (LabelledImages([torch.rand(1, 2, 2)], categories=("a",)), "Item 0 "),
+        (LabelledImages([(torch.rand(1, 2, 2), 0, 0)], categories=("a",)), "Item 0 "),
     ],
 )
 def test_items_that_do_not_fit(dataset, words):
@@ -80,7 +80,7 @@ def test_data_sets_that_cannot_be_used():
     with pytest.raises(SettingError, match="Stream has no length"):
         LabelledImages(Stream(), categories=("a",))
     tensors = TensorDataset(torch.zeros(1, 1, 2, 2), torch.zeros(1).long())
-    for categories in (None, (), "cat"):
+    for categories in (None, "cat"):
         with pytest.raises(SettingError, match="TensorDataset has no class names"):
             LabelledImages(tensors, categories=categories)
 

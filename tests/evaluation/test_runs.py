@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import parchgrad as pg
 from parchgrad.data.samples import Sample
-from parchgrad.errors import InputError, ModelError, OutputError, SettingError
+from parchgrad.errors import InputError, ModelError, OutputError, SettingError, TargetError
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import (
     centre_blob,
@@ -218,7 +218,7 @@ def test_what_would_end_badly_is_said_first(tmp_path):
         def __getitem__(self, index):
             return Sample(image=torch.randn(3, 8, 8), label=5, name=f"{index}")
 
-    with pytest.raises(InputError, match="has label 5, but the model has 5 classes"):
+    with pytest.raises(TargetError, match="has 5 classes"):
         run(tmp_path, data=Beyond())
 
 

@@ -51,7 +51,7 @@ def test_the_networks_are_loaded_like_classifiers_but_do_not_classify(name, kind
     assert loaded.preprocess.mean == pg.load_model("shapes").preprocess.mean
     with pytest.raises(ModelError, match=r"logits of shape \(B, K\) are needed"):
         loaded.predict(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ModelError, match=r"evaluations need logits of shape \(B, K\)"):
+    with pytest.raises(ModelError, match=r"logits of shape \(B, K\) are needed"):
         evaluate(loaded.model, GeneratedShapes(count=2, seed=5), [Setting()], tmp_path / "run")
 
 

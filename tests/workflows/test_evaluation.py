@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 import parchgrad as pg
 from parchgrad._io.files import locked
+from parchgrad.data.folders import PhotographFolder
+from parchgrad.data.images import read_image
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.data.samples import DrawnSamples
 from parchgrad.errors import ImageError, InputError, ModelError, OutputError, SettingError
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples
 from parchgrad.evaluation.rows import read_rows
+from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings
-from parchgrad.evaluation.settings import Grid
+from parchgrad.evaluation.settings import Grid, Setting
 from parchgrad.evaluation.sparsity import gini
 from parchgrad.workflows.evaluation import DataSettings, EvaluationSettings, evaluate_all, open_data, read_settings
 from tests.support import random_statistics, small_network
@@ -88,12 +93,12 @@ def test_a_file_says_all_settings(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('model = ["resnet18", "efficientnet_lite0"]', "", "does not set model"),
+        ('model = ["resnet18", "efficientnet_lite0"]', "", "does not set `model`"),
         ("quantiles", "quantile", r"'quantile' in \[grid\].* 'quantiles'"),
         ("[scores]", "[score]", "'score' in the settings.* 'scores'"),
         ('name = "imagenet"', 'name = "imagnet"', r"'data\.name' .* is 'imagnet'.*'shapes', 'folder'"),
         ('name = "imagenet"', "", r"'data\.name' is missing"),
-        ('annotations = "boxes"', "", r"'imagenet' needs 'annotations'.* --annotations"),
+        ('annotations = "boxes"', "", r"'imagenet' needs 'annotations'.* `annotations`"),
         ('"perturbation"', '"faithful"', r"'scores\.families' .* is 'faithful'.* 'perturbation'"),
         ("mosaics = 4", "mosaics = -4", "`mosaics` is -4"),
         ("count = 50", 'count = "many"', r"'data\.count' .* is 'many'.* integer"),
@@ -162,7 +167,7 @@ def test_overrides_go_before_the_file_and_need_none(tmp_path):
     assert read_settings(None, alone) == EvaluationSettings(
         models=("shapes",), data=DataSettings(name="shapes", count=3)
     )
-    with pytest.raises(SettingError, match="does not set model and data"):
+    with pytest.raises(SettingError, match="does not set `model` and `data`"):
         read_settings(None, nothing)
     with pytest.raises(SettingError, match=r"'data' .* is 'shapes'"):
         read_settings(written(tmp_path, 'model = "shapes"\ndata = "shapes"'), given)
@@ -180,7 +185,7 @@ def test_files_that_are_none(tmp_path):
         read_settings(tmp_path / "nowhere.toml")
     with pytest.raises(InputError, match="is not valid TOML"):
         read_settings(written(tmp_path, "model = \n"))
-    with pytest.raises(SettingError, match="does not set data"):
+    with pytest.raises(SettingError, match="does not set `data`"):
         read_settings(written(tmp_path, 'model = "resnet18"'))
 
 
@@ -202,8 +207,8 @@ def classifier(monkeypatch):
         tuple(f"class {index}" for index in range(5)),
         "small",
     )
-    monkeypatch.setattr("parchgrad.workflows.evaluation.load_model", lambda name: made)
-    monkeypatch.setattr("parchgrad.workflows.evaluation.check_model_name", lambda name: None)
+    monkeypatch.setattr("parchgrad.workflows.evaluation.load_network", lambda name, **files: replace(made, name=name))
+    monkeypatch.setattr("parchgrad.workflows.evaluation.check_network_name", lambda name: None)
     return made
 
 
@@ -241,8 +246,56 @@ def test_data_that_is_not_there_is_said(tmp_path, photographs, classifier):
     for name in ("cifar10", "cifar100", "mnist", "fashion_mnist"):
         with pytest.raises(ImageError, match=f"does not contain torchvision's {name}"):
             open_data(DataSettings(name=name, root=str(tmp_path)), classifier)
-    with pytest.raises(ImageError, match="no class folders"):
+    with pytest.raises(ImageError, match="outside class folders"):
         open_data(DataSettings(name="folder", root=str(photographs / "class 0")), classifier)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_predicted_classes_need_no_labels(tmp_path, photographs, classifier, flat):
+    root = tmp_path / "mine"
+    for index, file in enumerate(sorted(photographs.rglob("*.*"))[:4]):
+        # Folders that are named after no class.
+        folder = root if flat else root / f"shelf {'abab'[index]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / f"{index}{file.suffix}")
+    settings = {"name": "folder", "root": str(root)}
+    asked = EvaluationSettings(
+        models=("small",),
+        data=DataSettings(**settings),
+        scores=ScoreSettings(families=("sparsity",)),
+        target="predicted",
+    )
+    (run,) = evaluate_all(asked, tmp_path / "out")
+    transform = classifier.preprocess
+    files = {file.relative_to(root).as_posix(): file for file in root.rglob("*.*")}
+    for row in read_rows(run):
+        expected = int(classifier.model(transform(read_image(files[row["image"]])).unsqueeze(0)).argmax())
+        assert row["target"] == row["predicted"] == row["label"] == expected
+    for labelled in (replace(asked, target="label"), replace(asked, data=DataSettings(**settings, mosaics=1))):
+        with pytest.raises(ImageError, match="target='predicted'"):
+            evaluate_all(labelled, tmp_path / "other")
+
+
+def test_folders_of_torchvision_and_this_package_are_evaluated_in_python(tmp_path, photographs, classifier):
+    settings, scores = [Setting(), Setting(selector="energy")], ScoreSettings(families=("sparsity",))
+    whole, own = ImageFolder(photographs, classifier.preprocess), PhotographFolder(photographs, classifier.preprocess)
+    data = {
+        "torchvision": Subset(whole, range(0, 12, 3)),
+        "labelled": Subset(own.with_categories(classifier.categories), range(0, 12, 3)),
+    }
+    found = {}
+    for name, images in data.items():
+        evaluate(classifier.model, images, settings, tmp_path / name, scores=scores)
+        found[name] = {(row["setting"], row["image"], row["label"], row["gini"]) for row in read_rows(tmp_path / name)}
+    assert found["torchvision"] == found["labelled"]
+    assert len(found["labelled"]) == 8
+    evaluate(classifier.model, own, settings, tmp_path / "alone", scores=scores, target="predicted")
+    with pytest.raises(InputError, match="has no label"):
+        evaluate(classifier.model, own, settings, tmp_path / "none", scores=scores)
+    # The labels of fewer folders than classes would be those of other classes.
+    shutil.rmtree(shutil.copytree(photographs, tmp_path / "fewer") / "class 2")
+    with pytest.raises(InputError, match="has 4 classes, but the model has 5"):
+        evaluate(classifier.model, ImageFolder(tmp_path / "fewer", classifier.preprocess), settings, tmp_path / "no")
 
 
 def test_every_model_has_a_run_that_goes_on(tmp_path, photographs, classifier):

@@ -5,11 +5,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from parchgrad._io.files import refuse_special
 from parchgrad.errors import reason_of
 
-__all__ = ["read_tensors"]
+__all__ = ["SAFE_TORCH", "read_tensors"]
+
+SAFE_TORCH = TorchVersion("2.10")
+"""Earlier releases can be made to execute code by a pickle, even with `weights_only=True`."""
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:

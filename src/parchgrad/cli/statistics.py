@@ -81,15 +81,13 @@ def collect(
         import torch
 
         from parchgrad._io.files import check_outputs
-        from parchgrad.data.folders import PHOTOGRAPH_SUFFIXES, find_files
+        from parchgrad.data.images import IMAGE_SUFFIXES, find_files
         from parchgrad.models.loading import load_model
         from parchgrad.statistics.checkpoint import remove_checkpoints
         from parchgrad.statistics.processes import is_first_process
         from parchgrad.workflows.collection import collect_from_folder
 
-        check_outputs(
-            [out], force=force, inputs=find_files(data, PHOTOGRAPH_SUFFIXES) if force and data.is_dir() else ()
-        )
+        check_outputs([out], force=force, inputs=find_files(data, IMAGE_SUFFIXES) if force and data.is_dir() else ())
         classifier = load_model(model)
         place = place_of(device)
         classifier.model.to(place)

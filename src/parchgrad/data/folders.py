@@ -16,27 +16,11 @@ from torch.utils.data import Dataset
 
 from parchgrad._io.checks import check_kind
 from parchgrad._io.files import refuse_special, without_addresses
-from parchgrad.data.images import read_image
-from parchgrad.errors import ImageError, reason_of
+from parchgrad.data.images import IMAGE_SUFFIXES, cannot_read, find_files, read_image
+from parchgrad.errors import ImageError
 from parchgrad.statistics.batches import LeftOut
 
-__all__ = ["PHOTOGRAPH_SUFFIXES", "PhotographFolder", "find_files", "match_classes"]
-
-PHOTOGRAPH_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".avif",
-    ".jp2",
-)
-"""Suffixes of the files that count as images."""
+__all__ = ["PhotographFolder", "match_classes"]
 
 # Files hashed to identify a folder.
 _PROBES = 64
@@ -52,6 +36,8 @@ class PhotographFolder(Dataset[Any]):
         files: the image files.
         folders: names of the class folders, sorted; empty if an image lies outside of any.
         labels: class of each image; None without classes.
+        classes: names of the model's classes; empty without `with_categories`.
+        matched_by: how `with_categories` matched the folders: `"WordNet id"`, `"category"`, `"index"` or `"order"`.
 
     Example:
         >>> import tempfile
@@ -81,12 +67,33 @@ class PhotographFolder(Dataset[Any]):
         self.root, self._transform, self._skip_unreadable = Path(root), transform, skip_unreadable
         if not os.path.isdir(self.root):
             raise ImageError(f"There is no folder {str(root)!r}. Check the path.")
-        self.files = find_files(self.root, PHOTOGRAPH_SUFFIXES)
+        self.files = find_files(self.root, IMAGE_SUFFIXES)
         if not self.files:
             raise ImageError(f"The folder {str(root)!r} contains no images. Choose one with JPEG or PNG files.")
         parts = [file.relative_to(self.root).parts for file in self.files]
         self.folders = () if any(len(names) == 1 for names in parts) else tuple(sorted({names[0] for names in parts}))
         self.labels: tuple[int, ...] | None = None
+        self.classes: tuple[str, ...] = ()
+        self.matched_by = ""
+
+    def with_categories(self, categories: Sequence[str], synsets: Sequence[str] = ()) -> "PhotographFolder":
+        """Label the images by their class folder, whose name is matched to a model's classes; see `match_classes`.
+
+        Args:
+            categories: names of the model's classes.
+            synsets: WordNet ids of the model's classes, if any.
+
+        Raises:
+            ImageError: if an image lies outside of class folders, or a folder matches no class.
+        """
+        if not self.folders:
+            raise ImageError(
+                f"{str(self.root)!r} contains images outside class folders. Sort them into one folder per class."
+            )
+        class_of, way = match_classes(self.folders, categories, synsets)
+        labelled = self.with_classes(class_of)
+        labelled.classes, labelled.matched_by = tuple(categories), way
+        return labelled
 
     def with_classes(self, class_of: Mapping[str, int]) -> "PhotographFolder":
         """Label the images by their class folder.
@@ -199,7 +206,7 @@ def match_classes(
         why = f"{strange[0]!r} is not a WordNet id, category or index"
     raise ImageError(
         f"The {len(folders)} class folders do not match the model's {len(categories)} classes ({why}). Rename the "
-        "folders, or use predicted labels."
+        "folders."
     )
 
 
@@ -208,56 +215,14 @@ def _content(file: Path) -> bytes:
         refuse_special(file)
         return file.read_bytes()
     except OSError as error:
-        raise _cannot_read(file, error) from error
+        raise cannot_read(file, error) from error
 
 
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError as error:
-        raise _cannot_read(file, error) from error
-
-
-def _cannot_read(place: str | Path, error: OSError) -> ImageError:
-    return ImageError(f"Cannot read {str(place)!r} ({reason_of(error)}). Check its permissions.")
-
-
-def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
-    """Find the files below a folder with one of the suffixes (lower case), sorted.
-
-    Skip hidden files and folders. Follow links, but read every folder once: at its own place, or else through the
-    first link to it.
-
-    Raises:
-        ImageError: if a folder cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     for name in ("b.xml", "a.XML", ".hidden.xml", "notes.txt"):
-        ...         Path(root, name).touch()
-        ...     [file.name for file in find_files(Path(root), (".xml",))]
-        ['a.XML', 'b.xml']
-    """
-    found: list[Path] = []
-    seen = set[str]()
-
-    def stop(error: OSError) -> None:
-        # os.walk would silently skip an unreadable folder.
-        raise _cannot_read(error.filename, error) from error
-
-    waiting = [str(root)]
-    while waiting:
-        links = []
-        for folder, inner, names in os.walk(waiting.pop(0), onerror=stop):
-            place = os.path.realpath(folder)
-            inner[:] = [] if place in seen else [name for name in inner if name[0] != "."]
-            if place not in seen:
-                found += [Path(folder, name) for name in names if name[0] != "." and name.lower().endswith(suffixes)]
-            seen.add(place)
-            links += [path for path in (os.path.join(folder, name) for name in inner) if os.path.islink(path)]
-        waiting += sorted(links)
-    return tuple(sorted(found))
+        raise cannot_read(file, error) from error
 
 
 def _places(names: Iterable[str]) -> dict[str, int]:

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from parchgrad._io.extras import needs_extra
 from parchgrad._io.files import refuse_special
-from parchgrad.data.folders import PhotographFolder, find_files, match_classes
+from parchgrad.data.folders import PhotographFolder
 from parchgrad.data.geometry import find_placement, turn_boxes
-from parchgrad.data.images import stored_frame
+from parchgrad.data.images import find_files, stored_frame
 from parchgrad.data.samples import Sample
 from parchgrad.errors import ImageError, SettingError, reason_of
 
@@ -94,7 +94,7 @@ class BoxedFolder(Dataset[Sample]):
             )
         find_placement(transform, width=512, height=512)
         photographs = PhotographFolder(root, transform)
-        self._photographs = photographs.with_classes(match_classes(photographs.folders, categories, synsets)[0])
+        self._photographs = photographs.with_categories(categories, synsets)
         self._root, self._transform, self._synsets = Path(root), transform, tuple(synsets)
         self.categories = tuple(categories)
         xml_of = _by_stem(_xml_files(Path(annotations)))

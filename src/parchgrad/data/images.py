@@ -1,5 +1,6 @@
 """Read images from files."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -13,7 +14,33 @@ from parchgrad._io.checks import check_kind
 from parchgrad._io.files import refuse_special
 from parchgrad.errors import ImageError, InputError, reason_of
 
-__all__ = ["check_proportions", "opened_image", "read_image", "stored_frame", "to_rgb"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "cannot_read",
+    "check_proportions",
+    "find_files",
+    "opened_image",
+    "read_image",
+    "stored_frame",
+    "to_rgb",
+]
+
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".avif",
+    ".jp2",
+)
+"""Suffixes of the files that count as images."""
+
 
 _ORIENTATION = 0x0112
 # Pillow would run these in Ghostscript.
@@ -190,3 +217,46 @@ def _check_numbers(image: Image.Image) -> None:
     """Raise `ImageError` if pixels are NaN or infinite, which would turn black or white."""
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
         raise ImageError("The image contains NaN or infinite values. Replace them with finite numbers.")
+
+
+def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
+    """Find the files below a folder with one of the suffixes (lower case), sorted.
+
+    Skip hidden files and folders. Follow links, but read every folder once: at its own place, or else through the
+    first link to it.
+
+    Raises:
+        ImageError: if a folder cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("b.xml", "a.XML", ".hidden.xml", "notes.txt"):
+        ...         Path(root, name).touch()
+        ...     [file.name for file in find_files(Path(root), (".xml",))]
+        ['a.XML', 'b.xml']
+    """
+    found: list[Path] = []
+    seen = set[str]()
+
+    def stop(error: OSError) -> None:
+        # os.walk would silently skip an unreadable folder.
+        raise cannot_read(error.filename, error) from error
+
+    waiting = [str(root)]
+    while waiting:
+        links = []
+        for folder, inner, names in os.walk(waiting.pop(0), onerror=stop):
+            place = os.path.realpath(folder)
+            inner[:] = [] if place in seen else [name for name in inner if name[0] != "."]
+            if place not in seen:
+                found += [Path(folder, name) for name in names if name[0] != "." and name.lower().endswith(suffixes)]
+            seen.add(place)
+            links += [path for path in (os.path.join(folder, name) for name in inner) if os.path.islink(path)]
+        waiting += sorted(links)
+    return tuple(sorted(found))
+
+
+def cannot_read(place: str | Path, error: OSError) -> ImageError:
+    """Make the error for a file or folder that cannot be read."""
+    return ImageError(f"Cannot read {str(place)!r} ({reason_of(error)}). Check its permissions.")

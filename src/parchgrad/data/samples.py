@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError, InputError, SettingError
 
-__all__ = ["DrawnSamples", "LabelledImages", "Pairs", "Sample", "Samples"]
+__all__ = ["DrawnSamples", "LabelledImages", "Pairs", "Sample", "Samples", "as_samples"]
 
 # Items hashed to identify a data set.
 _PROBES = 64
@@ -25,7 +25,7 @@ class Sample:
 
     Attributes:
         image: network input, shape (C, H, W).
-        label: class index.
+        label: class index; None if unknown.
         name: name of the image, unique in its data set.
         boxes: boxes of objects of the class, shape (N, 4): left, top, right, bottom in pixels of `image`, right and
             bottom exclusive, so a box of the whole image is (0, 0, W, H); None if unknown.
@@ -35,7 +35,7 @@ class Sample:
     """
 
     image: Tensor
-    label: int
+    label: int | None
     name: str
     boxes: Tensor | None = None
     mask: Tensor | None = None
@@ -104,7 +104,7 @@ class DrawnSamples(Dataset[Sample]):
         return self._dataset[self._chosen[index]]
 
 
-class Pairs(Dataset[tuple[Tensor, int]]):
+class Pairs(Dataset[tuple[Tensor, int | None]]):
     """Samples as (image, label) pairs, for `collect_statistics` and training loops.
 
     Attributes:
@@ -130,15 +130,16 @@ class Pairs(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
         sample = self._samples[index]
         return sample.image, sample.label
 
 
 class LabelledImages(Dataset[Sample]):
-    """Samples of a data set of (image, label) pairs, such as torchvision's `ImageFolder`, `CIFAR10` and `MNIST`.
+    """Samples of a data set of (image, label) pairs, such as torchvision's `ImageFolder` and `CIFAR10`, or of images.
 
-    A sample's name is its file if known, else its index.
+    Images without labels can be explained for their predicted class. A sample's name is its file if known, else its
+    index.
 
     Attributes:
         categories: names of the classes.
@@ -156,8 +157,8 @@ class LabelledImages(Dataset[Sample]):
         """Take the class names from `dataset.classes`, also through a `Subset`.
 
         Args:
-            dataset: map-style data set of an image (C, H, W) and a class index.
-            categories: names of the classes, if the data set has none.
+            dataset: map-style data set of an image (C, H, W) and a class index, or of images alone.
+            categories: names of the classes, if the data set has none; empty for images without labels.
 
         Raises:
             SettingError: if the data set has no length or no class names.
@@ -170,7 +171,7 @@ class LabelledImages(Dataset[Sample]):
         while isinstance(whole, Subset):
             whole = whole.dataset
         found = categories if categories is not None else getattr(whole, "classes", ())
-        if isinstance(found, str) or not found:
+        if isinstance(found, str) or (not found and categories is None):
             raise SettingError(f"{type(whole).__name__} has no class names. Pass `categories=`.")
         self._dataset: Any = dataset
         self.categories = tuple(str(category) for category in found)
@@ -192,8 +193,10 @@ class LabelledImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         item = self._dataset[index]
+        if isinstance(item, Tensor):
+            item = (item, None)
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise InputError(f"Item {index} is not an (image, label) pair. Pass a data set of such pairs.")
+            raise InputError(f"Item {index} is not an image or an (image, label) pair. Pass a data set of these.")
         image, label = item
         if not isinstance(image, Tensor):
             raise ImageError(
@@ -205,7 +208,8 @@ class LabelledImages(Dataset[Sample]):
                 f"The image of item {index} has shape {tuple(image.shape)} and dtype {image.dtype}, but must be "
                 "floating-point of shape (C, H, W). Add a transform such as ToTensor()."
             )
-        return Sample(image=image, label=self._label(index, label), name=_name(self._dataset, index))
+        label = None if label is None else self._label(index, label)
+        return Sample(image=image, label=label, name=_name(self._dataset, index))
 
     def _label(self, index: int, label: Any) -> int:
         try:
@@ -218,6 +222,38 @@ class LabelledImages(Dataset[Sample]):
                 "them in `categories=`."
             )
         return found
+
+
+def as_samples(data: Any) -> Samples:
+    """Return samples of any data set of images: samples themselves, or those of `LabelledImages`.
+
+    Raises:
+        SettingError: if the data set has no length, no items by index or no class names.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from torchvision.datasets import ImageFolder
+        >>> from torchvision.transforms import ToTensor
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     Path(root, "cat").mkdir()
+        ...     Image.new("RGB", (4, 4)).save(Path(root, "cat", "a.png"))
+        ...     as_samples(ImageFolder(root, ToTensor()))[0].name
+        'cat/a.png'
+    """
+    if all(hasattr(data, name) for name in ("__len__", "__getitem__", "categories", "fingerprint")):
+        found: Samples = data
+        return found
+    whole = data
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    if not hasattr(whole, "classes"):
+        raise SettingError(
+            f"`data` is of type {type(data).__name__}, but it must have labels, categories and a fingerprint. Wrap a "
+            "data set of (image, label) pairs in parchgrad.data.samples.LabelledImages."
+        )
+    # Empty for images without labels.
+    return LabelledImages(data, categories=tuple(whole.classes))
 
 
 def _name(dataset: Any, index: int) -> str:

@@ -14,6 +14,7 @@ from parchgrad.core.layers import bare_model, check_evaluation_mode
 from parchgrad.data.samples import Sample, Samples
 from parchgrad.errors import InputError
 from parchgrad.evaluation.localisation import draw_mosaics, mosaic
+from parchgrad.explain.outputs import Logits
 
 __all__ = ["Mosaics", "make_mosaics"]
 
@@ -125,12 +126,14 @@ def make_mosaics(
     check_evaluation_mode(model)
     size = len(data)
     weight = next(model.parameters())
-    probability, labels = [], []
+    logits, probability, labels = Logits(model, None), [], []
     with torch.no_grad():
         for start in range(0, size, batch_size):
             samples = [data[index] for index in range(start, min(start + batch_size, size))]
+            if any(sample.label is None for sample in samples):
+                raise InputError("Mosaics need labels. Sort the images into one folder per class.")
             own = torch.tensor([sample.label for sample in samples], device="cpu")
-            said = model(torch.stack([sample.image for sample in samples]).to(weight)).double().softmax(dim=1).cpu()
+            said = logits(torch.stack([sample.image for sample in samples]).to(weight)).double().softmax(dim=1).cpu()
             probability.append(said.gather(1, own.unsqueeze(1)).squeeze(1))
             labels.append(own)
     drawn = draw_mosaics(

@@ -16,7 +16,7 @@ from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap
-from parchgrad.explain.outputs import Score
+from parchgrad.explain.outputs import Logits, Score
 from parchgrad.explain.recording import DelegatingSelector, RecordedSelection, record_selections
 
 __all__ = [
@@ -253,7 +253,7 @@ def masks_of_another_class(model: nn.Module, edit: Edit, *, distance: int | None
 
     def method(images: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            classes = model(images[:1]).shape[1]
+            classes = Logits(model, None)(images[:1]).shape[1]
         if classes < 2:
             raise SettingError("Masks of another class need a model with at least two classes, but this one has one.")
         step = classes // 2 if distance is None else distance

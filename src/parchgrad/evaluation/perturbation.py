@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parchgrad._io.checks import check_whole_number
 from parchgrad._io.extras import needs_extra
 from parchgrad.errors import InputError, SettingError
+from parchgrad.explain.outputs import Logits
 
 with needs_extra("evaluation"):
     from torchvision.transforms.functional import gaussian_blur
@@ -399,7 +400,7 @@ def has_order(heat: Tensor) -> Tensor:
 
 
 def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    logits: Tensor = model(images)
+    logits: Tensor = Logits(model, None)(images)
     return logits.double().log_softmax(dim=1)
 
 

@@ -18,21 +18,23 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from parchgrad._io.checks import check_kind, check_whole_number
 from parchgrad._io.digests import digest
 from parchgrad._io.files import locked, refuse_special, writing
 from parchgrad._version import __version__
 from parchgrad.core.layers import bare_model, check_evaluation_mode
-from parchgrad.core.targets import describe_output
-from parchgrad.data.samples import Sample, Samples
-from parchgrad.errors import InputError, ModelError, OutputError, SettingError, StatisticsError, reason_of
+from parchgrad.data.samples import Sample, Samples, as_samples
+from parchgrad.errors import InputError, OutputError, SettingError, StatisticsError, reason_of
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Choice, Examples, MakePicture, choose_examples, make_examples
 from parchgrad.evaluation.localisation import boxes_to_region
 from parchgrad.evaluation.methods import Method
 from parchgrad.evaluation.rows import Row, RowFile, read_rows
 from parchgrad.evaluation.scores import ScoreSettings, score_maps
 from parchgrad.evaluation.settings import Grid, Setting, make_method
+from parchgrad.explain.outputs import Logits
 from parchgrad.statistics import ChannelStatistics
 
 __all__ = ["TargetChoice", "check_run_folder", "evaluate"]
@@ -43,7 +45,7 @@ _FORMAT = 3
 
 def evaluate(
     model: nn.Module,
-    data: Samples,
+    data: Samples | Dataset[Any],
     settings: Sequence[Setting],
     folder: str | Path,
     *,
@@ -66,7 +68,8 @@ def evaluate(
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        data: the images.
+        data: the images: samples; a `PhotographFolder`, labelled by `with_categories`, or without labels if `target` is
+            `"predicted"`; or a data set with the model's classes, such as torchvision's `ImageFolder`.
         settings: settings to compare; see `Grid`.
         folder: folder of the run, created if missing.
         name: name of the model in the rows.
@@ -80,7 +83,8 @@ def evaluate(
         process: rank of this process and number of processes; None reads torchrun's environment variables.
         picture: converts a preprocessed image (C, H, W) to a picture (H, W, 3) in [0, 1] for the examples; None scales
             each image by its own range.
-        on_progress: called with the number of finished rows and of all rows of this process.
+        on_progress: called with the number of finished rows and of all rows of this process; None shows a progress bar
+            on stderr.
 
     Raises:
         SettingError: if a setting is out of range, two methods have the same title, or the folder has a different run.
@@ -108,9 +112,9 @@ def evaluate(
     if target not in get_args(TargetChoice):
         raise SettingError(f"`target` is {target!r}, but it must be one of {', '.join(get_args(TargetChoice))}.")
     check_whole_number("batch_size", batch_size, 1)
-    model = bare_model(model)
+    model, data = bare_model(model), as_samples(data)
     check_evaluation_mode(model)
-    _check_given(data, settings, methods, scores, statistics)
+    _check_given(settings, methods, scores, statistics)
     rank, count = process or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if not 0 <= rank < count:
         raise SettingError(f"`process` is {(rank, count)}, but its rank must be at least 0 and below its count.")
@@ -149,7 +153,12 @@ def evaluate(
         total = len(own) * len(entries)
         finished = total - sum(len(indices) for indices in pending.values())
         wanted = sorted(set().union(*pending.values())) if pending else []
-        with RowFile(place / f"rows-{rank}.jsonl") as rows:
+        with (
+            RowFile(place / f"rows-{rank}.jsonl") as rows,
+            tqdm(
+                total=total, initial=finished, unit="map", desc=name, disable=on_progress is not None or rank > 0
+            ) as bar,
+        ):
             for start in range(0, len(wanted), batch_size):
                 batch = _load(data, wanted[start : start + batch_size], model, target)
                 for entry, method in made.items():
@@ -158,19 +167,14 @@ def evaluate(
                         continue
                     rows.append(_score(model, entry, method, batch.take(places), chosen, name))
                     finished += len(places)
+                    bar.update(len(places))
                     if on_progress is not None:
                         on_progress(finished, total)
         _keep_examples(place, data, entries, model, statistics=statistics, seed=seed, picture=picture)
 
 
-def _check_given(data: object, settings: object, methods: object, scores: object, statistics: object) -> None:
+def _check_given(settings: object, methods: object, scores: object, statistics: object) -> None:
     """Raise `SettingError` for the first argument of the wrong type."""
-    named = (hasattr(data, name) for name in ("__len__", "__getitem__", "categories", "fingerprint"))
-    if not all(named):
-        raise SettingError(
-            f"`data` is of type {type(data).__name__}, but it must have labels, categories and a fingerprint. Wrap a "
-            "data set of (image, label) pairs in parchgrad.data.samples.LabelledImages."
-        )
     if isinstance(settings, Grid):
         raise SettingError("`settings` is a Grid. Pass grid.settings().")
     check_kind("`settings`", settings, Sequence, "Pass grid.settings()", wanted="a list of settings")
@@ -236,25 +240,27 @@ def _load(data: Samples, indices: list[int], model: nn.Module, target: TargetCho
     weight = next(model.parameters())
     images = torch.stack([sample.image for sample in samples]).to(weight)
     with torch.no_grad():
-        logits = model(images)
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            raise ModelError(
-                f"The model returns {describe_output(logits)}, but evaluations need logits of shape (B, K). Wrap the "
-                "model in a module that returns them."
-            )
+        logits = Logits(model, None)(images)
         probability, predicted = logits.softmax(dim=1).max(dim=1)
-    for sample in samples:
-        if not 0 <= sample.label < logits.shape[1]:
+    if data.categories and len(data.categories) != logits.shape[1]:
+        raise InputError(
+            f"The data has {len(data.categories)} classes, but the model has {logits.shape[1]}. Use data with the "
+            "model's classes, or a PhotographFolder, whose class folders are matched by name or ignored."
+        )
+    labels = predicted
+    if target == "label":
+        unknown = next((sample.name for sample in samples if sample.label is None), None)
+        if unknown is not None:
             raise InputError(
-                f"Image {sample.name!r} has label {sample.label}, but the model has {logits.shape[1]} classes. Use "
-                "data with the model's classes."
+                f"Image {unknown!r} has no label. Pass `target='predicted'`, or label the images by class folders with "
+                "`PhotographFolder.with_categories`."
             )
-    labels = torch.tensor([sample.label for sample in samples], device=images.device)
+        labels = torch.tensor([sample.label for sample in samples], device=images.device)
     return _Batch(
         indices=indices,
         samples=samples,
         images=images,
-        target=labels if target == "label" else predicted,
+        target=labels,
         predicted=predicted,
         probability=probability,
     )
@@ -281,7 +287,8 @@ def _score(
             "index": index,
             "image": sample.name,
             "group": sample.group,
-            "label": sample.label,
+            # An image without a label is not held to be misclassified.
+            "label": target if sample.label is None else sample.label,
             "target": target,
             "predicted": predicted,
             "probability": probability,

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from parchgrad._io.files import refuse_special
+from parchgrad._io.tensors import SAFE_TORCH
 from parchgrad.core._torch import rebuilt_tensor, storage_bytes
 from parchgrad.core.layers import find_convolutions
 from parchgrad.errors import StatisticsError, reason_of
@@ -30,7 +30,6 @@ _OPCODE_NAMES = """
     TUPLE TUPLE1 TUPLE2 TUPLE3 PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET MEMOIZE GLOBAL STACK_GLOBAL REDUCE
 """
 _OPCODES = frozenset(_OPCODE_NAMES.split())
-_SAFE_TORCH = TorchVersion("2.10")
 # A tensor takes about 40 opcodes, its storage 100; deep nesting would overflow the C stack and crash the process.
 _MOST_OPCODES, _MOST_OF_STORAGE = 100_000, 1000
 
@@ -129,10 +128,10 @@ def read_tensor_list(path: Path) -> list[Tensor]:
             older than 2.10, which may execute code in a pickle.
     """
     # Both are versions, not strings.
-    if torch.__version__ < _SAFE_TORCH:
+    if torch.__version__ < SAFE_TORCH:
         raise StatisticsError(
             f"torch {torch.__version__} may execute code hidden in {str(path)!r} (CVE-2026-24747). Import the pickles "
-            f"where torch is at least {_SAFE_TORCH}; the imported file then works with any version."
+            f"where torch is at least {SAFE_TORCH}; the imported file then works with any version."
         )
     try:
         refuse_special(path)

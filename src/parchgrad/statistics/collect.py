@@ -26,6 +26,7 @@ from parchgrad.core.layers import (
     find_convolutions,
     resolve_layers,
 )
+from parchgrad.core.targets import find_logits
 from parchgrad.errors import (
     InputError,
     LayerError,
@@ -314,7 +315,7 @@ def _respond(model: nn.Module, inputs: Tensor, gaps: dict[str, list[Tensor]]) ->
     for calls in gaps.values():
         calls.clear()
     with _explaining_dtype(inputs):
-        logits = model(inputs)
+        logits = find_logits(model(inputs))
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from parchgrad.core.layers import LayerChoice
-from parchgrad.data.folders import PhotographFolder, match_classes
+from parchgrad.data.folders import PhotographFolder
 from parchgrad.errors import ImageError
 from parchgrad.models.classifier import Classifier, check_classifier
 from parchgrad.statistics import ChannelStatistics
@@ -70,14 +70,11 @@ def collect_from_folder(
     photographs = PhotographFolder(folder, classifier.preprocess.transform, skip_unreadable=skip_unreadable)
     described = f"{len(photographs)} photographs in {Path(folder).resolve().name}"
     if labels == "given":
-        if not photographs.folders:
-            raise ImageError(
-                f"{str(folder)!r} contains images outside class folders. Sort them into one folder per class, or use "
-                "predicted labels."
-            )
-        class_of, way = match_classes(photographs.folders, classifier.categories, classifier.synsets)
-        photographs = photographs.with_classes(class_of)
-        described += f", {len(class_of)} class folders by {way}"
+        try:
+            photographs = photographs.with_categories(classifier.categories, classifier.synsets)
+        except ImageError as error:
+            raise ImageError(f"{error} Predicted labels need no class folders. Pass `labels='predicted'`.") from error
+        described += f", {len(photographs.folders)} class folders by {photographs.matched_by}"
     try:
         return collect_statistics(
             classifier.model,
@@ -100,6 +97,4 @@ def collect_from_folder(
     except ImageError as error:
         if skip_unreadable:
             raise
-        raise ImageError(
-            f"{error} Unreadable images can be skipped. Pass `skip_unreadable=True` (--skip-unreadable)."
-        ) from error
+        raise ImageError(f"{error} Unreadable images can be skipped. Pass `skip_unreadable=True`.") from error

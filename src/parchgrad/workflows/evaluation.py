@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -15,7 +15,7 @@ import torch
 
 from parchgrad._io.extras import needs_extra
 from parchgrad._io.files import check_outputs, locked, safe_stem
-from parchgrad.data.folders import PhotographFolder, match_classes
+from parchgrad.data.folders import PhotographFolder
 from parchgrad.data.imagenet import BoxedFolder
 from parchgrad.data.perturbed import Blur, Jigsaw
 from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
@@ -25,8 +25,9 @@ from parchgrad.evaluation.grid_pointing import make_mosaics
 from parchgrad.evaluation.runs import TargetChoice, check_run_folder, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
+from parchgrad.explain.outputs import Logits
 from parchgrad.models.classifier import Classifier
-from parchgrad.models.loading import check_model_name, load_model
+from parchgrad.models.own_networks import check_network_name, load_network
 from parchgrad.models.shapes_networks import SHAPES_NETWORKS
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.collect import collect_statistics
@@ -94,9 +95,7 @@ class DataSettings:
         needed = {"shapes": ("count",), "imagenet": ("root", "annotations")}.get(self.name, ("root",))
         for setting in needed:
             if getattr(self, setting) is None:
-                raise SettingError(
-                    f"The data set {self.name!r} needs {setting!r}. Set it in [data], or pass --{setting}."
-                )
+                raise SettingError(f"The data set {self.name!r} needs {setting!r}. Set `{setting}`.")
         for setting in ("mosaics", "jigsaw", "blur"):
             # Written this way so that NaN fails too.
             if not 0 <= getattr(self, setting) < math.inf:
@@ -111,7 +110,7 @@ class EvaluationSettings:
     """Settings of an evaluation.
 
     Attributes:
-        models: names of the models; see `load_model`.
+        models: names of the models; see `load_network`.
         data: the images.
         grid: the settings to compare.
         scores: the scores and their settings.
@@ -120,6 +119,8 @@ class EvaluationSettings:
             collected for each model on first use; None uses bundled ones.
         batch_size: number of images that are loaded and scored together, at least 1.
         seed: random seed of random maps and random channels.
+        weights: file of the weights of a single model; see `load_network`.
+        classes: file of its class names; see `load_network`.
     """
 
     models: tuple[str, ...]
@@ -130,9 +131,14 @@ class EvaluationSettings:
     statistics: str | DataSettings | None = None
     batch_size: int = 16
     seed: int = 0
+    weights: str | None = None
+    classes: str | None = None
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+        for name in ("weights", "classes"):
+            if getattr(self, name) is not None and len(self.models) > 1:
+                raise SettingError(f"`{name}` belongs to a single `model`, but there are {len(self.models)}. Pass one.")
         if not isinstance(self.statistics, DataSettings):
             return
         # The seed identifies generated images, the folder others.
@@ -178,22 +184,27 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None =
     if absent:
         place = "The evaluation" if path is None else repr(str(path))
         raise SettingError(
-            f"{place} does not set {' and '.join(absent)}. Pass flags such as --model shapes --data shapes "
-            '--count 100, or a TOML file with model = "shapes" and a table [data].'
+            f"{place} does not set {' and '.join(f'`{name}`' for name in absent)}. Pass both, such as 'resnet18' and "
+            "'folder', or a TOML file that sets them."
         )
     asked["models"] = asked.pop("model")
     return _build(asked)
 
 
-def open_data(settings: DataSettings, classifier: Classifier) -> Samples:
+def open_data(settings: DataSettings, classifier: Classifier, *, labelled: bool = True) -> Samples:
     """Open a data set with the classifier's preprocessing.
+
+    Args:
+        settings: which images.
+        classifier: the network.
+        labelled: whether the images need labels; mosaics always do.
 
     Raises:
         ImageError: if the images are missing or do not match the classes.
         SettingError: if a setting is out of range.
         InputError: if there are not enough confidently classified images for the mosaics.
     """
-    found = _open(settings, classifier)
+    found = _open(settings, classifier, labelled=labelled or settings.mosaics > 0)
     if settings.count is not None and settings.name != "shapes":
         found = DrawnSamples(found, count=settings.count, seed=settings.seed)
     if settings.mosaics:
@@ -232,11 +243,15 @@ def evaluate_all(
     # Invalid settings and names must fail before anything slow starts.
     compared, runs = settings.grid.settings(), []
     for name in settings.models:
-        check_model_name(name)
+        check_network_name(name)
     for name in settings.models:
-        classifier = load_model(name)
+        classifier = load_network(name, weights=settings.weights, classes=settings.classes)
+        if classifier.logits is not None:
+            # Evaluations call the model itself.
+            model = Logits(classifier.model, None, classifier.logits)
+            classifier = replace(classifier, model=model, logits=None)
         classifier.model.to(device)
-        held, run = None, Path(folder) / safe_stem(name)
+        held, run = None, Path(folder) / safe_stem(classifier.name)
         if any(selector and find_selector(selector).needs_statistics for selector in settings.grid.selectors):
             with warnings.catch_warnings():
                 # They would repeat for each layer and process.
@@ -244,17 +259,17 @@ def evaluate_all(
                 held = _statistics_for(classifier, settings, run, on_progress)
         evaluate(
             classifier.model,
-            open_data(settings.data, classifier),
+            open_data(settings.data, classifier, labelled=settings.target == "label"),
             compared,
             run,
-            name=name,
+            name=classifier.name,
             scores=settings.scores,
             target=settings.target,
             statistics=held,
             batch_size=settings.batch_size,
             seed=settings.seed,
             picture=classifier.preprocess.picture,
-            on_progress=None if on_progress is None else _of_model(on_progress, name),
+            on_progress=None if on_progress is None else _of_model(on_progress, classifier.name),
         )
         runs.append(run)
     return tuple(runs)
@@ -314,7 +329,7 @@ def _of_model(on_progress: Callable[[str, int, int | None], None], name: str) ->
     return lambda done, total: on_progress(name, done, total)
 
 
-def _open(settings: DataSettings, classifier: Classifier) -> Samples:
+def _open(settings: DataSettings, classifier: Classifier, *, labelled: bool) -> Samples:
     transform, categories = classifier.preprocess, classifier.categories
     if settings.name == "shapes":
         if categories != SHAPE_CATEGORIES:
@@ -328,10 +343,14 @@ def _open(settings: DataSettings, classifier: Classifier) -> Samples:
         )
     if settings.name == "folder":
         photographs = PhotographFolder(root, transform)
-        if not photographs.folders:
-            raise ImageError(f"{root!r} has no class folders. Sort the images into one folder per class.")
-        class_of, _ = match_classes(photographs.folders, categories, classifier.synsets)
-        return LabelledImages(photographs.with_classes(class_of), categories=categories)
+        try:
+            photographs = photographs.with_categories(categories, classifier.synsets)
+        except ImageError as error:
+            if labelled:
+                raise ImageError(
+                    f"{error} Predicted classes need no class folders. Pass `target='predicted'` without `mosaics`."
+                ) from error
+        return LabelledImages(photographs, categories=categories)
     kind = _TORCHVISION[settings.name]
     try:
         held = kind(root, train=False, transform=transform, download=False)

@@ -208,7 +208,12 @@ def explain_images(
         )
     remedy = "Pass the method's options by name"
     check_kind("`method_options`", method_options or {}, Mapping, remedy, wanted="a dictionary")
-    options: dict[str, Any] = {"method": method, "internal_batch_size": internal_batch_size, **(method_options or {})}
+    options: dict[str, Any] = {
+        "method": method,
+        "internal_batch_size": internal_batch_size,
+        "logits": classifier.logits,
+        **(method_options or {}),
+    }
     explainer = Explainer.from_edit(classifier.model, edit, **options)
     plain = Explainer(classifier.model, None, **options)
     settings = {
