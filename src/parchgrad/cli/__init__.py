@@ -16,7 +16,8 @@ from rich.markup import escape
 from parchgrad._version import __version__
 from parchgrad.cli.evaluation import evaluate, report
 from parchgrad.cli.explorer import explore
-from parchgrad.cli.photographs import animate, demo, explain, models, selectors, sweep
+from parchgrad.cli.listing import classes, models, selectors
+from parchgrad.cli.photographs import animate, demo, explain, sweep
 from parchgrad.cli.shared import console, error_console
 from parchgrad.cli.statistics import stats
 from parchgrad.errors import ModelWarning, ParchGradError, SettingError, StatisticsWarning, reason_of
@@ -24,11 +25,10 @@ from parchgrad.errors import ModelWarning, ParchGradError, SettingError, Statist
 app = typer.Typer(
     help="Sharper saliency maps for convolutional networks, with honest evaluation.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _command in (explain, sweep, animate, models, selectors, demo, explore, evaluate, report):
+for _command in (explain, sweep, animate, evaluate, report, explore, demo, models, classes, selectors):
     app.command()(_command)
 app.add_typer(stats, name="stats")
 
@@ -54,8 +54,16 @@ def _naming_options(text: str) -> str:
     group = typer.main.get_command(app)
     commands = [*getattr(group, "commands", {}).values()]
     commands += [inner for command in commands for inner in getattr(command, "commands", {}).values()]
-    options = {item.name: item.opts[0] for command in commands for item in command.params if item.opts[0][:2] == "--"}
-    return re.sub(r"`(\w+)(=\w*)?`", lambda found: options.get(found[1], found[0]), text)
+    options: dict[str, str] = {
+        item.name: item.opts[0] for command in commands for item in command.params if item.opts[0][:2] == "--"
+    }
+
+    def option(found: re.Match[str]) -> str:
+        name = options.get(found[1], "")
+        value = (found[2] or "").lstrip("=").strip("'")
+        return (f"{name} {value}" if value and value != "True" else name) or found[0]
+
+    return re.sub(r"`(\w+)(=[^`]*)?`", option, text)
 
 
 @contextmanager

@@ -2,18 +2,37 @@
 
 import math
 import os
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
-from parchgrad.cli.shared import ProgressBars, console, error_console, make_table, parse_layers, place_of, printable
+from parchgrad.cli.shared import (
+    MODEL_HELP,
+    ClassesFile,
+    ProgressBars,
+    WeightsFile,
+    complete_models,
+    complete_selectors,
+    console,
+    error_console,
+    make_table,
+    parse_layers,
+    place_of,
+    printable,
+)
 
 # Panels in the help of evaluate.
 _ASKED = "Models, data and scores"
 _COMPARED = "Settings to compare (repeat options to evaluate all combinations)"
+
+
+def _complete_data(start: str) -> list[str]:
+    known = ("shapes", "imagenet", "cifar10", "cifar100", "mnist", "fashion_mnist")
+    return [name for name in known if name.startswith(start)]
 
 
 def evaluate(
@@ -23,34 +42,39 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Model name from torchvision or timm, 'shapes', 'shapes_vit', 'shapes_convnext', "
-            "'shapes_mobilenet', or 'hf-hub:OWNER/NAME'; repeatable.",
+            help=f"{MODEL_HELP} Repeatable.",
+            autocompletion=complete_models,
             rich_help_panel=_ASKED,
         ),
     ] = None,
+    weights: WeightsFile = None,
+    classes: ClassesFile = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data set: shapes, folder, imagenet, cifar10, cifar100, mnist or fashion_mnist.",
+            help="Folder of images, or a data set: shapes, imagenet, cifar10, cifar100, mnist or fashion_mnist.",
+            autocompletion=_complete_data,
             rich_help_panel=_ASKED,
         ),
     ] = None,
-    root: Annotated[str | None, typer.Option(help="Folder of the images.", rich_help_panel=_ASKED)] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the data set.", rich_help_panel=_ASKED)] = None,
     annotations: Annotated[
         str | None, typer.Option(help="Folder of ILSVRC's XML files, for imagenet.", rich_help_panel=_ASKED)
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Number of images, chosen randomly.", rich_help_panel=_ASKED)
+        int | None, typer.Option(min=1, help="Number of images, chosen randomly.", rich_help_panel=_ASKED)
     ] = None,
     mosaics: Annotated[
         int | None,
         typer.Option(
+            min=0,
             help="Number of mosaics for the grid pointing game, instead of single images; 0 for none.",
             rich_help_panel=_ASKED,
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Class to explain: label or predicted.", rich_help_panel=_ASKED)
+        Literal["label", "predicted"] | None,
+        typer.Option(help="Class to explain: that of the folder, or the predicted one.", rich_help_panel=_ASKED),
     ] = None,
     scores: Annotated[
         list[str] | None,
@@ -71,6 +95,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Selector, or none; see `parchgrad selectors`.",
+            autocompletion=complete_selectors,
             rich_help_panel=_COMPARED,
             show_default="evidence",
         ),
@@ -78,6 +103,8 @@ def evaluate(
     quantile: Annotated[
         list[float] | None,
         typer.Option(
+            min=0,
+            max=1,
             help="Share of the channels at or above the threshold, in (0, 1].",
             rich_help_panel=_COMPARED,
             show_default="0.1, for evidence 0.2",
@@ -86,6 +113,8 @@ def evaluate(
     softness: Annotated[
         list[float] | None,
         typer.Option(
+            min=0,
+            max=1,
             help="Width of the ramp around the threshold, in [0, 1]; 0 is a hard cut.",
             rich_help_panel=_COMPARED,
             show_default="0.5, for evidence 1",
@@ -103,6 +132,7 @@ def evaluate(
     gamma: Annotated[
         list[float] | None,
         typer.Option(
+            min=0,
             help="Factor of the kept signal relative to the rest; 'inf' prunes the rest.",
             rich_help_panel=_COMPARED,
         ),
@@ -118,6 +148,7 @@ def evaluate(
     gates: Annotated[
         list[float] | None,
         typer.Option(
+            min=0,
             help="Width of the soft gates of rectifiers and max pooling, in standard deviations; 0 is the true "
             "derivative.",
             rich_help_panel=_COMPARED,
@@ -151,7 +182,7 @@ def evaluate(
     statistics: Annotated[
         str | None, typer.Option(help="File of channel statistics, for the selectors class and instance.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Number of images per pass.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Number of images per pass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of random maps and random channels.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("outputs/evaluation"),
     device: Annotated[str, typer.Option(help="Device of the model: 'cpu', 'cuda', 'cuda:1', 'mps'.")] = "cpu",
@@ -169,8 +200,11 @@ def evaluate(
         # Only one of several processes prints.
         if first:
             shown.enter_context(error_console.status("Starting"))
-        from parchgrad.workflows.evaluation import evaluate_all, read_settings
+        from parchgrad.workflows.evaluation import DATA_SETS, evaluate_all, read_settings
 
+        if data is not None and data not in DATA_SETS and root is None and (os.sep in data or os.path.isdir(data)):
+            # A folder by its path.
+            data, root = "folder" if annotations is None else "imagenet", data
         flags: dict[str, Any] = {
             "model": model,
             "data": {"name": data, "root": root, "annotations": annotations, "count": count, "mosaics": mosaics},
@@ -190,13 +224,16 @@ def evaluate(
             "scores": {"families": scores},
             "target": target,
             "statistics": statistics,
+            "weights": None if weights is None else str(weights),
+            "classes": None if classes is None else str(classes),
             "batch_size": batch_size,
             "seed": seed,
         }
         asked = read_settings(settings, flags)
         place = place_of(device)
     try:
-        with ProgressBars(hidden=not first) as progress:
+        # torch says on stdout what it downloads.
+        with redirect_stdout(sys.stderr), ProgressBars(hidden=not first) as progress:
             runs = evaluate_all(asked, out, device=place, on_progress=progress.update)
     except KeyboardInterrupt:
         error_console.print("Stopped. Run the same command again to resume.", highlight=False)

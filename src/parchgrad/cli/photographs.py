@@ -378,36 +378,6 @@ def animate(
             _say_sweeps(path, panels)
 
 
-def models(
-    pattern: Annotated[str | None, typer.Argument(help="Pattern of names, such as 'resnet*'.")] = None,
-) -> None:
-    """List the available models; timm's only if a pattern is given."""
-    from parchgrad.models.loading import list_models
-
-    entries = list_models(pattern or "*")
-    if not entries:
-        wider = f"*{(pattern or '').strip('*')}*"
-        raise SettingError(f"No model matches {pattern!r}. Try `parchgrad models '{wider}'`, or '*' for all.")
-    shown = [entry for entry in entries if pattern or entry.offline or entry.library != "timm"]
-    table = make_table("name", "library", "weights")
-    for entry in shown:
-        table.add_row(entry.name, entry.library, "installed" if entry.offline else "to be downloaded")
-    console.print(table)
-    if len(shown) < len(entries):
-        hint = f"and {len(entries) - len(shown)} more from timm. Pass a pattern: parchgrad models 'convnext*'"
-        console.print(hint, highlight=False, soft_wrap=True)
-
-
-def selectors() -> None:
-    """List the selectors, with those that `parchgrad --import` registers."""
-    from parchgrad.statistics.selectors import registered_selectors
-
-    table = make_table("name", "keeps", "needs")
-    for name, found in registered_selectors().items():
-        table.add_row(name, printable(found.summary), "statistics" if found.needs_statistics else "")
-    console.print(table)
-
-
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("outputs/demo"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing page.")] = False,

@@ -1,12 +1,16 @@
 """Consoles, options, tables and progress bars that the commands share."""
 
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,8 +21,58 @@ from parchgrad.errors import SettingError, on_one_line
 if TYPE_CHECKING:
     import torch
 
+    from parchgrad.models.classifier import Classifier
+
 
 # Slow imports are inside the commands, so that --help is fast.
+
+# Panels of the help, after that of the most common options.
+OWN_NETWORK = "Your own network"
+METHOD = "How channels are selected and edited"
+
+SELECTORS = ("evidence", "energy", "activation", "class", "instance", "random")
+"""Short names of this package's selectors, known before the slow imports."""
+
+
+def complete_selectors(start: str) -> list[str]:
+    """Complete the name of a selector."""
+    return [name for name in SELECTORS if name.startswith(start)]
+
+
+def complete_models(start: str) -> list[str]:
+    """Complete the name of a model that needs no download."""
+    # Others would take seconds to list.
+    known = ("efficientnet_lite0", "shapes", "shapes_vit", "shapes_convnext", "shapes_mobilenet")
+    return [name for name in known if name.startswith(start)]
+
+
+MODEL_HELP = (
+    "Model name from torchvision or timm (see `parchgrad models`), 'hf-hub:OWNER/NAME', or a function of yours that "
+    "returns a module or a Classifier: 'file.py:function' or 'package.module:function'."
+)
+ModelName: TypeAlias = Annotated[str, typer.Option(help=MODEL_HELP, autocompletion=complete_models)]
+ModelArgument: TypeAlias = Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=complete_models)]
+WeightsFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="File of weights for --model: safetensors, or a pickle of tensors alone.",
+        show_default="pretrained",
+        rich_help_panel=OWN_NETWORK,
+    ),
+]
+ClassesFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes",
+        exists=True,
+        dir_okay=False,
+        help="File of class names: one per line, or JSON.",
+        show_default="those of the model",
+        rich_help_panel=OWN_NETWORK,
+    ),
+]
 
 # Windows has no SIGHUP.
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -61,6 +115,18 @@ class ProgressBars:
         task = self._progress.tasks[self._tasks[stage]]
         rate = f"{task.speed:,.0f} {unit}" if task.speed else ""
         self._progress.update(task.id, completed=done, total=total, rate=rate)
+
+
+def load_classifier(
+    name: str, *, weights: Path | None = None, classes: Path | None = None, pretrained: bool = True
+) -> "Classifier":
+    """Load a network by name or from a function of the user's, with torch's messages about downloads on stderr."""
+    from parchgrad.models.own_networks import load_network
+
+    # huggingface_hub logs every failed attempt; the error that follows is enough.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    with redirect_stdout(sys.stderr):
+        return load_network(name, weights=weights, classes=classes, pretrained=pretrained)
 
 
 def place_of(device: str) -> "torch.device":

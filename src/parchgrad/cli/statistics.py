@@ -11,10 +11,14 @@ import typer
 from rich.markup import escape
 
 from parchgrad.cli.shared import (
+    ClassesFile,
+    ModelName,
     ProgressBars,
+    WeightsFile,
     console,
     error_console,
     interrupted_by_signals,
+    load_classifier,
     make_table,
     parse_layers,
     place_of,
@@ -38,9 +42,9 @@ def collect(
         Path, typer.Option(help="Folder of images: one folder per class, or any folder with predicted labels.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file, such as lite0.safetensors.")],
-    model: Annotated[
-        str, typer.Option(help="Model name from torchvision or timm (see `parchgrad models`), or 'hf-hub:OWNER/NAME'.")
-    ] = "efficientnet_lite0",
+    model: ModelName = "efficientnet_lite0",
+    weights: WeightsFile = None,
+    classes: ClassesFile = None,
     labels: Annotated[
         Literal["given", "predicted"],
         typer.Option(help="Labels: 'given' by the class folders, or 'predicted' probabilities of the model."),
@@ -82,13 +86,12 @@ def collect(
 
         from parchgrad._io.files import check_outputs
         from parchgrad.data.images import IMAGE_SUFFIXES, find_files
-        from parchgrad.models.loading import load_model
         from parchgrad.statistics.checkpoint import remove_checkpoints
         from parchgrad.statistics.processes import is_first_process
         from parchgrad.workflows.collection import collect_from_folder
 
         check_outputs([out], force=force, inputs=find_files(data, IMAGE_SUFFIXES) if force and data.is_dir() else ())
-        classifier = load_model(model)
+        classifier = load_classifier(model, weights=weights, classes=classes)
         place = place_of(device)
         classifier.model.to(place)
     precision = torch.autocast(place.type, getattr(torch, dtype), enabled=dtype != "float32")

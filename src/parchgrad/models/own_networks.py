@@ -35,7 +35,13 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 _MOST_CLASS_BYTES = 10_000_000
 
 
-def load_network(name: str, *, weights: str | Path | None = None, classes: str | Path | None = None) -> Classifier:
+def load_network(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    classes: str | Path | None = None,
+    pretrained: bool = True,
+) -> Classifier:
     r"""Load a classifier by name, or one of your own, in evaluation mode on the CPU.
 
     A function is called without arguments. It returns a `Classifier`, or a module, which gets the preprocessing of its
@@ -48,6 +54,7 @@ def load_network(name: str, *, weights: str | Path | None = None, classes: str |
             gets the number of classes in the file.
         classes: file of class names: one per line, or JSON with a list or a dictionary from index to name. None keeps
             those of the network, or numbers the classes.
+        pretrained: whether a network of `load_model` gets its pretrained weights, unless `weights` is given.
 
     Raises:
         ModelError: if there is no such model or function, the function returns neither a module nor a `Classifier`, or
@@ -71,7 +78,7 @@ def load_network(name: str, *, weights: str | Path | None = None, classes: str |
     if reference is not None:
         found = _call(name, *reference)
     elif state is None:
-        found = load_model(name)
+        found = load_model(name, pretrained=pretrained)
     else:
         found = _architecture_for(name, state)
     if weights is not None and state is not None:
