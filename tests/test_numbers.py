@@ -235,6 +235,7 @@ DRAWN = {
     "normalise": lambda heat, _: visual.normalise(heat),
     "normalise to a top": lambda heat, _: visual.normalise(heat, top=2.0),
     "relative": lambda heat, _: visual.relative(heat),
+    "smooth": lambda heat, _: visual.smooth(heat, 1.0),
     "shared_top": lambda heat, _: visual.shared_top([HEAT, heat]),
     "tint": lambda heat, _: visual.tint(heat),
     "tint_signed": lambda heat, _: visual.tint_signed(heat, top=2.0),
@@ -253,7 +254,7 @@ DRAWN = {
 
 
 def test_all_that_draws_maps_is_tried():
-    assert {name.split()[0] for name in DRAWN} == {*visual.__all__} - {"save_figure"}
+    assert {name.split()[0] for name in DRAWN} == {*visual.__all__} - {"check_colormap", "draw_box", "save_figure"}
 
 
 @pytest.mark.parametrize("value", BROKEN)
@@ -267,19 +268,19 @@ def test_what_is_no_number_is_never_painted(kind, value):
         # What heatmap() is given it gives on, so that the picture says so.
         draw(pg.heatmap(torch.from_numpy(with_one(HEAT, value))[None, None])[0], PHOTOGRAPH)
     if kind.startswith(("blend", "paint", "overlay", "panel", "signed_panel", "strip", "clip_figure")):
-        with pytest.raises(InputError, match=r"`(photograph|frames)` contains NaN or infinite values"):
+        with pytest.raises(InputError, match=r"`(image|frames)` contains NaN or infinite values"):
             draw(HEAT, with_one(PHOTOGRAPH, value))
 
 
 @pytest.mark.parametrize("value", BROKEN)
 def test_photographs_without_maps_are_checked_too(value):
     for draw in (visual.panel, visual.signed_panel):
-        with pytest.raises(InputError, match="`photograph` contains NaN or infinite values"):
+        with pytest.raises(InputError, match="`image` contains NaN or infinite values"):
             draw([with_one(PHOTOGRAPH, value)], {})
-    with pytest.raises(InputError, match="`photograph` contains NaN or infinite values"):
+    with pytest.raises(InputError, match="`image` contains NaN or infinite values"):
         visual.strip(with_one(PHOTOGRAPH, value), {})
-    with pytest.raises(InputError, match=r"`photograph` has shape \(3, 8, 8\)"):
-        visual.strip(np.ones((3, 8, 8)), {})
+    with pytest.raises(InputError, match=r"`image` has shape \(4, 8, 8\)"):
+        visual.strip(np.ones((4, 8, 8)), {})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

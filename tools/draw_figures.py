@@ -60,7 +60,7 @@ def draw_hero() -> None:
             axis.spines[:].set_visible(False)
     for axis, index in zip(axes[:, 0], target.tolist(), strict=True):
         axis.set_ylabel(classifier.categories[index], fontsize=13)
-    save_figure(figure, IMAGES / "hero.jpg", dots_per_inch=80)
+    save_figure(figure, IMAGES / "hero.jpg", dpi=80)
 
 
 def draw_demonstration() -> None:
@@ -80,7 +80,7 @@ def draw_sweep() -> None:
     """Draw a cat explained with fewer and fewer channels."""
     classifier = pg.load_model("efficientnet_lite0")
     sweep = quantile_sweep(classifier, Image.fromarray(data.cat()), pg.Edit(selector=pg.GradientEnergy()))
-    save_figure(sweep.figure(columns=4), IMAGES / "method-sweep.jpg", dots_per_inch=90)
+    save_figure(sweep.figure(columns=4), IMAGES / "method-sweep.jpg", dpi=90)
 
 
 def draw_kept_channels() -> None:

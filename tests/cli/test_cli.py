@@ -26,6 +26,8 @@ from parchgrad.models.classifier import Classifier
 from parchgrad.models.detector import load_detector
 from parchgrad.statistics.selectors import find_selector, registered_selectors
 from parchgrad.visual import save_figure
+from parchgrad.visual.animation import MOST_BYTES
+from parchgrad.visual.maps import COLOUR_MAP, DPI
 from parchgrad.visual.sweeps import quantile_sweep
 from tests.support import cli
 
@@ -82,14 +84,28 @@ def test_explain_takes_a_box_of_a_detector(capsys, coffee, tmp_path, monkeypatch
         assert words in said
 
 
+@pytest.mark.filterwarnings("always:The explained class is improbable:parchgrad.errors.ModelWarning")
 def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):
     out = tmp_path / "out"
-    options = ["--target", "cup", "--quantile", "0.2", "--layers", "blocks.5.*,conv_head", "--gamma", "3"]
+    options = [
+        "--target",
+        "cup",
+        "--quantile",
+        "0.2",
+        "--layers",
+        "blocks.5.*",
+        "--layers",
+        "conv_head",
+        "--gamma",
+        "3",
+    ]
     options += ["--conserve", "exact", "--selector", "activation", "--method", "input_x_gradient", "--out", out]
     options += ["--softness", "0.25", "--gates", "2", "--no-antialias", "--no-balance"]
-    code, printed, _ = cli(capsys, "explain", coffee, *options)
+    code, printed, said = cli(capsys, "explain", coffee, *options)
     assert code == 0
     assert "cup" in printed
+    # Cup has 2%.
+    assert re.search(r"Note: .* coffee\.png \(cup, ", said)
     assert "espresso (9" in printed
     assert sorted(path.name for path in out.iterdir()) == ["coffee.json", "coffee.npy", "coffee.png"]
     settings = json.loads((out / "coffee.json").read_text())["settings"]
@@ -100,6 +116,51 @@ def test_explain_writes_panel_map_and_manifest(capsys, coffee, tmp_path):
     assert (settings["gamma"], settings["conserve"], settings["method"]) == (3.0, "exact", "input_x_gradient")
     assert (settings["model"], settings["target_choice"]) == ("efficientnet_lite0", 968)
     assert np.load(out / "coffee.npy").shape == (3, 224, 224)
+
+
+def test_figures_are_drawn_as_asked(capsys, coffee, tmp_path):
+    out = tmp_path / "out"
+    options = ["--model", "shapes", "--signed", "--format", "svg", "--dpi", "60", "--out", out]
+    look = ["--shared-scale", "--smooth", "2", "--colormap", "viridis"]
+    code, _, said = cli(capsys, "explain", coffee, *options, *look)
+    assert (code, said) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "coffee-signed.svg",
+        "coffee.json",
+        "coffee.npy",
+        "coffee.svg",
+    ]
+    (found,) = parchgrad.explain_images(parchgrad.load_model("shapes"), [Image.fromarray(data.coffee())])
+    shown = {"shared_scale": True, "smooth": 2.0}
+    for name, figure in (
+        ("coffee", found.figure(colormap="viridis", **shown)),
+        ("coffee-signed", found.signed_figure(**shown)),
+    ):
+        save_figure(figure, tmp_path / "expected.svg", dpi=60)
+        assert (out / f"{name}.svg").read_bytes() == (tmp_path / "expected.svg").read_bytes()
+
+
+def test_the_defaults_of_the_figures_are_those_of_the_library():
+    for name in ("explain", "sweep", "animate"):
+        defaults = {parameter.name: parameter.default for parameter in get_command(app).commands[name].params}
+        assert defaults["colormap"] == COLOUR_MAP
+        assert defaults["shared_scale"] is False
+        assert defaults.get("dpi", DPI) == DPI
+    assert 1000 * defaults["most_kilobytes"] == MOST_BYTES
+
+
+@pytest.mark.parametrize("command", ["explain", "sweep", "animate"])
+def test_what_cannot_be_drawn_is_refused_before_the_network_is_loaded(capsys, coffee, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("parchgrad.models.loading.load_model", lambda name: pytest.fail("loaded"))
+    for option, value, words in (
+        ("--colormap", "virids", "--colormap is 'virids'.* viridis"),
+        ("--selector", "none", "--selector is 'none'"),
+        ("--smooth", "-1", "--smooth"),
+    ):
+        code, _, said = cli(capsys, command, coffee, option, value, "--out", tmp_path / "out")
+        assert code == 2
+        assert re.search(words, said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_default_is_the_best_setting(capsys, coffee, tmp_path):
@@ -164,7 +225,7 @@ def test_images_of_equal_names_do_not_overwrite_each_other(capsys, coffee, tmp_p
         "coffee-2": "tripod",
     }
     # Which is which stands in the table and on record.
-    assert found["coffee-2"]["photograph"] == f"{other} (coffee-2)"
+    assert found["coffee-2"]["image"] == f"{other} (coffee-2)"
     assert "(coffee-2)" in said
 
 

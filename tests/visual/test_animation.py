@@ -9,7 +9,7 @@ from skimage import data
 
 import parchgrad as pg
 from parchgrad.errors import InputError, OutputError, SettingError
-from parchgrad.visual import animation, blend, relative, shared_top
+from parchgrad.visual import animation, blend, normalise, paint, shared_top, smooth
 from parchgrad.visual.animation import Animation, animate, check_format, save_animation
 from parchgrad.visual.sweeps import quantile_sweep
 
@@ -36,27 +36,28 @@ def _small_panels(monkeypatch):
     monkeypatch.setattr(animation, "_SIZES", tuple(size // 2 for size in animation._SIZES))
 
 
-def test_the_panels_are_the_maps_by_one_scale(sweeps):
+@pytest.mark.parametrize("shared_scale", [False, True])
+def test_the_panels_are_the_maps(sweeps, shared_scale):
     # At the size of the maps nothing is resampled.
-    moving = animate(sweeps, panel_size=64, fading_frames=1)
+    moving = animate(sweeps, panel_size=64, fading_frames=1, shared_scale=shared_scale, smooth=0.5, colormap="viridis")
     assert len(moving.frames) == len(moving.durations) == 6
     first = sweeps["gradient energy"]
-    heats = [first.plain, *first.heats, *sweeps["evidence"].heats]
-    top = shared_top(heats)
+    plain, *heats = (smooth(heat, 0.5) for heat in (first.plain, *first.heats, *sweeps["evidence"].heats))
+    top = shared_top([plain, *heats]) if shared_scale else None
     line, step = round(9 * 1.7), 64 + 8
     for place in range(3):
         held = moving.frames[2 * place]
-        expected = [first.picture, blend(first.picture, first.plain, top=top)]
-        expected += [blend(first.picture, sweep.heats[place], top=top) for sweep in sweeps.values()]
+        shown = [plain, heats[place], heats[3 + place]]
+        expected = [first.picture, *(blend(first.picture, heat, top=top, colormap="viridis") for heat in shown)]
         for number, picture in enumerate(expected):
             left = 8 + number * step
             panel = held[line : line + 64, left : left + 64]
             np.testing.assert_allclose(panel / 255, picture, atol=1.51 / 255)
     # Half way between two values the map is their mean, and from the last it goes to the first.
     for frame, (before, after) in ((1, (0, 1)), (5, (2, 0))):
-        mixed = sum(relative(first.heats[place]) for place in (before, after)) / 2
+        mixed = sum(normalise(heats[place], top=top) for place in (before, after)) / 2
         panel = moving.frames[frame][line : line + 64, 8 + 2 * step : 8 + 2 * step + 64]
-        np.testing.assert_allclose(panel / 255, blend(first.picture, mixed, top=top), atol=2.5 / 255)
+        np.testing.assert_allclose(panel / 255, paint(first.picture, mixed, colormap="viridis"), atol=2.5 / 255)
     assert moving.durations[0] > moving.durations[1]
 
 
@@ -64,7 +65,7 @@ def test_the_panels_are_the_maps_by_one_scale(sweeps):
 def test_a_file_plays_what_was_animated(sweeps, tmp_path, suffix):
     path = tmp_path / f"sweep.{suffix}"
     moving = save_animation(sweeps, path)
-    assert path.stat().st_size <= 500_000
+    assert path.stat().st_size <= animation.MOST_BYTES
     with Image.open(path) as saved:
         assert saved.n_frames == len(moving.frames)
         assert saved.info.get("loop") == 0
@@ -89,15 +90,15 @@ def played(path):
 
 
 def panels_of(frame, moving):
-    """The panels beside the photograph."""
-    rows, columns = moving.photograph
+    """The panels beside the image."""
+    rows, columns = moving.image_area
     step = columns.stop - columns.start + 8
     lefts = range(columns.start + step, frame.shape[1] - 8, step)
     return [frame[rows, left : left + columns.stop - columns.start] for left in lefts]
 
 
 def test_equal_maps_are_equal_in_the_file(sweeps, tmp_path):
-    # One panel moves through the plain map, which the panel beside the photograph shows all the time.
+    # One panel moves through the plain map, which the panel beside the image shows all the time.
     first = sweeps["gradient energy"]
     heats = first.heats.copy()
     heats[1] = first.plain
@@ -120,21 +121,21 @@ def test_small_steps_of_a_map_are_shown(tmp_path):
     for frame in levels:
         frame[80:] = np.repeat([*steps, 255], 15)[:180, None]
         frame[:10] = 255
-    moving = Animation(frames=tuple(levels), durations=(900, 90, 90) * 4, photograph=(slice(10, 80), slice(10, 80)))
+    moving = Animation(frames=tuple(levels), durations=(900, 90, 90) * 4, image_area=(slice(10, 80), slice(10, 80)))
     path = tmp_path / "steps.gif"
     path.write_bytes(animation._gif(moving))
     for shown, frame in zip(played(path), moving.frames, strict=True):
         np.testing.assert_array_equal(shown[:, 90:], frame[:, 90:])
 
 
-def test_the_photograph_is_dithered(sweeps, tmp_path):
+def test_the_image_is_dithered(sweeps, tmp_path):
     moving = save_animation(sweeps, tmp_path / "sweep.gif")
     for shown in played(tmp_path / "sweep.gif")[::3]:
-        photograph, found = moving.frames[0][moving.photograph], shown[moving.photograph]
+        image, found = moving.frames[0][moving.image_area], shown[moving.image_area]
         # The nearest colours of the file to each pixel, and means over places as the eye takes them.
         colours = np.unique(found.reshape(-1, 3), axis=0)
-        nearest = colours[np.square(photograph[:, :, None].astype(int) - colours).sum(axis=3).argmin(axis=2)]
-        errors = [np.abs(block_means(picture) - block_means(photograph)).mean() for picture in (found, nearest)]
+        nearest = colours[np.square(image[:, :, None].astype(int) - colours).sum(axis=3).argmin(axis=2)]
+        errors = [np.abs(block_means(picture) - block_means(image)).mean() for picture in (found, nearest)]
         assert errors[0] < 0.8 * errors[1]
 
 
@@ -182,7 +183,7 @@ def test_the_largest_panels_that_fit_are_found(sweeps, tmp_path):
     weights = {size: len(animation._gif(animate(sweeps, panel_size=size))) for size in animation._SIZES}
     for size in animation._SIZES[1::3]:
         expected = next(each for each, weight in weights.items() if weight <= weights[size])
-        _, columns = save_animation(sweeps, tmp_path / "sweep.gif", most_bytes=weights[size]).photograph
+        _, columns = save_animation(sweeps, tmp_path / "sweep.gif", most_bytes=weights[size]).image_area
         assert columns.stop - columns.start == expected
 
 
@@ -195,11 +196,11 @@ def test_long_pictures_have_panels_of_the_same_area(sweeps, tmp_path, shape):
         plain=generator.random(shape),
         heats=generator.random((3, *shape)),
     )
-    rows, columns = animate({"a": sweep}, panel_size=100).photograph
+    rows, columns = animate({"a": sweep}, panel_size=100).image_area
     height, width = rows.stop - rows.start, columns.stop - columns.start
     assert height * width == pytest.approx(100**2, rel=0.05)
     assert height / width == pytest.approx(shape[0] / shape[1], rel=0.05)
-    # The photograph is one grey, and all around it is paper.
+    # The image is one grey, and all around it is paper.
     (frame, *_) = animate({"a": sweep}, panel_size=100).frames
     assert (frame[rows, columns] == 128).all()
     assert (frame[rows, : columns.start] == 255).all()

@@ -15,7 +15,7 @@ from parchgrad.data.shapes import GeneratedShapes
 from parchgrad.errors import SettingError, StatisticsError, TargetError
 from parchgrad.explain.recording import record_selections
 from parchgrad.models.classifier import Classifier
-from parchgrad.visual import relative, shared_top
+from parchgrad.visual import blend, relative, shared_top, smooth
 from parchgrad.visual.animation import animate
 from parchgrad.visual.channels import kept_channels
 from parchgrad.visual.sweeps import alpha_sweep, quantile_sweep
@@ -185,16 +185,21 @@ def test_methods_that_replace_rectifiers_are_swept_without_gates():
     assert found.edit.gates == 0
 
 
-def test_the_figure_has_one_scale(classifier, image):
+def test_the_figure_shows_all_maps(classifier, image):
     found = quantile_sweep(classifier, image, pg.Edit(layers=["conv_head"]), quantiles=(0.4, 0.1))
-    figure = found.figure(columns=2)
+    figure = found.figure(columns=2, shared_scale=True)
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[1:4] == ["gradient, plain", "quantile 0.4", "quantile 0.1"]
+    assert titles[1:4] == ["plain gradient", "quantile 0.4", "quantile 0.1"]
     assert titles[0].startswith("espresso (")
     top = shared_top([found.plain, *found.heats])
     assert figure.axes[-1].get_xlim()[1] == pytest.approx(top)
     tops = [np.percentile(relative(heat), 99.5) for heat in (found.plain, *found.heats)]
     assert top == pytest.approx(np.percentile(tops, 90))
+    assert "GradientEnergy" not in figure.texts[0].get_text()
+    assert "Evidence" in figure.texts[0].get_text()
+    for axes, heat in zip(found.figure(smooth=1, colormap="magma").axes[1:4], (found.plain, *found.heats), strict=True):
+        expected = blend(found.picture, smooth(heat, 1), colormap="magma")
+        np.testing.assert_allclose(axes.images[0].get_array(), expected)
 
 
 def test_what_cannot_be_swept(classifier, image, held):

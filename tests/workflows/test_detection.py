@@ -40,7 +40,9 @@ def test_the_map_is_that_of_the_box(detector, image, tmp_path):
     assert explanation.manifest()["settings"]["detections"] == len(near)
     left, top, right, bottom = found.box
     (patch,) = explanation.figure().axes[0].patches
-    assert (*patch.get_xy(), patch.get_width(), patch.get_height()) == (left, top, right - left, bottom - top)
+    # The centre of the first pixel is at 0.
+    assert patch.get_xy() == (left - 0.5, top - 0.5)
+    assert (patch.get_width(), patch.get_height()) == (right - left, bottom - top)
     explanation.save(tmp_path, "cat")
     assert explanation.manifest()["settings"]["box"] == list(found.box)
 

@@ -63,11 +63,12 @@ Softness: TypeAlias = Annotated[
         show_default=_SUITS,
     ),
 ]
-LayersText: TypeAlias = Annotated[
-    str | None,
+LayerTexts: TypeAlias = Annotated[
+    list[str] | None,
     typer.Option(
+        metavar="TEXT",
         help="Layers to edit: 'auto' (what suits the network), 'all', a ratio (0.5: the upper half of the path), "
-        "patterns ('layer3.*,conv1'), or 'published' (as in the paper).",
+        "patterns ('layer3.*,conv1', or the option several times), or 'published' (as in the paper).",
         show_default=_SUITS,
     ),
 ]
@@ -120,6 +121,26 @@ Over: TypeAlias = Annotated[
     Literal["quantile", "alpha"],
     typer.Option(help="Setting to vary: quantile, or alpha (the p-value at the threshold) for class and instance."),
 ]
+SharedScale: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--shared-scale",
+        help="Draw all maps on one scale, in multiples of a map's mean. By default each map has its own scale.",
+    ),
+]
+Colormap: TypeAlias = Annotated[
+    str, typer.Option(metavar="NAME", help="Matplotlib's name of the colour map for magnitudes.")
+]
+Smoothing: TypeAlias = Annotated[
+    float,
+    typer.Option(metavar="SIGMA", help="Smooth the drawn maps with a Gaussian of this many pixels.", min=0.0),
+]
+Resolution: TypeAlias = Annotated[
+    int, typer.Option("--dpi", help="Resolution of the figures, in dots per inch.", min=1)
+]
+FigureFormat: TypeAlias = Annotated[
+    Literal["png", "pdf", "svg"], typer.Option("--format", help="Format of the figures.")
+]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite existing results.")]
 
 
@@ -147,7 +168,7 @@ def explain(
     statistics: StatisticsFile = None,
     quantile: Quantile = None,
     softness: Softness = None,
-    layers: LayersText = None,
+    layers: LayerTexts = None,
     gamma: Gamma = math.inf,
     conserve: Conservation = None,
     gates: Gates = None,
@@ -176,10 +197,23 @@ def explain(
     label: Annotated[
         str | None, typer.Option(metavar="NAME", help="Class of the detection at --box, by name or index.")
     ] = None,
+    shared_scale: SharedScale = False,
+    smooth: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SIGMA",
+            help="Smooth the drawn maps with a Gaussian of this many pixels; the .npy files stay as they are.",
+            show_default="0; signed maps: 1% of the shorter side",
+            min=0.0,
+        ),
+    ] = None,
+    colormap: Colormap = "inferno",
+    dpi: Resolution = 200,
+    form: FigureFormat = "png",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/explain"),
     force: Force = False,
 ) -> None:
-    """Explain images: write a panel (.png), the raw signed map (.npy) and all settings (.json) for each.
+    """Explain images: write a panel, the raw signed map (.npy) and all settings (.json) for each.
 
     The defaults are the best known settings. For the published method use
     --selector class --layers published --softness 0 --conserve independent
@@ -209,17 +243,19 @@ def explain(
         for path in images:
             stored_frame(path)
 
-        from parchgrad.visual import save_figure
+        from parchgrad.visual import check_colormap, save_figure
         from parchgrad.workflows.photographs import UNSTABLE, Explanation
 
+        check_colormap(colormap)
         stems = distinct_stems(images)
-        signed_panels = [out / f"{stem}-signed.png" for stem in stems] if signed else []
-        own = [file for stem in stems for file in Explanation.files(out, stem)]
+        signed_panels = [out / f"{stem}-signed.{form}" for stem in stems] if signed else []
+        own = [file for stem in stems for file in Explanation.files(out, stem, form)]
         check_outputs([*own, *signed_panels], force=force, inputs=images)
         if box is not None and label is not None:
             explained = _prepare_box(asked, selector, box, label, status.update)
         else:
             explained = _prepare_class(asked, selector, against, stability, status.update)
+        look: dict[str, Any] = {"shared_scale": shared_scale, "smooth": smooth}
         columns = ("image", "explained class", *(["stability"] if stability else []), "also predicted")
         table, done = make_table(*columns), 0
         edited: list[str] = []
@@ -234,9 +270,9 @@ def explain(
                 ]
                 for found in explained([read_image(path) for path in images[part]], names=names):
                     status.update(f"Explaining, {done} of {len(images)} done")
-                    found.save(out, stems[done], force=force)
+                    found.save(out, stems[done], form=form, dpi=dpi, colormap=colormap, force=force, **look)
                     if signed:
-                        save_figure(found.signed_figure(), signed_panels[done], force=force)
+                        save_figure(found.signed_figure(**look), signed_panels[done], dpi=dpi, force=force)
                     done, edited = done + 1, found.settings["layers"]
                     others = [shown for shown in found.predictions if shown.index != found.target.index][:3]
                     measured = [] if found.stability is None else [f"{found.stability:.2f}"]
@@ -274,7 +310,7 @@ def sweep(
     over: Over = "quantile",
     values: Values = None,
     softness: Softness = None,
-    layers: LayersText = None,
+    layers: LayerTexts = None,
     gamma: Gamma = math.inf,
     conserve: Conservation = None,
     gates: Gates = None,
@@ -283,14 +319,16 @@ def sweep(
     method: MethodName = "gradient",
     device: DeviceName = "cpu",
     columns: Annotated[int, typer.Option(help="Number of pictures per row.", min=1)] = 4,
+    shared_scale: SharedScale = False,
+    smooth: Smoothing = 0.0,
+    colormap: Colormap = "inferno",
+    dpi: Resolution = 200,
+    form: FigureFormat = "png",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/sweep"),
     force: Force = False,
 ) -> None:
-    """Explain images at several quantiles or alphas: write a panel (.png) for each.
-
-    All maps in a panel share one scale, in multiples of a map's mean.
-    """
-    paths = [out / f"{stem}.png" for stem in distinct_stems(images)]
+    """Explain images at several quantiles or alphas: write a panel for each."""
+    paths = [out / f"{stem}.{form}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
     asked = _Options(
         model=model,
@@ -307,11 +345,13 @@ def sweep(
         device=device,
     )
     with error_console.status("Starting") as status:
-        from parchgrad.visual import save_figure
+        from parchgrad.visual import check_colormap, save_figure
 
+        check_colormap(colormap)
         sweeps = _make_sweeps(images, [selector], asked, over, values, status.update)
         for path, (found,) in zip(paths, sweeps, strict=True):
-            save_figure(found.figure(columns=columns), path, force=force)
+            figure = found.figure(columns=columns, shared_scale=shared_scale, smooth=smooth, colormap=colormap)
+            save_figure(figure, path, dpi=dpi, force=force)
             _say_sweeps(path, {"mean weight": found})
 
 
@@ -331,7 +371,7 @@ def animate(
     over: Over = "quantile",
     values: Values = None,
     softness: Softness = None,
-    layers: LayersText = None,
+    layers: LayerTexts = None,
     gamma: Gamma = math.inf,
     conserve: Conservation = None,
     gates: Gates = None,
@@ -342,14 +382,14 @@ def animate(
     form: Annotated[
         Literal["gif", "webp", "mp4"], typer.Option("--format", help="Format of the animation; mp4 needs ffmpeg.")
     ] = "gif",
-    most_kilobytes: Annotated[int, typer.Option(help="Size limit of a file; panels shrink to fit.", min=1)] = 500,
+    most_kilobytes: Annotated[int, typer.Option(help="Size limit of a file; panels shrink to fit.", min=1)] = 1500,
+    shared_scale: SharedScale = False,
+    smooth: Smoothing = 0.0,
+    colormap: Colormap = "inferno",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/animate"),
     force: Force = False,
 ) -> None:
-    """Animate the maps of images over several quantiles or alphas: write an animation for each.
-
-    All maps in an animation share one scale, in multiples of a map's mean.
-    """
+    """Animate the maps of images over several quantiles or alphas: write an animation for each."""
     selectors = list(dict.fromkeys(selector or ["evidence"]))
     paths = [out / f"{stem}.{form}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
@@ -368,13 +408,23 @@ def animate(
         device=device,
     )
     with error_console.status("Starting") as status:
+        from parchgrad.visual import check_colormap
         from parchgrad.visual.animation import check_format, save_animation
 
         check_format(paths[0])
+        check_colormap(colormap)
         sweeps = _make_sweeps(images, selectors, asked, over, values, status.update)
         for path, row in zip(paths, sweeps, strict=True):
             panels = {_find_selector(name).title: found for name, found in zip(selectors, row, strict=True)}
-            save_animation(panels, path, most_bytes=1000 * most_kilobytes, force=force)
+            save_animation(
+                panels,
+                path,
+                most_bytes=1000 * most_kilobytes,
+                shared_scale=shared_scale,
+                smooth=smooth,
+                colormap=colormap,
+                force=force,
+            )
             _say_sweeps(path, panels)
 
 
@@ -408,7 +458,7 @@ class _Options:
     statistics: Path | None
     quantile: float | None = None
     softness: float | None
-    layers: str | None
+    layers: list[str] | None
     gamma: float
     conserve: Literal["energy", "independent", "exact", "none"] | None
     gates: float | None
@@ -522,6 +572,11 @@ def _find_selector(name: str) -> "RegisteredSelector":
     """Call `parchgrad.statistics.selectors.find_selector`, imported lazily."""
     from parchgrad.statistics.selectors import find_selector
 
+    if name == "none":
+        raise SettingError(
+            "--selector is 'none', but each figure already shows the plain map beside ParchGrad's. Leave it out, or "
+            "pass the name of a selector; see `parchgrad selectors`."
+        )
     return find_selector(name)
 
 
@@ -539,7 +594,7 @@ def _make_edits(asked: _Options, names: Sequence[str], held: "ChannelStatistics 
     return [
         Edit(
             selector=_find_selector(name).make(quantile=asked.quantile, softness=asked.softness, statistics=held),
-            layers=None if asked.layers is None else parse_layers(asked.layers),
+            layers=parse_layers(",".join(asked.layers)) if asked.layers else None,
             gamma=asked.gamma,
             conserve=asked.conserve,
             gates=asked.gates,

@@ -83,7 +83,10 @@ def _checked(attribution: Tensor, channel_dim: int | None) -> int:
     if not attribution.is_floating_point():
         raise InputError(f"The attribution is {attribution.dtype}, but a heat map needs floating point. Call .float().")
     if len(shape) < 3:
-        raise InputError(f"The attribution has shape {shape}, but a heat map needs (B, C, *S).")
+        raise InputError(
+            f"The attribution has shape {shape}, but a heat map needs (B, C, *S): rows, channels and places. "
+            "Add the missing dimensions, such as attribution[None] for one image (C, H, W)."
+        )
     if channel_dim is None:
         if channel_dim_of(attribution) == 2:
             raise InputError(

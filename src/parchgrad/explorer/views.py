@@ -445,7 +445,8 @@ def _figure(
 ) -> Figure:
     draw, lay = (signed_panel, blend_signed) if view.signed else (panel, blend)
     title = view.method.replace("_", " ")
-    figure = draw(pictures, {title: plain, f"{title} + ParchGrad": partitioned}, labels=labels)
+    maps = {title: plain, f"{title} + ParchGrad": partitioned}
+    figure = draw(pictures, maps, labels=labels, shared_scale=True, smooth=0.0)
     top = shared_top([*plain, *partitioned])
     # Panels have opaque maps, so redraw them; cells run row by row, each image before its two maps.
     for place, cells in enumerate(zip(pictures, plain, partitioned, strict=True)):

@@ -1,8 +1,10 @@
 """Figures of attributions. Functions return figures or arrays; saving is a separate step."""
 
+from parchgrad.visual.drawing import draw_box
 from parchgrad.visual.maps import (
     blend,
     blend_signed,
+    check_colormap,
     normalise,
     overlay,
     paint,
@@ -11,6 +13,7 @@ from parchgrad.visual.maps import (
     save_figure,
     shared_top,
     signed_panel,
+    smooth,
     strip,
     tint,
     tint_signed,
@@ -20,7 +23,9 @@ from parchgrad.visual.volumes import clip_figure, signal_figure, volume_figure
 __all__ = [
     "blend",
     "blend_signed",
+    "check_colormap",
     "clip_figure",
+    "draw_box",
     "normalise",
     "overlay",
     "paint",
@@ -30,6 +35,7 @@ __all__ = [
     "shared_top",
     "signal_figure",
     "signed_panel",
+    "smooth",
     "strip",
     "tint",
     "tint_signed",

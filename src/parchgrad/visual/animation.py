@@ -18,14 +18,15 @@ from parchgrad._io.checks import check_whole_number
 from parchgrad._io.files import writing
 from parchgrad._io.images import to_bytes
 from parchgrad.errors import InputError, OutputError, SettingError
-from parchgrad.visual.maps import paint, relative, shared_top
+from parchgrad.visual.maps import COLOUR_MAP, normalise, paint, shared_top
+from parchgrad.visual.maps import smooth as smooth_map
 from parchgrad.visual.sweeps import Sweep
 
 __all__ = ["FORMATS", "Animation", "animate", "check_format", "save_animation"]
 
 FORMATS = (".gif", ".webp", ".mp4")
 """Supported suffixes; .mp4 needs ffmpeg."""
-MOST_BYTES = 500_000
+MOST_BYTES = 1_500_000
 """Default size limit in bytes, small enough for a README."""
 
 _HELD = 900
@@ -47,23 +48,34 @@ class Animation:
     Attributes:
         frames: frames of equal size, each (H, W, 3), 8 bits.
         durations: duration of each frame in milliseconds.
-        photograph: rows and columns of the panel that shows the unchanging image; the other panels show maps.
+        image_area: rows and columns of the panel that shows the unchanging image; the other panels show maps.
     """
 
     frames: tuple[NDArray[np.uint8], ...]
     durations: tuple[int, ...]
-    photograph: tuple[slice, slice]
+    image_area: tuple[slice, slice]
 
 
-def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames: int = 2) -> Animation:
+def animate(
+    sweeps: Mapping[str, Sweep],
+    *,
+    panel_size: int = 240,
+    fading_frames: int = 2,
+    shared_scale: bool = False,
+    smooth: float = 0.0,
+    colormap: str = COLOUR_MAP,
+) -> Animation:
     """Animate sweeps in a loop, next to the image and its plain map.
 
-    Each map fades into the next, and the last into the first. All maps share one scale.
+    Each map fades into the next, and the last into the first.
 
     Args:
         sweeps: sweeps by panel title, all with the same image, method, class, setting and values.
         panel_size: side of a square panel in pixels, at least 32; other panels have the same area.
         fading_frames: number of frames between two values, at least 0.
+        shared_scale: whether all maps share one scale; see `panel`.
+        smooth: see `panel`.
+        colormap: see `blend`.
 
     Returns:
         The animation; it loops without a jump.
@@ -86,29 +98,32 @@ def animate(sweeps: Mapping[str, Sweep], *, panel_size: int = 224, fading_frames
         check_whole_number(name, value, lowest)
     size = _panel_shape(first.picture, panel_size)
     picture = _resized_picture(first.picture, size)
-    top = shared_top([first.plain, *(heat for sweep in sweeps.values() for heat in sweep.heats)])
+    plain, *heats = (smooth_map(heat, smooth) for heat in (first.plain, *(h for s in sweeps.values() for h in s.heats)))
+    top = shared_top([plain, *heats]) if shared_scale else None
 
     def drawn(values: NDArray[Any]) -> NDArray[np.uint8]:
         scaled = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BOX))
-        return to_bytes(paint(picture, np.clip(scaled / top, 0, 1)))
+        return to_bytes(paint(picture, np.clip(scaled, 0, 1), colormap=colormap))
 
-    multiples = [[relative(heat) for heat in sweep.heats] for sweep in sweeps.values()]
-    still = [to_bytes(picture), drawn(relative(first.plain))]
+    scaled = [normalise(heat, top=top) for heat in heats]
+    by_sweep = [scaled[start : start + len(first.values)] for start in range(0, len(scaled), len(first.values))]
+    still = [to_bytes(picture), drawn(normalise(plain, top=top))]
     title, _, other = first.label.partition("\n")
-    titles = [title, f"{first.method.replace('_', ' ')}, plain", *sweeps]
+    titles = [title, first.plain_title, *sweeps]
+    scale = "all maps on one scale" if shared_scale else "each map on its own scale"
     frames, durations = [], []
     places = range(len(first.values))
     for place, following in zip(places, [*places[1:], 0], strict=True):
         captions = [sweep.titles()[place] for sweep in sweeps.values()]
         for step in range(fading_frames + 1 if following != place else 1):
             share = step / (fading_frames + 1)
-            panels = still + [drawn((1 - share) * maps[place] + share * maps[following]) for maps in multiples]
-            frames.append(_compose(panels, titles, [other, f"yellow: {top:.0f} x the mean", *captions]))
+            panels = still + [drawn((1 - share) * maps[place] + share * maps[following]) for maps in by_sweep]
+            frames.append(_compose(panels, titles, [other, scale, *captions]))
             durations.append(_FADING if step else _HELD)
     _, line = _letters_and_line(size[0])
     left = _left_of(0, size[0])
-    photograph = (slice(line, line + size[1]), slice(left, left + size[0]))
-    return Animation(frames=tuple(frames), durations=tuple(durations), photograph=photograph)
+    image_area = (slice(line, line + size[1]), slice(left, left + size[0]))
+    return Animation(frames=tuple(frames), durations=tuple(durations), image_area=image_area)
 
 
 def check_format(path: str | Path) -> None:
@@ -133,6 +148,9 @@ def save_animation(
     *,
     most_bytes: int = MOST_BYTES,
     fading_frames: int = 2,
+    shared_scale: bool = False,
+    smooth: float = 0.0,
+    colormap: str = COLOUR_MAP,
     force: bool = True,
 ) -> Animation:
     """Write sweeps as an animation, with the largest panels that stay within a size limit.
@@ -142,6 +160,9 @@ def save_animation(
         path: output file, .gif, .webp or .mp4; .mp4 needs ffmpeg.
         most_bytes: size limit in bytes, positive.
         fading_frames: see `animate`.
+        shared_scale: see `animate`.
+        smooth: see `animate`.
+        colormap: see `animate`.
         force: whether to overwrite an existing file.
 
     Returns:
@@ -172,7 +193,14 @@ def save_animation(
     encode = {".gif": _gif, ".webp": _webp, ".mp4": _mp4}[path.suffix.lower()]
     size = _SIZES[0]
     while True:
-        moving = animate(sweeps, panel_size=size, fading_frames=fading_frames)
+        moving = animate(
+            sweeps,
+            panel_size=size,
+            fading_frames=fading_frames,
+            shared_scale=shared_scale,
+            smooth=smooth,
+            colormap=colormap,
+        )
         content = encode(moving)
         if len(content) <= most_bytes:
             break
@@ -266,12 +294,12 @@ def _gif(moving: Animation) -> bytes:
     sample = np.concatenate(moving.frames[:: max(1, len(moving.frames) // 4)])
     palette = _with_paper(Image.fromarray(sample).quantize(_COLOURS, method=Image.Quantize.MEDIANCUT))
     # Only the image is dithered: dithered maps would take too many bytes, and equal pixels would no longer be equal.
-    photograph = Image.fromarray(moving.frames[0][moving.photograph])
-    dithered = np.asarray(photograph.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
+    image = Image.fromarray(moving.frames[0][moving.image_area])
+    dithered = np.asarray(image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
     frames = []
     for frame in moving.frames:
         levels = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
-        levels[moving.photograph] = dithered
+        levels[moving.image_area] = dithered
         indexed = Image.fromarray(levels)
         indexed.putpalette(palette.getpalette() or [])
         frames.append(indexed)

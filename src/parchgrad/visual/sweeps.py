@@ -1,7 +1,7 @@
 """Sweeps: one image explained at several values of one setting."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from parchgrad.explain.scores import Contrast
 from parchgrad.models.classifier import Classifier, Prediction, check_classifier, label_of, name_against
 from parchgrad.statistics import RankedLayerStatistics
 from parchgrad.statistics.selectors import ClassWise
-from parchgrad.visual.maps import strip
+from parchgrad.visual.maps import COLOUR_MAP, strip
 
 __all__ = ["ALPHAS", "QUANTILES", "Sweep", "alpha_sweep", "quantile_sweep"]
 
@@ -83,14 +83,36 @@ class Sweep:
         # Unedited layers make the map look plain, so the title mentions them.
         return said + (f", {untouched} of {len(self.layers)} layers plain" if untouched else "")
 
-    def figure(self, *, columns: int = 4) -> Figure:
-        """Draw the image, the plain map and the maps of the sweep in rows of `columns`, on one scale."""
-        maps: Mapping[str, NDArray[Any]] = {
-            f"{self.method.replace('_', ' ')}, plain": self.plain,
-            # A long title would run into the next panel.
-            **{title.replace(", ", "\n"): heat for title, heat in zip(self.titles(), self.heats, strict=True)},
-        }
-        return strip(self.picture, maps, label=self.label, columns=columns)
+    @property
+    def plain_title(self) -> str:
+        """Title of the plain map."""
+        return f"plain {self.method.replace('_', ' ')}"
+
+    def figure(
+        self, *, columns: int = 4, shared_scale: bool = False, smooth: float = 0.0, colormap: str = COLOUR_MAP
+    ) -> Figure:
+        """Draw the image, the plain map and the maps of the sweep in rows of `columns`.
+
+        Args:
+            columns: number of pictures per row, at least 1.
+            shared_scale: see `panel`.
+            smooth: see `panel`.
+            colormap: see `blend`.
+
+        Raises:
+            SettingError: if a setting is out of range.
+        """
+        count = len(self.layers)
+        return strip(
+            self.picture,
+            {self.plain_title: self.plain, **dict(zip(self.titles(), self.heats, strict=True))},
+            label=self.label,
+            columns=columns,
+            shared_scale=shared_scale,
+            smooth=smooth,
+            colormap=colormap,
+            caption=f"{type(self.edit.selector).__name__} on {count} layer{'' if count == 1 else 's'}",
+        )
 
 
 def quantile_sweep(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter
@@ -14,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from parchgrad._io.checks import check_whole_number, is_number, is_whole_number
 from parchgrad.errors import InputError, SettingError
 from parchgrad.visual.charts import LIGHT, as_written, style_axes
-from parchgrad.visual.drawing import add_colour_bar, as_array, as_photograph, margins, own_scale, settle, show
+from parchgrad.visual.drawing import OUTLINE, add_colour_bar, as_array, as_picture, margins, own_scale, settle, show
 from parchgrad.visual.maps import COLOUR_MAP, normalise, paint
 
 __all__ = ["clip_figure", "signal_figure", "volume_figure"]
@@ -27,8 +26,6 @@ _SMOOTHING = 0.02
 _THIN = 0.8
 _AXES = ("depth", "height", "width")
 _PALE = "#aad9f4"
-# With a dark outline, crosshairs are visible over bright places too.
-_OUTLINE = withStroke(linewidth=2.0, foreground="#000000")
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", LIGHT.lines[1]])
 
 
@@ -101,7 +98,7 @@ def volume_figure(
             for start, stop in ends:
                 if start < stop:
                     line = draw(place[other], start, stop, color=LIGHT.lines[5], linewidth=0.9)
-                    line.set_path_effects([_OUTLINE])
+                    line.set_path_effects([OUTLINE])
         axes.set_title(f"{_AXES[across]} {place[across]}", fontsize=11)
         axes.set_xlabel(_AXES[columns], fontsize=9)
         axes.set_ylabel(_AXES[rows], fontsize=9)
@@ -165,7 +162,7 @@ def clip_figure(heat: ArrayLike, frames: ArrayLike, *, count: int = 8, title: st
     grid = figure.add_gridspec(3, len(chosen), height_ratios=[height, height, 1.1])
     above, below = ([figure.add_subplot(grid[row, column]) for column in range(len(chosen))] for row in range(2))
     for upper, lower, frame in zip(above, below, chosen, strict=True):
-        picture = as_photograph(pictures[frame], "frames")
+        picture = as_picture(pictures[frame], "frames")
         show(upper, picture, f"frame {frame}", size=9)
         show(lower, paint(picture, scaled[frame]), "")
     add_colour_bar(figure, below, COLOUR_MAP, (0, 1), own_scale(_PERCENTILE))

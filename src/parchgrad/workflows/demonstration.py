@@ -24,7 +24,7 @@ from parchgrad.models.classifier import Classifier
 from parchgrad.models.loading import OFFLINE_MODEL, load_model
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.selectors import ClassWise
-from parchgrad.visual import blend, panel, shared_top
+from parchgrad.visual import blend, panel
 from parchgrad.visual.maps import COLOUR_MAP, draw_figure
 from parchgrad.workflows.photographs import Explanation, explain_images
 
@@ -66,7 +66,7 @@ class Demonstration:
         paths = self.files(directory)
         check_outputs(paths, force=force)
         with writing_together(paths, force=force) as (page, overview):
-            draw_figure(self._overview(), overview, dots_per_inch=90)
+            draw_figure(self._overview(), overview, dpi=90)
             page.write_text(self._page(), encoding="utf-8")
         return paths[0]
 
@@ -92,12 +92,10 @@ class Demonstration:
 
         environment = jinja2.Environment(loader=jinja2.PackageLoader("parchgrad"), autoescape=True)
         maps_of_photographs = self._maps()
-        top = shared_top(heat for maps in maps_of_photographs.values() for heat in maps)
         return environment.get_template("demo.html").render(
             version=__version__,
             model=OFFLINE_MODEL,
             chance=CHANCE,
-            top=top,
             colours=[matplotlib.colors.to_hex(c) for c in matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, 12))],
             photographs=[
                 {
@@ -105,7 +103,7 @@ class Demonstration:
                     "predictions": explanation.predictions[:3],
                     "picture": data_url(explanation.picture),
                     "maps": {
-                        method: data_url(blend(explanation.picture, heats[index], top=top))
+                        method: data_url(blend(explanation.picture, heats[index]))
                         for method, heats in maps_of_photographs.items()
                     },
                 }
@@ -118,7 +116,7 @@ class Demonstration:
                     "cell": ("top left", "top right", "bottom left", "bottom right")[index],
                     "maps": {
                         method: {
-                            "picture": data_url(blend(self.mosaic, maps[index], top=top)),
+                            "picture": data_url(blend(self.mosaic, maps[index])),
                             "share": self.shares[method][index],
                         }
                         for method, maps in self.mosaic_maps.items()

@@ -26,7 +26,7 @@ def explain_box(
     label: int,
     iou: float = 0.5,
     method: str = "gradient",
-    name: str = "photograph",
+    name: str = "image",
 ) -> Explanation:
     """Explain the detections that overlap a box with ParchGrad, and without it for comparison.
 

@@ -6,13 +6,13 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -27,17 +27,20 @@ from parchgrad.errors import InputError, ModelWarning, SettingError, warn
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
 from parchgrad.explain.scores import Contrast
-from parchgrad.models.classifier import Classifier, Prediction, check_classifier, label_of, name_against
+from parchgrad.models.classifier import Classifier, Prediction, check_classifier, name_against
 from parchgrad.statistics import ChannelStatistics
-from parchgrad.visual import panel, signed_panel
-from parchgrad.visual.maps import draw_figure
+from parchgrad.visual import draw_box, panel, signed_panel
+from parchgrad.visual.maps import COLOUR_MAP, DPI, draw_figure
 
 __all__ = ["Explanation", "describe_explainer", "explain_images"]
 
 UNSTABLE = 0.5
 """Below this stability, imperceptible noise changes the map."""
 
-MANIFEST_VERSION = 2
+IMPROBABLE = 0.05
+"""Below this probability, or below chance, an explained class is called improbable."""
+
+MANIFEST_VERSION = 3
 _NOISE, _DRAWS = 0.001, 4
 _PACKAGES = ("parchgrad", "torch", "torchvision", "timm", "captum", "numpy", "scipy", "matplotlib", "pillow")
 
@@ -59,6 +62,7 @@ class Explanation:
         against: name of the class that the explained one is compared with, `"all others"` for the rest; None if the
             class is explained alone.
         box: corners x1, y1, x2, y2 in pixels of the explained detection; None for a class of the whole image.
+        caution: why the map may mislead, such as an improbable class; None if nothing is known against it.
     """
 
     name: str
@@ -71,36 +75,55 @@ class Explanation:
     stability: float | None = None
     against: str | None = None
     box: tuple[float, ...] | None = None
+    caution: str | None = None
 
-    def figure(self) -> Figure:
-        """Draw the image next to the plain map and the ParchGrad map, on one scale."""
-        return self._with_box(panel([self.picture], self._columns(heatmap), labels=[self._label()]))
+    def figure(self, *, shared_scale: bool = False, smooth: float | None = None, colormap: str = COLOUR_MAP) -> Figure:
+        """Draw the image next to the plain map and the ParchGrad map.
 
-    def signed_figure(self) -> Figure:
-        """Draw the same with signed maps: evidence for the class in red, against it in blue."""
-        return self._with_box(signed_panel([self.picture], self._columns(signed_heatmap), labels=[self._label()]))
+        Args:
+            shared_scale: see `panel`.
+            smooth: see `panel`; None means 0.
+            colormap: see `blend`.
 
-    def _with_box(self, figure: Figure) -> Figure:
-        """Draw the box into the image and its maps."""
+        Raises:
+            SettingError: if a setting is out of range.
+        """
+        return self._draw(partial(panel, colormap=colormap), heatmap, shared_scale=shared_scale, smooth=smooth or 0.0)
+
+    def signed_figure(self, *, shared_scale: bool = False, smooth: float | None = None) -> Figure:
+        """Draw the same with signed maps: evidence for the class in red, against it in blue.
+
+        Args:
+            shared_scale: see `panel`.
+            smooth: see `signed_panel`.
+
+        Raises:
+            SettingError: if `smooth` is out of range.
+        """
+        return self._draw(signed_panel, signed_heatmap, shared_scale=shared_scale, smooth=smooth)
+
+    def _draw(self, draw: Callable[..., Figure], summarise: Callable[[Tensor], Tensor], **options: Any) -> Figure:
+        """Draw the maps, with the box over the image and its maps."""
+        plain, partitioned = summarise(torch.stack((self.plain, self.attribution))).float().cpu().numpy()
+        maps = {f"plain {str(self.settings['method']).replace('_', ' ')}": [plain], "ParchGrad": [partitioned]}
+        figure = draw([self.picture], maps, labels=[str(self.target)], caption=self.caption, **options)
         if self.box is not None:
-            left, top, right, bottom = self.box
             for axes in figure.axes[:3]:
-                axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white"))
+                draw_box(axes, self.box)
         return figure
 
-    def _columns(self, summarise: Callable[[Tensor], Tensor]) -> dict[str, list[NDArray[Any]]]:
-        plain, partitioned = summarise(torch.stack((self.plain, self.attribution))).float().cpu().numpy()
-        method, selector = str(self.settings["method"]).replace("_", " "), self.settings["selector"]
-        share = selector.get("quantile")
-        title = f"{method}\n{selector['name']}{'' if share is None else f' {share:g}'}"
-        count = len(self.settings["layers"])
-        title += f", {count} layer{'' if count == 1 else 's'}"
-        if self.stability is not None:
-            title += "\nstability " + ("unknown: zero map" if math.isnan(self.stability) else f"{self.stability:.2f}")
-        return {f"{method}, plain": [plain], title: [partitioned]}
-
-    def _label(self) -> str:
-        return label_of(self.target, self.against)
+    @property
+    def caption(self) -> str:
+        """The edit in a few words, and any caution on a line of its own."""
+        selector, count = self.settings["selector"], len(self.settings["layers"])
+        parts = [
+            None if self.against is None else f"{self.target.category} rather than {self.against}",
+            f"ParchGrad with {selector['name']}",
+            *(f"{name} {selector[name]:g}" for name in ("quantile", "alpha") if selector.get(name) is not None),
+            f"{count} layer{'' if count == 1 else 's'}",
+            None if self.stability is None else "stability " + _stability_text(self.stability),
+        ]
+        return "\n".join(filter(None, (", ".join(filter(None, parts)), self.caution)))
 
     def manifest(self) -> dict[str, Any]:
         """Settings, predictions and versions, ready for JSON."""
@@ -109,9 +132,10 @@ class Explanation:
         cosine = None if stability is None or math.isnan(stability) else stability
         return {
             "manifest_version": MANIFEST_VERSION,
-            "photograph": self.name,
+            "image": self.name,
             "target": vars(self.target),
             "predictions": [vars(prediction) for prediction in self.predictions],
+            "caution": self.caution,
             "stability": None if stability is None else {"cosine": cosine, "noise": _NOISE, "draws": _DRAWS},
             "settings": dict(self.settings),
             "versions": {
@@ -121,30 +145,51 @@ class Explanation:
         }
 
     @staticmethod
-    def files(directory: str | Path, stem: str) -> tuple[Path, Path, Path]:
+    def files(directory: str | Path, stem: str, form: str = "png") -> tuple[Path, Path, Path]:
         """Paths of the three files that `save` writes: panel, raw map and manifest."""
         folder = Path(directory)
-        return folder / f"{stem}.png", folder / f"{stem}.npy", folder / f"{stem}.json"
+        return folder / f"{stem}.{form}", folder / f"{stem}.npy", folder / f"{stem}.json"
 
-    def save(self, directory: str | Path, stem: str | None = None, *, force: bool = False) -> tuple[Path, Path, Path]:
-        """Write the panel as PNG, the raw signed attribution (3, H, W) as .npy, and the manifest as JSON.
+    def save(
+        self,
+        directory: str | Path,
+        stem: str | None = None,
+        *,
+        form: Literal["png", "pdf", "svg"] = "png",
+        dpi: int = DPI,
+        shared_scale: bool = False,
+        smooth: float | None = None,
+        colormap: str = COLOUR_MAP,
+        force: bool = False,
+    ) -> tuple[Path, Path, Path]:
+        """Write the panel, the raw signed attribution (3, H, W) as .npy, and the manifest as JSON.
 
         Args:
             directory: folder of the files.
             stem: name of the files without suffix; None uses the image's name.
+            form: format of the panel.
+            dpi: resolution of the panel; see `save_figure`.
+            shared_scale: see `panel`.
+            smooth: see `figure`; the array is not smoothed.
+            colormap: see `blend`.
             force: whether to overwrite files.
 
         Raises:
             OutputError: if a file exists and `force` is off, or cannot be written.
+            SettingError: if a setting is out of range.
         """
-        paths = self.files(directory, Path(self.name).stem if stem is None else stem)
+        paths = self.files(directory, Path(self.name).stem if stem is None else stem, form)
         check_outputs(paths, force=force)
         text = json.dumps(self.manifest(), indent=2, allow_nan=False) + "\n"
         with writing_together(paths, force=force) as (drawn, saved, written):
-            draw_figure(self.figure(), drawn)
+            draw_figure(self.figure(shared_scale=shared_scale, smooth=smooth, colormap=colormap), drawn, dpi=dpi)
             save_array(self.attribution.cpu().numpy(), saved)
             written.write_text(text, encoding="utf-8")
         return paths
+
+
+def _stability_text(stability: float) -> str:
+    return "unknown (zero map)" if math.isnan(stability) else f"{stability:.2f}"
 
 
 def _version(package: str) -> str | None:
@@ -184,16 +229,21 @@ def explain_images(
     Returns:
         One explanation per image.
 
+    Warns:
+        ModelWarning: if an explained class is improbable: below 5%, or below chance. Its map shows what the score
+            depends on, and looks as sharp as that of a class in the image, even with random weights.
+
     Raises:
         SettingError: if `edit` has no selector, or a setting is out of range.
         ParchGradError: whatever `Explainer` raises.
 
     Example:
+        >>> from skimage import data
         >>> import parchgrad as pg
-        >>> classifier = pg.load_model("resnet18", pretrained=False)
-        >>> (explanation,) = explain_images(classifier, [Image.new("RGB", (300, 260))], target=3)
+        >>> classifier = pg.load_model("efficientnet_lite0")
+        >>> (explanation,) = explain_images(classifier, [Image.fromarray(data.coffee())])
         >>> explanation.target.category, tuple(explanation.attribution.shape)
-        ('tiger shark', (3, 224, 224))
+        ('espresso', (3, 224, 224))
     """
     check_classifier(classifier)
     if isinstance(target, str):
@@ -254,20 +304,46 @@ def explain_images(
         if against is not None:
             _warn_of_unlikely(chosen, against, ranked, start)
         for row, (attribution, plain_attribution) in enumerate(maps):
+            chosen_class = next(prediction for prediction in ranked[row] if prediction.index == chosen[row])
             explanations.append(
                 Explanation(
-                    name=names[start + row] if names else f"photograph {start + row + 1}",
+                    name=names[start + row] if names else f"image {start + row + 1}",
                     picture=classifier.preprocess.picture(inputs[row]),
                     attribution=attribution,
                     plain=plain_attribution,
-                    target=next(prediction for prediction in ranked[row] if prediction.index == chosen[row]),
+                    target=chosen_class,
                     predictions=ranked[row][:5],
                     settings=settings,
                     stability=stable[row],
                     against=name_against(against, chosen[row], ranked[row], classifier.categories),
+                    caution=_caution(chosen_class, len(classifier.categories)),
                 )
             )
+    _warn_of_improbable(explanations)
     return explanations
+
+
+def _caution(target: Prediction, classes: int) -> str | None:
+    """Caution against the map of an improbable class."""
+    if target.probability >= max(IMPROBABLE, 1 / classes):
+        return None
+    return (
+        f"Caution: {target.category} has a probability of only {100 * target.probability:.2g}%. The map shows what its "
+        "score depends on, not that it is in the image."
+    )
+
+
+def _warn_of_improbable(explanations: Sequence[Explanation]) -> None:
+    improbable = [found for found in explanations if found.caution is not None]
+    if improbable:
+        named = [
+            f"{found.name} ({found.target.category}, {100 * found.target.probability:.2g}%)" for found in improbable[:5]
+        ]
+        warn(
+            f"The explained class is improbable in {', '.join(named)}{', ...' * (len(improbable) > 5)}. A map shows "
+            "what the score depends on, not that the class is in the image. Check the weights and the target.",
+            ModelWarning,
+        )
 
 
 def _warn_of_unlikely(
