@@ -19,7 +19,6 @@ from parchgrad.evaluation import localisation
 from parchgrad.evaluation.methods import maps_of
 from parchgrad.evaluation.scores import FAMILIES, ScoreSettings, score_maps
 from parchgrad.evaluation.sparsity import gini
-from parchgrad.models import loading as models
 from parchgrad.models.classifier import Classifier
 from parchgrad.statistics.selectors import registered_selectors
 from tests.support import cli, random_statistics, small_network
@@ -350,7 +349,7 @@ def test_no_file_is_written_of_a_network_whose_maps_are_no_numbers(capsys, tmp_p
         return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32) / 255).permute(2, 0, 1)
 
     classifier = Classifier(model.eval(), Preprocessing(shrink, (0.0,) * 3, (1.0,) * 3), tuple("abcde"), "tiny")
-    monkeypatch.setattr(models, "load_model", lambda name: classifier)
+    monkeypatch.setattr("parchgrad.models.own_networks.load_model", lambda name, **options: classifier)
     path = tmp_path / "photograph.png"
     Image.fromarray((255 * PHOTOGRAPH).astype(np.uint8)).save(path)
     code, printed, errors = cli(capsys, "explain", path, "--out", tmp_path / "out")

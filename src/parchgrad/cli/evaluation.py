@@ -15,6 +15,7 @@ from parchgrad.cli.shared import (
     ClassesFile,
     ProgressBars,
     WeightsFile,
+    check_selectors,
     complete_models,
     complete_selectors,
     console,
@@ -30,7 +31,8 @@ _ASKED = "Models, data and scores"
 _COMPARED = "Settings to compare (repeat options to evaluate all combinations)"
 
 
-def _complete_data(start: str) -> list[str]:
+def complete_data(start: str) -> list[str]:
+    """Complete the name of a data set."""
     known = ("shapes", "imagenet", "cifar10", "cifar100", "mnist", "fashion_mnist")
     return [name for name in known if name.startswith(start)]
 
@@ -53,7 +55,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Folder of images, or a data set: shapes, imagenet, cifar10, cifar100, mnist or fashion_mnist.",
-            autocompletion=_complete_data,
+            autocompletion=complete_data,
             rich_help_panel=_ASKED,
         ),
     ] = None,
@@ -96,6 +98,7 @@ def evaluate(
         typer.Option(
             help="Selector, or none; see `parchgrad selectors`.",
             autocompletion=complete_selectors,
+            callback=check_selectors,
             rich_help_panel=_COMPARED,
             show_default="evidence",
         ),

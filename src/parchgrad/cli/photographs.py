@@ -1,9 +1,10 @@
 """The commands explain, sweep, animate, models and demo."""
 
-import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
@@ -13,8 +14,18 @@ from rich.markup import escape
 
 from parchgrad._io.files import check_outputs, distinct_stems
 from parchgrad.cli.shared import (
+    METHOD,
+    OWN_NETWORK,
+    ClassesFile,
+    ModelName,
+    WeightsFile,
+    check_selector,
+    check_selectors,
+    complete_selectors,
     console,
     error_console,
+    images_in,
+    load_classifier,
     make_table,
     parse_layers,
     place_of,
@@ -35,12 +46,21 @@ if TYPE_CHECKING:
 
 # Images held in memory together with their maps.
 _AT_ONCE = 8
-_SUITS = "depends on the selector"
+_FIGURES = "Figures"
+_BOXES = "Detections"
 
 # Options that several commands share.
-Photographs: TypeAlias = Annotated[list[Path], typer.Argument(help="Images: JPEG, PNG or anything Pillow reads.")]
-ModelName: TypeAlias = Annotated[
-    str, typer.Option(help="Model name from torchvision or timm (see `parchgrad models`), or 'hf-hub:OWNER/NAME'.")
+Images: TypeAlias = Annotated[
+    list[Path], typer.Argument(help="Images, or folders of images: JPEG, PNG or anything Pillow reads.")
+]
+SelectorName: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="How channels are ranked, such as evidence, energy or class; see `parchgrad selectors`.",
+        autocompletion=complete_selectors,
+        callback=check_selector,
+    ),
 ]
 TargetName: TypeAlias = Annotated[
     str | None, typer.Option(help="Class to explain, by name or index.", show_default="predicted class")
@@ -48,46 +68,73 @@ TargetName: TypeAlias = Annotated[
 StatisticsFile: TypeAlias = Annotated[
     Path | None,
     typer.Option(
+        rich_help_panel=METHOD,
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
         help="File of channel statistics, for the selectors class and instance; see `parchgrad stats`.",
         show_default="bundled, for efficientnet_lite0",
     ),
 ]
 Quantile: TypeAlias = Annotated[
     float | None,
-    typer.Option(help="Share of the channels at or above the threshold, in (0, 1].", show_default=_SUITS),
+    typer.Option(
+        rich_help_panel=METHOD,
+        metavar="SHARE",
+        min=0,
+        max=1,
+        help="Share of the channels at or above the threshold, in (0, 1].",
+        show_default=False,
+    ),
 ]
 Softness: TypeAlias = Annotated[
     float | None,
     typer.Option(
+        rich_help_panel=METHOD,
+        metavar="WIDTH",
+        min=0,
+        max=1,
         help="Width of the ramp around the threshold, in [0, 1]; 0 is the published hard cut.",
-        show_default=_SUITS,
+        show_default=False,
     ),
 ]
 LayerTexts: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
+        rich_help_panel=METHOD,
         metavar="TEXT",
         help="Layers to edit: 'auto' (what suits the network), 'all', a ratio (0.5: the upper half of the path), "
         "patterns ('layer3.*,conv1', or the option several times), or 'published' (as in the paper).",
-        show_default=_SUITS,
+        show_default=False,
     ),
 ]
 Gamma: TypeAlias = Annotated[
-    float, typer.Option(help="Factor of the kept signal relative to the rest; 'inf' prunes the rest.")
+    float,
+    typer.Option(
+        rich_help_panel=METHOD,
+        metavar="FACTOR",
+        min=0,
+        help="Factor of the kept signal relative to the rest; 'inf' prunes the rest.",
+    ),
 ]
 Conservation: TypeAlias = Annotated[
     Literal["energy", "independent", "exact", "none"] | None,
     typer.Option(
-        help="What a layer conserves: the norm of its gradient (energy), or the variance of the sum over its channels, "
-        "estimated (independent, as published) or exact.",
-        show_default=_SUITS,
+        rich_help_panel=METHOD,
+        metavar="NAME",
+        help="What a layer conserves: the norm of its gradient (energy), the variance of the sum over its channels, "
+        "estimated (independent, as published) or exact, or nothing (none).",
+        show_default=False,
     ),
 ]
 Gates: TypeAlias = Annotated[
     float | None,
     typer.Option(
+        rich_help_panel=METHOD,
+        metavar="WIDTH",
+        min=0,
         help="Width of the soft gates of rectifiers and max pooling, in standard deviations; 0 is the true derivative.",
-        show_default=_SUITS,
+        show_default=False,
     ),
 ]
 Antialias: TypeAlias = Annotated[
@@ -95,7 +142,8 @@ Antialias: TypeAlias = Annotated[
     typer.Option(
         "--antialias/--no-antialias",
         help="Smooth the gradient at the input of strided operations.",
-        show_default=_SUITS,
+        show_default=False,
+        rich_help_panel=METHOD,
     ),
 ]
 Balance: TypeAlias = Annotated[
@@ -103,12 +151,17 @@ Balance: TypeAlias = Annotated[
     typer.Option(
         "--balance/--no-balance",
         help="Balance attention, normalisations, gates and smooth activations.",
-        show_default=_SUITS,
+        show_default=False,
+        rich_help_panel=METHOD,
     ),
 ]
 MethodName: TypeAlias = Annotated[
     str,
-    typer.Option(help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name."),
+    typer.Option(
+        rich_help_panel=METHOD,
+        metavar="NAME",
+        help="gradient, input_x_gradient, integrated_gradients, smoothgrad, or a Captum class name.",
+    ),
 ]
 Values: TypeAlias = Annotated[
     str | None,
@@ -116,7 +169,9 @@ Values: TypeAlias = Annotated[
         help="Values, separated by commas: '0.5,0.2,0.1'.", show_default="six values, from many channels to few"
     ),
 ]
-DeviceName: TypeAlias = Annotated[str, typer.Option(help="Device of the model: 'cpu', 'cuda', 'cuda:1', 'mps'.")]
+DeviceName: TypeAlias = Annotated[
+    str, typer.Option(help="Device of the model: 'cpu', 'cuda', 'cuda:1', 'mps'.", rich_help_panel=OWN_NETWORK)
+]
 Over: TypeAlias = Annotated[
     Literal["quantile", "alpha"],
     typer.Option(help="Setting to vary: quantile, or alpha (the p-value at the threshold) for class and instance."),
@@ -125,57 +180,39 @@ SharedScale: TypeAlias = Annotated[
     bool,
     typer.Option(
         "--shared-scale",
+        rich_help_panel=_FIGURES,
         help="Draw all maps on one scale, in multiples of a map's mean. By default each map has its own scale.",
     ),
 ]
 Colormap: TypeAlias = Annotated[
-    str, typer.Option(metavar="NAME", help="Matplotlib's name of the colour map for magnitudes.")
+    str,
+    typer.Option(metavar="NAME", help="Matplotlib's name of the colour map for magnitudes.", rich_help_panel=_FIGURES),
 ]
 Smoothing: TypeAlias = Annotated[
     float,
-    typer.Option(metavar="SIGMA", help="Smooth the drawn maps with a Gaussian of this many pixels.", min=0.0),
+    typer.Option(
+        metavar="SIGMA",
+        help="Smooth the drawn maps with a Gaussian of this many pixels.",
+        min=0.0,
+        rich_help_panel=_FIGURES,
+    ),
 ]
 Resolution: TypeAlias = Annotated[
-    int, typer.Option("--dpi", help="Resolution of the figures, in dots per inch.", min=1)
+    int, typer.Option("--dpi", help="Resolution of the figures, in dots per inch.", min=1, rich_help_panel=_FIGURES)
 ]
 FigureFormat: TypeAlias = Annotated[
-    Literal["png", "pdf", "svg"], typer.Option("--format", help="Format of the figures.")
+    Literal["png", "pdf", "svg"], typer.Option("--format", help="Format of the figures.", rich_help_panel=_FIGURES)
 ]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite existing results.")]
 
 
 def explain(
-    images: Photographs,
+    images: Images,
     model: ModelName = "efficientnet_lite0",
     target: TargetName = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--versus",
-            metavar="CLASS",
-            help="Explain why the target rather than this class, given by name or index; 'runner-up' is the other most "
-            "probable class, 'rest' all other classes.",
-            show_default="the target alone",
-        ),
-    ] = None,
-    selector: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="How channels are ranked, such as evidence, energy or class; see `parchgrad selectors`.",
-        ),
-    ] = "evidence",
-    statistics: StatisticsFile = None,
-    quantile: Quantile = None,
-    softness: Softness = None,
-    layers: LayerTexts = None,
-    gamma: Gamma = math.inf,
-    conserve: Conservation = None,
-    gates: Gates = None,
-    antialias: Antialias = None,
-    balance: Balance = None,
-    method: MethodName = "gradient",
-    device: DeviceName = "cpu",
+    selector: SelectorName = "evidence",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/explain"),
+    force: Force = False,
     stability: Annotated[
         bool,
         typer.Option(
@@ -186,18 +223,21 @@ def explain(
     signed: Annotated[
         bool, typer.Option("--signed", help="Draw a second panel with signed maps: red for the class, blue against it.")
     ] = False,
-    box: Annotated[
+    against: Annotated[
         str | None,
         typer.Option(
-            metavar="X1,Y1,X2,Y2",
-            help="Explain what a detector of torchvision finds at this box, in pixels; needs --label and a detector as "
-            "--model, such as fasterrcnn_resnet50_fpn.",
+            "--versus",
+            metavar="CLASS",
+            help="Explain why the target rather than this class, given by name or index; 'runner-up' is the other most "
+            "probable class, 'rest' all other classes.",
+            show_default="the target alone",
         ),
     ] = None,
-    label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Class of the detection at --box, by name or index.")
-    ] = None,
-    shared_scale: SharedScale = False,
+    weights: WeightsFile = None,
+    classes: ClassesFile = None,
+    device: DeviceName = "cpu",
+    form: FigureFormat = "png",
+    colormap: Colormap = "inferno",
     smooth: Annotated[
         float | None,
         typer.Option(
@@ -205,35 +245,42 @@ def explain(
             help="Smooth the drawn maps with a Gaussian of this many pixels; the .npy files stay as they are.",
             show_default="0; signed maps: 1% of the shorter side",
             min=0.0,
+            rich_help_panel=_FIGURES,
         ),
     ] = None,
-    colormap: Colormap = "inferno",
+    shared_scale: SharedScale = False,
     dpi: Resolution = 200,
-    form: FigureFormat = "png",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/explain"),
-    force: Force = False,
+    quantile: Quantile = None,
+    softness: Softness = None,
+    layers: LayerTexts = None,
+    gamma: Gamma = math.inf,
+    conserve: Conservation = None,
+    gates: Gates = None,
+    antialias: Antialias = None,
+    balance: Balance = None,
+    method: MethodName = "gradient",
+    statistics: StatisticsFile = None,
+    box: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X1,Y1,X2,Y2",
+            help="Explain what a detector of torchvision finds at this box, in pixels; needs --label and a detector as "
+            "--model, such as fasterrcnn_resnet50_fpn.",
+            rich_help_panel=_BOXES,
+        ),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Class of the detection at --box, by name or index.", rich_help_panel=_BOXES),
+    ] = None,
 ) -> None:
     """Explain images: write a panel, the raw signed map (.npy) and all settings (.json) for each.
 
     The defaults are the best known settings. For the published method use
     --selector class --layers published --softness 0 --conserve independent
     """
-    asked = _Options(
-        model=model,
-        target=target,
-        statistics=statistics,
-        quantile=quantile,
-        softness=softness,
-        layers=layers,
-        gamma=gamma,
-        conserve=conserve,
-        gates=gates,
-        antialias=antialias,
-        balance=balance,
-        method=method,
-        device=device,
-    )
-    _check_used([selector], asked)
+    asked = _Options.of(locals())
+    images = images_in(images)
     if box is not None or label is not None:
         _check_box(asked, box, label, against, stability=stability)
     with error_console.status("Starting") as status:
@@ -242,6 +289,7 @@ def explain(
         # Check everything before writing the first file, and the input files before the slow imports.
         for path in images:
             stored_frame(path)
+        _check_used([selector], asked)
 
         from parchgrad.visual import check_colormap, save_figure
         from parchgrad.workflows.photographs import UNSTABLE, Explanation
@@ -300,15 +348,23 @@ def explain(
 
 
 def sweep(
-    images: Photographs,
+    images: Images,
     model: ModelName = "efficientnet_lite0",
     target: TargetName = None,
-    selector: Annotated[
-        str, typer.Option(metavar="NAME", help="How channels are ranked; see `parchgrad selectors`.")
-    ] = "evidence",
-    statistics: StatisticsFile = None,
+    selector: SelectorName = "evidence",
     over: Over = "quantile",
     values: Values = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/sweep"),
+    force: Force = False,
+    weights: WeightsFile = None,
+    classes: ClassesFile = None,
+    device: DeviceName = "cpu",
+    form: FigureFormat = "png",
+    columns: Annotated[int, typer.Option(rich_help_panel=_FIGURES, help="Number of pictures per row.", min=1)] = 4,
+    colormap: Colormap = "inferno",
+    smooth: Smoothing = 0.0,
+    shared_scale: SharedScale = False,
+    dpi: Resolution = 200,
     softness: Softness = None,
     layers: LayerTexts = None,
     gamma: Gamma = math.inf,
@@ -317,33 +373,13 @@ def sweep(
     antialias: Antialias = None,
     balance: Balance = None,
     method: MethodName = "gradient",
-    device: DeviceName = "cpu",
-    columns: Annotated[int, typer.Option(help="Number of pictures per row.", min=1)] = 4,
-    shared_scale: SharedScale = False,
-    smooth: Smoothing = 0.0,
-    colormap: Colormap = "inferno",
-    dpi: Resolution = 200,
-    form: FigureFormat = "png",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/sweep"),
-    force: Force = False,
+    statistics: StatisticsFile = None,
 ) -> None:
     """Explain images at several quantiles or alphas: write a panel for each."""
+    images = images_in(images)
     paths = [out / f"{stem}.{form}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
-    asked = _Options(
-        model=model,
-        target=target,
-        statistics=statistics,
-        softness=softness,
-        layers=layers,
-        gamma=gamma,
-        conserve=conserve,
-        gates=gates,
-        antialias=antialias,
-        balance=balance,
-        method=method,
-        device=device,
-    )
+    asked = _Options.of(locals())
     with error_console.status("Starting") as status:
         from parchgrad.visual import check_colormap, save_figure
 
@@ -356,7 +392,7 @@ def sweep(
 
 
 def animate(
-    images: Photographs,
+    images: Images,
     model: ModelName = "efficientnet_lite0",
     target: TargetName = None,
     selector: Annotated[
@@ -365,11 +401,27 @@ def animate(
             metavar="NAME",
             help="How channels are ranked; see `parchgrad selectors`. Repeat the option to show several side by side.",
             show_default="evidence",
+            autocompletion=complete_selectors,
+            callback=check_selectors,
         ),
     ] = None,
-    statistics: StatisticsFile = None,
     over: Over = "quantile",
     values: Values = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/animate"),
+    force: Force = False,
+    weights: WeightsFile = None,
+    classes: ClassesFile = None,
+    device: DeviceName = "cpu",
+    form: Annotated[
+        Literal["gif", "webp", "mp4"],
+        typer.Option("--format", help="Format of the animation; mp4 needs ffmpeg.", rich_help_panel=_FIGURES),
+    ] = "gif",
+    most_kilobytes: Annotated[
+        int, typer.Option(rich_help_panel=_FIGURES, help="Size limit of a file; panels shrink to fit.", min=1)
+    ] = 1500,
+    colormap: Colormap = "inferno",
+    smooth: Smoothing = 0.0,
+    shared_scale: SharedScale = False,
     softness: Softness = None,
     layers: LayerTexts = None,
     gamma: Gamma = math.inf,
@@ -378,35 +430,14 @@ def animate(
     antialias: Antialias = None,
     balance: Balance = None,
     method: MethodName = "gradient",
-    device: DeviceName = "cpu",
-    form: Annotated[
-        Literal["gif", "webp", "mp4"], typer.Option("--format", help="Format of the animation; mp4 needs ffmpeg.")
-    ] = "gif",
-    most_kilobytes: Annotated[int, typer.Option(help="Size limit of a file; panels shrink to fit.", min=1)] = 1500,
-    shared_scale: SharedScale = False,
-    smooth: Smoothing = 0.0,
-    colormap: Colormap = "inferno",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/animate"),
-    force: Force = False,
+    statistics: StatisticsFile = None,
 ) -> None:
     """Animate the maps of images over several quantiles or alphas: write an animation for each."""
     selectors = list(dict.fromkeys(selector or ["evidence"]))
+    images = images_in(images)
     paths = [out / f"{stem}.{form}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
-    asked = _Options(
-        model=model,
-        target=target,
-        statistics=statistics,
-        softness=softness,
-        layers=layers,
-        gamma=gamma,
-        conserve=conserve,
-        gates=gates,
-        antialias=antialias,
-        balance=balance,
-        method=method,
-        device=device,
-    )
+    asked = _Options.of(locals())
     with error_console.status("Starting") as status:
         from parchgrad.visual import check_colormap
         from parchgrad.visual.animation import check_format, save_animation
@@ -466,15 +497,22 @@ class _Options:
     balance: bool | None
     method: str
     device: str
+    weights: Path | None
+    classes: Path | None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "_Options":
+        """Pick the options out of a command's parameters."""
+        return cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given})
 
 
 def _check_box(asked: _Options, box: str | None, label: str | None, against: str | None, *, stability: bool) -> None:
     """Refuse options that do not go with a box."""
     if box is None or label is None:
         raise SettingError("--box and --label belong together. Pass both, or neither.")
-    for option, is_set in (("target", asked.target is not None), ("versus", against is not None)):
-        if is_set:
-            raise SettingError(f"--{option} is set, but --label names the class of a box. Leave it out.")
+    for option, value in (("target", asked.target), ("versus", against), ("weights", asked.weights)):
+        if value is not None:
+            raise SettingError(f"--{option} is set, which does not go with --box. Leave it out.")
     if stability:
         raise SettingError("--stability does not go with --box. Leave it out.")
 
@@ -499,7 +537,8 @@ def _prepare_box(
     (edit,) = _make_edits(asked, [selector])
     place = place_of(asked.device)
     say(f"Loading {escape(asked.model)}")
-    detector = load_detector(asked.model)
+    with redirect_stdout(sys.stderr):
+        detector = load_detector(asked.model)
     detector.model.to(place)
     index = detector.find_category(label)
     say("Explaining")
@@ -609,11 +648,8 @@ def _prepare(
     asked: _Options, names: Sequence[str], say: Callable[[str], None]
 ) -> "tuple[Classifier, int | None, list[Edit]]":
     """Load the network, look up the class, and make an edit for each selector, with statistics if needed."""
-    from parchgrad.models.loading import load_model
     from parchgrad.statistics import ChannelStatistics
 
-    # huggingface_hub logs every failed attempt; the error that follows is enough.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     held = None
     if any(_find_selector(name).needs_statistics for name in names):
         file = asked.statistics
@@ -621,7 +657,7 @@ def _prepare(
     edits = _make_edits(asked, names, held)
     place = place_of(asked.device)
     say(f"Loading {escape(asked.model)}")
-    classifier = load_model(asked.model)
+    classifier = load_classifier(asked.model, weights=asked.weights, classes=asked.classes)
     if held is not None:
         held.check_model(classifier.model)
     classifier.model.to(place)

@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from parchgrad.errors import SettingError, on_one_line
+from parchgrad.errors import ImageError, SettingError, on_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 # Slow imports are inside the commands, so that --help is fast.
 
 # Panels of the help, after that of the most common options.
-OWN_NETWORK = "Your own network"
-METHOD = "How channels are selected and edited"
+OWN_NETWORK = "Network"
+METHOD = "How channels are selected and edited; defaults depend on the selector"
 
 SELECTORS = ("evidence", "energy", "activation", "class", "instance", "random")
 """Short names of this package's selectors, known before the slow imports."""
@@ -37,6 +38,33 @@ SELECTORS = ("evidence", "energy", "activation", "class", "instance", "random")
 def complete_selectors(start: str) -> list[str]:
     """Complete the name of a selector."""
     return [name for name in SELECTORS if name.startswith(start)]
+
+
+def check_selector(name: str) -> str:
+    """Refuse the name of no selector, before the slow imports unless others may be registered by then."""
+    if name not in (*SELECTORS, "none") and "torch" not in sys.modules:
+        near = get_close_matches(name, SELECTORS, n=1, cutoff=0.4)
+        hint = f"Perhaps you meant {near[0]!r}" if near else f"Use one of {', '.join(SELECTORS)}"
+        raise SettingError(f"There is no selector {name!r}. {hint}, or register yours with --import.")
+    return name
+
+
+def check_selectors(names: list[str] | None) -> list[str] | None:
+    """Check several names, as `check_selector`."""
+    return names and [check_selector(name) for name in names]
+
+
+def images_in(paths: Sequence[Path]) -> list[Path]:
+    """Replace folders by the images in them."""
+    from parchgrad.data.images import IMAGE_SUFFIXES, find_files
+
+    found: list[Path] = []
+    for path in paths:
+        inner = find_files(path, IMAGE_SUFFIXES) if path.is_dir() else (path,)
+        if not inner:
+            raise ImageError(f"The folder {str(path)!r} contains no images. Choose one with JPEG or PNG files.")
+        found += inner
+    return found
 
 
 def complete_models(start: str) -> list[str]:
@@ -113,7 +141,7 @@ class ProgressBars:
             self._progress.start()
             self._tasks[stage] = self._progress.add_task(label, completed=done, total=total, rate="")
         task = self._progress.tasks[self._tasks[stage]]
-        rate = f"{task.speed:,.0f} {unit}" if task.speed else ""
+        rate = f"{task.speed:,.{0 if task.speed >= 10 else 1}f} {unit}" if task.speed else ""
         self._progress.update(task.id, completed=done, total=total, rate=rate)
 
 
