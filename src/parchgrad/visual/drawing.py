@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Pixels: TypeAlias = ArrayLike | Image.Image
+"""An image of any kind that `as_picture` takes."""
 OUTLINE = withStroke(linewidth=2.0, foreground="#000000")
 """A dark outline, with which light lines are visible over bright places too."""
 # Rounding error of float16 colours.
