@@ -35,6 +35,7 @@ from parchgrad.statistics import ChannelStatistics, LayerStatistics, RankedLayer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+needs_links = pytest.mark.skipif(os.name == "nt", reason="Windows lets only administrators make symbolic links.")
 
 # Networks and statistics
 

@@ -7,6 +7,7 @@ import pytest
 from parchgrad._io import files
 from parchgrad._io.files import check_outputs, writing, writing_together
 from parchgrad.errors import OutputError
+from tests.support import needs_links
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
@@ -108,6 +109,7 @@ def test_what_appears_meanwhile_is_not_overwritten_unasked(tmp_path):
     assert second.read_text() == "new"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions.")
 def test_permissions_are_kept(tmp_path):
     path, private = tmp_path / "a.txt", tmp_path / "private.txt"
     private.touch(mode=0o600)
@@ -121,6 +123,7 @@ def test_permissions_are_kept(tmp_path):
     assert stat.S_IMODE(private.stat().st_mode) == 0o400
 
 
+@needs_links
 def test_what_a_link_leads_to_is_written(tmp_path):
     place = tmp_path / "elsewhere" / "true.txt"
     place.parent.mkdir()
@@ -143,6 +146,7 @@ def test_errors_name_the_file_and_not_its_draft(tmp_path):
     assert ".parchgrad-" not in str(error.value)
 
 
+@needs_links
 def test_two_results_are_told_though_a_link_leads_to_one_folder(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -150,6 +154,7 @@ def test_two_results_are_told_though_a_link_leads_to_one_folder(tmp_path):
         check_outputs([tmp_path / "real" / "a.png", tmp_path / "link" / "a.png"], force=True)
 
 
+@needs_links
 def test_an_input_is_not_overwritten_by_way_of_a_link(tmp_path):
     (tmp_path / "photo.png").touch()
     (tmp_path / "link").symlink_to(tmp_path)

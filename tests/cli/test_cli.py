@@ -29,7 +29,7 @@ from parchgrad.visual import save_figure
 from parchgrad.visual.animation import MOST_BYTES
 from parchgrad.visual.maps import COLOUR_MAP, DPI
 from parchgrad.visual.sweeps import quantile_sweep
-from tests.support import cli
+from tests.support import cli, needs_links
 
 
 @pytest.fixture(scope="session")
@@ -485,6 +485,7 @@ def test_statistics_from_a_folder_to_an_explanation(capsys, photographs, tmp_pat
         assert settings["selector"]["statistics"]["data"].startswith("6 photographs")
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows does not hang up.")
 @pytest.mark.parametrize("earlier", [signal.SIG_IGN, signal.SIG_DFL])
 def test_signals_interrupt_but_for_what_nohup_ignores(earlier):
     kept = {number: signal.signal(number, earlier) for number in (signal.SIGHUP, signal.SIGTERM)}
@@ -500,6 +501,7 @@ def test_signals_interrupt_but_for_what_nohup_ignores(earlier):
 
 
 # The command line says it in its own way.
+@needs_links
 @pytest.mark.filterwarnings("always::parchgrad.errors.StatisticsWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_photograph_costs_itself_alone(capsys, photographs, tmp_path, workers):

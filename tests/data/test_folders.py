@@ -7,6 +7,7 @@ from PIL import Image
 from parchgrad.data.folders import PhotographFolder, match_classes
 from parchgrad.data.images import find_files
 from parchgrad.errors import ImageError
+from tests.support import needs_links
 
 
 def to_colour(image):
@@ -41,6 +42,7 @@ def test_photographs_outside_of_class_folders(tmp_path):
     assert PhotographFolder(make(tmp_path, "a.png", "cat/b.png"), to_colour).folders == ()
 
 
+@needs_links
 def test_links_are_followed_but_not_in_circles(tmp_path):
     make(tmp_path / "elsewhere", "one/b.png")
     make(tmp_path / "root", "cat/a.png")
@@ -51,6 +53,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 # Folders are listed in any order, by when they were made among others.
+@needs_links
 def test_two_classes_of_one_folder_are_said(tmp_path):
     make(tmp_path, "elsewhere/a.png")
     (tmp_path / "root").mkdir()
@@ -61,6 +64,7 @@ def test_two_classes_of_one_folder_are_said(tmp_path):
         photographs.with_classes({"cat": 0})
 
 
+@needs_links
 @pytest.mark.parametrize("backwards", [False, True])
 def test_links_lead_to_the_same_files_in_whatever_order_folders_are_listed(tmp_path, monkeypatch, backwards):
     make(tmp_path / "root", "a/1.png", "b/2.png", "c/3.png")

@@ -221,11 +221,16 @@ def test_the_fingerprint_tells_settings_apart():
     assert make().fingerprint.startswith("1000 generated shapes, ")
 
 
+# On the module: a worker that is spawned unpickles it.
+def images_of(samples):
+    return [sample.image for sample in samples]
+
+
 def test_iteration_ends_and_workers_draw_the_same():
     dataset = make(count=12)
     one_by_one = torch.stack([sample.image for sample in dataset])
     assert len(one_by_one) == len(dataset) == 12
-    loader = DataLoader(dataset, batch_size=5, num_workers=2, collate_fn=lambda batch: [item.image for item in batch])
+    loader = DataLoader(dataset, batch_size=5, num_workers=2, collate_fn=images_of)
     assert torch.equal(torch.stack([image for batch in loader for image in batch]), one_by_one)
     for index in (-1, 12):
         with pytest.raises(IndexError, match=f"index` is {index}"):

@@ -78,10 +78,10 @@ def refuse_special(path: str | Path) -> None:
     """Raise `OSError` if a path does not exist, or is a pipe, device or socket, which might never end.
 
     Example:
-        >>> refuse_special("/dev/zero")
+        >>> refuse_special(os.devnull)
         Traceback (most recent call last):
         ...
-        OSError: [Errno 22] it is a pipe or device, not a plain file: '/dev/zero'
+        OSError: [Errno 22] it is a pipe or device, not a plain file: ...
     """
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -232,13 +232,13 @@ def _draft(path: Path) -> Iterator[Path]:
 
 def _settle(draft: Path, target: Path) -> None:
     """Flush a draft to disk, with the permissions of the existing file or the default ones."""
+    # Some file systems report a full disk only here. Windows flushes only files that are open for writing.
+    with draft.open("r+b") as written:
+        os.fsync(written.fileno())
     fresh = draft.with_name("permissions")
     fresh.touch()
     # safetensors creates files that only the owner can read.
     draft.chmod(stat.S_IMODE((target if target.exists() else fresh).stat().st_mode))
-    # Some file systems report a full disk only here.
-    with draft.open("rb") as written:
-        os.fsync(written.fileno())
 
 
 @contextmanager
