@@ -3,6 +3,7 @@
 import ast
 import csv
 import importlib
+import importlib.util
 import io
 import json
 import pkgutil
@@ -27,7 +28,7 @@ from torchvision.models.segmentation import fcn_resnet50
 
 import parchgrad
 from parchgrad import cli, errors
-from tests.support import ROOT
+from tests.support import ROOT, input_gradient, small_network
 
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
@@ -35,6 +36,9 @@ NOTEBOOKS = {str(path.relative_to(ROOT)): path for path in sorted(DOCS.rglob("*.
 
 # Commands that name these need weights, images or processes that are not there: only their options are looked at.
 _ELSEWHERE = ("resnet", "imagenet", "torchrun", "first.safetensors", "parchgrad explore")
+
+# Libraries that pages show beside this one, which no extra installs.
+_BESIDE = re.compile(r"^(?:from|import) (pytorch_grad_cam|quantus)\b", flags=re.MULTILINE)
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -78,12 +82,20 @@ def reader(desk, monkeypatch):
     return desk
 
 
+# ROAD of pytorch-grad-cam 1.5.7 with NumPy 2.
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_blocks_of_a_page_run_as_printed(page, reader):
     names: dict[str, object] = {"__name__": "__main__"}
     (reader / "map.png").unlink(missing_ok=True)
+    missing = set()
     for block in blocks_of(page, "python"):
-        exec(compile(block, str(page), "exec"), names)
+        needed = {name for name in _BESIDE.findall(block) if importlib.util.find_spec(name) is None}
+        missing |= needed
+        if not needed:
+            exec(compile(block, str(page), "exec"), names)
+    if missing:
+        pytest.skip(f"The rest of the page ran; not installed: {', '.join(sorted(missing))}.")
     if page.name in ("README.md", "index.md"):
         assert (reader / "map.png").stat().st_size > 10_000
 
@@ -104,6 +116,35 @@ def test_the_call_for_a_segmentation_network_serves_deeplab_too():
     edited = names["explainer"].attribute(images, parchgrad.RegionScore(target=target))
     assert edited.any()
     assert not torch.allclose(edited, plain)
+
+
+def test_the_adapters_keep_the_order_of_pixels_and_the_forms_that_other_libraries_expect():
+    names: dict[str, object] = {}
+    for block in blocks_of(DOCS / "how_to" / "other_libraries.md", "python"):
+        if not _BESIDE.search(block):
+            exec(block, names)
+    model, x, classes = small_network(dtype=torch.float32), torch.rand(3, 3, 8, 8), [4, 0, 2]
+    heat = parchgrad.heatmap(parchgrad.Explainer(model).attribute(x, classes)).numpy()
+
+    cam = names["ParchGradCAM"](model)
+    # As a target of pytorch-grad-cam, which takes the output with or without a dimension of rows.
+    maps = cam(input_tensor=x, targets=[lambda output, index=index: output[..., index] for index in classes])
+    assert (maps.shape, maps.dtype) == ((3, 8, 8), np.float32)
+    for found, expected in zip(maps, heat, strict=True):
+        # The 99th percentile of 64 pixels lies between the two largest: all but one keep their proportions.
+        top = np.quantile(expected, 0.99)
+        np.testing.assert_allclose(found, np.minimum(expected / top, 1), rtol=1e-5)
+    predicted = model(x).argmax(dim=1).tolist()
+    of_predicted = cam(x, [lambda output, index=index: output[..., index] for index in predicted])
+    np.testing.assert_allclose(cam(x), of_predicted, rtol=1e-4)
+
+    found = names["explain"](model=model, inputs=x.numpy().astype(np.float64), targets=np.array(classes), device="cpu")
+    np.testing.assert_array_equal(found, heat)
+    plain = names["explain"](model, x.numpy(), np.array(classes), selector=None)
+    gradients = [
+        input_gradient(model, row[None], index)[0].abs().mean(0) for row, index in zip(x, classes, strict=True)
+    ]
+    np.testing.assert_allclose(plain, torch.stack(gradients), rtol=1e-5)
 
 
 def test_the_patterns_of_the_page_leave_out_the_heads():
@@ -303,6 +344,15 @@ def test_the_numbers_of_the_readme_are_those_of_the_study():
         measured = [f"{float(line['mean']):.3f}" for line in csv.DictReader(file) if line["mean"]]
     assert len(numbers) > 60
     assert set(numbers) <= set(measured)
+
+
+def test_the_numbers_of_the_related_methods_are_those_of_the_study():
+    numbers = re.findall(r"\b\d+\.\d{3}\b", PAGES["docs/related_work.md"].read_text(encoding="utf-8"))
+    results = "".join(
+        (DOCS / "study" / name).read_text(encoding="utf-8") for name in ("architectures.md", "outputs.md")
+    )
+    assert len(numbers) > 10
+    assert set(numbers) <= set(re.findall(r"\b\d+\.\d{3}\b", results))
 
 
 def test_the_cells_of_the_study_page_are_those_of_its_results():
