@@ -113,7 +113,7 @@ OPTIONAL = names_in(chain(*PROJECT["optional-dependencies"].values())) - REQUIRE
 # Of the extras, those that a network of a library and scores need.
 USED = names_in(chain(*(PROJECT["optional-dependencies"][extra] for extra in ("models", "evaluation"))))
 # Tests import them, but Matplotlib, the hub's client and others as well.
-BROUGHT = {"httpx", "packaging"}
+BROUGHT = {"httpx", "packaging", "pyyaml"}
 
 
 @pytest.fixture(scope="module")
