@@ -24,6 +24,7 @@ import torch
 import typer
 from PIL import Image
 from skimage import data
+from torchvision.models import WeightsEnum, get_model
 from torchvision.models.segmentation import fcn_resnet50
 
 import parchgrad
@@ -65,6 +66,9 @@ def desk(tmp_path_factory):
     """A folder as a reader may have it, for all pages one after the other: a photograph, and a folder of some."""
     place = tmp_path_factory.mktemp("desk")
     Image.fromarray(data.coffee()).save(place / "photo.jpg", quality=95)
+    (place / "networks.py").write_text(
+        "import parchgrad\n\n\ndef make():\n    return parchgrad.load_model('shapes')\n", encoding="utf-8"
+    )
     for name in ("coffee", "cat", "camera", "rocket"):
         folder = place / "photos" / name
         folder.mkdir(parents=True)
@@ -77,8 +81,14 @@ def desk(tmp_path_factory):
 
 @pytest.fixture
 def reader(desk, monkeypatch):
-    """The reader, who sits in that folder."""
+    """The reader, who sits in that folder, offline: weights of torchvision are random."""
     monkeypatch.chdir(desk)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr(
+        WeightsEnum,
+        "get_state_dict",
+        lambda self, *_, **__: get_model(type(self).__name__.partition("_")[0].lower()).state_dict(),
+    )
     return desk
 
 
@@ -87,7 +97,6 @@ def reader(desk, monkeypatch):
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_blocks_of_a_page_run_as_printed(page, reader):
     names: dict[str, object] = {"__name__": "__main__"}
-    (reader / "map.png").unlink(missing_ok=True)
     missing = set()
     for block in blocks_of(page, "python"):
         needed = {name for name in _BESIDE.findall(block) if importlib.util.find_spec(name) is None}
@@ -96,8 +105,8 @@ def test_the_python_blocks_of_a_page_run_as_printed(page, reader):
             exec(compile(block, str(page), "exec"), names)
     if missing:
         pytest.skip(f"The rest of the page ran; not installed: {', '.join(sorted(missing))}.")
-    if page.name in ("README.md", "index.md"):
-        assert (reader / "map.png").stat().st_size > 10_000
+    if page.name == "README.md":
+        assert (reader / "maps" / "photo.png").stat().st_size > 10_000
 
 
 def test_the_call_for_a_segmentation_network_serves_deeplab_too():
@@ -338,11 +347,11 @@ def test_the_comparison_is_right_about_the_captum_that_is_installed():
 
 def test_the_numbers_of_the_readme_are_those_of_the_study():
     text = PAGES["README.md"].read_text(encoding="utf-8")
-    (rows,) = re.findall(r"\n\| \| cell.*\n\|-.*\n((?:\|.*\n)+)", text)
+    (rows,) = re.findall(r"\n\| method \| passes.*\n\|-.*\n((?:\|.*\n)+)", text)
     numbers = re.findall(r"\d\.\d{3}", rows)
     with (DOCS / "study" / "results.csv").open(encoding="utf-8") as file:
         measured = [f"{float(line['mean']):.3f}" for line in csv.DictReader(file) if line["mean"]]
-    assert len(numbers) > 60
+    assert len(numbers) > 35
     assert set(numbers) <= set(measured)
 
 

@@ -1,6 +1,7 @@
 """Explain images: predictions, maps, figures and files, with every setting recorded."""
 
 import importlib.metadata
+import io
 import json
 import math
 import platform
@@ -45,9 +46,9 @@ _NOISE, _DRAWS = 0.001, 4
 _PACKAGES = ("parchgrad", "torch", "torchvision", "timm", "captum", "numpy", "scipy", "matplotlib", "pillow")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Explanation:
-    """One explained image.
+    """One explained image; notebooks show its figure.
 
     Attributes:
         name: name of the image.
@@ -76,6 +77,16 @@ class Explanation:
     against: str | None = None
     box: tuple[float, ...] | None = None
     caution: str | None = None
+
+    def __repr__(self) -> str:
+        measured = "" if self.stability is None else f", stability {_stability_text(self.stability)}"
+        return f"Explanation({self.name}: {self.target}{measured})"
+
+    def _repr_png_(self) -> bytes:
+        """Return the figure as PNG, which notebooks show."""
+        file = io.BytesIO()
+        self.figure().savefig(file, format="png", dpi=100)
+        return file.getvalue()
 
     def figure(self, *, shared_scale: bool = False, smooth: float | None = None, colormap: str = COLOUR_MAP) -> Figure:
         """Draw the image next to the plain map and the ParchGrad map.
