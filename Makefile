@@ -66,6 +66,7 @@ docs: $(VENV)/.docs  ## build the pages into outputs/docs, warnings as errors
 pictures: $(VENV)/.dev  ## draw the pictures of README and docs again
 	$(BIN)/python tools/draw_figures.py
 	$(BIN)/python tools/draw_gallery.py
+	$(BIN)/python tools/draw_report.py
 
 notebooks: $(VENV)/.dev  ## run the notebooks of docs/ again and write their outputs into them
 	$(BIN)/python tools/run_notebooks.py

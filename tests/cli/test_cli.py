@@ -676,7 +676,7 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
     code, printed, _ = cli(capsys, "report", "runs/efficientnet_lite0", "--out", "report", "--score", "gini")
     assert code == 0
     assert "efficientnet_lite0, 3 images" in printed
-    assert "gradient, evidence 0.2, conv_head layers" in printed
+    assert "Evidence: quantile 0.2, softness 1, layers conv_head," in printed
     assert sorted(path.name for path in Path("report").iterdir()) == ["report.csv", "report.html", "report.md"]
     for arguments, words in (
         (("report", "runs/efficientnet_lite0", "--out", "report"), "already exists"),

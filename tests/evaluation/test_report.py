@@ -119,7 +119,7 @@ def test_settings_are_compared_on_the_images_that_all_have():
 def test_the_tables_say_the_same(tmp_path):
     found = summarise(made_up_rows())
     lines = markdown_table(found).splitlines()
-    assert lines[0] == "| setting | AOPC, MoRF minus LeRF ↑ | AOPC, LeRF ↓ | mass inside ↑ | Gini index | time |"
+    assert lines[0] == "| setting | AOPC ↑ | AOPC, LeRF ↓ | mass inside ↑ | Gini index | time |"
     energy = found.cells["gradient, energy 0.1, all layers", "aopc"]
     shown = f"**{energy.mean.value:.3f} ({energy.comparison.low:+.3f} to {energy.comparison.high:+.3f})**"
     cells = [cell.strip() for cell in lines[4].strip("|").split("|")]
@@ -141,7 +141,7 @@ def test_the_tables_say_the_same(tmp_path):
 def test_single_ratios_may_be_asked_for():
     found = summarise(made_up_rows(), scores=["aopc@0.1"])
     assert found.scores == ("aopc@0.1",)
-    assert title_of("aopc@0.1") == "AOPC, MoRF minus LeRF at 0.1 ↑"
+    assert title_of("aopc@0.1") == "AOPC at 0.1 ↑"
     with pytest.raises(SettingError, match=r"`rows` has no score 'aopc@0\.2'.* aopc, aopc_lerf"):
         summarise(made_up_rows(), scores=["aopc@0.2"])
     with pytest.raises(SettingError, match="no score 'index'"):

@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 
 import numpy as np
@@ -54,7 +55,8 @@ def test_intervals_stand_in_order_in_the_colour_of_their_verdict():
         Interval(label="nothing", middle=0.0, low=-0.1, high=0.1, verdict="open"),
     ]
     axes = interval_chart(intervals, x_label="difference", theme=LIGHT).axes[0]
-    lines = axes.lines[1:]
+    lines = axes.lines
+    assert [text.get_text() for text in axes.texts] == ["up", "down", "nothing"]
     for place, found in enumerate(intervals):
         bar, middle = lines[2 * place : 2 * place + 2]
         assert list(bar.get_xdata()) == [found.low, found.high]
@@ -80,6 +82,27 @@ def test_nothing_touches_the_edge_and_the_paper_is_transparent(theme):
         edge = np.concatenate((opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]))
         assert not edge.any()
         assert opacity.max() == 255
+
+
+def test_the_text_of_a_chart_on_a_phone_is_at_least_eleven_pixels_high():
+    labels = [f"random channels, as Gradient energy, quantile 0.{number}" for number in range(9)]
+    for figure in (
+        curve_chart([Curve(label=name, x=[0, 1], y=[0, 1]) for name in labels], x_label="share", y_label="drop"),
+        interval_chart(
+            [Interval(label=name, middle=-0.05, low=-0.18, high=0, verdict="open") for name in labels],
+            x_label="difference",
+        ),
+    ):
+        figure.canvas.draw()
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        # A page that is 420 pixels wide has a margin of 16 on both sides.
+        pixels_per_point = (420 - 2 * 16) / (72 * figure.get_figwidth())
+        assert min(text.get_fontsize() for text in texts) * pixels_per_point >= 11
+        ticks = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+        visible = [box for box in ticks if box.x1 > figure.axes[0].bbox.x0 and box.x0 < figure.axes[0].bbox.x1]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(visible))
+        widest = max(text.get_window_extent().x1 for text in texts)
+        assert widest <= figure.bbox.x1
 
 
 def test_charts_of_nothing_are_refused():

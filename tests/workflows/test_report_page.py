@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,7 +17,7 @@ from parchgrad.evaluation.report import markdown_table, summarise
 from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.settings import Setting
 from parchgrad.visual.charts import curve_chart
-from parchgrad.visual.maps import blend
+from parchgrad.visual.maps import paint
 from parchgrad.workflows.report_page import make_report
 
 SETTINGS = [
@@ -70,11 +71,12 @@ def write_examples(folder, shape=(40, 30)):
 
 
 class Page(HTMLParser):
-    """Cells of the tables, titles of the charts, and every address that the page names."""
+    """Rows of the tables, titles of the charts, sentences of the verdict, and every address that the page names."""
 
     def __init__(self, text):
         super().__init__()
-        self.cells, self.titles, self.addresses, self.open = [], [], [], []
+        self.tables, self.titles, self.addresses, self.open = [], [], [], []
+        self.verdict, self.marked = [], []
         self.examples, self.captions = [], []
         self.feed(text)
 
@@ -82,10 +84,18 @@ class Page(HTMLParser):
         if tag not in ("meta", "img", "source"):
             self.open.append(tag)
         self.addresses += [value for name, value in attributes if name in ("src", "srcset", "href")]
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
         if tag in ("td", "th"):
-            self.cells.append("")
-        if tag == "h3":
+            self.tables[-1][-1].append("")
+        if tag == "h4" and "figure" in self.open:
             self.titles.append("")
+        if tag == "li":
+            self.verdict.append("")
+        if tag == "span" and {("class", "better"), ("class", "worse")} & set(attributes) and "td" in self.open:
+            self.marked.append(self.tables[-1][-1][0])
         if ("class", "example") in attributes:
             self.examples.append("")
         if tag == "figcaption":
@@ -96,9 +106,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if {"td", "th"} & set(self.open):
-            self.cells[-1] += data
-        if "h3" in self.open:
+            self.tables[-1][-1][-1] += data
+        if {"h4", "figure"} <= set(self.open):
             self.titles[-1] += data
+        if "li" in self.open:
+            self.verdict[-1] += f"{data.strip()} "
         if self.examples and "p" in self.open:
             self.examples[-1] += f"{data} "
         if "figcaption" in self.open:
@@ -126,25 +138,26 @@ def test_the_page_needs_nothing_else_and_says_what_the_table_says(drawn):
     assert page.addresses
     assert all(address.startswith("data:image/png;base64,iVBOR") for address in page.addresses)
     assert "http" not in re.sub(r"data:[^\"]*", "", text)
-    summary = report.summaries[0]
-    width = 2 + len(summary.scores)
-    header, lines = page.cells[:width], page.cells[width:]
-    assert header == ["setting", "AOPC, MoRF minus LeRF ↑", "mass inside ↑", "time"]
-    for place, setting in enumerate(summary.settings):
-        cells = lines[place * width : (place + 1) * width]
-        assert cells[0] == setting
-        for cell, name in zip(cells[1:], summary.scores, strict=False):
-            assert cell.startswith(f"{summary.cells[setting, name].mean.value:.3f}")
-        assert cells[2].endswith("6 of 12 images")
-        assert cells[-1] == f"{1 + place:.2f}"
-        assert f"rank {summary.cells[setting, 'aopc'].rank:.1f}" in text
+    summary, names = report.summaries[0], report.labels[0].names
+    for table, ranked in zip(page.tables, (False, True), strict=True):
+        assert table[0] == ["setting", "AOPC ↑", "mass inside ↑", "time"]
+        # The plain gradient, the edits, then other methods.
+        places = [0, 2, 3, 4, 5, 1]
+        for cells, place in zip(table[1:], places, strict=True):
+            setting = SETTINGS[place].title
+            assert cells[0] == names[setting]
+            for cell, name in zip(cells[1:], summary.scores, strict=False):
+                assert cell.startswith(f"{summary.cells[setting, name].mean.value:.3f}")
+                assert (f"rank {summary.cells[setting, name].rank:.1f}" in cell) == ranked
+            assert cells[2].endswith("6 of 12 images")
+            assert cells[-1] == f"{1 + place:.2f}"
     assert "<b>net</b>" not in text, "names are escaped"
     assert page.titles == [
-        "AOPC, MoRF minus LeRF ↑, against the plain gradient",
+        "AOPC ↑, against the plain gradient",
         "mass inside ↑, against the plain gradient",
         "Drop in probability",
-        "AOPC, MoRF minus LeRF ↑ by quantile",
-        "AOPC, MoRF minus LeRF ↑ by layers",
+        "AOPC ↑ by quantile",
+        "AOPC ↑ by layers",
         "mass inside ↑ by quantile",
         "mass inside ↑ by layers",
         "Cost against quality",
@@ -169,15 +182,15 @@ def test_softness_and_gates_are_swept_with_all_else_kept(tmp_path, monkeypatch):
     ]
     folder = write_run(tmp_path / "run", settings=settings)
     page = Page(make_report([folder], scores=["aopc"]).save(tmp_path / "out").read_text())
-    assert page.titles[2:4] == ["AOPC, MoRF minus LeRF ↑ by softness", "AOPC, MoRF minus LeRF ↑ by gates"]
+    assert page.titles[2:4] == ["AOPC ↑ by softness", "AOPC ↑ by gates"]
     assert drawn["width of the ramp, as a share of the threshold"] == [
         # The hard cut has other gates, and is on no line with these.
-        ("gradient, energy, gates 1.0, antialias True, balance True", [0.5, 1.0])
+        ("Gradient energy, gates 1, smooth strides, balance", [0.5, 1.0])
     ]
     assert drawn["width of the gates, in standard deviations"] == [
-        ("gradient, antialias False, balance False", [0.0, 2.0, 4.0]),
-        ("gradient, energy, softness 0.5, antialias True, balance True", [0.0, 1.0, 2.0]),
-        ("gradient, random, softness 0.0, antialias True, balance True", [0.0, 2.0]),
+        ("plain gradient", [0.0, 2.0, 4.0]),
+        ("Gradient energy, softness 0.5, smooth strides, balance", [0.0, 1.0, 2.0]),
+        ("Random channels", [0.0, 2.0]),
     ]
 
 
@@ -189,7 +202,7 @@ def test_rows_of_an_earlier_release_are_reported(tmp_path):
             del row[name]
     (folder / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     titles = Page(make_report([folder]).save(tmp_path / "out").read_text()).titles
-    assert "AOPC, MoRF minus LeRF ↑ by layers" in titles
+    assert "AOPC ↑ by layers" in titles
 
 
 def test_maps_of_random_weights_are_drawn_by_the_share_of_the_modules(tmp_path, monkeypatch):
@@ -258,6 +271,38 @@ def test_stability_is_drawn_by_the_noise_level_with_intervals_against_the_plain_
     assert curves in drawn
 
 
+def test_controls_stand_at_the_bottom_and_never_win(tmp_path):
+    edit = Setting(selector="energy")
+    settings = [Setting(), Setting(method="random_map"), replace(edit, selector="random"), edit]
+    folder = write_run(tmp_path / "run", images=24, settings=settings)
+    report = make_report([folder])
+    cells = report.summaries[0].cells
+    for setting in settings[1:]:
+        assert cells[setting.title, "aopc"].verdict == "better"
+    page = Page(report.save(tmp_path / "out").read_text())
+    names = ["plain gradient", "Gradient energy", "Controls", "random map", "random channels, as Gradient energy"]
+    assert [line[0] for line in page.tables[0][1:]] == names
+    assert page.marked == ["Gradient energy"] * 2
+    assert page.verdict[0].startswith("Gradient energy is more faithful (AOPC) than the plain gradient.")
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert {line.split("|")[1].strip() for line in markdown.splitlines() if line.startswith("|") and "**" in line} == {
+        "Gradient energy"
+    }
+    assert "| random map (control) |" in markdown
+
+
+def test_many_scores_are_on_demand(tmp_path):
+    folder = write_run(tmp_path / "run", images=4)
+    rows = [json.loads(line) for line in (folder / "rows-0.jsonl").read_text().splitlines()]
+    (folder / "rows-0.jsonl").write_text(
+        "".join(json.dumps({**row, "gini": 0.5, "accuracy_morf": 1.0}) + "\n" for row in rows)
+    )
+    text = make_report([folder]).save(tmp_path / "out").read_text()
+    page = Page(text)
+    assert [len(table[0]) for table in page.tables] == [4, 6]
+    assert text.index("<details>") < text.index("accuracy, MoRF")
+
+
 def test_a_run_that_is_not_finished_says_so(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "run.json").write_text('{"images": 40}')
@@ -281,7 +326,8 @@ def test_several_runs_stand_in_one_report(tmp_path):
     for name in ("first", "second"):
         assert f"## {name}, 12 images" in markdown
         assert f"<h2>{name}</h2>" in page.read_text()
-    assert markdown_table(report.summaries[1]) in markdown
+        assert f"{name}, 12 images\n\n- **" in markdown, "the verdict opens each part"
+    assert markdown_table(report.summaries[1], report.labels[1].names) in markdown
     with (tmp_path / "out" / "report.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["model"] for line in lines] == ["first"] * 12 + ["second"] * 12
@@ -311,10 +357,9 @@ def test_the_page_shows_where_the_leading_setting_helps_and_where_it_fails(tmp_p
     text = make_report([folder]).save(tmp_path / "out").read_text()
     page = Page(text)
     assert page.open == []
-    assert page.titles == [*Page(without).titles, "Where it helps most, and where it fails"]
+    assert page.titles == Page(without).titles
     assert "<i>" not in text, "names are escaped"
-    leading = SETTINGS[-1].title
-    assert f"“{leading}” has the best mean AOPC, MoRF minus LeRF" in text
+    assert "AOPC of Gradient energy, quantile 0.3, all layers over the plain gradient" in text
     # 0.1 for each of the five settings before it; the rest repeats after five.
     assert [round(example.gain, 9) for example in held.choice.examples] == [0.5] * 6
     assert len(page.examples) == 6
@@ -326,14 +371,13 @@ def test_the_page_shows_where_the_leading_setting_helps_and_where_it_fails(tmp_p
         assert f"{edited:.3f} instead of {plain:.3f} with the plain gradient, 0.500 better." in words
     captions = [caption.strip() for caption in page.captions]
     assert len(captions) == 24
-    shown = [
-        f"{title} {value:.3f}" for title, value in zip(held.choice.settings, held.choice.best[0].values, strict=True)
-    ]
+    names = ("plain gradient", "Gradient energy, quantile 0.3, all layers", "Grad-CAM")
+    shown = [f"{name} {value:.3f}" for name, value in zip(names, held.choice.best[0].values, strict=True)]
     assert captions[:4] == ["image", *shown]
     sources = [address for address in page.addresses if address.startswith("data:image/jpeg;base64,")]
     assert len(sources) == 24
     picture, heat = held.pictures[0] / 255, held.maps[0][0]
-    for source, expected in ((sources[0], picture), (sources[1], blend(picture, heat))):
+    for source, expected in ((sources[0], picture), (sources[1], paint(picture, heat / 255))):
         drawn = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
         assert drawn.size == (120, 160), "pixels are drawn four times as large"
         # The means of the pixels survive the compression, that of colours less.

@@ -5,10 +5,12 @@ import os
 import sys
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from parchgrad.cli.shared import (
     MODEL_HELP,
@@ -26,9 +28,22 @@ from parchgrad.cli.shared import (
     printable,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from parchgrad.evaluation.report import Summary
+
 # Panels in the help of evaluate.
 _ASKED = "Models, data and scores"
 _COMPARED = "Settings to compare (repeat options to evaluate all combinations)"
+# Style and sign of the outcomes in a report.
+_SIGNS = {
+    "better": ("green", "+"),
+    "worse": ("red", "-"),
+    "open": ("", "="),
+    "few": ("", "?"),
+    "control": ("yellow", "!"),
+}
 
 
 def complete_data(start: str) -> list[str]:
@@ -255,39 +270,62 @@ def report(
     confidence: Annotated[float, typer.Option(help="Level of the intervals, in (0, 1).")] = 0.95,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing report.")] = False,
 ) -> None:
-    """Report the results of runs: a page (report.html) and two tables (report.md, report.csv)."""
+    """Report the results of runs, the verdict first: a page (report.html) and two tables (report.md, report.csv)."""
     with error_console.status("Comparing"):
         from parchgrad._io.files import check_outputs
-        from parchgrad.evaluation.report import relative_time, title_of
         from parchgrad.evaluation.summary import FEWEST
-        from parchgrad.workflows.report_page import HEADLINES, Report, make_report
+        from parchgrad.workflows.report_page import Report, make_report
 
         check_outputs(Report.files(out), force=force)
         found = make_report(runs, scores=score, confidence=confidence)
         page = found.save(out, force=force)
-    # A sign as well as a colour, since logs have no colours.
-    marks = {"better": ("[green]", " +"), "worse": ("[red]", " -"), "open": ("", "  ")}
-    for summary, count in zip(found.summaries, found.counts, strict=True):
-        # The page shows all scores, the terminal only a few.
-        headlines = [name for name in HEADLINES if name in summary.scores] or summary.scores
-        shown = summary.scores if score else headlines[:3]
-        table = make_table("setting", *(printable(title_of(name)) for name in shown), "time")
-        for column in table.columns[1:]:
-            # Fold the titles of settings before the numbers.
-            column.min_width, column.max_width, column.justify = 7, 12, "right"
-        for setting in summary.settings:
-            cells = [summary.cells[setting, name] for name in shown]
-            texts = ["none" if math.isnan(cell.mean.value) else f"{cell.mean.value:.3f}" for cell in cells]
-            marked = ["{0}{2}{1}".format(*marks[cell.verdict], text) for cell, text in zip(cells, texts, strict=True)]
-            table.add_row(printable(setting), *marked, f"{relative_time(summary, setting):.2f}")
+    for summary, count, labels, verdict in zip(
+        found.summaries, found.counts, found.labels, found.verdicts, strict=True
+    ):
         console.print(f"{printable(summary.model)}, {count}", style="bold", highlight=False)
-        console.print(table)
+        for statement in verdict:
+            style, sign = _SIGNS[statement.outcome]
+            line = Table.grid(padding=(0, 1, 0, 0))
+            line.add_row(
+                Text(sign, style=style), f"[bold]{printable(statement.claim)}[/]: {printable(statement.numbers)}"
+            )
+            console.print(line)
+        console.print()
+        console.print(_table(summary, labels.names, all_scores=score is not None))
+        for name, words in labels.shared.items():
+            console.print(f"{printable(name)}: {printable(words)}.", style="dim", highlight=False)
         console.print()
     console.print(
         f"+ is better than the plain gradient and - is worse, by the {confidence:.0%} interval over at least {FEWEST} "
-        "images. Arrows show which direction is better. Time is per map, relative to the plain gradient, as measured "
-        "during the evaluation; random channels are explained one image at a time. The page shows all scores; --score "
-        "selects those shown here.",
+        "images; controls have no sign. Arrows show which direction is better. Time is per map, relative to the plain "
+        "gradient. The page shows all scores; --score selects those shown here.",
         highlight=False,
     )
     console.print(f"Open {escape(str(page))}", highlight=False, soft_wrap=True)
+
+
+def _table(summary: "Summary", names: "Mapping[str, str]", *, all_scores: bool) -> Table:
+    """The scores of a summary, the page's headlines by default, with the controls apart."""
+    from parchgrad.evaluation.report import mark_of, relative_time, title_of
+    from parchgrad.workflows.report_page import headlines_of
+
+    shown = summary.scores if all_scores else headlines_of(summary)[:3]
+    table = make_table("setting", *(printable(title_of(name)) for name in shown), "time")
+    for column in table.columns[1:]:
+        # Fold the names of settings before the numbers.
+        column.min_width, column.max_width, column.justify = 7, 12, "right"
+    for are_controls in (False, True):
+        titles = [title for title in summary.settings if (title in summary.controls) == are_controls]
+        if are_controls and titles:
+            table.add_row()
+            table.add_row(Text("Controls", style="bold"))
+        for title in titles:
+            cells = []
+            for name in shown:
+                value = summary.cells[title, name].mean.value
+                # A sign as well as a colour, since logs have no colours.
+                mark = mark_of(summary, title, name)
+                style, sign = ("", " ") if mark == "open" else _SIGNS[mark]
+                cells.append(Text(f"{'none' if math.isnan(value) else f'{value:.3f}'} {sign}", style=style))
+            table.add_row(printable(names[title]), *cells, f"{relative_time(summary, title):.2f}")
+    return table

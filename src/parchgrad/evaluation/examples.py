@@ -19,9 +19,9 @@ from parchgrad._io.tensors import read_tensors
 from parchgrad.data.samples import Samples
 from parchgrad.errors import InputError, SettingError, reason_of
 from parchgrad.evaluation.methods import CONTROLS, Method
-from parchgrad.evaluation.scores import HEADLINES, SCORES
-from parchgrad.evaluation.summary import valid_mean
-from parchgrad.visual.maps import normalise, shared_top
+from parchgrad.evaluation.scores import SCORES
+from parchgrad.evaluation.verdict import find_leader
+from parchgrad.visual.maps import normalise
 
 __all__ = ["EXAMPLES_FILE", "Choice", "Example", "Examples", "MakePicture", "choose_examples", "make_examples"]
 
@@ -32,7 +32,7 @@ MakePicture: TypeAlias = Callable[[Tensor], NDArray[Any]]
 EXAMPLES_FILE = "examples.safetensors"
 """Name of the file in a run's folder."""
 
-_FORMAT = "parchgrad examples 2"
+_FORMAT = "parchgrad examples 3"
 _PLAIN, _, _, _GRAD_CAM, _ = CONTROLS
 _MOST = 3
 
@@ -94,7 +94,7 @@ class Examples:
         choice: the images and settings.
         categories: names of the classes that occur, by index.
         pictures: picture of each image, (H, W, 3), 256 levels.
-        maps: maps of each image, (settings, H, W), 256 levels, on one scale per image; see `shared_top`.
+        maps: maps of each image, (settings, H, W), 256 levels, each on its own scale; see `normalise`.
     """
 
     choice: Choice
@@ -155,9 +155,8 @@ class Examples:
 def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
     """Choose the images where the leading setting gains most and least over the plain gradient.
 
-    The score is the first of `HEADLINES` with values. Settings with a selector compete to lead, or all except the
-    controls if there are none. A setting cannot lead if it has the score for fewer than half as many images as another.
-    Images without the score are ignored, and no image is chosen twice.
+    See `find_leader` for the score and the leading setting. Images without the score are ignored, and no image is
+    chosen twice.
 
     Args:
         rows: rows of one run; see `read_rows`.
@@ -179,9 +178,10 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
         >>> choice.leading, choice.best[0].image, choice.worst[0].image
         ('edit', '0', '1')
     """
-    score = next((name for name in HEADLINES if any(not math.isnan(row.get(name, math.nan)) for row in rows)), None)
-    if score is None:
+    leader = find_leader(rows)
+    if leader is None:
         return None
+    score, leading = leader.score, leader.setting
     by_setting: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         by_setting.setdefault(row["setting"], {})[row["index"]] = row
@@ -190,16 +190,6 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
     def value(title: str, index: int) -> float:
         return float(by_setting[title].get(index, {}).get(score, math.nan))
 
-    means = {
-        title: valid_mean([value(title, index) for index in by_setting[title]]) for title in _competing(by_setting)
-    }
-    most = max((mean.valid for mean in means.values()), default=0)
-    if most == 0:
-        return None
-    # A mean over a few lucky images must not lead.
-    leading = max(
-        (title for title, mean in means.items() if 2 * mean.valid >= most), key=lambda title: sign * means[title].value
-    )
     gains = {
         index: sign * (value(leading, index) - (value(_PLAIN, index) if _PLAIN in by_setting else 0.0))
         for index in by_setting[leading]
@@ -283,25 +273,12 @@ def make_examples(
         heats = [methods[title](images, target)[0].detach().cpu() for title in choice.settings]
         # A map that is not finite cannot be drawn.
         heats = [heat if heat.isfinite().all() else torch.zeros_like(heat) for heat in heats]
-        top = shared_top(heats)
-        maps.append(np.stack([to_bytes(normalise(heat, top=top)) for heat in heats]))
+        maps.append(np.stack([to_bytes(normalise(heat)) for heat in heats]))
     held = {index for example in choice.examples for index in (example.label, example.target, example.predicted)}
     categories = {
         index: data.categories[index] if index < len(data.categories) else f"class {index}" for index in sorted(held)
     }
     return Examples(choice=choice, categories=categories, pictures=tuple(pictures), maps=tuple(maps))
-
-
-def _competing(by_setting: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
-    firsts = {title: next(iter(found.values())) for title, found in by_setting.items() if title not in CONTROLS}
-    plain = [title for title, row in firsts.items() if not isinstance(row.get("selector"), str)]
-    # Random channels, and masks other than the selector's own, are controls too.
-    edited = [
-        title
-        for title, row in firsts.items()
-        if title not in plain and row["selector"] != "random" and row.get("masks", "own") == "own"
-    ]
-    return edited or plain
 
 
 def _draw(image: Tensor, picture: MakePicture | None) -> NDArray[Any]:

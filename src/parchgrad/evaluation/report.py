@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from parchgrad.errors import InputError, SettingError
+from parchgrad.evaluation.labels import is_control
 from parchgrad.evaluation.rows import Row
 from parchgrad.evaluation.scores import SCORES, Direction
 from parchgrad.evaluation.summary import Comparison, Mean, compare, rank_methods, valid_mean
@@ -16,13 +17,17 @@ from parchgrad.evaluation.summary import Comparison, Mean, compare, rank_methods
 __all__ = [
     "BASELINE",
     "Cell",
+    "PairedRows",
     "Summary",
     "Verdict",
     "csv_table",
+    "mark_of",
     "markdown_table",
     "relative_time",
+    "score_words",
     "summarise",
     "title_of",
+    "verdict_of",
 ]
 
 BASELINE = "gradient"
@@ -57,6 +62,7 @@ class Summary:
         model: name of the model.
         images: number of images.
         settings: titles of the settings, in order of appearance.
+        controls: titles of the settings that only check others; see `is_control`.
         scores: names of the scores, in the order of `SCORES`.
         cells: results by setting and score.
         seconds: median time of a map in seconds, by setting.
@@ -66,10 +72,64 @@ class Summary:
     model: str
     images: int
     settings: tuple[str, ...]
+    controls: frozenset[str]
     scores: tuple[str, ...]
     cells: Mapping[tuple[str, str], Cell]
     seconds: Mapping[str, float]
     confidence: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairedRows:
+    """Rows of one model, by setting, on the images that all settings have.
+
+    Attributes:
+        model: name of the model.
+        rows: rows by setting, in order of appearance, each for the same images in the same order.
+        groups: group of each image, if some depend on each other, such as the cells of a mosaic; else None.
+    """
+
+    model: str
+    rows: Mapping[str, Sequence[Row]]
+    groups: Sequence[str] | None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "PairedRows":
+        """Pair the rows of one run; see `read_rows`.
+
+        Raises:
+            InputError: if there are no rows or several models, or no image has rows of every setting.
+        """
+        models = list(dict.fromkeys(str(row["model"]) for row in rows))
+        if len(models) != 1:
+            raise InputError(f"`rows` is of {', '.join(models) or 'no model'}. Pass the rows of one model.")
+        found: dict[str, dict[int, Row]] = {}
+        for row in rows:
+            found.setdefault(row["setting"], {})[row["index"]] = row
+        common = sorted(set.intersection(*(set(own) for own in found.values())))
+        if not common:
+            raise InputError("No image has rows of every setting. Run the evaluation again until it is finished.")
+        paired = {title: [own[index] for index in common] for title, own in found.items()}
+        named = [row.get("group") for row in next(iter(paired.values()))]
+        groups = None
+        if any(isinstance(group, str) for group in named):
+            pairs = zip(common, named, strict=True)
+            groups = [group if isinstance(group, str) else f"image {index}" for index, group in pairs]
+        return cls(model=models[0], rows=paired, groups=groups)
+
+    def column(self, setting: str, score: str) -> list[float]:
+        """Scores of a setting; NaN where undefined."""
+        return [float(row.get(score, math.nan)) for row in self.rows[setting]]
+
+    def compare(self, setting: str, other: str, score: str, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
+        """Compare a setting with another one by a score; see `parchgrad.evaluation.summary.compare`."""
+        return compare(
+            self.column(setting, score),
+            self.column(other, score),
+            groups=self.groups,
+            confidence=confidence,
+            seed=seed,
+        )
 
 
 def summarise(
@@ -104,17 +164,9 @@ def summarise(
         >>> cell.mean.value, cell.comparison.difference, cell.verdict
         (1.5, 0.5, 'open')
     """
-    models = list(dict.fromkeys(str(row["model"]) for row in rows))
-    if len(models) != 1:
-        raise InputError(f"`rows` is of {', '.join(models) or 'no model'}. Pass the rows of one model.")
-    by_setting: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        by_setting.setdefault(row["setting"], {})[row["index"]] = row
-    common = sorted(set.intersection(*(set(found) for found in by_setting.values())))
-    if not common:
-        raise InputError("No image has rows of every setting. Run the evaluation again until it is finished.")
-    if baseline not in by_setting:
-        raise SettingError(f"`baseline` is {baseline!r}, but it must be one of {', '.join(by_setting)}.")
+    paired = PairedRows.of(rows)
+    if baseline not in paired.rows:
+        raise SettingError(f"`baseline` is {baseline!r}, but it must be one of {', '.join(paired.rows)}.")
     held = set().union(*(row for row in rows))
     # Scores without any value, such as localisation without boxes, are left out by default.
     known = [name for name in SCORES if any(not math.isnan(row.get(name, math.nan)) for row in rows)]
@@ -124,16 +176,9 @@ def summarise(
     for name in known:
         if name not in held or _base(name) not in SCORES:
             raise SettingError(f"`rows` has no score {name!r}. Use one of {', '.join(sorted(held & set(SCORES)))}.")
-
-    named = [(index, by_setting[baseline][index].get("group")) for index in common]
-    groups = None
-    if any(isinstance(group, str) for _, group in named):
-        groups = [group if isinstance(group, str) else f"image {index}" for index, group in named]
     cells = {}
     for name in known:
-        columns = {
-            title: [float(found[index].get(name, math.nan)) for index in common] for title, found in by_setting.items()
-        }
+        columns = {title: paired.column(title, name) for title in paired.rows}
         better = SCORES[_base(name)].better
         ranks = dict.fromkeys(columns, math.nan)
         if better != "neither":
@@ -143,29 +188,31 @@ def summarise(
         for title, values in columns.items():
             found = None
             if title != baseline:
-                found = compare(values, columns[baseline], groups=groups, confidence=confidence, seed=seed)
+                found = paired.compare(title, baseline, name, confidence=confidence, seed=seed)
             cells[title, name] = Cell(
-                mean=valid_mean(values), comparison=found, rank=ranks[title], verdict=_verdict(found, better)
+                mean=valid_mean(values), comparison=found, rank=ranks[title], verdict=verdict_of(found, name)
             )
-    seconds = {
-        title: statistics.median([found[index]["seconds"] for index in common]) for title, found in by_setting.items()
-    }
     return Summary(
-        model=models[0],
-        images=len(common),
-        settings=tuple(by_setting),
+        model=paired.model,
+        images=len(paired.rows[baseline]),
+        settings=tuple(paired.rows),
+        controls=frozenset(title for title, own in paired.rows.items() if is_control(title, own[0])),
         scores=tuple(known),
         cells=cells,
-        seconds=seconds,
+        seconds={title: statistics.median([row["seconds"] for row in own]) for title, own in paired.rows.items()},
         confidence=confidence,
     )
 
 
-def markdown_table(summary: Summary) -> str:
+def markdown_table(summary: Summary, names: Mapping[str, str] | None = None) -> str:
     """Write a summary as a Markdown table: a row for each setting, a column for each score.
 
     A cell has the mean and the interval of the difference from the baseline, in bold if better than the baseline, in
-    italics if worse, and plain if undecided.
+    italics if worse, and plain if undecided or a control.
+
+    Args:
+        summary: the summary.
+        names: names of the settings by title (see `label_settings`); None uses the titles.
 
     Example:
         >>> rows = [{"model": "m", "setting": "gradient", "index": i, "seconds": 1.0, "gini": 0.5} for i in range(2)]
@@ -177,8 +224,9 @@ def markdown_table(summary: Summary) -> str:
     header = ["setting", *(title_of(name) for name in summary.scores), "time"]
     lines = [_line(header), "|---" + "|---:" * (len(header) - 1) + "|"]
     for setting in summary.settings:
-        cells = [_shown(summary.cells[setting, name]) for name in summary.scores]
-        lines.append(_line([setting, *cells, f"{relative_time(summary, setting):.2f}"]))
+        cells = [_shown(summary.cells[setting, name], mark_of(summary, setting, name)) for name in summary.scores]
+        label = setting if names is None else names[setting]
+        lines.append(_line([label, *cells, f"{relative_time(summary, setting):.2f}"]))
     return "\n".join(lines)
 
 
@@ -226,9 +274,37 @@ def title_of(name: str) -> str:
         >>> title_of("aopc_lerf@0.1")
         'AOPC, LeRF at 0.1 ↓'
     """
-    score = SCORES[_base(name)]
+    return f"{score_words(name)} {_ARROWS[SCORES[_base(name)].better]}".rstrip()
+
+
+def score_words(name: str) -> str:
+    """Title of a score without an arrow.
+
+    Example:
+        >>> score_words("aopc_lerf@0.1")
+        'AOPC, LeRF at 0.1'
+    """
     ratio = f" at {name.partition('@')[2]}" if "@" in name else ""
-    return f"{score.title}{ratio} {_ARROWS[score.better]}".rstrip()
+    return f"{SCORES[_base(name)].title}{ratio}"
+
+
+def verdict_of(comparison: Comparison | None, score: str) -> Verdict:
+    """Judge a comparison by the direction of the score.
+
+    Example:
+        >>> lower = Comparison(difference=-0.2, low=-0.3, high=-0.1, images=40)
+        >>> verdict_of(lower, "aopc"), verdict_of(lower, "deletion"), verdict_of(lower, "gini")
+        ('worse', 'better', 'open')
+    """
+    better = SCORES[_base(score)].better
+    if comparison is None or not comparison.settled or better == "neither":
+        return "open"
+    return "better" if (comparison.difference > 0) == (better == "higher") else "worse"
+
+
+def mark_of(summary: Summary, setting: str, score: str) -> Verdict:
+    """The verdict that a table shows: controls are never marked, since they only check others."""
+    return "open" if setting in summary.controls else summary.cells[setting, score].verdict
 
 
 def relative_time(summary: Summary, setting: str) -> float:
@@ -237,13 +313,7 @@ def relative_time(summary: Summary, setting: str) -> float:
     return summary.seconds[setting] / base if base > 0 else math.nan
 
 
-def _verdict(comparison: Comparison | None, better: Direction) -> Verdict:
-    if comparison is None or not comparison.settled or better == "neither":
-        return "open"
-    return "better" if (comparison.difference > 0) == (better == "higher") else "worse"
-
-
-def _shown(cell: Cell) -> str:
+def _shown(cell: Cell, verdict: Verdict) -> str:
     if not cell.mean.valid:
         return "none valid"
     text = f"{cell.mean.value:.3f}"
@@ -251,7 +321,7 @@ def _shown(cell: Cell) -> str:
         text += f" ({cell.comparison.low:+.3f} to {cell.comparison.high:+.3f})"
     if cell.mean.valid < cell.mean.total:
         text += f", {cell.mean.valid} of {cell.mean.total} images"
-    mark = {"better": "**", "worse": "*", "open": ""}[cell.verdict]
+    mark = {"better": "**", "worse": "*", "open": ""}[verdict]
     return f"{mark}{text}{mark}"
 
 

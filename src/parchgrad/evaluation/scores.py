@@ -30,6 +30,7 @@ class Score:
 
     Attributes:
         title: title for display.
+        meaning: what it measures, as a noun phrase.
         better: direction that is better; `"neither"` for descriptive scores.
         family: group of scores that are computed together.
         by_ratio: whether the score is a mean over shares of replaced pixels, shares of random weights or noise levels,
@@ -37,43 +38,123 @@ class Score:
     """
 
     title: str
+    meaning: str
     better: Direction
     family: Family
     by_ratio: bool = False
 
 
+# Name, title, meaning, and which direction is better if the most and if the least relevant pixels are erased.
+_ERASED: tuple[tuple[str, str, str, tuple[Direction, Direction]], ...] = (
+    ("aopc", "AOPC", "drop of the class probability", ("higher", "lower")),
+    (
+        "log_odds",
+        "log-odds",
+        "logarithm of the class probability, relative to that of the whole image,",
+        ("lower", "higher"),
+    ),
+    ("accuracy", "accuracy", "share of the images that are predicted as the explained class", ("lower", "higher")),
+    ("fractional_difference", "fractional difference", "lost share of the class probability", ("higher", "lower")),
+)
 SCORES: Mapping[str, Score] = {
-    "aopc": Score(title="AOPC, MoRF minus LeRF", better="higher", family="perturbation", by_ratio=True),
-    "aopc_morf": Score(title="AOPC, MoRF", better="higher", family="perturbation", by_ratio=True),
-    "aopc_lerf": Score(title="AOPC, LeRF", better="lower", family="perturbation", by_ratio=True),
-    "log_odds_morf": Score(title="log-odds, MoRF", better="lower", family="perturbation", by_ratio=True),
-    "log_odds_lerf": Score(title="log-odds, LeRF", better="higher", family="perturbation", by_ratio=True),
-    "accuracy_morf": Score(title="accuracy, MoRF", better="lower", family="perturbation", by_ratio=True),
-    "accuracy_lerf": Score(title="accuracy, LeRF", better="higher", family="perturbation", by_ratio=True),
-    "fractional_difference_morf": Score(
-        title="fractional difference, MoRF", better="higher", family="perturbation", by_ratio=True
+    "aopc": Score(
+        title="AOPC",
+        meaning="drop of the class probability when the most relevant pixels are erased (MoRF), minus the drop when "
+        "the least relevant are (LeRF)",
+        better="higher",
+        family="perturbation",
+        by_ratio=True,
     ),
-    "fractional_difference_lerf": Score(
-        title="fractional difference, LeRF", better="lower", family="perturbation", by_ratio=True
+    **{
+        f"{name}_{order}": Score(
+            title=f"{title}, {'MoRF' if order == 'morf' else 'LeRF'}",
+            meaning=f"{meaning} when the {'most' if order == 'morf' else 'least'} relevant pixels are erased",
+            better=better,
+            family="perturbation",
+            by_ratio=True,
+        )
+        for name, title, meaning, directions in _ERASED
+        for order, better in zip(("morf", "lerf"), directions, strict=True)
+    },
+    "insertion": Score(
+        title="insertion",
+        meaning="mean class probability while pixels are inserted, most relevant first",
+        better="higher",
+        family="insertion",
     ),
-    "insertion": Score(title="insertion", better="higher", family="insertion"),
-    "deletion": Score(title="deletion", better="lower", family="insertion"),
-    "mass_inside": Score(title="mass inside", better="higher", family="localisation"),
-    "region_share": Score(title="area share", better="neither", family="localisation"),
-    "weighted_mass_inside": Score(title="mass inside, by area", better="higher", family="localisation"),
-    "pointing_game": Score(title="pointing game", better="higher", family="localisation"),
-    "gini": Score(title="Gini index", better="neither", family="sparsity"),
-    "max_sensitivity": Score(title="max-sensitivity", better="lower", family="sensitivity"),
+    "deletion": Score(
+        title="deletion",
+        meaning="mean class probability while pixels are erased, most relevant first",
+        better="lower",
+        family="insertion",
+    ),
+    "mass_inside": Score(
+        title="mass inside",
+        meaning="share of the map inside the object's mask, box or cell",
+        better="higher",
+        family="localisation",
+    ),
+    "region_share": Score(
+        title="area share",
+        meaning="share of the image that the mask, box or cell covers",
+        better="neither",
+        family="localisation",
+    ),
+    "weighted_mass_inside": Score(
+        title="mass inside, by area",
+        meaning="mass inside, divided by the area share; 1 for an even map",
+        better="higher",
+        family="localisation",
+    ),
+    "pointing_game": Score(
+        title="pointing game",
+        meaning="share of the images whose largest map value is inside",
+        better="higher",
+        family="localisation",
+    ),
+    "gini": Score(title="Gini index", meaning="concentration of the map", better="neither", family="sparsity"),
+    "max_sensitivity": Score(
+        title="max-sensitivity",
+        meaning="largest relative change of the map under imperceptible noise",
+        better="lower",
+        family="sensitivity",
+    ),
     "randomisation_spearman": Score(
-        title="random weights, Spearman", better="lower", family="randomisation", by_ratio=True
+        title="random weights, Spearman",
+        meaning="rank correlation with the map of a network with random weights",
+        better="lower",
+        family="randomisation",
+        by_ratio=True,
     ),
     # Neither: SSIM rates unrelated maps as more similar the sparser they are.
     "randomisation_similarity": Score(
-        title="random weights, SSIM", better="neither", family="randomisation", by_ratio=True
+        title="random weights, SSIM",
+        meaning="structural similarity to the map of a network with random weights",
+        better="neither",
+        family="randomisation",
+        by_ratio=True,
     ),
-    "stability_cosine": Score(title="stability, cosine", better="higher", family="stability", by_ratio=True),
-    "stability_spearman": Score(title="stability, Spearman", better="higher", family="stability", by_ratio=True),
-    "stability_norm_ratio": Score(title="stability, norm ratio", better="lower", family="stability", by_ratio=True),
+    "stability_cosine": Score(
+        title="stability, cosine",
+        meaning="cosine with the map of a slightly noisy copy",
+        better="higher",
+        family="stability",
+        by_ratio=True,
+    ),
+    "stability_spearman": Score(
+        title="stability, Spearman",
+        meaning="rank correlation with the map of a slightly noisy copy",
+        better="higher",
+        family="stability",
+        by_ratio=True,
+    ),
+    "stability_norm_ratio": Score(
+        title="stability, norm ratio",
+        meaning="larger norm divided by the smaller, of the map and the map of a slightly noisy copy",
+        better="lower",
+        family="stability",
+        by_ratio=True,
+    ),
 }
 """The scores by name."""
 

@@ -25,6 +25,7 @@ import numpy as np
 from parchgrad._io.extras import needs_extra
 from parchgrad._io.files import save_array, writing
 from parchgrad._io.images import data_url
+from parchgrad._io.templates import render
 from parchgrad.core.layers import has_published_layers
 from parchgrad.errors import ImageError, ParchGradError, SettingError
 from parchgrad.explain.methods import METHODS
@@ -41,7 +42,6 @@ from parchgrad.workflows.photographs import UNSTABLE
 
 with needs_extra("web"):
     import gradio as gr
-    import jinja2
     from starlette.middleware import Middleware
 
     from parchgrad.explorer.guard import RequestGuard
@@ -863,20 +863,11 @@ def _mosaic_page(found: Game) -> str:
     )
 
 
-@functools.cache
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(loader=jinja2.PackageLoader("parchgrad"), autoescape=jinja2.select_autoescape())
-
-
 def _render(template: str, view: View, top: float, **values: Any) -> str:
     colour_map = matplotlib.colormaps[SIGNED_COLOUR_MAP if view.signed else COLOUR_MAP]
     colours = [matplotlib.colors.to_hex(colour) for colour in colour_map(np.linspace(0, 1, 12))]
     method = view.method.replace("_", " ").capitalize()
-    return (
-        _templates()
-        .get_template(template)
-        .render(colours=colours, top=top, method=method, signed=view.signed, **values)
-    )
+    return render(template, colours=colours, top=top, method=method, signed=view.signed, **values)
 
 
 def _message(text: str, *, refused: bool = False) -> str:
@@ -893,7 +884,7 @@ def _style() -> str:
         small = photograph.convert("RGB")
         small.thumbnail((240, 160))
         thumbnails.append(data_url(small))
-    return _templates().get_template("explorer.css").render(thumbnails=thumbnails)
+    return render("explorer.css", thumbnails=thumbnails)
 
 
 def _theme() -> gr.themes.Base:

@@ -26,10 +26,11 @@ __all__ = [
 ]
 
 
-# Width in inches: half a page.
-_WIDTH = 6.4
-# Longest legend label, in characters, that fits in two columns.
-_SHORT_LABEL = 38
+# Width in inches: narrow, so that the text is legible on a phone too.
+_WIDTH = 3.9
+_WIDE = 6.4
+# Characters of a legend label per inch of the figure, if there are two columns.
+_LABEL_DENSITY = 5.5
 _BINS = 40
 
 
@@ -133,7 +134,7 @@ def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, theme: T
     """
     if not curves:
         raise InputError("`curves` is empty. Pass at least one curve.")
-    figure = _figure(3.3, [curve.label for curve in curves])
+    figure = _figure(2.6, [curve.label for curve in curves])
     axes = _axes(figure, theme, x_label, y_label)
     for curve in curves:
         colour = theme.lines[curve.colour % len(theme.lines)]
@@ -175,7 +176,7 @@ def histogram_chart(
             raise InputError(f"Group {label!r} is empty, not 1-D or not finite. Pass `groups` of finite numbers (N,).")
     if not arrays:
         raise InputError("`groups` is empty. Pass at least one group.")
-    figure = _figure(3.0, arrays)
+    figure = _figure(3.0, arrays, width=_WIDE)
     axes = _axes(figure, theme, x_label, y_label)
     axes.set_title(as_written(title), color=theme.ink, fontsize=10)
     edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins=_BINS)
@@ -202,17 +203,22 @@ def interval_chart(intervals: Sequence[Interval], *, x_label: str, theme: Theme 
     """
     if not intervals:
         raise InputError("`intervals` is empty. Pass at least one interval.")
-    figure = Figure(figsize=(_WIDTH, 0.8 + 0.25 * len(intervals)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.7 + 0.4 * len(intervals)), layout="constrained")
     axes = _axes(figure, theme, x_label, "")
     colours = {"better": theme.good, "worse": theme.bad, "open": theme.open}
-    axes.axvline(0, color=theme.ink, linewidth=0.9)
+    axes.locator_params(axis="x", nbins=5)
     for place, found in enumerate(intervals):
         colour = colours[found.verdict]
+        # The line at zero stops below the labels.
+        axes.vlines(0, place - 0.15, place + 0.25, color=theme.ink, linewidth=0.9)
         axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
         axes.plot([found.middle], [place], "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(intervals)), [as_written(found.label) for found in intervals])
-    axes.set_ylim(len(intervals) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
+        # Above the interval, a long label does not take the width of the chart.
+        axes.text(
+            0, place - 0.22, as_written(found.label), transform=axes.get_yaxis_transform(), color=theme.ink, fontsize=9
+        )
+    axes.set_yticks([])
+    axes.set_ylim(len(intervals) - 0.5, -0.8)
     return figure
 
 
@@ -242,7 +248,7 @@ def scatter_chart(
     """
     if not points:
         raise InputError("`points` is empty. Pass at least one point.")
-    figure = _figure(3.3, points)
+    figure = _figure(2.6, points)
     axes = _axes(figure, theme, x_label, y_label)
     for place, (label, (x, y)) in enumerate(points.items()):
         number = place if colours is None else colours[label]
@@ -253,11 +259,11 @@ def scatter_chart(
     return figure
 
 
-def _figure(height: float, labels: Iterable[str]) -> Figure:
-    """A figure for a chart of this height in inches, plus its legend."""
+def _figure(height: float, labels: Iterable[str], *, width: float = _WIDTH) -> Figure:
+    """A figure for a chart of this size in inches, plus its legend."""
     shown = [label for label in labels if label]
-    lines = math.ceil(len(shown) / _legend_columns(shown))
-    return Figure(figsize=(_WIDTH, height + 0.19 * lines), layout="constrained")
+    lines = math.ceil(len(shown) / _legend_columns(shown, width))
+    return Figure(figsize=(width, height + 0.2 * lines), layout="constrained")
 
 
 def _legend(figure: Figure, theme: Theme) -> None:
@@ -273,17 +279,17 @@ def _legend(figure: Figure, theme: Theme) -> None:
             list(shown.values()),
             labels,
             loc="outside lower left",
-            ncols=_legend_columns(labels),
+            ncols=_legend_columns(labels, figure.get_figwidth()),
             frameon=False,
-            fontsize=8.5,
+            fontsize=9,
             labelcolor=theme.ink,
             columnspacing=1.5,
         )
 
 
-def _legend_columns(labels: Sequence[str]) -> int:
+def _legend_columns(labels: Sequence[str], width: float) -> int:
     """Two columns if the labels are short enough, else one."""
-    return 2 if max(map(len, labels), default=0) <= _SHORT_LABEL else 1
+    return 2 if max(map(len, labels), default=0) <= _LABEL_DENSITY * width else 1
 
 
 def _axes(figure: Figure, theme: Theme, x_label: str, y_label: str) -> Any:
@@ -298,7 +304,7 @@ def style_axes(axes: Any, theme: Theme, *, x_label: str = "", y_label: str = "")
     axes.set_facecolor("none")
     axes.set_xlabel(x_label, color=theme.ink, fontsize=9.5)
     axes.set_ylabel(y_label, color=theme.ink, fontsize=9.5)
-    axes.tick_params(colors=theme.ink, labelsize=8.5)
+    axes.tick_params(colors=theme.ink, labelsize=9)
     axes.grid(visible=True, color=theme.faint, linewidth=0.7)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():

@@ -14,6 +14,7 @@ from PIL import Image
 from parchgrad._io.extras import needs_extra
 from parchgrad._io.files import check_outputs, writing_together
 from parchgrad._io.images import data_url
+from parchgrad._io.templates import render
 from parchgrad._version import __version__
 from parchgrad.core.edit import Edit
 from parchgrad.core.selectors import GradientEnergy
@@ -87,12 +88,9 @@ class Demonstration:
         return panel(pictures, self._maps(), labels=list(self.categories))
 
     def _page(self) -> str:
-        with needs_extra("demo"):
-            import jinja2
-
-        environment = jinja2.Environment(loader=jinja2.PackageLoader("parchgrad"), autoescape=True)
         maps_of_photographs = self._maps()
-        return environment.get_template("demo.html").render(
+        return render(
+            "demo.html",
             version=__version__,
             model=OFFLINE_MODEL,
             chance=CHANCE,

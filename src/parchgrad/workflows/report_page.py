@@ -1,4 +1,4 @@
-"""Reports: a self-contained page and two tables for one or more runs."""
+"""Reports: a self-contained page and two tables for one or more runs, the verdict first."""
 
 import io
 import json
@@ -13,33 +13,38 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from parchgrad._io.extras import needs_extra
 from parchgrad._io.files import check_outputs, writing_together
 from parchgrad._io.images import data_url, to_bytes
+from parchgrad._io.templates import render
 from parchgrad._version import __version__
 from parchgrad.errors import InputError, reason_of
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Example, Examples, choose_examples
+from parchgrad.evaluation.labels import Labels, describe, is_edit, label_settings, name_of, words_of
 from parchgrad.evaluation.report import (
     BASELINE,
     Cell,
     Summary,
     csv_table,
+    mark_of,
     markdown_table,
     relative_time,
+    score_words,
     summarise,
     title_of,
 )
 from parchgrad.evaluation.rows import Row, read_rows
 from parchgrad.evaluation.scores import HEADLINES, SCORES, at_ratio
 from parchgrad.evaluation.summary import FEWEST
+from parchgrad.evaluation.verdict import Leader, Statement, conclude, find_leader, state
 from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
 from parchgrad.visual.maps import paint
 
-__all__ = ["HEADLINES", "Report", "make_report"]
+__all__ = ["Report", "headlines_of", "make_report"]
 
-_LEGEND = """Means over the images, followed by the interval of the difference from `{baseline}` on the same images
-(paired bootstrap). Bold is better and italic is worse, if the interval excludes zero and covers at least {fewest}
-images. Arrows show which direction is better. Time is relative to `{baseline}`.
+_LEGEND = """Each cell is a mean over the images, followed by the interval of the difference from the plain gradient on
+the same images (paired bootstrap). Bold is better and italic is worse, if the interval excludes zero and covers at
+least {fewest} images; controls, at the bottom, are not marked. Arrows show which direction is better. Time is relative
+to the plain gradient.
 """
 
 # Edge of an example picture in pixels, which keeps the page small.
@@ -55,8 +60,6 @@ _SWEPT = {
     "gates": "width of the gates, in standard deviations",
 }
 _GROUPS = ("Largest gains", "Smallest gains, or losses")
-_OF_EVERY_METHOD = ("gates", "antialias", "balance")
-_DESCRIBING = ("quantile", "softness", "layers", "gamma", "conserve", "masks", *_OF_EVERY_METHOD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +88,16 @@ class Report:
         rows: rows of each run.
         examples: examples of each run; None if it has none.
         counts: number of images of each run in words, with the total if it is unfinished.
+        labels: names of each run's settings.
+        verdicts: sentences about the leading setting of each run.
     """
 
     summaries: tuple[Summary, ...]
     rows: tuple[tuple[Row, ...], ...]
     examples: tuple[Examples | None, ...]
     counts: tuple[str, ...]
+    labels: tuple[Labels, ...]
+    verdicts: tuple[tuple[Statement, ...], ...]
 
     @staticmethod
     def files(folder: str | Path) -> tuple[Path, Path, Path]:
@@ -105,39 +112,43 @@ class Report:
         """
         paths = self.files(folder)
         check_outputs(paths, force=force)
-        parts = [
-            _LEGEND.format(baseline=BASELINE, fewest=FEWEST),
-            *(
-                f"## {found.model}, {count}\n\n{markdown_table(found)}\n"
-                for found, count in zip(self.summaries, self.counts, strict=True)
-            ),
-        ]
         tables = [csv_table(found).splitlines() for found in self.summaries]
         lines = [*tables[0][:1], *(line for found in tables for line in found[1:])]
-        texts = self._page(), "\n".join(parts), "\n".join(lines) + "\n"
+        texts = self._page(), self._markdown(), "\n".join(lines) + "\n"
         with writing_together(paths, force=force) as drafts:
             for draft, text in zip(drafts, texts, strict=True):
                 # File names may contain surrogates that UTF-8 cannot encode.
                 draft.write_text(text, encoding="utf-8", errors="replace")
         return paths[0]
 
-    def _page(self) -> str:
-        with needs_extra("evaluation"):
-            from jinja2 import Environment, PackageLoader
+    def _markdown(self) -> str:
+        parts = []
+        for found, count, labels, verdict in zip(self.summaries, self.counts, self.labels, self.verdicts, strict=True):
+            parts += [f"## {found.model}, {count}", "\n".join(map(_bullet, verdict))]
+            parts += [f"{name}: {words}." for name, words in labels.shared.items()]
+            parts.append(markdown_table(found, _names(found, labels)))
+        return "\n\n".join([*parts, _LEGEND.format(fewest=FEWEST)])
 
-        runs = [
-            {
-                "summary": found,
-                "count": count,
-                "headers": [(title_of(name), name) for name in found.scores],
-                "lines": [_table_line(found, setting) for setting in found.settings],
-                "charts": _charts(found, rows),
-                "examples": None if examples is None else _shown_examples(examples),
-            }
-            for found, rows, examples, count in zip(self.summaries, self.rows, self.examples, self.counts, strict=True)
-        ]
-        template = Environment(loader=PackageLoader("parchgrad"), autoescape=True).get_template("report.html")
-        return template.render(runs=runs, version=__version__, baseline=BASELINE, fewest=FEWEST)
+    def _page(self) -> str:
+        columns = self.summaries, self.rows, self.examples, self.counts, self.labels, self.verdicts
+        runs = []
+        for found, rows, examples, count, labels, verdict in zip(*columns, strict=True):
+            shown = headlines_of(found)
+            names = labels.names
+            runs.append(
+                {
+                    "summary": found,
+                    "count": count,
+                    "verdict": verdict,
+                    "choice": _choice_words(find_leader(rows), names),
+                    "shared": labels.shared,
+                    "tables": [_table(found, names, shown), _table(found, names, found.scores)],
+                    "meanings": [(title_of(name), _meaning(name)) for name in found.scores],
+                    "examples": None if examples is None else _shown_examples(examples, names),
+                    "charts": _charts(found, rows, names),
+                }
+            )
+        return render("report.html", runs=runs, version=__version__, fewest=FEWEST)
 
 
 def make_report(
@@ -167,10 +178,25 @@ def make_report(
     if not folders:
         raise InputError("`folders` is empty. Pass at least one folder that an evaluation wrote.")
     rows = tuple(tuple(read_rows(folder)) for folder in folders)
-    found = tuple(_headlines_first(summarise(part, scores=scores, confidence=confidence, seed=seed)) for part in rows)
-    examples = tuple(_read_examples(folder, part) for folder, part in zip(folders, rows, strict=True))
-    counts = tuple(_count_words(folder, part.images) for folder, part in zip(folders, found, strict=True))
-    return Report(summaries=found, rows=rows, examples=examples, counts=counts)
+    found = tuple(_arranged(summarise(part, scores=scores, confidence=confidence, seed=seed), part) for part in rows)
+    labels = tuple(label_settings(part) for part in rows)
+    conclusions = [
+        conclude(part, scores=headlines_of(summary), confidence=confidence, seed=seed)
+        for part, summary in zip(rows, found, strict=True)
+    ]
+    return Report(
+        summaries=found,
+        rows=rows,
+        examples=tuple(_read_examples(folder, part) for folder, part in zip(folders, rows, strict=True)),
+        counts=tuple(_count_words(folder, part.images) for folder, part in zip(folders, found, strict=True)),
+        labels=labels,
+        verdicts=tuple(state(part, own.names) for part, own in zip(conclusions, labels, strict=True)),
+    )
+
+
+def headlines_of(summary: Summary) -> tuple[str, ...]:
+    """The headline scores of a summary, or all its scores if it has none."""
+    return tuple(name for name in HEADLINES if name in summary.scores) or summary.scores
 
 
 def _count_words(folder: str | Path, images: int) -> str:
@@ -186,9 +212,44 @@ def _count_words(folder: str | Path, images: int) -> str:
     return f"{images} images" if asked == images else f"{images} of {asked} images (unfinished run)"
 
 
-def _headlines_first(summary: Summary) -> Summary:
-    """Move the headline scores to the left of the table."""
-    return replace(summary, scores=tuple(sorted(summary.scores, key=lambda name: name not in HEADLINES)))
+def _arranged(summary: Summary, rows: Sequence[Row]) -> Summary:
+    """Put the headline scores first; the settings into the order plain gradient, edits, other methods, controls."""
+    firsts = {row["setting"]: row for row in rows}
+
+    def place(setting: str) -> tuple[bool, bool, bool]:
+        return setting in summary.controls, setting != BASELINE, not is_edit(setting, firsts[setting])
+
+    return replace(
+        summary,
+        scores=tuple(sorted(summary.scores, key=lambda name: name not in HEADLINES)),
+        settings=tuple(sorted(summary.settings, key=place)),
+    )
+
+
+def _bullet(statement: Statement) -> str:
+    return f"- **{statement.claim}**: {statement.numbers}"
+
+
+def _names(summary: Summary, labels: Labels) -> dict[str, str]:
+    """Names of the settings, which say what a control is."""
+    return {title: f"{name} (control)" if title in summary.controls else name for title, name in labels.names.items()}
+
+
+def _choice_words(leader: Leader | None, names: Mapping[str, str]) -> str:
+    """Why the verdict is about one of several settings."""
+    if leader is None or leader.competing == 1:
+        return ""
+    return (
+        f"{names[leader.setting]} was chosen from {leader.competing} settings by its mean {score_words(leader.score)} "
+        "on these images, which favours it."
+    )
+
+
+def _meaning(name: str) -> str:
+    score, _, ratio = name.partition("@")
+    better = SCORES[score].better
+    direction = "only describes the map" if better == "neither" else f"{better} is better"
+    return f"{SCORES[score].meaning}{f', at {ratio}' if ratio else ''}; {direction}"
 
 
 def _read_examples(folder: str | Path, rows: Sequence[Row]) -> Examples | None:
@@ -200,13 +261,29 @@ def _read_examples(folder: str | Path, rows: Sequence[Row]) -> Examples | None:
     return found if found.choice == choose_examples(rows) else None
 
 
-def _table_line(summary: Summary, setting: str) -> dict[str, object]:
-    cells = []
-    for name in summary.scores:
-        cell = summary.cells[setting, name]
-        rank = "" if math.isnan(cell.rank) else f"rank {cell.rank:.1f}"
-        cells.append({"cell": cell, "interval": _interval_text(cell), "mean": _number(cell.mean.value), "rank": rank})
-    return {"setting": setting, "cells": cells, "time": _number(relative_time(summary, setting), digits=2)}
+def _table(summary: Summary, names: Mapping[str, str], scores: Sequence[str]) -> dict[str, object]:
+    """Template data of a table: one group of lines for the settings that count, and one for the controls."""
+    lines = [
+        {
+            "setting": names[setting],
+            "control": setting in summary.controls,
+            "time": _number(relative_time(summary, setting), digits=2),
+            "cells": [
+                {
+                    "cell": cell,
+                    "mark": mark_of(summary, setting, name),
+                    "mean": _number(cell.mean.value),
+                    "interval": _interval_text(cell),
+                    "rank": "" if math.isnan(cell.rank) else f"rank {cell.rank:.1f}",
+                }
+                for name in scores
+                for cell in (summary.cells[setting, name],)
+            ],
+        }
+        for setting in summary.settings
+    ]
+    groups = [[line for line in lines if line["control"] == control] for control in (False, True)]
+    return {"headers": [title_of(name) for name in scores], "groups": groups}
 
 
 def _interval_text(cell: Cell) -> str:
@@ -220,36 +297,36 @@ def _number(value: float, *, digits: int = 3) -> str:
     return "none" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
+def _charts(summary: Summary, rows: Sequence[Row], names: Mapping[str, str]) -> list[Chart]:
     """All charts that the rows have values for."""
     found = []
     shown = [name for name in HEADLINES if name in summary.scores]
     for name in shown:
         intervals = [
             Interval(
-                label=setting,
+                label=names[setting],
                 middle=cell.comparison.difference,
                 low=cell.comparison.low,
                 high=cell.comparison.high,
                 verdict=cell.verdict,
             )
             for setting in summary.settings
-            if (cell := summary.cells[setting, name]).comparison is not None and not math.isnan(cell.comparison.low)
+            if setting not in summary.controls
+            and (cell := summary.cells[setting, name]).comparison is not None
+            and not math.isnan(cell.comparison.low)
         ]
         if intervals:
-            found.append(
-                _chart(
-                    f"{title_of(name)}, against the plain gradient",
-                    f"Mean difference on the same images, with its {summary.confidence:.0%} interval, coloured if it "
-                    "is settled.",
-                    partial(interval_chart, intervals, x_label="difference"),
-                )
+            note = (
+                f"Mean difference on the same images, with its {summary.confidence:.0%} interval, coloured if settled. "
+                "Without controls."
             )
-    found += _curve_charts(summary, rows)
+            draw = partial(interval_chart, intervals, x_label="difference")
+            found.append(_chart(f"{title_of(name)}, against the plain gradient", note, draw))
+    found += _curve_charts(summary, rows, names)
     for name in shown:
         found += _sweep_charts(summary, rows, name)
     points = {
-        setting: (relative_time(summary, setting), summary.cells[setting, shown[0]].mean.value)
+        names[setting]: (relative_time(summary, setting), summary.cells[setting, shown[0]].mean.value)
         for setting in summary.settings
         if shown and not math.isnan(summary.cells[setting, shown[0]].mean.value)
     }
@@ -264,14 +341,14 @@ def _charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
                     points,
                     x_label="time",
                     y_label=title_of(shown[0]),
-                    colours=_colours(summary),
+                    colours={names[setting]: number for setting, number in _colours(summary).items()},
                 ),
             )
         )
     return found
 
 
-def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
+def _curve_charts(summary: Summary, rows: Sequence[Row], names: Mapping[str, str]) -> list[Chart]:
     """Curves over the share of replaced pixels, the share of random weights, and the noise level."""
     found = []
     for title, note, name, lines, x_label, y_label in (
@@ -308,7 +385,10 @@ def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
         sign = -1 if SCORES[name].better == "higher" else 1
         leading = sorted(
             (setting for setting in summary.settings if setting != BASELINE),
-            key=lambda setting: _sortable(sign * summary.cells[setting, name].mean.value),
+            key=lambda setting: (
+                setting in summary.controls,
+                _sortable(sign * summary.cells[setting, name].mean.value),
+            ),
         )
         # Noise levels are orders of magnitude apart: evenly spaced by name, they stay legible.
         by_name = SCORES[name].family == "stability"
@@ -318,11 +398,14 @@ def _curve_charts(summary: Summary, rows: Sequence[Row]) -> list[Chart]:
             own = [row for row in rows if row["setting"] == setting]
             for line, dashed in zip(lines, (False, True), strict=False):
                 heights = [_mean(own, at_ratio(line, ratio)) for ratio in ratios]
-                label = "" if dashed else setting
+                label = "" if dashed else names[setting]
                 colour = _colours(summary)[setting]
                 curves.append(Curve(label=label, x=places, y=heights, colour=colour, dashed=dashed))
         if len(summary.settings) > _MOST_CURVES:
-            note += f" Shows the plain gradient and the {_MOST_CURVES - 1} settings with the best {SCORES[name].title}."
+            note += (
+                f" Shows the plain gradient and the {_MOST_CURVES - 1} settings with the best {SCORES[name].title}, "
+                "controls last."
+            )
         found.append(_chart(title, note, partial(curve_chart, curves, x_label=x_label, y_label=y_label)))
     return found
 
@@ -333,29 +416,33 @@ def _colours(summary: Summary) -> dict[str, int]:
     sign = -1 if SCORES[first].better == "higher" else 1
     ranked = sorted(
         summary.settings,
-        key=lambda setting: (setting != BASELINE, _sortable(sign * summary.cells[setting, first].mean.value)),
+        key=lambda setting: (
+            setting != BASELINE,
+            setting in summary.controls,
+            _sortable(sign * summary.cells[setting, first].mean.value),
+        ),
     )
     return {setting: number for number, setting in enumerate(ranked)}
 
 
 def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Chart]:
     """A score over each setting that has several values, with everything else fixed."""
-    described = {row["setting"]: _described(row) for row in rows}
-    varied = [key for key in _DESCRIBING if len({_shown(own[key]) for own in described.values() if key in own}) > 1]
+    described = {row["setting"]: describe(row) for row in rows}
     found = []
     for field, label in _SWEPT.items():
         lines: dict[str, list[tuple[str | float, float]]] = {}
+        edited = set()
         for setting, own in described.items():
             if field not in own:
                 continue
-            others = [_shown(own[key]) for key in ("method", "selector") if key in own]
-            others += [f"{key} {_shown(own[key])}" for key in varied if key != field and key in own]
-            lines.setdefault(", ".join(others), []).append(
-                (_place(own[field]), summary.cells[setting, name].mean.value)
-            )
+            alike = [other for other in described.values() if name_of(other) == name_of(own)]
+            others = [key for key in own if key != field and len({str(other.get(key)) for other in alike}) > 1]
+            line = ", ".join([name_of(own), *(words_of(key, own[key]) for key in others)])
+            lines.setdefault(line, []).append((_place(own[field]), summary.cells[setting, name].mean.value))
+            edited |= set() if setting in summary.controls else {line}
         swept = {line: sorted(points, key=_order) for line, points in lines.items() if len(points) > 1}
-        # The random twins alone are not a sweep.
-        if any(", random" not in line for line in swept):
+        # Controls alone are not a sweep.
+        if edited & swept.keys():
             curves = [
                 Curve(label=line, x=[x for x, _ in points], y=[y for _, y in points], colour=number)
                 for number, (line, points) in enumerate(swept.items())
@@ -370,23 +457,15 @@ def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Char
     return found
 
 
-def _described(row: Row) -> dict[str, object]:
-    """The settings of a row that apply to its method."""
-    held = {key: value for key, value in row.items() if value is not None and value == value}
-    keys = ("method", "selector", *(_DESCRIBING if "selector" in held else _OF_EVERY_METHOD))
-    return {key: held[key] for key in keys if key in held}
-
-
-def _shown_examples(examples: Examples) -> dict[str, object]:
+def _shown_examples(examples: Examples, names: Mapping[str, str]) -> dict[str, object]:
     """Template data for the examples section."""
     choice = examples.choice
     title = SCORES[choice.score].title
     held = list(zip(choice.examples, examples.pictures, examples.maps, strict=True))
     return {
-        "note": f"“{choice.leading}” has the best mean {title} among the settings that are not controls; the table "
-        "shows whether it beats the plain gradient. Images are ranked by its gain over the plain gradient. Maps lie "
-        "over the grey image, dark where low and violet to yellow where high; the maps of one image share one scale, "
-        "in multiples of a map's mean.",
+        "note": f"Images are ranked by the gain in {title} of {names[choice.leading]} over the plain gradient. Maps "
+        "lie over the grey image, dark where low and violet to yellow where high. Each map has its own scale, up to "
+        "its 99.5th percentile.",
         "groups": [
             {
                 "title": name,
@@ -399,7 +478,7 @@ def _shown_examples(examples: Examples) -> dict[str, object]:
                             {"title": "image", "value": "", "source": _embed(picture / 255)},
                             *(
                                 {
-                                    "title": setting,
+                                    "title": names[setting],
                                     "value": _value(value),
                                     "source": _embed(paint(picture / 255, heat / 255)),
                                 }
@@ -439,16 +518,14 @@ def _value(value: float | None) -> str:
 
 def _place(value: object) -> str | float:
     """Position on the axis: numbers as they are, everything else by name."""
-    return float(value) if isinstance(value, int | float) else _shown(value)
+    if isinstance(value, int | float):
+        return float(value)
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _order(point: tuple[str | float, float]) -> tuple[bool, float, str]:
     place = point[0]
     return (False, place, "") if isinstance(place, float) else (True, 0.0, place)
-
-
-def _shown(value: object) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _chart(title: str, note: str, draw: Callable[..., Figure]) -> Chart:
