@@ -130,6 +130,14 @@ def finding(rival, score, verdict, images=40):
     return Finding(rival=rival, score=score, comparison=comparison, verdict=verdict)
 
 
+def test_small_differences_are_not_shown_as_zero():
+    comparison = Comparison(difference=0.0004, low=-0.00002, high=0.002, images=40)
+    small = Finding(rival="gradient", score="aopc", comparison=comparison, verdict="open")
+    leader = Leader(setting=EDIT, score="aopc", competing=1)
+    (statement,) = state(Conclusion(leader=leader, findings=(small,), controls=()), NAMES)
+    assert statement.numbers == "AOPC +4e-04 [-2e-05, +0.002]"
+
+
 def test_findings_in_sentences():
     found = Conclusion(
         leader=Leader(setting=EDIT, score="aopc", competing=2),
@@ -155,13 +163,13 @@ def test_findings_in_sentences():
         (
             "better",
             "Evidence is more faithful (AOPC and insertion), localises better (mass inside) and is steadier "
-            "(stability, cosine) than the plain gradient",
-            f"AOPC {numbers}; insertion {numbers}; mass inside {numbers}; stability, cosine {numbers}",
+            "(stability cosine) than the plain gradient",
+            f"AOPC {numbers}; insertion {numbers}; mass inside {numbers}; stability cosine {numbers}",
         ),
         (
             "worse",
-            "Evidence depends less on the weights (random weights, Spearman) than the plain gradient",
-            f"random weights, Spearman {numbers}",
+            "Evidence depends less on the weights (random weights Spearman) than the plain gradient",
+            f"random weights Spearman {numbers}",
         ),
         ("open", "Evidence and the plain gradient cannot be told apart by deletion", f"deletion {numbers}"),
         (

@@ -286,9 +286,8 @@ def report(
         for statement in verdict:
             style, sign = _SIGNS[statement.outcome]
             line = Table.grid(padding=(0, 1, 0, 0))
-            line.add_row(
-                Text(sign, style=style), f"[bold]{printable(statement.claim)}[/]: {printable(statement.numbers)}"
-            )
+            claim, numbers = printable(statement.claim), printable(statement.numbers)
+            line.add_row(Text(sign, style=style), f"[bold]{claim}:[/] [dim]{numbers}[/]")
             console.print(line)
         console.print()
         console.print(_table(summary, labels.names, all_scores=score is not None))

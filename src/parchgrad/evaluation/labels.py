@@ -87,10 +87,9 @@ def describe(row: Mapping[str, Any]) -> dict[str, Any]:
         {'method': 'gradient', 'gates': 2.0}
     """
     held = {key: value for key, value in row.items() if value is not None and value == value}
+    keys: tuple[str, ...] = ("method", *_RULES) if "method" in held else ()
     if "selector" in held:
         keys = ("method", "selector", *_FIELDS, "masks")
-    else:
-        keys = ("method", *_RULES) if "method" in held else ()
     return {key: held[key] for key in keys if key in held}
 
 

@@ -246,7 +246,7 @@ def _claim(outcome: Outcome, leading: str, rival: str, findings: Sequence[Findin
 
 
 def _scores(findings: Sequence[Finding]) -> str:
-    return _listed([score_words(each.score) for each in findings])
+    return _listed([_name(each) for each in findings])
 
 
 def _numbers(findings: Sequence[Finding], names: Mapping[str, str] | None = None) -> str:
@@ -254,10 +254,20 @@ def _numbers(findings: Sequence[Finding], names: Mapping[str, str] | None = None
     parts = []
     for each in findings:
         found = each.comparison
-        interval = "" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]"
+        interval = "" if math.isnan(found.low) else f" [{_signed(found.low)}, {_signed(found.high)}]"
         rival = "" if names is None else f" against {names[each.rival]}"
-        parts.append(f"{score_words(each.score)} {found.difference:+.3f}{interval}{rival}")
+        parts.append(f"{_name(each)} {_signed(found.difference)}{interval}{rival}")
     return "; ".join(parts)
+
+
+def _name(finding: Finding) -> str:
+    """Title of the score, without a comma that would read as a list."""
+    return score_words(finding.score).replace(",", "")
+
+
+def _signed(value: float) -> str:
+    """Three decimals, or the first digit of what would read as zero."""
+    return f"{value:+.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:+.0e}"
 
 
 def _listed(parts: Sequence[str]) -> str:

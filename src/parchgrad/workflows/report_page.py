@@ -19,7 +19,7 @@ from parchgrad._io.templates import render
 from parchgrad._version import __version__
 from parchgrad.errors import InputError, reason_of
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Example, Examples, choose_examples
-from parchgrad.evaluation.labels import Labels, describe, is_edit, label_settings, name_of, words_of
+from parchgrad.evaluation.labels import Labels, describe, label_settings, name_of, words_of
 from parchgrad.evaluation.report import (
     BASELINE,
     Cell,
@@ -126,7 +126,9 @@ class Report:
         for found, count, labels, verdict in zip(self.summaries, self.counts, self.labels, self.verdicts, strict=True):
             parts += [f"## {found.model}, {count}", "\n".join(map(_bullet, verdict))]
             parts += [f"{name}: {words}." for name, words in labels.shared.items()]
-            parts.append(markdown_table(found, _names(found, labels)))
+            names = {title: f"{name} (control)" for title, name in labels.names.items() if title in found.controls}
+            settings = tuple(sorted(found.settings, key=found.controls.__contains__))
+            parts.append(markdown_table(replace(found, settings=settings), {**labels.names, **names}))
         return "\n\n".join([*parts, _LEGEND.format(fewest=FEWEST)])
 
     def _page(self) -> str:
@@ -178,7 +180,7 @@ def make_report(
     if not folders:
         raise InputError("`folders` is empty. Pass at least one folder that an evaluation wrote.")
     rows = tuple(tuple(read_rows(folder)) for folder in folders)
-    found = tuple(_arranged(summarise(part, scores=scores, confidence=confidence, seed=seed), part) for part in rows)
+    found = tuple(_headlines_first(summarise(part, scores=scores, confidence=confidence, seed=seed)) for part in rows)
     labels = tuple(label_settings(part) for part in rows)
     conclusions = [
         conclude(part, scores=headlines_of(summary), confidence=confidence, seed=seed)
@@ -212,27 +214,13 @@ def _count_words(folder: str | Path, images: int) -> str:
     return f"{images} images" if asked == images else f"{images} of {asked} images (unfinished run)"
 
 
-def _arranged(summary: Summary, rows: Sequence[Row]) -> Summary:
-    """Put the headline scores first; the settings into the order plain gradient, edits, other methods, controls."""
-    firsts = {row["setting"]: row for row in rows}
-
-    def place(setting: str) -> tuple[bool, bool, bool]:
-        return setting in summary.controls, setting != BASELINE, not is_edit(setting, firsts[setting])
-
-    return replace(
-        summary,
-        scores=tuple(sorted(summary.scores, key=lambda name: name not in HEADLINES)),
-        settings=tuple(sorted(summary.settings, key=place)),
-    )
+def _headlines_first(summary: Summary) -> Summary:
+    """Move the headline scores to the left of the table."""
+    return replace(summary, scores=tuple(sorted(summary.scores, key=lambda name: name not in HEADLINES)))
 
 
 def _bullet(statement: Statement) -> str:
     return f"- **{statement.claim}**: {statement.numbers}"
-
-
-def _names(summary: Summary, labels: Labels) -> dict[str, str]:
-    """Names of the settings, which say what a control is."""
-    return {title: f"{name} (control)" if title in summary.controls else name for title, name in labels.names.items()}
 
 
 def _choice_words(leader: Leader | None, names: Mapping[str, str]) -> str:
@@ -370,10 +358,11 @@ def _curve_charts(summary: Summary, rows: Sequence[Row], names: Mapping[str, str
         ),
         (
             "Stability of maps under noise",
-            "Cosine between the map of an image and the map of a noisy copy. A stable map stays near 1.",
+            "Cosine between the map of an image and the map of a noisy copy, by the noise's standard deviation. A "
+            "stable map stays near 1.",
             "stability_cosine",
             ("stability_cosine",),
-            "standard deviation of the noise, as a share of the image's range",
+            "noise, as a share of the image's range",
             "cosine",
         ),
     ):
