@@ -34,7 +34,7 @@ from PIL import Image
 
 import parchgrad as pg
 from parchgrad.core.layers import parse_layers
-from parchgrad.explorer.inputs import EXAMPLES, Photograph, View
+from parchgrad.explorer.inputs import EXAMPLES, ImageSource, View
 from parchgrad.explorer.views import Explorer, tinted
 from parchgrad.workflows.demonstration import example_photographs
 
@@ -70,21 +70,21 @@ QUANTILES = [round(0.05 + 0.05 * step, 2) for step in range(9)]
 def answers(rounds: int) -> None:
     """Print the median and worst time from a new quantile to the coloured maps, for each selector."""
     explorer = Explorer()
-    photograph = Photograph("coffee")
+    image = ImageSource("coffee")
     # The first passes of a process are slow.
     for step in range(10):
-        explorer.explore(photograph, View(quantile=0.5 + step / 100))
+        explorer.explore(image, View(quantile=0.5 + step / 100))
     for layers in ("0.5", "0.75", "all"):
         for selector in explorer.selectors(NETWORK):
             if selector in ("class", "instance") and layers != "0.5":
                 # The bundled statistics cover only the upper half.
                 continue
-            explorer.explore(photograph, View(selector=selector, layers=layers, quantile=0.5))
+            explorer.explore(image, View(selector=selector, layers=layers, quantile=0.5))
             times = []
             for step in range(rounds):
                 began = time.perf_counter()
                 view = View(selector=selector, layers=layers, quantile=0.02 + 0.4 * step / rounds)
-                tinted(explorer.explore(photograph, view).maps(), signed=False)
+                tinted(explorer.explore(image, view).maps(), signed=False)
                 times.append(time.perf_counter() - began)
             print(f"{selector:10s} layers {layers:5s} {statistics.median(times):6.3f} s, worst {max(times):6.3f} s")
 
@@ -160,7 +160,7 @@ class User:
         self._take(name)
         page = self._show(quantile)
         maps = re.findall(r'class="pg-map" src="data:image/png;base64,([^"]+)"', page)
-        if len(maps) != 2:
+        if len(maps) != 3:
             return f"WRONG: no maps but {page[:200]}"
         found = np.asarray(Image.open(io.BytesIO(base64.b64decode(maps[1]))), dtype=float) / 255
         return "right map" if np.abs(found - self._wanted[name, quantile]).max() < 0.01 else "WRONG: another map"
@@ -293,12 +293,11 @@ def expected_maps(crowd: Crowd) -> dict[Any, Any]:
     classifier, wanted = pg.load_model(crowd.network), {}
     for name, image in zip(EXAMPLES, example_photographs(), strict=True):
         inputs = classifier.preprocess(image).unsqueeze(0)
-        plain = pg.heatmap(pg.Explainer(classifier.model, None).attribute(inputs))[0]
         layers = parse_layers(crowd.layers)
         for quantile in QUANTILES:
             explainer = pg.Explainer(classifier.model, pg.Evidence(quantile=quantile), layers=layers)
             heat = pg.heatmap(explainer.attribute(inputs))[0]
-            wanted[name, quantile] = tinted([plain, heat], signed=False)[1][1]
+            wanted[name, quantile] = tinted([heat], signed=False)[0]
     return wanted
 
 

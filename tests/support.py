@@ -283,7 +283,7 @@ def shown_maps(classifier, image, explainer, target=None):
     """Make the maps that the page should show: the plain gradient, and that of the explainer."""
     inputs = classifier.preprocess(image).unsqueeze(0)
     explainers = pg.Explainer(classifier.model, None), explainer
-    return tinted([pg.heatmap(each.attribute(inputs, target))[0] for each in explainers], signed=False)[1]
+    return tinted([pg.heatmap(each.attribute(inputs, target))[0] for each in explainers], signed=False)
 
 
 # Commands and processes

@@ -23,7 +23,7 @@ from parchgrad.errors import (
 )
 from parchgrad.evaluation.localisation import mosaic
 from parchgrad.explain.methods import METHODS
-from parchgrad.explorer.inputs import EXAMPLES, Photograph, View, check_photograph
+from parchgrad.explorer.inputs import EXAMPLES, ImageSource, View, check_image
 from parchgrad.explorer.views import Explorer, _Recent, tinted
 from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual import blend, blend_signed
@@ -56,11 +56,11 @@ SELECTORS = [
 
 
 @pytest.fixture
-def photograph(tmp_path, monkeypatch):
+def image(tmp_path, monkeypatch):
     """A file whose name is enough to find it, as in the script."""
     monkeypatch.chdir(tmp_path)
     example_photographs()[1].save("a cup's.png")
-    return Photograph("a cup's.png", tmp_path / "a cup's.png")
+    return ImageSource("a cup's.png", tmp_path / "a cup's.png")
 
 
 def same_map(found, expected):
@@ -69,9 +69,9 @@ def same_map(found, expected):
 
 
 @pytest.mark.parametrize(("network", "selector"), SELECTORS)
-def test_maps_are_those_of_the_explainer(explorer, networks, photograph, network, selector):
+def test_maps_are_those_of_the_explainer(explorer, networks, image, network, selector):
     settings = {"quantile": 0.2, "softness": 0.3, "gamma": 20.0, "gates": 3.0, "antialias": False, "balance": False}
-    found = explorer.explore(photograph, View(network=network, selector=selector, layers="0.3", target=7, **settings))
+    found = explorer.explore(image, View(network=network, selector=selector, layers="0.3", target=7, **settings))
     classifier = networks[network]
     inputs = classifier.preprocess(example_photographs()[1]).unsqueeze(0)
     # With all classes, where the explorer keeps the column of one.
@@ -94,8 +94,8 @@ def test_maps_are_those_of_the_explainer(explorer, networks, photograph, network
     assert [item.index for item in found.predictions] == logits.topk(5).indices.tolist()
 
 
-def test_the_first_view_is_the_best_setting(explorer, lite0, photograph):
-    found = explorer.explore(photograph, View())
+def test_the_first_view_is_the_best_setting(explorer, lite0, image):
+    found = explorer.explore(image, View())
     inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
     best = pg.Explainer(lite0.model)
     assert torch.equal(found.attribution, best.attribute(inputs)[0])
@@ -116,7 +116,7 @@ def test_the_first_view_is_the_best_setting(explorer, lite0, photograph):
 @pytest.mark.parametrize(("network", "selector"), SELECTORS)
 @pytest.mark.parametrize("softness", [None, 0])
 def test_what_is_not_given_suits_the_selector(explorer, networks, network, selector, softness):
-    found = explorer.explore(Photograph("coffee"), View(network=network, selector=selector, softness=softness))
+    found = explorer.explore(ImageSource("coffee"), View(network=network, selector=selector, softness=softness))
     statistics, classifier = pg.ChannelStatistics.bundled("efficientnet_lite0"), networks[network]
     made = find_selector(selector).make(softness=softness, statistics=statistics)
     of_library = pg.Explainer(classifier.model, made)
@@ -132,7 +132,7 @@ def test_what_is_not_given_suits_the_selector(explorer, networks, network, selec
 
 @pytest.mark.parametrize("view", [View(), View(selector="energy", softness=0, gates=0.0, layers="published")])
 def test_stability_is_that_of_the_explainer(explorer, lite0, view):
-    found = explorer.stability(Photograph("coffee"), view)
+    found = explorer.stability(ImageSource("coffee"), view)
     inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
     resolved = view.resolved()
     explainer = pg.Explainer(
@@ -150,9 +150,9 @@ def test_stability_is_that_of_the_explainer(explorer, lite0, view):
     ("against", "name", "selector"),
     [(504, "coffee mug", "evidence"), ("runner-up", "cup", "class"), ("rest", "all others", "instance")],
 )
-def test_a_class_rather_than_another_is_a_contrast(explorer, lite0, photograph, against, name, selector):
+def test_a_class_rather_than_another_is_a_contrast(explorer, lite0, image, against, name, selector):
     view = View(selector=selector, against=against, signed=True)
-    found = explorer.explore(photograph, view)
+    found = explorer.explore(image, view)
     inputs = lite0.preprocess(example_photographs()[1]).unsqueeze(0)
     contrast = pg.Contrast(target=967, against=against)
     made = find_selector(selector).make(statistics=pg.ChannelStatistics.bundled("efficientnet_lite0"))
@@ -162,16 +162,16 @@ def test_a_class_rather_than_another_is_a_contrast(explorer, lite0, photograph, 
     assert (found.target.category, found.against) == ("espresso", name)
     assert found.figure().axes[0].get_title() == f"{found.target}\nrather than {name}"
     # The class alone has other maps, whichever was asked for first.
-    assert not torch.equal(found.plain, explorer.explore(photograph, View(selector=selector)).plain)
+    assert not torch.equal(found.plain, explorer.explore(image, View(selector=selector)).plain)
     given = run(found.code)
     assert torch.equal(given["attribution"][0], found.attribution)
     assert f"  # espresso rather than {name}\n" in found.code
-    stability = explorer.stability(photograph, view)
+    stability = explorer.stability(image, view)
     assert stability == pytest.approx(float(of_library.stability(inputs, contrast)), rel=1e-9)
 
 
 def test_a_sweep_has_the_maps_of_the_contrast(explorer):
-    cat, view = Photograph("cat"), View(network="shapes", target=3, against=7, quantile=0.2)
+    cat, view = ImageSource("cat"), View(network="shapes", target=3, against=7, quantile=0.2)
     found = explorer.sweep(cat, view)
     heat = pg.heatmap(explorer.explore(cat, view).attribution.unsqueeze(0))[0]
     np.testing.assert_allclose(found.heats[found.values.index(0.2)], heat, rtol=1e-4, atol=1e-9)
@@ -184,9 +184,9 @@ def test_a_sweep_has_the_maps_of_the_contrast(explorer):
 
 
 def test_a_mosaic_explains_its_classes_alone(explorer):
-    photographs, view = [Photograph(name) for name in EXAMPLES], View(network="shapes")
-    alone = explorer.play(photographs, view).attribution
-    assert torch.equal(Explorer().play(photographs, replace(view, against="rest")).attribution, alone)
+    images, view = [ImageSource(name) for name in EXAMPLES], View(network="shapes")
+    alone = explorer.play(images, view).attribution
+    assert torch.equal(Explorer().play(images, replace(view, against="rest")).attribution, alone)
 
 
 @pytest.mark.parametrize("balance", [True, False])
@@ -201,7 +201,7 @@ def test_balance_reaches_the_explainer(monkeypatch, balance):
 
     # The networks on offer have nothing to balance, so the map does not show it.
     monkeypatch.setattr("parchgrad.explorer.views.Explainer", Recorded)
-    Explorer().explore(Photograph("cat"), View(network="shapes", balance=balance))
+    Explorer().explore(ImageSource("cat"), View(network="shapes", balance=balance))
     assert {edit.balance for edit in edits if edit.selector is not None} == {balance}
 
 
@@ -209,14 +209,14 @@ def test_balance_reaches_the_explainer(monkeypatch, balance):
 def test_methods_with_rectifiers_of_their_own_need_no_gates(explorer, tmp_path, monkeypatch):
     # The script writes its picture here.
     monkeypatch.chdir(tmp_path)
-    found = explorer.explore(Photograph("cat"), View(network="shapes", method="DeepLift"))
+    found = explorer.explore(ImageSource("cat"), View(network="shapes", method="DeepLift"))
     same_map(run(found.code)["attribution"][0], found.attribution)
     with pytest.raises(SettingError, match="replaces the backward pass of rectifiers"):
-        explorer.explore(Photograph("cat"), View(network="shapes", method="DeepLift", gates=2))
+        explorer.explore(ImageSource("cat"), View(network="shapes", method="DeepLift", gates=2))
 
 
 @pytest.mark.parametrize(("network", "selector"), SELECTORS)
-def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, network, selector):
+def test_the_script_gives_the_map_and_the_picture_again(explorer, image, network, selector):
     view = View(
         network=network,
         selector=selector,
@@ -229,7 +229,7 @@ def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, ne
         opacity=0.7,
         signed=selector == "energy",
     )
-    found = explorer.explore(photograph, view)
+    found = explorer.explore(image, view)
     given = run(found.code)
     assert ("softness=0.8" in found.code) == (selector != "random")
     assert "layers=0.3, gates=4, antialias=False, balance=False)" in found.code
@@ -246,8 +246,8 @@ def test_the_script_gives_the_map_and_the_picture_again(explorer, photograph, ne
 def test_the_figure_has_the_opacity_of_the_maps(explorer, signed, opacity):
     view = View(network="shapes", layers="all", signed=signed, opacity=opacity)
     found, game = (
-        explorer.explore(Photograph("cat"), view),
-        explorer.play([Photograph(name) for name in EXAMPLES], view),
+        explorer.explore(ImageSource("cat"), view),
+        explorer.play([ImageSource(name) for name in EXAMPLES], view),
     )
     draw = blend_signed if signed else blend
     for shown, (plain, partitioned) in ((found, [[one] for one in found.maps()]), (game, game.maps())):
@@ -266,29 +266,29 @@ def test_the_figure_has_the_opacity_of_the_maps(explorer, signed, opacity):
 def test_layers_without_statistics_are_told_with_what_can_be_chosen(explorer):
     # The statistics that come with the package are of the upper half.
     with pytest.raises(StatisticsError, match=r"25 of the chosen ones, such as 'conv_stem'"):
-        explorer.explore(Photograph("cat"), View(selector="class", layers="all"))
+        explorer.explore(ImageSource("cat"), View(selector="class", layers="all"))
 
 
 def test_a_damaged_photograph_is_named_without_its_folder(explorer, tmp_path):
     example_photographs()[0].save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:20_000])
-    check_photograph(tmp_path / "cut.jpg", megapixels=50)
+    check_image(tmp_path / "cut.jpg", megapixels=50)
     with pytest.raises(ImageError, match=r"^Cannot read 'cut.jpg'") as told:
-        explorer.explore(Photograph("cut.jpg", tmp_path / "cut.jpg"), View(network="shapes"))
+        explorer.explore(ImageSource("cut.jpg", tmp_path / "cut.jpg"), View(network="shapes"))
     assert str(tmp_path) not in str(told.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_script_gives_the_map_of_every_method_again(explorer, photograph, method):
+def test_the_script_gives_the_map_of_every_method_again(explorer, image, method):
     view = View(network="shapes", method=method, layers="all", gamma=7.5, quantile=0.3)
-    found = explorer.explore(photograph, view)
+    found = explorer.explore(image, view)
     same_map(run(found.code)["attribution"][0], found.attribution)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_script_reads_the_examples(explorer, tmp_path, monkeypatch, example):
     monkeypatch.chdir(tmp_path)
-    found = explorer.explore(Photograph(example), View(network="shapes", layers="features.5.*,features.7.*"))
+    found = explorer.explore(ImageSource(example), View(network="shapes", layers="features.5.*,features.7.*"))
     same_map(run(found.code)["attribution"][0], found.attribution)
 
 
@@ -304,14 +304,14 @@ def test_names_of_files_stay_text_in_the_script(explorer, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     name = "x')) + print('gone'.png"
     example_photographs()[0].save(tmp_path / name)
-    found = explorer.explore(Photograph(name, tmp_path / name), View(network="shapes"))
+    found = explorer.explore(ImageSource(name, tmp_path / name), View(network="shapes"))
     same_map(run(found.code)["attribution"][0], found.attribution)
 
 
 def test_the_score_of_a_mosaic_is_its_mass_in_the_cell_of_the_class(explorer, capsys):
-    photographs = [Photograph(name) for name in EXAMPLES]
+    images = [ImageSource(name) for name in EXAMPLES]
     view = View(network="shapes", layers="all")
-    game = explorer.play(photographs, view)
+    game = explorer.play(images, view)
     shapes = pg.load_model("shapes")
     inputs = torch.stack([shapes.preprocess(image) for image in example_photographs()])
     classes = shapes.model(inputs).argmax(dim=1)
@@ -326,15 +326,15 @@ def test_the_score_of_a_mosaic_is_its_mass_in_the_cell_of_the_class(explorer, ca
     given = run(game.code)
     same_map(given["attribution"], game.attribution)
     assert f"ParchGrad {np.mean(game.shares):.2f}" in capsys.readouterr().out
-    with pytest.raises(InputError, match="`photographs` has 3 images"):
-        explorer.play(photographs[:3], view)
+    with pytest.raises(InputError, match="`images` has 3 images"):
+        explorer.play(images[:3], view)
 
 
 def test_a_sweep_takes_the_quantiles_that_the_statistics_serve(explorer):
     view = View(selector="class", layers="0.2", target=967)
-    found = explorer.sweep(Photograph("coffee"), view)
+    found = explorer.sweep(ImageSource("coffee"), view)
     assert found.values == (0.5, 0.3, 0.2, 0.1, 0.05)
-    heat = pg.heatmap(explorer.explore(Photograph("coffee"), view).attribution.unsqueeze(0))[0]
+    heat = pg.heatmap(explorer.explore(ImageSource("coffee"), view).attribution.unsqueeze(0))[0]
     np.testing.assert_allclose(found.heats[3], heat, rtol=1e-4, atol=1e-9)
 
 
@@ -346,7 +346,7 @@ def test_statistics_of_a_file_serve_their_network(tmp_path):
     ).save(path)
     explorer = Explorer(statistics={"shapes": path})
     assert explorer.selectors("shapes")[-2:] == STATISTICS
-    found = explorer.explore(Photograph("cat"), View(network="shapes", selector="class", target=4, quantile=0.3))
+    found = explorer.explore(ImageSource("cat"), View(network="shapes", selector="class", target=4, quantile=0.3))
     selector = pg.ClassWise(pg.ChannelStatistics.load(path), quantile=0.3)
     inputs = shapes.preprocess(example_photographs()[0]).unsqueeze(0)
     expected = pg.Explainer(shapes.model, selector).attribute(inputs, 4)[0]
@@ -355,7 +355,7 @@ def test_statistics_of_a_file_serve_their_network(tmp_path):
 
 
 def test_what_is_wrong_is_said(explorer, tmp_path):
-    cup = Photograph("coffee")
+    cup = ImageSource("coffee")
     for changes, error in (
         ({"target": 10}, TargetError),
         ({"target": -1}, TargetError),
@@ -386,9 +386,9 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
     with pytest.raises(SettingError, match="'magic'"):
         View(selector="magic").resolved()
     with pytest.raises(ImageError, match="'dog' is not an example"):
-        explorer.explore(Photograph("dog"), View(network="shapes"))
+        explorer.explore(ImageSource("dog"), View(network="shapes"))
     with pytest.raises(ImageError, match=r"'gone.png' no longer exists"):
-        explorer.explore(Photograph("gone.png", tmp_path / "gone.png"), View(network="shapes"))
+        explorer.explore(ImageSource("gone.png", tmp_path / "gone.png"), View(network="shapes"))
 
 
 # Pillow's own notice of many pixels.
@@ -397,15 +397,15 @@ def test_files_are_looked_at_before_they_are_decoded(tmp_path):
     wide = tmp_path / "wide.png"
     Image.new("1", (12_000, 10_000)).save(wide)
     with pytest.raises(ImageError, match=r"^'wide.png' has 120.0 megapixels, but the limit is 50"):
-        check_photograph(wide, megapixels=50)
+        check_image(wide, megapixels=50)
     script = tmp_path / "picture.png"
     script.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(ImageError, match="EPS file"):
-        check_photograph(script, megapixels=50)
+        check_image(script, megapixels=50)
     text = tmp_path / "text.png"
     text.write_text("no picture")
     with pytest.raises(ImageError, match=r"^'text.png' is not a readable image"):
-        check_photograph(text, megapixels=50)
+        check_image(text, megapixels=50)
 
 
 def test_threads_get_their_own_maps(explorer):
@@ -413,7 +413,7 @@ def test_threads_get_their_own_maps(explorer):
     found = [None] * 40
 
     def look(place):
-        found[place] = explorer.explore(Photograph(EXAMPLES[place % 4]), views[place % 10])
+        found[place] = explorer.explore(ImageSource(EXAMPLES[place % 4]), views[place % 10])
 
     threads = [threading.Thread(target=look, args=(place,)) for place in range(40)]
     for thread in threads:

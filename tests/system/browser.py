@@ -149,7 +149,7 @@ class Page:
         self.wait(lambda: self.map() not in (None, before))
         return self.map()
 
-    def upload(self, path, place="#photograph"):
+    def upload(self, path, place="#image"):
         self.one(f"{place} input[type=file]").send_keys(str(path))
 
     def requests(self):

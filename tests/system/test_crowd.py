@@ -86,14 +86,14 @@ def test_a_network_that_takes_long_to_arrive_holds_up_nobody_else(url):
         for _ in range(3):
             for user in crowd:
                 assert "Loading test_byobnet. Results appear when it is ready." in user.ask(**slow)
-            assert len(maps_on(other.ask())) == 2
+            assert len(maps_on(other.ask())) == 3
         # One that cannot be had is told, and another time as well.
         for _ in range(2):
             assert "Cannot load the weights of test_resnet (404" in other.show(network="test_resnet")
         assert not SlowHub.gate.is_set()
         SlowHub.gate.set()
         for user in crowd:
-            assert len(maps_on(user.show(**slow))) == 2
+            assert len(maps_on(user.show(**slow))) == 3
     finally:
         SlowHub.gate.clear()
         for user in (*crowd, other):
@@ -102,12 +102,27 @@ def test_a_network_that_takes_long_to_arrive_holds_up_nobody_else(url):
 
 def test_who_comes_to_a_full_queue_is_told(url):
     shows = next(item for item in httpx.get(f"{url}/config").json()["dependencies"] if item["api_name"] == "show")
-    of_user = [None] * (len(shows["inputs"]) - 14)
+    of_user = [None] * (len(shows["inputs"]) - 15)
     user, refused = User(url), None
     with httpx.Client(timeout=30) as client:
         for number in range(400):
             # Each is some work, which nobody has asked for before.
-            settings = [None, "", "energy", "all", 0.1 + number / 1000, 0.5, True, 1, 8, True, "smoothgrad", False, 1]
+            settings = [
+                None,
+                "",
+                "energy",
+                "all",
+                0.1 + number / 1000,
+                0.5,
+                True,
+                1,
+                8,
+                True,
+                "smoothgrad",
+                "grad_cam",
+                False,
+                1,
+            ]
             message = {"fn_index": shows["id"], "session_hash": f"user {number}"}
             message["data"] = [*of_user, "shapes", *settings]
             answer = client.post(f"{url}/gradio_api/queue/join", json=message)

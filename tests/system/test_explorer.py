@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import parchgrad as pg
-from parchgrad.explorer.inputs import EXAMPLES, Photograph, View
+from parchgrad.explorer.inputs import EXAMPLES, ImageSource, View
 from parchgrad.explorer.views import Explorer
 from parchgrad.visual import save_figure
 from parchgrad.workflows.demonstration import example_photographs
@@ -218,7 +218,7 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         page.upload(tmp_path / "bad.png")
         page.wait(lambda: "'bad.png' is not a readable image" in page.text("#result [role=alert]"))
         assert not page.all("#result .pg-map")
-        # Another photograph, by the keyboard alone.
+        # Another image, by the keyboard alone.
         page.all("#examples input")[2].send_keys(Keys.SPACE)
         page.wait(lambda: page.map() and "for tripod," in page.text("#result"))
 
@@ -283,13 +283,13 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         page.one("#take-examples").click()
         page.wait(lambda: len(page.all("#game .pg-map")) == 8)
         said = page.one("#game .pg-score").get_attribute("aria-label")
-        plain, score, chance = (float(number) for number in re.findall(r"\d\.\d\d", said))
+        plain, score, _, chance = (float(number) for number in re.findall(r"\d\.\d\d", said))
         assert chance == 0.25
         assert score > plain > chance
 
         page.one("#save-npy").click()
         (saved,) = page.wait(lambda: list(tmp_path.glob("mosaic_*.npy")))
-        wanted = Explorer().play([Photograph(name) for name in EXAMPLES], View()).attribution.numpy()
+        wanted = Explorer().play([ImageSource(name) for name in EXAMPLES], View()).attribution.numpy()
         np.testing.assert_allclose(np.load(saved), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
         page.one("#save-gif").click()
         page.wait(lambda: "needs a single image" in page.text("#status"))
@@ -297,7 +297,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         page.wait(lambda: "layers edited" in page.text("#status"))
         page.one("#save-png").click()
         (figure,) = page.wait(lambda: list(tmp_path.glob("cat_*.png")))
-        found = Explorer().explore(Photograph("cat"), View())
+        found = Explorer().explore(ImageSource("cat"), View())
         save_figure(found.figure(), tmp_path / "wanted.png")
         with Image.open(figure) as drawn, Image.open(tmp_path / "wanted.png") as wanted:
             assert drawn.size == wanted.size
@@ -311,7 +311,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         page.wait(lambda: "gamma 10" in page.text("#result"))
         page.one("#save-npy").click()
         (weighed,) = page.wait(lambda: list(tmp_path.glob("cat_*_gamma10_signed.npy")))
-        wanted = Explorer().explore(Photograph("cat"), View(gamma=10.0)).attribution.numpy()
+        wanted = Explorer().explore(ImageSource("cat"), View(gamma=10.0)).attribution.numpy()
         np.testing.assert_allclose(np.load(weighed), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
         page.one("#save-gif").click()
         (moving,) = page.wait(lambda: list(tmp_path.glob("cat_*.gif")))

@@ -34,7 +34,7 @@ from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.runs import evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Setting
-from parchgrad.explorer.inputs import check_photograph
+from parchgrad.explorer.inputs import check_image
 from parchgrad.legacy.pickles import read_tensor_list
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.workflows.evaluation import read_settings
@@ -468,7 +468,7 @@ def test_images(folder, data):
     with survived(ImageError):
         stored_frame(path)
     with survived(ImageError):
-        check_photograph(path, megapixels=1)
+        check_image(path, megapixels=1)
     with survived(ImageError):
         found = read_image(path)
         assert found.mode == "RGB"

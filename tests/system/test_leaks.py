@@ -183,16 +183,16 @@ def evaluations() -> dict[str, object]:
 
 
 def explorations() -> dict[str, object]:
-    """160 looks at photographs, with maps, figures, mosaics and errors; what is held is bounded."""
+    """160 looks at images, with maps, figures, mosaics and errors; what is held is bounded."""
     import matplotlib.pyplot as plt
 
     from parchgrad.errors import ParchGradError
-    from parchgrad.explorer.inputs import EXAMPLES, Photograph, View
+    from parchgrad.explorer.inputs import EXAMPLES, ImageSource, View
     from parchgrad.explorer.views import Explorer, tinted
     from parchgrad.visual import save_figure
 
     explorer = Explorer(megabytes=2)
-    photographs = [Photograph(name) for name in EXAMPLES]
+    images = [ImageSource(name) for name in EXAMPLES]
 
     def act(turn: int) -> None:
         selector = ("energy", "activation", "evidence", "random")[turn % 4]
@@ -206,17 +206,17 @@ def explorations() -> dict[str, object]:
             gates=turn % 3,
             signed=turn % 2 > 0,
         )
-        found = explorer.explore(photographs[turn % 4], view)
+        found = explorer.explore(images[turn % 4], view)
         if turn % 8 == 0:
-            explorer.stability(photographs[turn % 4], view)
+            explorer.stability(images[turn % 4], view)
         tinted(found.maps(), signed=view.signed)
         if turn % 16 == 0:
-            found = explorer.play(photographs, view)
+            found = explorer.play(images, view)
         if turn % 30 == 0:
             with tempfile.TemporaryDirectory() as folder:
                 save_figure(found.figure(), Path(folder, "figure.png"))
         try:
-            explorer.explore(photographs[0], View(network="shapes", layers="nothing"))
+            explorer.explore(images[0], View(network="shapes", layers="nothing"))
         except ParchGradError:
             return
         raise AssertionError("no error")
@@ -234,7 +234,8 @@ def pages() -> dict[str, object]:
     from PIL import Image
 
     from parchgrad.explorer.inputs import EXAMPLES
-    from parchgrad.explorer.page import WebSettings, serve
+    from parchgrad.explorer.server import serve
+    from parchgrad.explorer.settings import WebSettings
     from parchgrad.explorer.views import Explorer
 
     # What is held of maps is bounded in bytes; here so that the bound is reached, for which the page has no setting.
@@ -252,7 +253,7 @@ def pages() -> dict[str, object]:
 
         def value(part: dict[str, Any], turn: int) -> object:
             chosen = {
-                "photograph": bad if turn % 3 == 0 else good,
+                "image": bad if turn % 3 == 0 else good,
                 "files": [good] * 4,
                 "examples": EXAMPLES[turn % 4],
                 "network": "no_such_network" if turn % 5 == 4 else "shapes",

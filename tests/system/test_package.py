@@ -206,7 +206,8 @@ def test_the_explorer_reports_to_nobody(run):
     pytest.importorskip("gradio", reason="Gradio, of the extra web, is not installed.")
     found = run(
         "import threading, httpx\n"
-        "from parchgrad.explorer.page import WebSettings, serve\n"
+        "from parchgrad.explorer.server import serve\n"
+        "from parchgrad.explorer.settings import WebSettings\n"
         "with serve(WebSettings(network='shapes', port=0)) as url:\n"
         "    found['status'] = httpx.get(url).status_code\n"
         "    [thread.join(2) for thread in threading.enumerate() if thread.daemon]\n"

@@ -33,7 +33,8 @@ def explore(
     with interrupted_by_signals(), ExitStack() as served:
         with suppress(KeyboardInterrupt):
             with error_console.status("Starting"):
-                from parchgrad.explorer.page import WebSettings, is_loopback, serve
+                from parchgrad.explorer.server import serve
+                from parchgrad.explorer.settings import WebSettings, is_loopback
 
                 logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
                 settings = WebSettings(

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from captum.attr import LayerAttribution, LayerGradCam
@@ -105,6 +106,7 @@ def grad_cam(
     gates: float = 0.0,
     antialias: bool = False,
     balance: bool = False,
+    score: Callable[[int], Score] | None = None,
     internal_batch_size: int = 32,
 ) -> Method:
     """Make Grad-CAM maps with Captum, resized to the image by bilinear interpolation.
@@ -117,6 +119,7 @@ def grad_cam(
         gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the published method.
         antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
         balance: whether to hold constant what makes operations nonlinear; see `Balance`.
+        score: makes the score to explain from the class of an image; see `maps_of`. None explains the class's logit.
         internal_batch_size: number of images per pass.
 
     Raises:
@@ -135,13 +138,24 @@ def grad_cam(
     # Also shields these gradients from enclosing ParchGrad blocks.
     rules = ParchGrad(model, None, gates=gates, antialias=antialias, balance=balance)
 
+    def coarse_maps(images: Tensor, target: Tensor) -> Any:
+        if score is None:
+            return LayerGradCam(model, chosen).attribute(images, target=target, relu_attributions=True)
+        scores = [score(index) for index in target.tolist()]
+
+        def scored(images: Tensor) -> Tensor:
+            output = model(images)
+            return torch.cat([each(output[row : row + 1]) for row, each in enumerate(scores)])
+
+        return LayerGradCam(scored, chosen).attribute(images, relu_attributions=True)
+
     def method(images: Tensor, target: Tensor) -> Tensor:
         maps = []
         with rules:
             for part, classes in zip(
                 torch.split(images, internal_batch_size), torch.split(target, internal_batch_size), strict=True
             ):
-                coarse = LayerGradCam(model, chosen).attribute(part, target=classes, relu_attributions=True)
+                coarse = coarse_maps(part, classes)
                 fine = LayerAttribution.interpolate(coarse, tuple(images.shape[2:]), "bilinear")
                 maps.append(fine.detach().squeeze(1))
         return torch.cat(maps)

@@ -18,7 +18,7 @@ _FORM_LINES = 10_000
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors "
 )
 _TOO_LARGE = 413, "The upload is too large."
 _FULL = 507, "The server's file storage is full. Try again in a few hours."
@@ -27,7 +27,16 @@ _FULL = 507, "The server's file storage is full. Try again in a few hours."
 class RequestGuard:
     """Refuses requests that would make the server fetch remote resources or exceed its storage."""
 
-    def __init__(self, app: Any, *, folder: Path, largest_file: int, files: int, most_stored: int) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        folder: Path,
+        largest_file: int,
+        files: int,
+        most_stored: int,
+        frame_ancestors: str = "'none'",
+    ) -> None:
         """Wrap an ASGI application.
 
         Args:
@@ -36,9 +45,11 @@ class RequestGuard:
             largest_file: size limit of a file in bytes.
             files: number of files of that size that a form may contain.
             most_stored: size limit of the folder in bytes.
+            frame_ancestors: origins that may embed the page in a frame.
         """
         self._app = app
         self._folder, self._most_stored = folder, most_stored
+        self._policy = f"{_POLICY}{frame_ancestors}".encode()
         self._largest_form = files * largest_file + _FORM_LINES
         # Bytes of forms that are still arriving.
         self._arriving = 0
@@ -74,7 +85,7 @@ class RequestGuard:
                 await _refuse(send, 403, "Only uploaded files can be read.")
                 return
             receive = _again(body, receive)
-        await self._app(scope, receive, _with_policy(send))
+        await self._app(scope, receive, self._with_policy(send))
 
     async def _take_form(self, scope: Any, receive: Any, send: Any, announced: int) -> None:
         """Pass on a form with files while it stays within the limits, whatever size it announces."""
@@ -106,7 +117,7 @@ class RequestGuard:
             elif message["type"] == "http.response.start":
                 await _refuse(send, *refusal)
 
-        guarded = _with_policy(send)
+        guarded = self._with_policy(send)
         early = refused(announced)
         if early is not None:
             await _refuse(send, *early)
@@ -115,6 +126,20 @@ class RequestGuard:
             await self._app(scope, counting, answering)
         finally:
             self._arriving -= arrived
+
+    def _with_policy(self, send: Any) -> Any:
+        added = [
+            (b"content-security-policy", self._policy),
+            (b"x-content-type-options", b"nosniff"),
+            (b"referrer-policy", b"no-referrer"),
+        ]
+
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
+            await send(message)
+
+        return sending
 
 
 def _size(folder: Path) -> int:
@@ -173,18 +198,3 @@ async def _refuse(send: Any, status: int, reason: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _with_policy(send: Any) -> Any:
-    added = [
-        (b"content-security-policy", _POLICY.encode()),
-        (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
-    ]
-
-    async def sending(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *added]}
-        await send(message)
-
-    return sending

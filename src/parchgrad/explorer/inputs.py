@@ -16,6 +16,7 @@ from parchgrad.core.layers import LayerChoice, parse_layers
 from parchgrad.core.selectors import check_softness
 from parchgrad.data.images import opened_image, read_image, stored_frame
 from parchgrad.errors import ImageError, SettingError
+from parchgrad.explain.methods import METHODS
 from parchgrad.explain.scores import Contrast
 from parchgrad.models.classifier import Classifier, Prediction
 from parchgrad.models.loading import OFFLINE_MODEL
@@ -23,15 +24,28 @@ from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.selectors import find_selector
 from parchgrad.workflows.demonstration import PHOTOGRAPHS, example_photographs
 
-__all__ = ["CELLS", "EXAMPLES", "Network", "Photograph", "View", "check_photograph"]
+__all__ = [
+    "CELLS",
+    "EXAMPLES",
+    "GRAD_CAM",
+    "ImageSource",
+    "Network",
+    "View",
+    "check_image",
+    "comparison_title",
+    "method_title",
+]
 
 EXAMPLES = tuple(PHOTOGRAPHS)
 """Names of the images that come with scikit-image."""
 ROWS = COLUMNS = 2
 CELLS = ROWS * COLUMNS
 """Number of images in a mosaic."""
+GRAD_CAM = "grad_cam"
+"""Name of Grad-CAM as the third map."""
 # Python expressions that load the examples.
 _EXAMPLE_CODE = {name: f"data.{name}()" for name in EXAMPLES} | {"motorcycle": "data.stereo_motorcycle()[0]"}
+_METHOD_TITLES = {name: name.replace("_", " ") for name in METHODS} | {"smoothgrad": "SmoothGrad"}
 # Pillow reads other formats with system programs or rarely tested decoders.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -47,6 +61,8 @@ class View:
             class alone.
         selector: short name of a selector; see `find_selector`.
         method: attribution method; see `Explainer`.
+        comparison: third map, beside the plain map and the ParchGrad map: `"grad_cam"`, a plain method (see
+            `Explainer`), or the short name of a selector, which gets its defaults. None shows two maps only.
         layers: text of the layer choice; see `parse_layers`.
         quantile: share of the channels to keep, in (0, 1].
         softness: width of the ramp around the threshold, in [0, 1]; 0 is a hard cut. See `soft_weights`.
@@ -72,6 +88,7 @@ class View:
     against: int | Literal["runner-up", "rest"] | None = None
     selector: str = "evidence"
     method: str = "gradient"
+    comparison: str | None = GRAD_CAM
     layers: str | None = None
     quantile: float | None = None
     softness: float | None = None
@@ -106,6 +123,24 @@ class View:
         """
         return target if self.against is None else Contrast(target=target, against=self.against)
 
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Titles of the plain map, the ParchGrad map and the third map, if any.
+
+        Example:
+            >>> View().titles, View(method="smoothgrad", comparison=None).titles
+            (('Gradient', 'ParchGrad', 'Grad-CAM'), ('SmoothGrad', 'SmoothGrad + ParchGrad'))
+        """
+        plain = method_title(self.method)
+        titles = (plain, "ParchGrad" if self.method == View.method else f"{plain} + ParchGrad")
+        return titles if self.comparison is None else (*titles, comparison_title(self.comparison))
+
+    def with_defaults_of(self, selector: str) -> "View":
+        """A view that explains the same with another selector and its default settings."""
+        return View(
+            network=self.network, target=self.target, against=self.against, selector=selector, method=self.method
+        )
+
     def resolved(self) -> "View":
         """Replace every None except `target` and `against` by the selector's default.
 
@@ -124,8 +159,31 @@ class View:
         )
 
 
+def method_title(name: str) -> str:
+    """Title of an attribution method.
+
+    Example:
+        >>> method_title("smoothgrad"), method_title("integrated_gradients"), method_title("DeepLift")
+        ('SmoothGrad', 'Integrated gradients', 'DeepLift')
+    """
+    title = _METHOD_TITLES.get(name, name)
+    return title[:1].upper() + title[1:]
+
+
+def comparison_title(name: str) -> str:
+    """Title of a third map; see `View.comparison`.
+
+    Example:
+        >>> comparison_title("grad_cam"), comparison_title("smoothgrad"), comparison_title("energy")
+        ('Grad-CAM', 'Plain SmoothGrad', 'ParchGrad, gradient energy')
+    """
+    if name == GRAD_CAM:
+        return "Grad-CAM"
+    return f"Plain {_METHOD_TITLES[name]}" if name in METHODS else f"ParchGrad, {find_selector(name).title.lower()}"
+
+
 @dataclass(frozen=True)
-class Photograph:
+class ImageSource:
     """An image file, or one of `EXAMPLES`.
 
     Attributes:
@@ -133,7 +191,7 @@ class Photograph:
         path: path of the file; None for an example.
 
     Example:
-        >>> Photograph("coffee").read().size
+        >>> ImageSource("coffee").read().size
         (600, 400)
     """
 
@@ -186,7 +244,7 @@ class Network:
         return Prediction(index, self.classifier.categories[index], float(probabilities[index]))
 
 
-def check_photograph(path: str | Path, *, megapixels: float) -> None:
+def check_image(path: str | Path, *, megapixels: float) -> None:
     """Check the format and size of an image file without decoding its pixels.
 
     Args:
@@ -201,8 +259,8 @@ def check_photograph(path: str | Path, *, megapixels: float) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "wide.png")
         ...     Image.new("1", (4000, 1000)).save(path)
-        ...     check_photograph(path, megapixels=4)
-        ...     check_photograph(path, megapixels=3)
+        ...     check_image(path, megapixels=4)
+        ...     check_image(path, megapixels=3)
         Traceback (most recent call last):
         ...
         parchgrad.errors.ImageError: 'wide.png' has 4.0 megapixels, but the limit is 3. Scale it down first.

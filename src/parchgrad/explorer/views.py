@@ -16,22 +16,32 @@ from typing import Any, Generic, TypeVar
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from parchgrad.core.edit import Edit
+from parchgrad.core.layers import Convolution
 from parchgrad.core.selectors import Selector
-from parchgrad.errors import InputError, SettingError, StatisticsError, StatisticsWarning, TargetError
+from parchgrad.errors import (
+    InputError,
+    LayerError,
+    SettingError,
+    StatisticsError,
+    StatisticsWarning,
+    TargetError,
+)
 from parchgrad.evaluation.localisation import cell_shares, mosaic
+from parchgrad.evaluation.methods import grad_cam
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
+from parchgrad.explain.methods import METHODS
 from parchgrad.explain.scores import Contrast
-from parchgrad.explorer.inputs import CELLS, COLUMNS, ROWS, Network, Photograph, View
+from parchgrad.explorer.inputs import CELLS, COLUMNS, GRAD_CAM, ROWS, ImageSource, Network, View
 from parchgrad.explorer.snippet import mosaic_snippet, single_snippet
 from parchgrad.models.classifier import Classifier, Prediction, label_of, name_against
 from parchgrad.models.loading import load_model
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.selectors import find_selector, registered_selectors
-from parchgrad.visual import blend, blend_signed, panel, shared_top, signed_panel, tint, tint_signed
+from parchgrad.visual import blend, blend_signed, panel, signed_panel, tint, tint_signed
 from parchgrad.visual.sweeps import Sweep, quantile_sweep
 
 __all__ = ["Exploration", "Explorer", "Game", "tinted"]
@@ -55,7 +65,7 @@ class Exploration:
     """Result for a single image.
 
     Attributes:
-        photograph: the image.
+        image: the image.
         view: the settings.
         target: the explained class.
         against: name of the class that it is compared with, `"all others"` for the rest; None if the class is
@@ -64,11 +74,12 @@ class Exploration:
         picture: the network's input as an image, (H, W, 3) in [0, 1].
         attribution: signed attribution with ParchGrad, (3, H, W), float32.
         plain: signed attribution by the same method without ParchGrad, (3, H, W), float32.
+        comparison: attribution of the third map, (3, H, W), or (1, H, W) for Grad-CAM; None if there is none.
         layers: names of the edited layers.
         code: Python script that reproduces `attribution` and its picture.
     """
 
-    photograph: Photograph
+    image: ImageSource
     view: View
     target: Prediction
     against: str | None
@@ -76,19 +87,19 @@ class Exploration:
     picture: NDArray[Any]
     attribution: Tensor
     plain: Tensor
+    comparison: Tensor | None
     layers: tuple[str, ...]
     code: str
 
-    def maps(self) -> tuple[Tensor, Tensor]:
-        """The plain map and the ParchGrad map, signed or not as in the view, each (H, W)."""
-        plain, partitioned = _maps(torch.stack((self.plain, self.attribution)), self.view)
-        return plain, partitioned
+    def maps(self) -> tuple[Tensor, ...]:
+        """The plain map, the ParchGrad map and the third map, signed or not as in the view, each (H, W)."""
+        shown = (self.plain, self.attribution, self.comparison)
+        return tuple(_heat(one.unsqueeze(0), self.view)[0] for one in shown if one is not None)
 
     def figure(self) -> Figure:
-        """Draw the image next to the plain map and the ParchGrad map."""
-        plain, partitioned = self.maps()
-        label = label_of(self.target, self.against)
-        return _figure([self.picture], [plain], [partitioned], [label], self.view)
+        """Draw the image next to its maps."""
+        maps = [heat.unsqueeze(0) for heat in self.maps()]
+        return _figure([self.picture], maps, [label_of(self.target, self.against)], self.view)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -96,57 +107,72 @@ class Game:
     """Result of the grid pointing game on one mosaic: the map of each class should light up in its own cell.
 
     Attributes:
-        photographs: the four images, row by row.
+        images: the four images, row by row.
         view: the settings; `target` and `against` are ignored.
         targets: predicted class of each image on its own.
         picture: the mosaic, (2 H, 2 W, 3) in [0, 1].
         attribution: signed attribution with ParchGrad, (4, 3, 2 H, 2 W), one per class.
         plain: signed attribution without ParchGrad, same shape.
-        shares: share of each ParchGrad map in the cell of its class, in [0, 1].
-        plain_shares: share of each plain map in the cell of its class, in [0, 1].
+        comparison: attribution of the third map, same shape, or (4, 1, 2 H, 2 W) for Grad-CAM; None if there is none.
         code: Python script that reproduces `attribution` and `shares`.
     """
 
-    photographs: tuple[Photograph, ...]
+    images: tuple[ImageSource, ...]
     view: View
     targets: tuple[Prediction, ...]
     picture: NDArray[Any]
     attribution: Tensor
     plain: Tensor
-    shares: tuple[float, ...]
-    plain_shares: tuple[float, ...]
+    comparison: Tensor | None
     code: str
 
-    def maps(self) -> tuple[Tensor, Tensor]:
-        """The plain maps and the ParchGrad maps, signed or not as in the view, each (4, 2 H, 2 W)."""
-        return _maps(self.plain, self.view), _maps(self.attribution, self.view)
+    def maps(self) -> tuple[Tensor, ...]:
+        """The plain maps, the ParchGrad maps and the third maps, signed or not as in the view, each (4, 2 H, 2 W)."""
+        return tuple(_heat(one, self.view) for one in self._shown())
+
+    def shares(self) -> tuple[tuple[float, ...], ...]:
+        """Share of each map in the cell of its class, in [0, 1], four for each of `maps`; NaN for an empty map."""
+        return tuple(
+            tuple(cell_shares(heatmap(one), rows=ROWS, columns=COLUMNS).diagonal().tolist()) for one in self._shown()
+        )
 
     def figure(self) -> Figure:
-        """Draw the mosaic next to the plain map and the ParchGrad map of each class."""
-        plain, partitioned = self.maps()
-        scores = zip(self.targets, self.plain_shares, self.shares, strict=True)
+        """Draw the mosaic next to the maps of each class."""
+        scores = zip(self.targets, *self.shares()[:2], strict=True)
         labels = [f"{target.category}: {before:.2f}, with ParchGrad {after:.2f}" for target, before, after in scores]
-        return _figure([self.picture] * CELLS, list(plain), list(partitioned), labels, self.view)
+        return _figure([self.picture] * CELLS, self.maps(), labels, self.view)
+
+    def _shown(self) -> tuple[Tensor, ...]:
+        return tuple(one for one in (self.plain, self.attribution, self.comparison) if one is not None)
 
 
-def tinted(maps: Sequence[Tensor], *, signed: bool) -> tuple[float, list[NDArray[Any]]]:
-    """Colour maps on a shared scale.
+def tinted(maps: Sequence[Tensor], *, signed: bool) -> list[NDArray[Any]]:
+    """Colour maps, each on its own scale up to its 99.5th percentile.
 
     Args:
         maps: maps (H, W).
         signed: whether the maps are signed.
 
     Returns:
-        End of the scale, in multiples of a map's mean magnitude, and each map as (H, W, 4) in [0, 1].
+        Each map as (H, W, 4) in [0, 1].
 
     Example:
-        >>> top, pictures = tinted([torch.eye(2)], signed=False)
-        >>> top, pictures[0].shape
-        (2.0, (2, 2, 4))
+        >>> [picture.shape for picture in tinted([torch.eye(2)], signed=False)]
+        [(2, 2, 4)]
     """
-    top = shared_top(maps)
     colour = tint_signed if signed else tint
-    return top, [colour(found, top=top) for found in maps]
+    return [colour(found) for found in maps]
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """What is explained: inputs (B, C, H, W), their classes and score, with a cache key."""
+
+    network: Network
+    inputs: Tensor
+    targets: tuple[int, ...]
+    score: int | Contrast | Tensor
+    key: tuple[Hashable, ...]
 
 
 class Explorer:
@@ -154,7 +180,7 @@ class Explorer:
 
     Example:
         >>> explorer = Explorer()
-        >>> found = explorer.explore(Photograph("coffee"), View())
+        >>> found = explorer.explore(ImageSource("coffee"), View())
         >>> found.target.category, tuple(found.attribution.shape)
         ('espresso', (3, 224, 224))
     """
@@ -202,7 +228,7 @@ class Explorer:
         """
         return self._networks.holds(name)
 
-    def stability(self, photograph: Photograph, view: View) -> float:
+    def stability(self, image: ImageSource, view: View) -> float:
         """Measure the stability of an image's map under invisible noise; see `Explainer.stability`.
 
         Returns:
@@ -212,21 +238,19 @@ class Explorer:
             ParchGradError: if the image cannot be read, or a setting does not fit the network.
 
         Example:
-            >>> Explorer().stability(Photograph("coffee"), View(network="shapes")) > 0.9
+            >>> Explorer().stability(ImageSource("coffee"), View(network="shapes")) > 0.9
             True
         """
-        network = self._network(view.network)
-        inputs = self._inputs(network, photograph)
-        target = self.explore(photograph, view).target.index
-        return float(self._explainer(network, view, inputs, (target,)).stability(inputs, view.score(target))[0])
+        asked = self._question(image, view)
+        return float(self._explainer(asked, view).stability(asked.inputs, asked.score)[0])
 
-    def ranked(self, photograph: Photograph, name: str) -> list[int]:
+    def ranked(self, image: ImageSource, name: str) -> list[int]:
         """Rank the classes of a network for an image, most probable first.
 
         Raises:
             ParchGradError: if the image cannot be read, or the network cannot be loaded.
         """
-        return self._probabilities(self._network(name), photograph).argsort(descending=True).tolist()
+        return self._probabilities(self._network(name), image).argsort(descending=True).tolist()
 
     def selectors(self, name: str) -> tuple[str, ...]:
         """Short names of the selectors that work for a network.
@@ -243,86 +267,86 @@ class Explorer:
             name for name, found in registered_selectors().items() if has_statistics or not found.needs_statistics
         )
 
-    def explore(self, photograph: Photograph, view: View) -> Exploration:
+    def comparisons(self, name: str) -> tuple[str, ...]:
+        """Names of the third maps that work for a network; see `View.comparison`.
+
+        Raises:
+            ParchGradError: see `classifier`.
+
+        Example:
+            >>> Explorer().comparisons("shapes")[:3]
+            ('grad_cam', 'gradient', 'input_x_gradient')
+        """
+        of_network = (GRAD_CAM,) if _suits_grad_cam(self.classifier(name).model) else ()
+        return (*of_network, *METHODS, *self.selectors(name))
+
+    def explore(self, image: ImageSource, view: View) -> Exploration:
         """Explain one image, using cached results where possible.
 
         Raises:
             ParchGradError: if the image cannot be read, or a setting does not fit the network.
         """
-        network = self._network(view.network)
-        inputs = self._inputs(network, photograph)
-        probabilities = self._probabilities(network, photograph)
-        ranked = self.ranked(photograph, view.network)
-        target = ranked[0] if view.target is None else view.target
-        if not 0 <= target < len(ranked):
-            raise TargetError(
-                f"`target` is {target}, but {view.network} has {len(ranked)} classes. Choose 0 to {len(ranked) - 1}."
-            )
-        if view.against == target:
-            category = network.classifier.categories[target]
-            raise SettingError(f"Cannot explain {category!r} rather than itself. Choose another class to compare with.")
-        key = (view.network, photograph.key, target, view.against)
-        partitioned, layers, plain = self._attribute(network, view, inputs, (target,), view.score(target), key)
-        predictions = tuple(network.prediction(index, probabilities) for index in ranked[:5])
+        asked = self._question(image, view)
+        network, target = asked.network, asked.targets[0]
+        probabilities = self._probabilities(network, image)
+        predictions = tuple(network.prediction(index, probabilities) for index in self.ranked(image, view.network)[:5])
+        partitioned, layers = self._edited(asked, view)
         against = name_against(view.against, target, predictions, network.classifier.categories)
+        comparison = self._compared(asked, view)
         return Exploration(
-            photograph=photograph,
+            image=image,
             view=view.resolved(),
             target=network.prediction(target, probabilities),
             against=against,
             predictions=predictions,
-            picture=network.classifier.preprocess.picture(inputs[0]),
+            picture=network.classifier.preprocess.picture(asked.inputs[0]),
             attribution=partitioned[0],
-            plain=plain[0],
+            plain=self._plain(asked, view.method)[0],
+            comparison=None if comparison is None else comparison[0],
             layers=layers,
-            code=single_snippet(network, photograph, view, target, against),
+            code=single_snippet(network, image, view, target, against),
         )
 
-    def play(self, photographs: Sequence[Photograph], view: View) -> Game:
+    def play(self, images: Sequence[ImageSource], view: View) -> Game:
         """Play the grid pointing game on a mosaic of four images.
 
         Raises:
             InputError: if there are not four images.
             ParchGradError: if an image cannot be read, or a setting does not fit the network.
         """
-        if len(photographs) != CELLS:
-            raise InputError(f"`photographs` has {len(photographs)} images, but a mosaic needs {CELLS}.")
+        if len(images) != CELLS:
+            raise InputError(f"`images` has {len(images)} images, but a mosaic needs {CELLS}.")
         network = self._network(view.network)
-        inputs = mosaic(
-            torch.cat([self._inputs(network, photograph) for photograph in photographs]), rows=ROWS, columns=COLUMNS
-        )
-        each = [self._probabilities(network, photograph) for photograph in photographs]
+        inputs = mosaic(torch.cat([self._inputs(network, image) for image in images]), rows=ROWS, columns=COLUMNS)
+        each = [self._probabilities(network, image) for image in images]
         targets = tuple(int(probabilities.argmax()) for probabilities in each)
-        key = (view.network, tuple(photograph.key for photograph in photographs), targets)
-        inputs, classes = inputs.expand(CELLS, -1, -1, -1), torch.tensor(targets)
-        partitioned, _, plain = self._attribute(network, view, inputs, targets, classes, key)
+        key = (view.network, tuple(image.key for image in images), targets)
+        asked = _Question(network, inputs.expand(CELLS, -1, -1, -1), targets, torch.tensor(targets), key)
         return Game(
-            photographs=tuple(photographs),
+            images=tuple(images),
             view=view.resolved(),
             targets=tuple(network.prediction(target, found) for target, found in zip(targets, each, strict=True)),
             picture=network.classifier.preprocess.picture(inputs[0]),
-            attribution=partitioned,
-            plain=plain,
-            shares=_own_shares(partitioned),
-            plain_shares=_own_shares(plain),
-            code=mosaic_snippet(network, photographs, view, targets),
+            attribution=self._edited(asked, view)[0],
+            plain=self._plain(asked, view.method),
+            comparison=self._compared(asked, view),
+            code=mosaic_snippet(network, images, view, targets),
         )
 
-    def sweep(self, photograph: Photograph, view: View) -> Sweep:
+    def sweep(self, image: ImageSource, view: View) -> Sweep:
         """Explain one image at all default quantiles that its selector supports.
 
         Raises:
             ParchGradError: if the image cannot be read, or a setting does not fit the network.
 
         Example:
-            >>> Explorer().sweep(Photograph("coffee"), View(network="shapes", target=0)).values
+            >>> Explorer().sweep(ImageSource("coffee"), View(network="shapes", target=0)).values
             (0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
         """
-        network = self._network(view.network)
-        target = self.explore(photograph, view).target.index
-        edit = self._edit(network, view, (target,))
+        asked = self._question(image, view)
+        edit = self._edit(asked, view)
         return quantile_sweep(
-            network.classifier, photograph.read(), edit, target=view.score(target), method=view.method
+            asked.network.classifier, image.read(), edit, target=view.score(asked.targets[0]), method=view.method
         )
 
     def _network(self, name: str) -> Network:
@@ -338,52 +362,70 @@ class Explorer:
         except StatisticsError:
             return Network(classifier)
 
-    def _inputs(self, network: Network, photograph: Photograph) -> Tensor:
+    def _inputs(self, network: Network, image: ImageSource) -> Tensor:
         classifier = network.classifier
         return self._tensors.get(
-            ("inputs", classifier.name, photograph.key),
-            lambda: classifier.preprocess(photograph.read()).unsqueeze(0),
+            ("inputs", classifier.name, image.key),
+            lambda: classifier.preprocess(image.read()).unsqueeze(0),
         )
 
-    def _probabilities(self, network: Network, photograph: Photograph) -> Tensor:
+    def _probabilities(self, network: Network, image: ImageSource) -> Tensor:
         def predict() -> Tensor:
             with torch.no_grad():
-                probabilities: Tensor = network.classifier.model(self._inputs(network, photograph)).softmax(dim=1)[0]
+                probabilities: Tensor = network.classifier.model(self._inputs(network, image)).softmax(dim=1)[0]
                 return probabilities
 
-        return self._tensors.get(("probabilities", network.classifier.name, photograph.key), predict)
+        return self._tensors.get(("probabilities", network.classifier.name, image.key), predict)
 
-    def _attribute(
-        self,
-        network: Network,
-        view: View,
-        inputs: Tensor,
-        targets: tuple[int, ...],
-        score: int | Contrast | Tensor,
-        key: tuple[Hashable, ...],
-    ) -> tuple[Tensor, tuple[str, ...], Tensor]:
-        """The attributions of the inputs with ParchGrad, the layers edited for them, and the plain attributions."""
-        # The display does not change the attribution, and `key` holds what is explained.
-        settings = astuple(replace(view.resolved(), target=None, against=None, signed=False, opacity=1.0))
+    def _question(self, image: ImageSource, view: View) -> _Question:
+        network, ranked = self._network(view.network), self.ranked(image, view.network)
+        target = ranked[0] if view.target is None else view.target
+        if not 0 <= target < len(ranked):
+            raise TargetError(
+                f"`target` is {target}, but {view.network} has {len(ranked)} classes. Choose 0 to {len(ranked) - 1}."
+            )
+        if view.against == target:
+            category = network.classifier.categories[target]
+            raise SettingError(f"Cannot explain {category!r} rather than itself. Choose another class to compare with.")
+        key = (view.network, image.key, target, view.against)
+        return _Question(network, self._inputs(network, image), (target,), view.score(target), key)
 
-        def explained(of: tuple[int, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
-            explainer = self._explainer(network, view, inputs, of)
-            attribution = explainer.attribute(inputs, score)
-            return attribution, explainer.edited_layers
+    def _edited(self, asked: _Question, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        """The attribution with ParchGrad, and the names of the edited layers."""
 
-        partitioned, layers = self._maps.get((*key, *settings), lambda: explained(targets))
-        plain, _ = self._maps.get((*key, view.method), lambda: explained(None))
-        return partitioned, layers, plain
+        def explained() -> tuple[Tensor, tuple[str, ...]]:
+            explainer = self._explainer(asked, view)
+            return explainer.attribute(asked.inputs, asked.score), explainer.edited_layers
 
-    def _explainer(self, network: Network, view: View, inputs: Tensor, targets: tuple[int, ...] | None) -> Explainer:
-        """The explainer for some classes under a view, or the plain one if `targets` is None."""
-        rows = max(1, _PIXELS_PER_PASS // (inputs.shape[2] * inputs.shape[3]))
-        edit = Edit(selector=None) if targets is None else self._edit(network, view, targets)
-        return Explainer.from_edit(network.classifier.model, edit, method=view.method, internal_batch_size=rows)
+        # The display does not change the attribution, and the key of the question holds what is explained.
+        settings = replace(view.resolved(), target=None, against=None, comparison=None, signed=False, opacity=1.0)
+        return self._maps.get((*asked.key, *astuple(settings)), explained)
 
-    def _edit(self, network: Network, view: View, targets: tuple[int, ...]) -> Edit:
+    def _plain(self, asked: _Question, method: str) -> Tensor:
+        """The attribution by a method without ParchGrad."""
+
+        def explained() -> tuple[Tensor, tuple[str, ...]]:
+            return _explainer_of(asked, Edit(selector=None), method).attribute(asked.inputs, asked.score), ()
+
+        return self._maps.get((*asked.key, method), explained)[0]
+
+    def _compared(self, asked: _Question, view: View) -> Tensor | None:
+        """The attribution of the third map, with one channel for Grad-CAM; None if there is none."""
+        name = view.comparison
+        if name is None:
+            return None
+        if name == GRAD_CAM:
+            return self._maps.get((*asked.key, name), lambda: (_grad_cam(asked), ()))[0]
+        if name in METHODS:
+            return self._plain(asked, name)
+        return self._edited(asked, view.with_defaults_of(name))[0]
+
+    def _explainer(self, asked: _Question, view: View) -> Explainer:
+        return _explainer_of(asked, self._edit(asked, view), view.method)
+
+    def _edit(self, asked: _Question, view: View) -> Edit:
         return Edit(
-            selector=self._selector(network, view, targets),
+            selector=self._selector(asked, view),
             layers=view.layer_choice,
             gamma=view.gamma,
             gates=view.gates,
@@ -391,12 +433,12 @@ class Explorer:
             balance=view.balance,
         )
 
-    def _selector(self, network: Network, view: View, targets: tuple[int, ...]) -> Selector:
-        statistics = network.statistics
+    def _selector(self, asked: _Question, view: View) -> Selector:
+        statistics, classes = asked.network.statistics, tuple(sorted(set(asked.targets)))
         if view.selector == "class" and statistics is not None:
             # Computing the masks of all classes would take most of a second for every new quantile.
-            key = (network.classifier.name, tuple(sorted(set(targets))))
-            statistics = self._columns.get(key, functools.partial(statistics.restrict, classes=targets))
+            restrict = functools.partial(statistics.restrict, classes=classes)
+            statistics = self._columns.get((asked.network.classifier.name, classes), restrict)
         with _silent(StatisticsWarning):
             return find_selector(view.selector).make(
                 quantile=view.quantile, softness=view.softness, statistics=statistics
@@ -432,29 +474,40 @@ class _Recent(Generic[T]):
         return made
 
 
-def _maps(attribution: Tensor, view: View) -> Tensor:
+def _explainer_of(asked: _Question, edit: Edit, method: str) -> Explainer:
+    rows = max(1, _PIXELS_PER_PASS // (asked.inputs.shape[2] * asked.inputs.shape[3]))
+    return Explainer.from_edit(asked.network.classifier.model, edit, method=method, internal_batch_size=rows)
+
+
+def _suits_grad_cam(model: nn.Module) -> bool:
+    """Whether the last convolution has a map of features, not just the patches of the image, as in a transformer."""
+    last = next((module for module in reversed(list(model.modules())) if isinstance(module, Convolution)), None)
+    return last is not None and (max(last.kernel_size) == 1 or last.stride != last.kernel_size)
+
+
+def _grad_cam(asked: _Question) -> Tensor:
+    """The Grad-CAM map, (B, 1, H, W)."""
+    model, score = asked.network.classifier.model, asked.score
+    if not _suits_grad_cam(model):
+        raise LayerError(
+            f"Grad-CAM needs a convolution after the patches, and {asked.network.classifier.name} has none. Choose "
+            "another third map."
+        )
+    method = grad_cam(model, score=(lambda _: score) if isinstance(score, Contrast) else None)
+    return method(asked.inputs, torch.tensor(asked.targets)).unsqueeze(1)
+
+
+def _heat(attribution: Tensor, view: View) -> Tensor:
     return signed_heatmap(attribution) if view.signed else heatmap(attribution)
 
 
-def _figure(
-    pictures: Sequence[NDArray[Any]],
-    plain: Sequence[Tensor],
-    partitioned: Sequence[Tensor],
-    labels: Sequence[str],
-    view: View,
-) -> Figure:
+def _figure(pictures: Sequence[NDArray[Any]], maps: Sequence[Tensor], labels: Sequence[str], view: View) -> Figure:
+    """Draw each picture next to its maps, which are given as (B, H, W) for each title."""
     draw, lay = (signed_panel, blend_signed) if view.signed else (panel, blend)
-    title = view.method.replace("_", " ")
-    maps = {title: plain, f"{title} + ParchGrad": partitioned}
-    figure = draw(pictures, maps, labels=labels, shared_scale=True, smooth=0.0)
-    top = shared_top([*plain, *partitioned])
-    # Panels have opaque maps, so redraw them; cells run row by row, each image before its two maps.
-    for place, cells in enumerate(zip(pictures, plain, partitioned, strict=True)):
-        for column in (1, 2):
-            mixed = lay(cells[0], cells[column], top=top, opacity=view.opacity)
-            figure.axes[3 * place + column].images[0].set_data(mixed)
+    figure = draw(pictures, dict(zip(view.titles, map(list, maps), strict=True)), labels=labels, smooth=0.0)
+    # Panels have opaque maps, so redraw them; cells run row by row, each image before its maps.
+    for row, picture in enumerate(pictures):
+        for place, heats in enumerate(maps, start=1):
+            mixed = lay(picture, heats[row], opacity=view.opacity)
+            figure.axes[(1 + len(maps)) * row + place].images[0].set_data(mixed)
     return figure
-
-
-def _own_shares(attribution: Tensor) -> tuple[float, ...]:
-    return tuple(cell_shares(heatmap(attribution), rows=ROWS, columns=COLUMNS).diagonal().tolist())
