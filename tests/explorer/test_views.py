@@ -24,7 +24,7 @@ from parchgrad.errors import (
 from parchgrad.evaluation.localisation import mosaic
 from parchgrad.explain.methods import METHODS
 from parchgrad.explorer.inputs import EXAMPLES, ImageSource, View, check_image
-from parchgrad.explorer.views import Explorer, _Recent, tinted
+from parchgrad.explorer.views import Explorer, _Recent
 from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual import blend, blend_signed
 from parchgrad.visual.animation import animate
@@ -234,12 +234,10 @@ def test_the_script_gives_the_map_and_the_picture_again(explorer, image, network
     assert ("softness=0.8" in found.code) == (selector != "random")
     assert "layers=0.3, gates=4, antialias=False, balance=False)" in found.code
     same_map(given["attribution"][0], found.attribution)
-    top, _ = tinted(found.maps(), signed=view.signed)
-    assert given["top"] == pytest.approx(top, rel=1e-3)
     draw = blend_signed if view.signed else blend
-    picture = draw(found.picture, found.maps()[1], top=top, opacity=0.7)
-    written = np.asarray(Image.open("map.png").convert("RGB")) / 255
-    assert np.abs(written - picture).max() < 0.02
+    for name, heat in zip(("plain", "parchgrad", "grad_cam"), found.maps(), strict=True):
+        written = np.asarray(Image.open(f"{name}.png").convert("RGB")) / 255
+        assert np.abs(written - draw(found.picture, heat, opacity=0.7)).max() < 0.02
 
 
 @pytest.mark.parametrize(("signed", "opacity"), [(False, 1), (True, 0.4), (False, 0)])
@@ -250,12 +248,12 @@ def test_the_figure_has_the_opacity_of_the_maps(explorer, signed, opacity):
         explorer.play([ImageSource(name) for name in EXAMPLES], view),
     )
     draw = blend_signed if signed else blend
-    for shown, (plain, partitioned) in ((found, [[one] for one in found.maps()]), (game, game.maps())):
-        top, _ = tinted([*plain, *partitioned], signed=signed)
+    for shown, columns in ((found, [[one] for one in found.maps()]), (game, game.maps())):
+        assert len(columns) == 3
         wanted = [
             picture
-            for maps in zip(plain, partitioned, strict=True)
-            for picture in (shown.picture, *(draw(shown.picture, one, top=top, opacity=opacity) for one in maps))
+            for maps in zip(*columns, strict=True)
+            for picture in (shown.picture, *(draw(shown.picture, one, opacity=opacity) for one in maps))
         ]
         drawn = [axes.images[0].get_array() for axes in shown.figure().axes if axes.images]
         assert len(drawn) >= len(wanted)
@@ -269,7 +267,7 @@ def test_layers_without_statistics_are_told_with_what_can_be_chosen(explorer):
         explorer.explore(ImageSource("cat"), View(selector="class", layers="all"))
 
 
-def test_a_damaged_photograph_is_named_without_its_folder(explorer, tmp_path):
+def test_a_damaged_image_is_named_without_its_folder(explorer, tmp_path):
     example_photographs()[0].save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:20_000])
     check_image(tmp_path / "cut.jpg", megapixels=50)
@@ -318,14 +316,16 @@ def test_the_score_of_a_mosaic_is_its_mass_in_the_cell_of_the_class(explorer, ca
     whole = mosaic(inputs, rows=2, columns=2)
     explainer, plain = pg.Explainer(shapes.model, layers="all"), pg.Explainer(shapes.model, None)
     for cell, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
-        for found, shares in ((explainer, game.shares), (plain, game.plain_shares)):
+        for found, shares in ((plain, game.shares()[0]), (explainer, game.shares()[1])):
             heat = found.attribute(whole, int(classes[cell]))[0].abs().double().sum(dim=0)
             own = heat[64 * row : 64 * (row + 1), 64 * column : 64 * (column + 1)].sum() / heat.sum()
             assert shares[cell] == pytest.approx(float(own), abs=1e-4)
     assert [target.index for target in game.targets] == classes.tolist()
     given = run(game.code)
     same_map(given["attribution"], game.attribution)
-    assert f"ParchGrad {np.mean(game.shares):.2f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for name, shares in zip(("plain", "ParchGrad", "Grad-CAM"), game.shares(), strict=True):
+        assert f"{name} {np.nanmean(shares):.2f}" in said
     with pytest.raises(InputError, match="`images` has 3 images"):
         explorer.play(images[:3], view)
 

@@ -143,7 +143,7 @@ def test_an_interrupt_ends_the_command_where_a_shell_had_it_ignored(tmp_path):
 
 
 @needs_browser
-def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
+def test_an_image_is_looked_at_in_a_browser(address, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     lite0 = pg.load_model("efficientnet_lite0")
@@ -218,7 +218,7 @@ def test_a_photograph_is_looked_at_in_a_browser(address, tmp_path):
         page.upload(tmp_path / "bad.png")
         page.wait(lambda: "'bad.png' is not a readable image" in page.text("#result [role=alert]"))
         assert not page.all("#result .pg-map")
-        # Another image, by the keyboard alone.
+        # Another example, by the keyboard alone.
         page.all("#examples input")[2].send_keys(Keys.SPACE)
         page.wait(lambda: page.map() and "for tripod," in page.text("#result"))
 

@@ -1,13 +1,14 @@
 """Methods that evaluations compare, including the controls that every claim must beat."""
 
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from captum.attr import LayerAttribution, LayerGradCam
 from torch import Tensor, nn
+from torch.nn import functional
 
 from parchgrad.core.edit import Edit
 from parchgrad.core.engine import ParchGrad
@@ -109,7 +110,7 @@ def grad_cam(
     score: Callable[[int], Score] | None = None,
     internal_batch_size: int = 32,
 ) -> Method:
-    """Make Grad-CAM maps with Captum, resized to the image by bilinear interpolation.
+    """Make Grad-CAM maps, resized to the image by bilinear interpolation.
 
     Source: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization".
 
@@ -138,29 +139,47 @@ def grad_cam(
     # Also shields these gradients from enclosing ParchGrad blocks.
     rules = ParchGrad(model, None, gates=gates, antialias=antialias, balance=balance)
 
-    def coarse_maps(images: Tensor, target: Tensor) -> Any:
+    def coarse_maps(images: Tensor, target: Tensor) -> Tensor:
+        features, logits = _features_and_output(model, chosen, images)
         if score is None:
-            return LayerGradCam(model, chosen).attribute(images, target=target, relu_attributions=True)
-        scores = [score(index) for index in target.tolist()]
-
-        def scored(images: Tensor) -> Tensor:
-            output = model(images)
-            return torch.cat([each(output[row : row + 1]) for row, each in enumerate(scores)])
-
-        return LayerGradCam(scored, chosen).attribute(images, relu_attributions=True)
+            scores = logits.gather(1, target.unsqueeze(1))
+        else:
+            scores = torch.cat([score(index)(logits[row : row + 1]) for row, index in enumerate(target.tolist())])
+        (gradient,) = torch.autograd.grad(scores.sum(), features)
+        weights = gradient.mean(dim=tuple(range(2, gradient.dim())), keepdim=True)
+        return (weights * features.detach()).sum(dim=1, keepdim=True).relu()
 
     def method(images: Tensor, target: Tensor) -> Tensor:
         maps = []
-        with rules:
+        with rules, torch.enable_grad():
             for part, classes in zip(
                 torch.split(images, internal_batch_size), torch.split(target, internal_batch_size), strict=True
             ):
                 coarse = coarse_maps(part, classes)
-                fine = LayerAttribution.interpolate(coarse, tuple(images.shape[2:]), "bilinear")
-                maps.append(fine.detach().squeeze(1))
+                maps.append(functional.interpolate(coarse, tuple(images.shape[2:]), mode="bilinear").squeeze(1))
         return torch.cat(maps)
 
     return method
+
+
+def _features_and_output(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of a layer, and of the model, in a pass that other threads may share the model with."""
+    thread, found = threading.get_ident(), []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if threading.get_ident() != thread:
+            return None
+        found.append(output)
+        # A rectifier in place must not change what was kept.
+        return output.clone()
+
+    hook = layer.register_forward_hook(keep)
+    try:
+        # A model with frozen weights has a gradient only if its input has one.
+        output: Tensor = model(images.detach().requires_grad_())
+    finally:
+        hook.remove()
+    return found[-1], output
 
 
 def make_controls(model: nn.Module, *, edit: Edit = Edit(), quantile: float = 0.1, seed: int = 0) -> dict[str, Method]:
