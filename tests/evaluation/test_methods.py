@@ -2,6 +2,7 @@ import itertools
 import zlib
 from dataclasses import replace
 
+import captum
 import numpy as np
 import pytest
 import torch
@@ -112,6 +113,23 @@ def test_grad_cam_is_plain_inside_a_block(network):
     with pg.ParchGrad(network, pg.GradientEnergy(quantile=0.1), layers="all"):
         network(images)
         torch.testing.assert_close(grad_cam(network)(images, target), expected)
+
+
+def test_grad_cam_of_another_score_agrees_with_captum():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 4)).double().eval()
+    model.requires_grad_(False)
+    images, target = batch()
+    plain = captum.attr.LayerGradCam(model, model[0]).attribute(images, target, relu_attributions=True)
+    expected = functional.interpolate(plain.detach(), (8, 8), mode="bilinear").squeeze(1)
+    torch.testing.assert_close(grad_cam(model)(images, target), expected)
+    contrasts = [pg.Contrast(target=index, against="rest") for index in target.tolist()]
+    found = grad_cam(model, score=lambda index: pg.Contrast(target=index, against="rest"))(images, target)
+    for row, contrast in enumerate(contrasts):
+        of_row = captum.attr.LayerGradCam(lambda inputs, contrast=contrast: contrast(model(inputs)), model[0])
+        coarse = of_row.attribute(images[row : row + 1], relu_attributions=True).detach()
+        torch.testing.assert_close(found[row], functional.interpolate(coarse, (8, 8), mode="bilinear")[0, 0])
+    assert not torch.allclose(found, expected)
+    assert not model[0]._forward_hooks
 
 
 def test_random_maps_follow_from_seed_and_image_alone():

@@ -14,6 +14,7 @@ from PIL import Image
 
 import parchgrad as pg
 from parchgrad.errors import SettingError
+from parchgrad.visual import tint
 from parchgrad.workflows.demonstration import example_photographs
 from tests.support import maps_on, python, shown_maps, wait_for
 
@@ -173,6 +174,34 @@ def test_a_selector_without_statistics_falls_back(user):
     assert "Using gradient energy." not in user.updates["status"]["value"]
 
 
+def test_the_third_map_is_chosen(user, shapes):
+    user.act("take_example", "coffee")
+    inputs = shapes.preprocess(example_photographs()[1]).unsqueeze(0)
+    (energy,) = pg.heatmap(pg.Explainer(shapes.model, pg.GradientEnergy()).attribute(inputs))
+    assert np.abs(maps_on(user.show(comparison="energy"))[2] - tint(energy)).max() < 0.003
+    assert user.act("run")["fetched"].endswith("_with-energy.png")
+    assert len(maps_on(user.show(comparison="none"))) == 2
+    # Statistics came with the network before.
+    assert len(maps_on(user.show(comparison="class"))) == 2
+    assert (
+        "No third map: ParchGrad, class-wise (statistics) does not work with shapes." in user.updates["status"]["value"]
+    )
+    assert user.updates["comparison"]["value"] == "none"
+    assert "class" not in [value for _, value in user.updates["comparison"]["choices"]]
+
+
+def test_an_improbable_class_is_said(user, shapes):
+    user.act("take_example", "coffee")
+    probabilities = shapes.model(shapes.preprocess(example_photographs()[1]).unsqueeze(0)).softmax(dim=1)[0]
+    least, most = int(probabilities.argmin()), int(probabilities.argmax())
+    assert probabilities[least] < 0.05 < probabilities[most]
+    user.show()
+    for index, improbable in ((most, False), (least, True)):
+        page = user.show(**{"class": index})
+        assert ("pg-warning" in page) == improbable
+        assert (f"The network gives {shapes.categories[index]} " in page) == improbable
+
+
 def test_a_change_of_the_network_offers_its_lists(user):
     user.act("take_example", "coffee")
     lite0 = {"network": "efficientnet_lite0"}
@@ -198,6 +227,8 @@ def test_a_change_of_the_network_offers_its_lists(user):
         ({"selector": 3}, "`selector` is '3',"),
         ({"selector": "magic"}, "'magic'"),
         ({"method": "magic"}, "'magic'"),
+        ({"comparison": "magic"}, "'magic'"),
+        ({"comparison": None}, "`comparison` is 'None',"),
         ({"prune": False, "gamma": 400}, "`gamma` is 400,"),
         ({"quantile": "half"}, "`quantile` is half,"),
         ({"quantile": -1}, "`quantile` is -1,"),

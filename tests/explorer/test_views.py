@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from captum.attr import LayerGradCam
 from PIL import Image
 
 import parchgrad as pg
@@ -168,6 +169,60 @@ def test_a_class_rather_than_another_is_a_contrast(explorer, lite0, image, again
     assert f"  # espresso rather than {name}\n" in found.code
     stability = explorer.stability(image, view)
     assert stability == pytest.approx(float(of_library.stability(inputs, contrast)), rel=1e-9)
+
+
+@pytest.mark.parametrize("against", [None, 7])
+def test_the_third_map_is_that_of_the_library(explorer, networks, image, against):
+    classifier, target = networks["shapes"], 3 if against is None else pg.Contrast(target=3, against=against)
+    inputs = classifier.preprocess(example_photographs()[1]).unsqueeze(0)
+    last = [module for module in classifier.model.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    contrast = pg.ClassScore(target=3) if against is None else target
+    score = LayerGradCam(lambda inputs: contrast(classifier.model(inputs)), last)
+    coarse = score.attribute(inputs, relu_attributions=True).detach()
+    expected = {
+        "grad_cam": torch.nn.functional.interpolate(coarse, (64, 64), mode="bilinear")[0],
+        "smoothgrad": pg.Explainer(classifier.model, None, method="smoothgrad").attribute(inputs, target)[0],
+        "energy": pg.Explainer(classifier.model, pg.GradientEnergy()).attribute(inputs, target)[0],
+        None: None,
+    }
+    for comparison, wanted in expected.items():
+        # The settings of the selector itself do not reach the third map.
+        view = View(network="shapes", target=3, against=against, comparison=comparison, quantile=0.7, gates=2)
+        found = explorer.explore(image, view)
+        if comparison is None:
+            assert found.comparison is None
+            assert len(found.maps()) == 2
+            continue
+        same_map(found.comparison, wanted)
+        same_map(found.maps()[2], pg.heatmap(wanted.unsqueeze(0))[0])
+        given = run(found.code)
+        same_map(list(given["maps"].values())[2], found.maps()[2])
+
+
+@pytest.mark.parametrize("comparison", ["grad_cam", "integrated_gradients", "activation"])
+def test_the_third_maps_of_a_mosaic_are_scored(explorer, comparison, capsys):
+    images = [ImageSource(name) for name in EXAMPLES]
+    game = explorer.play(images, View(network="shapes", comparison=comparison))
+    given = run(game.code)
+    heats = game.maps()[2]
+    same_map(list(given["maps"].values())[2], heats)
+    for cell, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        heat = heats[cell].double()
+        own = heat[64 * row : 64 * (row + 1), 64 * column : 64 * (column + 1)].sum() / heat.sum()
+        assert game.shares()[2][cell] == pytest.approx(float(own), abs=1e-4, nan_ok=True)
+    assert f"{np.nanmean(game.shares()[2]):.2f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_grad_cam_is_not_offered_without_a_map_of_features(explorer, monkeypatch):
+    assert explorer.comparisons("shapes")[0] == "grad_cam"
+    patches = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 16, stride=16), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+    classifier = replace(pg.load_model("shapes"), model=patches.eval(), name="patches")
+    monkeypatch.setattr("parchgrad.explorer.views.load_model", lambda name: classifier)
+    fresh = Explorer()
+    assert fresh.comparisons("patches")[0] == "gradient"
+    with pytest.raises(LayerError, match="Grad-CAM needs a convolution after the patches"):
+        fresh.explore(ImageSource("cat"), View(network="patches", layers="all"))
+    assert len(fresh.explore(ImageSource("cat"), View(network="patches", layers="all", comparison=None)).maps()) == 2
 
 
 def test_a_sweep_has_the_maps_of_the_contrast(explorer):
@@ -370,6 +425,7 @@ def test_what_is_wrong_is_said(explorer, tmp_path):
         ({"quantile": 0.0}, SettingError),
         ({"gamma": math.nan}, SettingError),
         ({"method": "magic"}, SettingError),
+        ({"comparison": "magic"}, SettingError),
         ({"selector": "class"}, ParchGradError),
         ({"network": "shape"}, ParchGradError),
     ):

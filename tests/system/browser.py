@@ -128,6 +128,11 @@ class Page:
     def script(self, code, *values):
         return self.driver.execute_script(code, *values)
 
+    def emulate(self, width, height):
+        """Show the page as on a phone; a window cannot be that narrow."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
     def map(self):
         """The map with ParchGrad, as it is embedded."""
         return self.script("return document.querySelectorAll('#result .pg-map')[1]?.src")

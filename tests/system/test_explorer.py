@@ -256,6 +256,42 @@ def test_an_image_is_looked_at_in_a_browser(address, tmp_path):
 
 
 @needs_browser
+def test_maps_stay_in_view_on_a_phone(address):
+    from selenium.webdriver.common.keys import Keys
+
+    edges = "const box = document.querySelector(arguments[0]).getBoundingClientRect(); return [box.top, box.bottom]"
+    with browser() as driver:
+        page = Page(driver, address)
+        page.emulate(420, 800)
+        for setting in ("#selector", "#quantile", "#softness", "#gates", "#comparison"):
+            if setting == "#gates":
+                page.script("document.querySelector('#more button').click()")
+                page.one("#gates label")
+            page.script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", setting)
+            page.wait(lambda: abs(page.script(edges, "#shown")[0]) < 1)
+            bottom = page.script(edges, "#result .pg-map")[1]
+            top, end = page.script(edges, setting)
+            assert 0 < page.script(edges, "#result .pg-map")[0] < bottom < page.script(edges, "#shown")[1] < 400
+            assert bottom < top < end < 800
+        page.changes(lambda: page.one("#quantile input[type=range]").send_keys(Keys.ARROW_RIGHT))
+        assert driver.execute_script("return document.documentElement.scrollWidth") == 420
+        # All are there, the last one behind a swipe.
+        assert len(page.all("#result .pg-pictures > figure")) == 4
+        assert page.script(
+            "const row = document.querySelector('.pg-pictures'); return row.scrollWidth > row.clientWidth"
+        )
+
+
+@needs_browser
+def test_maps_and_settings_share_a_screen(address):
+    edges = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom"
+    with browser(width=1400, height=1000) as driver:
+        page = Page(driver, address)
+        for part in ("#result", "#comparison", "#quantile", "#softness", "#network", "#measure", "#more"):
+            assert 0 < page.script(edges, part) <= 920, part
+
+
+@needs_browser
 def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
@@ -272,7 +308,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
             places.append(page.script("return document.activeElement.closest('#page > *')?.id ?? ''"))
         # It goes round, and may begin anywhere: the page puts new parts into their places meanwhile.
         top = places.index("shown")
-        assert list(dict.fromkeys(filter(None, places[top:] + places[:top]))) == ["shown", "settings", "taken-away"]
+        assert list(dict.fromkeys(filter(None, places[top:] + places[:top]))) == ["shown", "settings", "of-maps"]
         next(tab for tab in page.all("[role=tab]") if "Mosaic" in tab.text).click()
         paths = []
         for name, image in zip(EXAMPLES, example_photographs(), strict=True):

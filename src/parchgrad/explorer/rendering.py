@@ -16,12 +16,11 @@ from parchgrad.models.classifier import Prediction
 from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual.maps import COLOUR_MAP, SIGNED_COLOUR_MAP
 from parchgrad.workflows.demonstration import example_photographs
-from parchgrad.workflows.photographs import UNSTABLE
+from parchgrad.workflows.photographs import IMPROBABLE, UNSTABLE
 
 __all__ = [
     "describe_layers",
     "describe_stability",
-    "is_improbable",
     "message",
     "mosaic_page",
     "plain_number",
@@ -33,18 +32,7 @@ __all__ = [
 
 # Mean cosine between maps from which noise hardly changes them.
 _STEADY = 0.9
-_IMPROBABLE = 0.05
 _PLACES = ("top left", "top right", "bottom left", "bottom right")
-
-
-def is_improbable(probability: float) -> bool:
-    """Whether a class is so improbable that a map of it may mislead: below 5 %.
-
-    Example:
-        >>> is_improbable(0.003), is_improbable(0.4)
-        (True, False)
-    """
-    return probability < _IMPROBABLE
 
 
 def single_page(found: Exploration) -> str:
@@ -175,7 +163,7 @@ def _mean_share(title: str, shares: Sequence[float]) -> dict[str, Any]:
 
 def _caution(targets: Sequence[Prediction]) -> str:
     """Sentence about explained classes that the network finds improbable; empty if there are none."""
-    named = [f"{item.category} {item.probability:.1%}" for item in targets if is_improbable(item.probability)]
+    named = [f"{item.category} {item.probability:.1%}" for item in targets if item.probability < IMPROBABLE]
     if not named:
         return ""
     return f"The network gives {', '.join(named)}: the map shows what changes its score, not that it is in the image."

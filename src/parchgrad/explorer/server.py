@@ -59,8 +59,7 @@ def serve(settings: WebSettings | None = None, *, open_browser: bool = False) ->
                 ssr_mode=False,
                 pwa=False,
                 mcp_server=False,
-                # Each session keeps its last page, about 5 MB for a mosaic.
-                state_session_capacity=200,
+                state_session_capacity=settings.max_sessions,
                 theme=_theme(),
                 css=style(),
                 app_kwargs={

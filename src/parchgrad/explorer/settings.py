@@ -29,6 +29,7 @@ class WebSettings:
             are refused.
         any_network: whether users may enter any network name, which may trigger downloads and use much memory.
         max_waiting: maximum number of waiting requests.
+        max_sessions: maximum number of visits whose state is kept: about 1 MB each, 5 MB for a mosaic.
         frame_ancestors: origins that may embed the page in a frame, such as `"https://huggingface.co"`.
 
     Raises:
@@ -44,6 +45,7 @@ class WebSettings:
     max_stored_megabytes: float = 2000
     any_network: bool = True
     max_waiting: int = 64
+    max_sessions: int = 200
     frame_ancestors: str = "'none'"
 
     def __post_init__(self) -> None:
