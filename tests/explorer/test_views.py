@@ -25,6 +25,7 @@ from parchgrad.errors import (
 from parchgrad.evaluation.localisation import mosaic
 from parchgrad.explain.methods import METHODS
 from parchgrad.explorer.inputs import EXAMPLES, ImageSource, View, check_image
+from parchgrad.explorer.settings import OwnNetwork
 from parchgrad.explorer.views import Explorer, _Recent
 from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual import blend, blend_signed
@@ -407,6 +408,25 @@ def test_statistics_of_a_file_serve_their_network(tmp_path):
     expected = pg.Explainer(shapes.model, selector).attribute(inputs, 4)[0]
     assert torch.equal(found.attribution, expected)
     assert "pg.ChannelStatistics.load('held.safetensors', classifier.model)" in found.code
+
+
+def test_a_network_of_ones_own_is_explored_and_loaded_by_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(3)
+    own = pg.load_model("shapes", pretrained=False, num_classes=2)
+    torch.save(own.model.state_dict(), "own.pth")
+    (tmp_path / "classes.txt").write_text("intact\ndefect")
+    options = {"weights": "own.pth", "classes": "classes.txt"}
+    classifier = pg.load_network("shapes", **options)
+    code = "pg.load_network('shapes', weights='own.pth', classes='classes.txt')"
+    explorer = Explorer(own=OwnNetwork(classifier, code), networks=1)
+    # The own network stays when others are loaded in between.
+    explorer.classifier("shapes")
+    found = explorer.explore(ImageSource("cat"), View(network="shapes-own", target=1))
+    assert found.target.category == "defect"
+    inputs = own.preprocess(example_photographs()[0]).unsqueeze(0)
+    assert torch.equal(found.attribution, pg.Explainer(own.model).attribute(inputs, 1)[0])
+    same_map(run(found.code)["attribution"][0], found.attribution)
 
 
 def test_what_is_wrong_is_said(explorer, tmp_path):

@@ -1,6 +1,5 @@
 """The command that serves the web explorer."""
 
-import logging
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -8,15 +7,23 @@ from typing import Annotated
 
 import typer
 
-from parchgrad.cli.shared import console, error_console, interrupted_by_signals
+from parchgrad.cli.shared import (
+    ClassesFile,
+    ModelName,
+    WeightsFile,
+    console,
+    error_console,
+    interrupted_by_signals,
+    load_classifier,
+)
 
 
 def explore(
     host: Annotated[str, typer.Option(help="Address to bind to; 0.0.0.0 allows other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 uses any free port.")] = 7860,
-    model: Annotated[
-        str, typer.Option(help="Initial network, a name from torchvision or timm, or 'hf-hub:OWNER/NAME'.")
-    ] = "efficientnet_lite0",
+    model: ModelName = "efficientnet_lite0",
+    weights: WeightsFile = None,
+    classes: ClassesFile = None,
     statistics: Annotated[
         Path | None,
         typer.Option(
@@ -34,13 +41,16 @@ def explore(
         with suppress(KeyboardInterrupt):
             with error_console.status("Starting"):
                 from parchgrad.explorer.server import serve
-                from parchgrad.explorer.settings import WebSettings, is_loopback
+                from parchgrad.explorer.settings import OwnNetwork, WebSettings, is_loopback
 
-                logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+                classifier = load_classifier(model, weights=weights, classes=classes)
+                files = {"weights": weights, "classes": classes}
+                options = "".join(f", {name}={str(file)!r}" for name, file in files.items() if file is not None)
                 settings = WebSettings(
                     host=host,
                     port=port,
-                    network=model,
+                    network=classifier.name,
+                    own=OwnNetwork(classifier, f"pg.load_network({model!r}{options})"),
                     statistics=statistics,
                     max_megabytes=max_megabytes,
                     max_megapixels=max_megapixels,

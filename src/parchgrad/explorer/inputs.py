@@ -233,11 +233,12 @@ class ImageSource:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A classifier with its statistics, and the name of their file unless they are bundled."""
+    """A classifier with its statistics, the name of their file unless they are bundled, and the code that loads it."""
 
     classifier: Classifier
     statistics: ChannelStatistics | None = None
     file: str | None = None
+    code: str = ""
 
     def prediction(self, index: int, probabilities: Tensor) -> Prediction:
         """Name a class and its probability, given those of all classes (K,)."""

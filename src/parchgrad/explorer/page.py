@@ -85,7 +85,7 @@ class _Page:
     def __init__(self, settings: WebSettings) -> None:
         statistics = {} if settings.statistics is None else {settings.network: settings.statistics}
         self._settings = settings
-        self._explorer = Explorer(statistics=statistics)
+        self._explorer = Explorer(statistics=statistics, own=settings.own)
         self._loading = Loading(self._explorer)
         # PyTorch keeps threads and memory for every thread that runs a network, and Gradio uses dozens.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")

@@ -6,12 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parchgrad.errors import SettingError
+from parchgrad.models.classifier import Classifier
 from parchgrad.models.loading import OFFLINE_MODEL, SHAPES_MODEL
 
-__all__ = ["WebSettings", "is_loopback"]
+__all__ = ["OwnNetwork", "WebSettings", "is_loopback"]
 
 # Pillow's own limit.
 _MOST_MEGAPIXELS = 178
+
+
+@dataclass(frozen=True, eq=False)
+class OwnNetwork:
+    """A network of the user's own.
+
+    Attributes:
+        classifier: the network; its name is that of the initial network.
+        code: Python expression that loads it, for snippets.
+    """
+
+    classifier: Classifier
+    code: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +36,7 @@ class WebSettings:
         host: address to bind to; other machines can connect unless it is a loopback address.
         port: port, below 65536; 0 uses any free port.
         network: network that is selected initially.
+        own: that network, if it is the user's own; None loads it by name.
         statistics: file of channel statistics of that network; None uses the bundled ones, if any.
         max_megabytes: size limit of an uploaded file; a mosaic may have four of that size.
         max_megapixels: size limit of an image, at most 178.
@@ -39,6 +54,7 @@ class WebSettings:
     host: str = "127.0.0.1"
     port: int = 7860
     network: str = OFFLINE_MODEL
+    own: OwnNetwork | None = None
     statistics: Path | None = None
     max_megabytes: float = 20
     max_megapixels: float = 50

@@ -99,7 +99,7 @@ def _imports(images: Sequence[ImageSource], view: View, *, visual: str | None = 
 
 def _explainers(network: Network, view: View) -> str:
     """Lines that load the network and make the explainers of the maps."""
-    lines = [f"classifier = pg.load_model({view.network!r})"]
+    lines = [f"classifier = {network.code}"]
     lines += [*_explainer(network, view, "explainer", "selector"), _plain("plain", view.method)]
     if view.comparison in METHODS:
         lines.append(_plain("comparison", view.comparison))

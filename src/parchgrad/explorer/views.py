@@ -36,6 +36,7 @@ from parchgrad.explain.heatmap import heatmap, signed_heatmap
 from parchgrad.explain.methods import METHODS
 from parchgrad.explain.scores import Contrast
 from parchgrad.explorer.inputs import CELLS, COLUMNS, GRAD_CAM, ROWS, ImageSource, Network, View
+from parchgrad.explorer.settings import OwnNetwork
 from parchgrad.explorer.snippet import mosaic_snippet, single_snippet
 from parchgrad.models.classifier import Classifier, Prediction, label_of, name_against
 from parchgrad.models.loading import load_model
@@ -189,6 +190,7 @@ class Explorer:
         self,
         *,
         statistics: Mapping[str, str | Path] | None = None,
+        own: OwnNetwork | None = None,
         networks: int = 3,
         megabytes: float = 64,
     ) -> None:
@@ -196,9 +198,11 @@ class Explorer:
 
         Args:
             statistics: file of channel statistics by network; other networks use bundled ones, if any.
+            own: network of the user's own.
             networks: maximum number of cached networks.
             megabytes: maximum memory for cached maps.
         """
+        self._own = own
         self._files = {name: Path(file) for name, file in (statistics or {}).items()}
         self._networks: _Recent[Network] = _Recent(networks, lambda network: 1)
         # Inputs and probabilities; maps with the names of the layers edited for them.
@@ -353,14 +357,18 @@ class Explorer:
         return self._networks.get(name, lambda: self._load(name))
 
     def _load(self, name: str) -> Network:
-        classifier = load_model(name)
+        own = self._own
+        if own is not None and name == own.classifier.name:
+            classifier, code = own.classifier, own.code
+        else:
+            classifier, code = load_model(name), f"pg.load_model({name!r})"
         file = self._files.get(name)
         if file is not None:
-            return Network(classifier, ChannelStatistics.load(file, classifier.model), file.name)
+            return Network(classifier, ChannelStatistics.load(file, classifier.model), file.name, code)
         try:
-            return Network(classifier, ChannelStatistics.bundled(name))
+            return Network(classifier, ChannelStatistics.bundled(name), code=code)
         except StatisticsError:
-            return Network(classifier)
+            return Network(classifier, code=code)
 
     def _inputs(self, network: Network, image: ImageSource) -> Tensor:
         classifier = network.classifier
