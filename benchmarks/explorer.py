@@ -218,7 +218,7 @@ class User:
         files = {"files": ("large.png", bytes(int((MEGABYTES + 0.2) * 2**20)), "image/png")}
         try:
             status = httpx.post(f"{self._url}/gradio_api/upload", files=files, timeout=60).status_code
-        except (httpx.WriteError, httpx.ReadError):
+        except (httpx.NetworkError, httpx.RemoteProtocolError):
             # The server may respond and close the connection before it has received everything.
             status = 413
         return "oversize refused" if status == 413 else f"WRONG: oversize answered by {status}"

@@ -41,6 +41,14 @@ def served(folder, *options):
                 process.kill()
 
 
+def show_request(config, user, **settings):
+    """A request of a new user for maps, given the configuration of the page, with other settings than the first."""
+    (show,) = [event for event in config["dependencies"] if event["api_name"] == "show"]
+    parts = {part["id"]: part["props"] for part in config["components"]}
+    values = [settings.get(parts[number].get("elem_id"), parts[number].get("value")) for number in show["inputs"]]
+    return {"fn_index": show["id"], "session_hash": user, "data": values}
+
+
 class User:
     """One session of the page, driven as its script would drive it."""
 

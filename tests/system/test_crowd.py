@@ -18,7 +18,7 @@ gradio_client = pytest.importorskip("gradio_client", reason="Gradio, of the extr
 
 from benchmarks import explorer as crowds  # noqa: E402  # it needs Gradio itself
 
-from tests.system.browser import Page, User, browser, needs_browser  # noqa: E402  # it needs Gradio too
+from tests.system.browser import Page, User, browser, needs_browser, show_request  # noqa: E402  # it needs Gradio too
 
 SECONDS = float(os.environ.get("PARCHGRAD_SOAK_SECONDS", "8"))
 
@@ -101,31 +101,13 @@ def test_a_network_that_takes_long_to_arrive_holds_up_nobody_else(url):
 
 
 def test_who_comes_to_a_full_queue_is_told(url):
-    shows = next(item for item in httpx.get(f"{url}/config").json()["dependencies"] if item["api_name"] == "show")
-    of_user = [None] * (len(shows["inputs"]) - 15)
+    config = httpx.get(f"{url}/config").json()
     user, refused = User(url), None
     with httpx.Client(timeout=30) as client:
         for number in range(400):
             # Each is some work, which nobody has asked for before.
-            settings = [
-                None,
-                "",
-                "energy",
-                "all",
-                0.1 + number / 1000,
-                0.5,
-                True,
-                1,
-                8,
-                True,
-                "smoothgrad",
-                "grad_cam",
-                False,
-                1,
-            ]
-            message = {"fn_index": shows["id"], "session_hash": f"user {number}"}
-            message["data"] = [*of_user, "shapes", *settings]
-            answer = client.post(f"{url}/gradio_api/queue/join", json=message)
+            request = show_request(config, f"user {number}", quantile=0.1 + number / 1000)
+            answer = client.post(f"{url}/gradio_api/queue/join", json=request)
             if answer.status_code != 200:
                 refused = answer
                 break

@@ -317,7 +317,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
         page.upload(paths[0], "#files")
         page.wait(lambda: "Add 3 more." in page.text("#game"))
         page.one("#take-examples").click()
-        page.wait(lambda: len(page.all("#game .pg-map")) == 8)
+        page.wait(lambda: len(page.all("#game .pg-map")) == 12)
         said = page.one("#game .pg-score").get_attribute("aria-label")
         plain, score, _, chance = (float(number) for number in re.findall(r"\d\.\d\d", said))
         assert chance == 0.25

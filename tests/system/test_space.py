@@ -16,7 +16,7 @@ from tests.support import ROOT, maps_on, wait_for
 
 pytest.importorskip("gradio", reason="Gradio, of the extra web, is not installed.")
 
-from tests.system.browser import User  # it needs Gradio too
+from tests.system.browser import User, show_request  # it needs Gradio too
 
 SPACE = ROOT / "space"
 
@@ -80,16 +80,11 @@ def test_the_demo_is_bounded_and_may_be_framed_by_its_site_alone(address):
     wait_for(lambda: httpx.post(f"{address}/gradio_api/upload", files=large, timeout=60).status_code == 413)
     policy = httpx.get(address).headers["content-security-policy"]
     assert policy.endswith("frame-ancestors https://huggingface.co")
-    shows = next(
-        event for event in httpx.get(f"{address}/config").json()["dependencies"] if event["api_name"] == "show"
-    )
-    answers = []
+    config, answers = httpx.get(f"{address}/config").json(), []
     for number in range(40):
         # Each is seconds of work.
-        settings = ["efficientnet_lite0", None, "", "energy", "all", 0.1 + number / 100, 0.5, True, 1, 8, True]
-        data = [None] * (len(shows["inputs"]) - 15) + [*settings, "smoothgrad", "none", False, 1]
-        message = {"fn_index": shows["id"], "session_hash": f"user {number}", "data": data}
-        answers.append(httpx.post(f"{address}/gradio_api/queue/join", json=message, timeout=60).status_code)
+        request = show_request(config, f"user {number}", method="smoothgrad", quantile=0.1 + number / 100)
+        answers.append(httpx.post(f"{address}/gradio_api/queue/join", json=request, timeout=60).status_code)
     assert answers.index(503) >= 20
     assert set(answers) == {200, 503}
 

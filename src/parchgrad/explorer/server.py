@@ -39,14 +39,15 @@ def serve(settings: WebSettings | None = None, *, open_browser: bool = False) ->
         ParchGradError: if the network cannot be loaded, or the statistics do not match it.
     """
     settings = settings or WebSettings()
-    port = _free_port(settings)
+    # Before the slow start; a free port is chosen only at its end, since another process could take it meanwhile.
+    _free_port(settings)
     with tempfile.TemporaryDirectory(prefix="parchgrad-", ignore_cleanup_errors=True) as folder, _files_in(folder):
         app = build_app(settings)
         largest_file = int(settings.max_megabytes * 2**20)
         try:
             _, url, _ = app.launch(
                 server_name=settings.host,
-                server_port=port,
+                server_port=_free_port(settings),
                 inbrowser=open_browser,
                 share=False,
                 prevent_thread_lock=True,
@@ -94,7 +95,7 @@ def _theme() -> gr.themes.Base:
 
 
 def _free_port(settings: WebSettings) -> int:
-    """Check the port, or find a free one, before the slow start."""
+    """Check the port, or find a free one."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
