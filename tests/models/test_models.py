@@ -82,6 +82,16 @@ def test_picture_undoes_the_normalisation(name):
     np.testing.assert_allclose(picture, np.broadcast_to(np.array([10, 120, 250]) / 255, (224, 224, 3)), atol=1e-6)
 
 
+def test_a_name_of_both_libraries_may_be_that_of_timm():
+    for name in ("convnext_tiny", "timm/convnext_tiny"):
+        found = pg.load_model(name, pretrained=False)
+        library = timm.models.ConvNeXt if name.startswith("timm/") else torchvision.models.ConvNeXt
+        assert isinstance(found.model, library)
+        assert (found.name, found.categories[967]) == (name, "espresso")
+    with pytest.raises(ModelError, match="timm/convnext_tinny"):
+        pg.load_model("timm/convnext_tinny", pretrained=False)
+
+
 def test_timm_models_by_name():
     classifier = pg.load_model("mobilenetv3_small_050", pretrained=False)
     assert isinstance(classifier.model, timm.models.MobileNetV3)

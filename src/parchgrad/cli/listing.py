@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from parchgrad.cli.shared import ClassesFile, ModelArgument, console, load_classifier, make_table, printable
 from parchgrad.errors import SettingError
@@ -12,7 +13,7 @@ def models(
     pattern: Annotated[str | None, typer.Argument(help="Pattern of names, such as 'resnet*'.")] = None,
 ) -> None:
     """List the available models; timm's only if a pattern is given."""
-    from parchgrad.models.loading import list_models
+    from parchgrad.models.loading import OFFLINE_MODEL, list_models
 
     entries = list_models(pattern or "*")
     if not entries:
@@ -21,7 +22,8 @@ def models(
     shown = [entry for entry in entries if pattern or entry.offline or entry.library != "timm"]
     table = make_table("name", "library", "weights")
     for entry in shown:
-        table.add_row(entry.name, entry.library, "installed" if entry.offline else "to be downloaded")
+        elsewhere = escape("pip install 'parchgrad[demo]'") if entry.name == OFFLINE_MODEL else "to be downloaded"
+        table.add_row(entry.name, entry.library, "installed" if entry.offline else elsewhere)
     console.print(table)
     if len(shown) < len(entries):
         hint = f"and {len(entries) - len(shown)} more from timm. Pass a pattern: parchgrad models 'convnext*'"

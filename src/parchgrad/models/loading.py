@@ -61,6 +61,7 @@ _IMAGENET_CATEGORIES = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["c
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # timm's prefix for names of repositories on the Hub.
 _HUB_PREFIX = "hf-hub:"
+_TIMM_PREFIX = "timm/"
 _HUB_PATIENCE = 5.0
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
@@ -86,12 +87,12 @@ def load_model(
     (B, K), so `predict` refuses them. The weights of all six are in this package.
 
     Any other name is looked up in torchvision, then in timm, and the weights are downloaded once; offline this fails
-    within seconds. A name such as `hf-hub:timm/resnet18.a1_in1k` loads a timm model of that repository on the Hugging
+    within seconds. `timm/NAME` is timm's where both have the name. A name such as `hf-hub:timm/resnet18.a1_in1k` loads a timm model of that repository on the Hugging
     Face Hub, with its own preprocessing and class names; only its safetensors file is read. Auxiliary heads, used only
     in training, are removed.
 
     Args:
-        name: a model name of torchvision or timm, `"efficientnet_lite0"`, one of `SHAPES_NETWORKS` or
+        name: a model name of torchvision or timm, `"timm/NAME"`, `"efficientnet_lite0"`, one of `SHAPES_NETWORKS` or
             `DENSE_NETWORKS`, or `"hf-hub:OWNER/NAME"`, optionally with `@REVISION`.
         pretrained: whether to load pretrained weights; False keeps random ones. A repository's `config.json` is needed
             in both cases.
@@ -142,7 +143,8 @@ def check_model_name(name: str) -> None:
         _repository(name)
         return
     of_torchvision = torchvision.models.list_models(torchvision.models)
-    if name == OFFLINE_MODEL or name in _PACKAGED or name in of_torchvision or timm.is_model(name):
+    is_timm = timm.is_model(name.removeprefix(_TIMM_PREFIX))
+    if name == OFFLINE_MODEL or name in _PACKAGED or name in of_torchvision or is_timm:
         return
     known = [*(entry.name for entry in list_models()), *DENSE_NETWORKS]
     if name in torchvision.models.list_models(torchvision.models.detection):
@@ -267,10 +269,11 @@ def _load_torchvision(name: str, sizes: Mapping[str, int], *, pretrained: bool, 
 
 
 def _load_timm(name: str, sizes: Mapping[str, int], *, pretrained: bool) -> Classifier:
+    architecture = name.removeprefix(_TIMM_PREFIX)
     if pretrained:
-        _check_registered(name)
+        _check_registered(architecture)
     try:
-        model = timm.create_model(name, pretrained=pretrained, **sizes)
+        model = timm.create_model(architecture, pretrained=pretrained, **sizes)
     except _LOADING_ERRORS as error:
         raise _not_fetched(name, error) from error
     return _timm_classifier(_with_classifier(model, name), name)
