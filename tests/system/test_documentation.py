@@ -351,7 +351,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_study():
     numbers = re.findall(r"\d\.\d{3}", rows)
     with (DOCS / "study" / "results.csv").open(encoding="utf-8") as file:
         measured = [f"{float(line['mean']):.3f}" for line in csv.DictReader(file) if line["mean"]]
-    assert len(numbers) > 35
+    assert len(numbers) > 30
     assert set(numbers) <= set(measured)
 
 

@@ -27,6 +27,7 @@ from parchgrad.cli.shared import (
     place_of,
     printable,
 )
+from parchgrad.errors import SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -220,8 +221,10 @@ def evaluate(
             shown.enter_context(error_console.status("Starting"))
         from parchgrad.workflows.evaluation import DATA_SETS, evaluate_all, read_settings
 
-        if data is not None and data not in DATA_SETS and root is None and (os.sep in data or os.path.isdir(data)):
-            # A folder by its path.
+        if data is not None and data not in DATA_SETS and root is None:
+            if not os.path.isdir(data):
+                known = ", ".join(name for name in DATA_SETS if name != "folder")
+                raise SettingError(f"--data is {data!r}, but there is no such folder. Check the path, or use {known}.")
             data, root = "folder" if annotations is None else "imagenet", data
         flags: dict[str, Any] = {
             "model": model,

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -25,7 +25,6 @@ from parchgrad.evaluation.grid_pointing import make_mosaics
 from parchgrad.evaluation.runs import TargetChoice, check_run_folder, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
-from parchgrad.explain.outputs import Logits
 from parchgrad.models.classifier import Classifier
 from parchgrad.models.own_networks import check_network_name, load_network
 from parchgrad.models.shapes_networks import SHAPES_NETWORKS
@@ -246,10 +245,6 @@ def evaluate_all(
         check_network_name(name)
     for name in settings.models:
         classifier = load_network(name, weights=settings.weights, classes=settings.classes)
-        if classifier.logits is not None:
-            # Evaluations call the model itself.
-            model = Logits(classifier.model, None, classifier.logits)
-            classifier = replace(classifier, model=model, logits=None)
         classifier.model.to(device)
         held, run = None, Path(folder) / safe_stem(classifier.name)
         if any(selector and find_selector(selector).needs_statistics for selector in settings.grid.selectors):
