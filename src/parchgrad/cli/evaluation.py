@@ -52,6 +52,13 @@ def complete_data(start: str) -> list[str]:
     return [name for name in known if name.startswith(start)]
 
 
+def complete_presets(start: str) -> list[str]:
+    """Complete the name of a preset."""
+    from parchgrad.workflows.presets import PRESETS
+
+    return [name for name in PRESETS if name.startswith(start)]
+
+
 def evaluate(
     settings: Annotated[
         Path | None, typer.Argument(help=r"TOML file with model, \[data], \[grid] and \[scores].")
@@ -61,6 +68,15 @@ def evaluate(
         typer.Option(
             help=f"{MODEL_HELP} Repeatable.",
             autocompletion=complete_models,
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Published protocol: paper, the grid of the ParchGrad paper on 500 random images. The file and the "
+            "options override its settings.",
+            autocompletion=complete_presets,
             rich_help_panel=_ASKED,
         ),
     ] = None,
@@ -76,7 +92,8 @@ def evaluate(
     ] = None,
     root: Annotated[str | None, typer.Option(help="Folder of the data set.", rich_help_panel=_ASKED)] = None,
     annotations: Annotated[
-        str | None, typer.Option(help="Folder of ILSVRC's XML files, for imagenet.", rich_help_panel=_ASKED)
+        str | None,
+        typer.Option("--boxes", help="Folder of ILSVRC's XML files, for imagenet.", rich_help_panel=_ASKED),
     ] = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="Number of images, chosen randomly.", rich_help_panel=_ASKED)
@@ -211,6 +228,8 @@ def evaluate(
 
     Run the same command again to resume; finished settings are skipped.
 
+    With --preset, the report of each run is written into its folder.
+
     Several processes share the images: torchrun --nproc-per-node=2 -m parchgrad evaluate ...
     """
     first = os.environ.get("RANK", "0") == "0"
@@ -220,8 +239,8 @@ def evaluate(
             shown.enter_context(error_console.status("Starting"))
         from parchgrad.workflows.evaluation import DATA_SETS, evaluate_all, read_settings
 
-        if data is not None and data not in DATA_SETS and root is None and (os.sep in data or os.path.isdir(data)):
-            # A folder by its path.
+        is_path = data is not None and (annotations is not None or os.sep in data or os.path.isdir(data))
+        if is_path and data not in DATA_SETS and root is None:
             data, root = "folder" if annotations is None else "imagenet", data
         flags: dict[str, Any] = {
             "model": model,
@@ -247,7 +266,7 @@ def evaluate(
             "batch_size": batch_size,
             "seed": seed,
         }
-        asked = read_settings(settings, flags)
+        asked = read_settings(settings, flags, preset=preset)
         place = place_of(device)
     try:
         # torch says on stdout what it downloads.
@@ -256,7 +275,11 @@ def evaluate(
     except KeyboardInterrupt:
         error_console.print("Stopped. Run the same command again to resume.", highlight=False)
         raise typer.Exit(130) from None
-    if first:
+    if preset is not None and os.environ.get("WORLD_SIZE", "1") == "1":
+        for run in runs:
+            # A report in the folder of its run belongs to the run.
+            report([run], out=run, force=True, score=None, confidence=0.95)
+    elif first:
         folders = " ".join(str(run) for run in runs)
         console.print(f"View the results with: parchgrad report {escape(folders)}", highlight=False, soft_wrap=True)
 

@@ -33,6 +33,7 @@ from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.collect import collect_statistics
 from parchgrad.statistics.processes import is_first_process
 from parchgrad.statistics.selectors import find_selector
+from parchgrad.workflows.presets import find_preset
 
 with needs_extra("evaluation"):
     from pydantic import TypeAdapter, ValidationError
@@ -155,7 +156,9 @@ def _check_seed(seed: int) -> None:
         raise SettingError(f"`seed` is {seed}, but it must be a whole number from 0 to 2**63 - 1.")
 
 
-def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> EvaluationSettings:
+def read_settings(
+    path: str | Path | None, overrides: Mapping[str, Any] | None = None, *, preset: str | None = None
+) -> EvaluationSettings:
     r"""Read an evaluation's settings from a TOML file.
 
     The file has the settings of `EvaluationSettings` at the top level (`model` is one name or several), and tables
@@ -166,10 +169,11 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None =
     Args:
         path: path of the file; None uses only the overrides.
         overrides: settings that override those of the file, in the same tables; None values override nothing.
+        preset: name in `PRESETS` whose settings the file and the overrides complete or override.
 
     Raises:
         InputError: if the file cannot be read or is not valid TOML.
-        SettingError: if a setting is unknown, missing, out of range, or of the wrong type.
+        SettingError: if a setting or preset is unknown, or a setting is missing, out of range, or of the wrong type.
 
     Example:
         >>> import tempfile
@@ -179,7 +183,8 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None =
         ...     read_settings(path, {"data": {"root": "pictures"}}).data.root
         'pictures'
     """
-    asked = _merged({} if path is None else _read_toml(path), overrides or {})
+    asked = _merged({} if preset is None else find_preset(preset), {} if path is None else _read_toml(path))
+    asked = _merged(asked, overrides or {})
     absent = [name for name in ("model", "data") if not asked.get(name)]
     if absent:
         place = "The evaluation" if path is None else repr(str(path))
