@@ -287,5 +287,5 @@ def test_the_context_leaves_signals_and_volumes_as_they_were(kind):
 @both
 def test_pictures_are_drawn_of_pictures_alone(kind):
     heat = pg.heatmap(batch(kind))[0]
-    with pytest.raises(InputError, match=r"`heat` has shape \(.*\)"):
+    with pytest.raises(InputError, match=r"has shape \(.*\)"):
         normalise(heat)

@@ -1,5 +1,6 @@
 """Soft gates and smooth strides against slow references; what comes of them in whole networks is in test_engine.py."""
 
+import copy
 import itertools
 import math
 
@@ -151,7 +152,7 @@ def derivative_by_hand(values, bounds, width):
 def weighted(call, dtype):
     """The call, with slopes per channel and a weight of its dtype where it is a module."""
     if isinstance(call, nn.PReLU):
-        call = call.to(dtype)
+        call = copy.deepcopy(call).to(dtype)
         if call.weight.numel() > 1:
             call.weight.data.copy_(SLOPES)
     return call
@@ -421,7 +422,7 @@ def first_of(output):
 @pytest.mark.parametrize("way", STRIDED)
 def test_every_strided_operation_keeps_its_values_and_sends_back_a_smooth_gradient(way):
     call, dimensions, strides = STRIDED[way]
-    call = call.double() if isinstance(call, nn.Module) else call
+    call = copy.deepcopy(call).double() if isinstance(call, nn.Module) else call
     leaf = torch.randn(2, 4, *[9] * dimensions, dtype=torch.float64, requires_grad=True)
     wanted = call(leaf)
     (plain,) = torch.autograd.grad(first_of(wanted).square().sum(), leaf)

@@ -23,7 +23,7 @@ from parchgrad.cli.statistics import stats
 from parchgrad.errors import ModelWarning, ParchGradError, SettingError, StatisticsWarning, reason_of
 
 app = typer.Typer(
-    help="Sharper saliency maps for convolutional networks, with honest evaluation.",
+    help="Saliency maps that show which part matters, for CNNs and vision transformers, with honest evaluation.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -87,9 +87,9 @@ def load_model(
     (B, K), so `predict` refuses them. The weights of all six are in this package.
 
     Any other name is looked up in torchvision, then in timm, and the weights are downloaded once; offline this fails
-    within seconds. `timm/NAME` is timm's where both have the name. A name such as `hf-hub:timm/resnet18.a1_in1k` loads a timm model of that repository on the Hugging
-    Face Hub, with its own preprocessing and class names; only its safetensors file is read. Auxiliary heads, used only
-    in training, are removed.
+    within seconds. `timm/NAME` is timm's where both have the name. A name such as `hf-hub:timm/resnet18.a1_in1k` loads
+    a timm model of that repository on the Hugging Face Hub, with its own preprocessing and class names; only its
+    safetensors file is read. Auxiliary heads, used only in training, are removed.
 
     Args:
         name: a model name of torchvision or timm, `"timm/NAME"`, `"efficientnet_lite0"`, one of `SHAPES_NETWORKS` or

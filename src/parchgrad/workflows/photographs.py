@@ -39,7 +39,7 @@ UNSTABLE = 0.5
 """Below this stability, imperceptible noise changes the map."""
 
 IMPROBABLE = 0.05
-"""Below this probability, or below chance, an explained class is called improbable."""
+"""Below this probability, or below half of chance, an explained class is called improbable."""
 
 MANIFEST_VERSION = 3
 _NOISE, _DRAWS = 0.001, 4
@@ -241,7 +241,7 @@ def explain_images(
         One explanation per image.
 
     Warns:
-        ModelWarning: if an explained class is improbable: below 5%, or below chance. Its map shows what the score
+        ModelWarning: if an explained class is improbable: below 5%, or half of chance. Its map shows what the score
             depends on, and looks as sharp as that of a class in the image, even with random weights.
 
     Raises:
@@ -336,7 +336,7 @@ def explain_images(
 
 def _caution(target: Prediction, classes: int) -> str | None:
     """Caution against the map of an improbable class."""
-    if target.probability >= max(IMPROBABLE, 1 / classes):
+    if target.probability >= max(IMPROBABLE, 0.5 / classes):
         return None
     return (
         f"Caution: {target.category} has a probability of only {100 * target.probability:.2g}%. The map shows what its "
