@@ -8,13 +8,11 @@ from parchgrad.data.shapes import GeneratedShapes
 from parchgrad.errors import SettingError
 from parchgrad.evaluation.leaderboard import (
     DEFAULT,
-    LEADERBOARD_SCORES,
     leaderboard_methods,
     methods_that_fit,
     occlusion,
     vargrad,
 )
-from parchgrad.evaluation.scores import FAMILIES
 
 # Captum's, on its backward hooks.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting (forward, )?backward hooks:UserWarning")
@@ -92,10 +90,6 @@ def test_a_method_that_raises_or_is_not_finite_is_left_out_with_the_reason(shape
     assert not fitting
     assert list(left_out) == list(methods)
     assert left_out["raises"] == "it needs another network"
-
-
-def test_the_scores_are_all_there_are():
-    assert set(LEADERBOARD_SCORES.families) == set(FAMILIES)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from parchgrad.core.selectors import GradientEnergy
 from parchgrad.errors import reason_of
 from parchgrad.evaluation.methods import Method, grad_cam, maps_of, random_map
 from parchgrad.evaluation.report import BASELINE
-from parchgrad.evaluation.scores import ScoreSettings
+from parchgrad.evaluation.scores import FAMILIES, ScoreSettings
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap
 from parchgrad.explain.stability import noisy_copies
@@ -39,13 +39,13 @@ DEFAULT = "ParchGrad"
 """Title of `Explainer(model)`, which the leaderboard compares the others with."""
 
 LEADERBOARD_SCORES = ScoreSettings(
-    families=("perturbation", "insertion", "localisation", "sparsity", "sensitivity", "randomisation", "stability"),
+    families=FAMILIES,
     steps=10,
     samples=5,
     randomised=(0.1, 1.0),
     noise_draws=1,
 )
-"""All scores, with as few passes as keep the ranks."""
+"""Settings that compute all scores, in fewer passes than by default."""
 
 
 def leaderboard_methods(
