@@ -113,8 +113,8 @@ def evaluate(
     scores: Annotated[
         list[str] | None,
         typer.Option(
-            help="Scores: perturbation, insertion, localisation, sparsity, sensitivity, randomisation or stability; "
-            "repeatable.",
+            help="Scores: perturbation, insertion, relevance_gain, localisation, sparsity, sensitivity, randomisation, "
+            "class_similarity or stability; repeatable.",
             rich_help_panel=_ASKED,
         ),
     ] = None,
