@@ -1,6 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
+from parchgrad.cli.evaluation import complete_presets
 from parchgrad.errors import SettingError
+from parchgrad.evaluation.leaderboard import LEADERBOARD_SCORES
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
 from parchgrad.workflows.evaluation import DataSettings, read_settings
@@ -27,6 +31,12 @@ def test_the_paper_is_its_grid_on_500_images():
     assert {(setting.gates, setting.antialias, setting.balance) for setting in edits} == {(0.0, False, False)}
 
 
+def test_the_leaderboard_has_its_methods_and_scores_on_100_images():
+    found = read_settings(None, {**GIVEN, "scores": {"steps": 5}}, preset="leaderboard")
+    assert (found.compare, found.data.count) == ("leaderboard", 100)
+    assert found.scores == replace(LEADERBOARD_SCORES, steps=5)
+
+
 def test_a_file_goes_before_the_preset_and_overrides_before_both(tmp_path):
     path = tmp_path / "study.toml"
     path.write_text('[data]\ncount = 60\n[grid]\nquantiles = 0.2\nlayers = "all"\n')
@@ -40,4 +50,5 @@ def test_a_file_goes_before_the_preset_and_overrides_before_both(tmp_path):
 def test_an_unknown_preset_is_said():
     with pytest.raises(SettingError, match=r"`preset` is 'papers'.* paper"):
         read_settings(None, GIVEN, preset="papers")
-    assert all(find_preset(name) is PRESETS[name] for name in PRESETS)
+    assert complete_presets("") == list(PRESETS)
+    assert complete_presets("pa") == ["paper"]

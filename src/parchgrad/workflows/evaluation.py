@@ -20,8 +20,18 @@ from parchgrad.data.imagenet import BoxedFolder
 from parchgrad.data.perturbed import Blur, Jigsaw
 from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import SHAPE_CATEGORIES, GeneratedShapes
-from parchgrad.errors import ImageError, InputError, SettingError, StatisticsWarning, reason_of
+from parchgrad.errors import (
+    ImageError,
+    InputError,
+    ModelWarning,
+    SettingError,
+    StatisticsError,
+    StatisticsWarning,
+    reason_of,
+    warn,
+)
 from parchgrad.evaluation.grid_pointing import make_mosaics
+from parchgrad.evaluation.leaderboard import MakeMethod, leaderboard_methods, methods_that_fit
 from parchgrad.evaluation.runs import TargetChoice, check_run_folder, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
@@ -113,11 +123,13 @@ class EvaluationSettings:
     Attributes:
         models: names of the models; see `load_network`.
         data: the images.
+        compare: what to compare: the settings of the `"grid"`, or the methods of the `"leaderboard"` that fit the
+            model; see `leaderboard_methods`.
         grid: the settings to compare.
         scores: the scores and their settings.
         target: class to explain, `"label"` or `"predicted"`.
-        statistics: channel statistics for the selectors that need them: a file, or labelled images from which they are
-            collected for each model on first use; None uses bundled ones.
+        statistics: channel statistics for the selectors and methods that need them: a file, or labelled images from
+            which they are collected for each model on first use; None uses bundled ones.
         batch_size: number of images that are loaded and scored together, at least 1.
         seed: random seed of random maps and random channels.
         weights: file of the weights of a single model; see `load_network`.
@@ -126,6 +138,7 @@ class EvaluationSettings:
 
     models: tuple[str, ...]
     data: DataSettings
+    compare: Literal["grid", "leaderboard"] = "grid"
     grid: Grid = field(default_factory=Grid)
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     target: TargetChoice = "label"
@@ -246,7 +259,7 @@ def evaluate_all(
         ParchGradError: if models, data and settings do not match; see `evaluate`.
     """
     # Invalid settings and names must fail before anything slow starts.
-    compared, runs = settings.grid.settings(), []
+    compared, runs = settings.grid.settings() if settings.compare == "grid" else (), []
     for name in settings.models:
         check_network_name(name)
     for name in settings.models:
@@ -256,18 +269,22 @@ def evaluate_all(
             model = Logits(classifier.model, None, classifier.logits)
             classifier = replace(classifier, model=model, logits=None)
         classifier.model.to(device)
-        held, run = None, Path(folder) / safe_stem(classifier.name)
-        if any(selector and find_selector(selector).needs_statistics for selector in settings.grid.selectors):
-            with warnings.catch_warnings():
-                # They would repeat for each layer and process.
-                warnings.simplefilter("ignore", StatisticsWarning)
-                held = _statistics_for(classifier, settings, run, on_progress)
+        run = Path(folder) / safe_stem(classifier.name)
+        with warnings.catch_warnings():
+            # They would repeat for each layer and process.
+            warnings.simplefilter("ignore", StatisticsWarning)
+            held = _statistics_for(classifier, settings, run, on_progress)
+        images = open_data(settings.data, classifier, labelled=settings.target == "label")
+        methods = None
+        if settings.compare == "leaderboard":
+            methods = _leaderboard(classifier, images, statistics=held, seed=settings.seed)
         evaluate(
             classifier.model,
-            open_data(settings.data, classifier, labelled=settings.target == "label"),
+            images,
             compared,
             run,
             name=classifier.name,
+            methods=methods,
             scores=settings.scores,
             target=settings.target,
             statistics=held,
@@ -285,10 +302,19 @@ def _statistics_for(
     settings: EvaluationSettings,
     run: Path,
     on_progress: Callable[[str, int, int | None], None] | None,
-) -> ChannelStatistics:
-    """Load the statistics that the settings name, or collect them into the run's folder."""
+) -> ChannelStatistics | None:
+    """Load the statistics that the settings name, or collect them into the run's folder; None if none are needed."""
+    named = (find_selector(selector) for selector in settings.grid.selectors if selector is not None)
+    if settings.compare == "grid" and not any(selector.needs_statistics for selector in named):
+        return None
     if settings.statistics is None:
-        found = ChannelStatistics.bundled(classifier.name)
+        try:
+            found = ChannelStatistics.bundled(classifier.name)
+        except StatisticsError:
+            # The leaderboard then leaves the published method out.
+            if settings.compare == "leaderboard":
+                return None
+            raise
     elif isinstance(settings.statistics, str):
         found = ChannelStatistics.load(settings.statistics)
     else:
@@ -299,6 +325,22 @@ def _statistics_for(
         with locked(path) if is_first_process() else nullcontext():
             found = _collected(classifier, settings, images, path, on_progress)
     found.check_model(classifier.model)
+    return found
+
+
+def _leaderboard(
+    classifier: Classifier, images: Samples, *, statistics: ChannelStatistics | None, seed: int
+) -> dict[str, MakeMethod]:
+    """The methods of the leaderboard that fit a model, with a warning that names the others."""
+    model = classifier.model
+    first = images[0].image.unsqueeze(0).to(next(model.parameters()))
+    methods = leaderboard_methods(model, statistics=statistics, seed=seed)
+    with torch.no_grad():
+        predicted = model(first).argmax(dim=1)
+    found, left_out = methods_that_fit(model, methods, first, predicted)
+    if left_out:
+        reasons = "; ".join(f"{title} ({reason})" for title, reason in left_out.items())
+        warn(f"Methods that do not fit {classifier.name} are left out: {reasons}.", ModelWarning)
     return found
 
 

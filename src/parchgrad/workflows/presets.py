@@ -1,10 +1,12 @@
 """Published protocols as settings of an evaluation."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
 from parchgrad.errors import SettingError
+from parchgrad.evaluation.leaderboard import LEADERBOARD_SCORES
 
 __all__ = ["PRESETS", "find_preset"]
 
@@ -24,12 +26,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             },
             "scores": {"families": ["perturbation", "localisation"]},
         },
+        "leaderboard": {
+            "data": {"count": 100},
+            "compare": "leaderboard",
+            "scores": asdict(LEADERBOARD_SCORES),
+        },
     }
 )
 """Presets by name, with the tables of a settings file.
 
 `"paper"` is the grid of Park, Jeon, Choi (2023), "Partitioned Channel Gradient for Reliable Input Attribution",
-on 500 random images.
+on 500 random images; `"leaderboard"` has the methods of `leaderboard_methods` and all scores on 100 random images.
 """
 
 
