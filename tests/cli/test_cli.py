@@ -713,7 +713,7 @@ def test_an_evaluation_by_flags_is_that_of_a_file(capsys, tmp_path, monkeypatch)
     )
     flags = shlex.split(
         "--model shapes --model resnet18 --target predicted --statistics held --batch-size 2 --seed 5 "
-        "--data imagenet --root photos --annotations boxes --count 9 --mosaics 4 "
+        "--data imagenet --root photos --boxes boxes --count 9 --mosaics 4 "
         "--method smoothgrad --method Saliency --selector none --selector class --quantile 0.2 --quantile 0.3 "
         "--layers all --layers 0.5 --layers conv1 --layers layer3.*,layer4.* --gamma inf --gamma 2 "
         "--conserve exact --conserve none --softness 0 --softness 0.5 --gates 0 --gates 2 --antialias --no-antialias "

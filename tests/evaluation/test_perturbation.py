@@ -15,6 +15,7 @@ from parchgrad.evaluation.perturbation import (
     accuracy,
     area_under_curve,
     deletion,
+    even_steps,
     fractional_difference,
     insertion,
     log_odds,
@@ -23,6 +24,7 @@ from parchgrad.evaluation.perturbation import (
     rank_pixels,
     replacement_images,
     respond,
+    symmetric_relevance_gain,
 )
 
 RATIOS = (0.0, 0.13, 0.5, 1.0)
@@ -85,6 +87,31 @@ def test_every_score_agrees_with_a_slow_second_implementation(network, order, re
     np.testing.assert_array_equal(accuracy(found), expected[:, 1:].argmax(2) == target.numpy()[:, None])
     area = [trapezoid(row[1:], RATIOS) for row in of_target]
     np.testing.assert_allclose(area_under_curve(found), area, **close)
+
+
+@pytest.mark.parametrize("replacement", ["zero", "mean"])
+def test_the_relevance_gain_agrees_with_a_slow_second_implementation(network, replacement):
+    images, heat = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.randint(0, 5, (2, 8, 8)).double()
+    target, ratios = torch.tensor([1, 3]), even_steps(4)
+    curves = {
+        order: respond(network, images, target, heat, order=order, ratios=ratios, replacement=replacement)
+        for order in ("morf", "lerf")
+    }
+    found = symmetric_relevance_gain(**curves)
+    for row in range(2):
+        kept, lost = (
+            slowly(network, images, target, heat, order=order, ratios=ratios, replacement=replacement, seed=0)[
+                row, 1:, target[row]
+            ]
+            for order in ("lerf", "morf")
+        )
+        # By hand: five points, of which the inner three count twice.
+        area = [(curve[0] + 2 * sum(curve[1:4]) + curve[4]) / 8 for curve in (kept, lost)]
+        assert found[row].item() == pytest.approx(area[0] - area[1], rel=1e-9)
+    assert torch.equal(symmetric_relevance_gain(curves["lerf"], curves["morf"]), -found)
+    other = respond(network, images, target, heat, ratios=(0.0, 1.0))
+    with pytest.raises(SettingError, match="ratios"):
+        symmetric_relevance_gain(other, curves["lerf"])
 
 
 def test_a_linear_model_by_hand():

@@ -12,6 +12,7 @@ import parchgrad as pg
 from parchgrad.errors import InputError, LayerError, SettingError
 from parchgrad.evaluation.methods import maps_of, random_channels, random_map
 from parchgrad.evaluation.sanity import (
+    class_similarity,
     max_sensitivity,
     parameter_randomisation,
     randomised_models,
@@ -226,3 +227,37 @@ def test_max_sensitivity_of_a_single_image_gives_every_copy_its_class(network):
     both = max_sensitivity(method, images, target, samples=3)
     alone = [max_sensitivity(method, images[row : row + 1], target[row : row + 1], samples=3) for row in range(2)]
     torch.testing.assert_close(torch.cat(alone), both)
+
+
+def test_class_similarity_compares_with_one_other_class_for_all_images():
+    maps = torch.rand(5, 6, 7)
+    images, target = torch.zeros(3, 1, 6, 7), torch.tensor([0, 4, 2])
+    found = {}
+    for seed in range(20):
+        values = class_similarity(lambda _, classes: maps[classes], images, target, maps[target], classes=5, seed=seed)
+        by_step = [
+            [stats.spearmanr(maps[k].flatten(), maps[(k + step) % 5].flatten()).statistic for k in target.tolist()]
+            for step in range(5)
+        ]
+        fitting = [step for step in range(5) if np.allclose(values, by_step[step])]
+        assert len(fitting) == 1
+        found[fitting[0]] = values
+    # Every other class, but never the same one.
+    assert set(found) == {1, 2, 3, 4}
+    with pytest.raises(SettingError, match="classes"):
+        class_similarity(lambda images, target: images[:, 0], images, target, maps[target], classes=1)
+
+
+def test_max_sensitivity_agrees_with_a_loop_over_the_same_noise():
+    images, target = torch.rand(2, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 1])
+
+    def method(images, target):
+        return images[:, 0] ** 2 + target.reshape(-1, 1, 1)
+
+    found = max_sensitivity(method, images, target, radius=0.1, samples=3, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    noise = [0.1 * (2 * torch.rand(1, 1, 4, 4, generator=generator, dtype=torch.float64) - 1) for _ in range(3)]
+    for row in range(2):
+        clean = method(images[row : row + 1], target[row : row + 1])
+        changes = [method(images[row : row + 1] + each, target[row : row + 1]) - clean for each in noise]
+        assert found[row].item() == pytest.approx(max(float(each.norm() / clean.norm()) for each in changes))

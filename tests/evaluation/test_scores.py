@@ -7,7 +7,7 @@ import parchgrad as pg
 from parchgrad.errors import SettingError
 from parchgrad.evaluation import localisation, perturbation
 from parchgrad.evaluation.methods import maps_of
-from parchgrad.evaluation.sanity import max_sensitivity, parameter_randomisation
+from parchgrad.evaluation.sanity import class_similarity, max_sensitivity, parameter_randomisation
 from parchgrad.evaluation.scores import FAMILIES, SCORES, ScoreSettings, at_ratio, score_maps
 from parchgrad.evaluation.stability import stability
 
@@ -61,6 +61,13 @@ def test_scores_are_what_their_functions_say(scored):
     torch.testing.assert_close(found["fractional_difference_lerf"], perturbation.fractional_difference(lerf).mean(1))
     torch.testing.assert_close(found["insertion"], perturbation.insertion(network, images, target, heat, steps=3))
     torch.testing.assert_close(found["deletion"], perturbation.deletion(network, images, target, heat, steps=3))
+    for replacement in ("zero", "blur"):
+        options = {"ratios": (0, 1 / 3, 2 / 3, 1), "replacement": replacement, "seed": 5}
+        kept, lost = (
+            perturbation.respond(network, images, target, heat, order=order, **options) for order in ("lerf", "morf")
+        )
+        gain = perturbation.area_under_curve(kept) - perturbation.area_under_curve(lost)
+        torch.testing.assert_close(found[f"srg_{replacement}"], gain)
     regions = torch.stack((region, region, ~region))
     for name, expected in (
         ("mass_inside", localisation.mass_inside(heat, regions)),
@@ -80,6 +87,9 @@ def test_scores_are_what_their_functions_say(scored):
     torch.testing.assert_close(found["randomisation_spearman"], (first + third) / 2)
     alike = (steps[0].structural_similarity + steps[4].structural_similarity) / 2
     torch.testing.assert_close(found["randomisation_similarity@0.25"], alike)
+    classes = network(images).shape[1]
+    alike = class_similarity(method, images, target, heat, classes=classes, seed=5)
+    torch.testing.assert_close(found["class_similarity"], alike)
     steady = stability(method, images, target, noises=(0.25, 0.75), draws=3, seed=5)
     for name in ("cosine", "spearman", "norm_ratio"):
         values = getattr(steady, name)

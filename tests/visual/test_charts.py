@@ -20,6 +20,8 @@ from parchgrad.visual.charts import (
     scatter_chart,
 )
 
+LONG = "integrated gradients with Instance-wise, quantile 0.05, upper 0.3 of the layers, conserve independent"
+
 
 def drawn(figure):
     held = io.BytesIO()
@@ -86,6 +88,9 @@ def test_nothing_touches_the_edge_and_the_paper_is_transparent(theme):
 
 def test_the_text_of_a_chart_on_a_phone_is_at_least_eleven_pixels_high():
     labels = [f"random channels, as Gradient energy, quantile 0.{number}" for number in range(9)]
+    labels.append(
+        "integrated gradients with Instance-wise, quantile 0.05, upper 0.3 of the layers, conserve independent"
+    )
     for figure in (
         curve_chart([Curve(label=name, x=[0, 1], y=[0, 1]) for name in labels], x_label="share", y_label="drop"),
         interval_chart(
@@ -103,6 +108,18 @@ def test_the_text_of_a_chart_on_a_phone_is_at_least_eleven_pixels_high():
         assert all(left.x1 < right.x0 for left, right in itertools.pairwise(visible))
         widest = max(text.get_window_extent().x1 for text in texts)
         assert widest <= figure.bbox.x1
+        shown = {" ".join(text.get_text().split()) for text in texts}
+        assert shown >= set(labels)
+
+
+def test_a_label_of_several_lines_stays_clear_of_the_interval_above():
+    intervals = [Interval(label=LONG, middle=0, low=-1, high=1, verdict="open") for _ in range(4)]
+    figure = interval_chart(intervals, x_label="difference")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    for text, bar in zip(axes.texts[1:], axes.lines[::2], strict=False):
+        assert text.get_text().count("\n") == 1
+        assert text.get_window_extent().y1 < bar.get_window_extent().y0
 
 
 def test_charts_of_nothing_are_refused():

@@ -16,7 +16,7 @@ from parchgrad.data.folders import PhotographFolder
 from parchgrad.data.images import read_image
 from parchgrad.data.preprocessing import Preprocessing
 from parchgrad.data.samples import DrawnSamples
-from parchgrad.errors import ImageError, InputError, ModelError, OutputError, SettingError
+from parchgrad.errors import ImageError, InputError, ModelError, ModelWarning, OutputError, SettingError
 from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples
 from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.runs import evaluate
@@ -400,6 +400,42 @@ def test_statistics_are_not_collected_for_a_folder_that_would_be_refused(tmp_pat
     with pytest.raises(OutputError, match=r"statistics.safetensors' already exists"):
         evaluate_all(asked, tmp_path / "out")
     assert (run / "statistics.safetensors").read_text() == "meanwhile"
+
+
+# Captum announces the hooks of guided backpropagation and DeepLift.
+@pytest.mark.filterwarnings("ignore:Setting (backward|forward)")
+def test_the_leaderboard_compares_the_methods_that_fit_and_names_the_others(tmp_path, photographs, classifier):
+    statistics = random_statistics({"0": 6, "2": 6})
+    statistics.save(tmp_path / "held.safetensors")
+    asked = EvaluationSettings(
+        models=("small",),
+        data=DataSettings(name="folder", root=str(photographs), count=3),
+        compare="leaderboard",
+        scores=ScoreSettings(families=("sparsity",)),
+        statistics=str(tmp_path / "held.safetensors"),
+    )
+    with pytest.warns(ModelWarning, match=r"small are left out: .*balance \(it equals the plain gradient"):
+        (run,) = evaluate_all(asked, tmp_path / "out")
+    rows = read_rows(run)
+    images = open_data(asked.data, classifier)
+    published = pg.ClassWise(statistics, quantile=0.1, softness=0)
+    explainers = {
+        "gradient": pg.Explainer(classifier.model, None),
+        "ParchGrad": pg.Explainer(classifier.model),
+        "ParchGrad, published": pg.Explainer(classifier.model, published, conserve="independent"),
+    }
+    assert {row["setting"] for row in rows} > {*explainers, "Grad-CAM", "occlusion", "random map"}
+    for title, explainer in explainers.items():
+        own = [row for row in rows if row["setting"] == title]
+        assert len(own) == 3
+        for row in own:
+            sample = images[row["index"]]
+            heat = pg.heatmap(explainer.attribute(sample.image.unsqueeze(0), sample.label))
+            assert row["gini"] == pytest.approx(gini(heat).item(), rel=1e-4, nan_ok=True)
+    # Without statistics of its own, a network has all but the published method.
+    with pytest.warns(ModelWarning, match="left out"):
+        (other,) = evaluate_all(replace(asked, statistics=None), tmp_path / "other")
+    assert {row["setting"] for row in rows} - {row["setting"] for row in read_rows(other)} == {"ParchGrad, published"}
 
 
 def test_every_model_is_known_before_the_first_is_evaluated(tmp_path):

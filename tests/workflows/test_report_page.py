@@ -16,7 +16,7 @@ from parchgrad.evaluation.examples import EXAMPLES_FILE, Examples, choose_exampl
 from parchgrad.evaluation.report import markdown_table, summarise
 from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.settings import Setting
-from parchgrad.visual.charts import curve_chart
+from parchgrad.visual.charts import Curve, curve_chart
 from parchgrad.visual.maps import paint
 from parchgrad.workflows.report_page import make_report
 
@@ -189,6 +189,37 @@ def test_softness_and_gates_are_swept_with_all_else_kept(tmp_path, monkeypatch):
         ("Gradient energy, softness 0.5, smooth strides, balance", [0.0, 1.0, 2.0]),
         ("Random channels", [0.0, 2.0]),
     ]
+
+
+def test_charts_of_many_settings_show_the_best_and_tables_all(tmp_path, monkeypatch):
+    drawn = {}
+
+    def chart(kind):
+        def draw(found, **labels):
+            drawn.setdefault(kind, []).append(found)
+            return curve_chart([Curve(label="", x=[0, 1], y=[0, 1])], x_label="", y_label="")
+
+        return draw
+
+    for kind in ("curve_chart", "interval_chart", "scatter_chart"):
+        monkeypatch.setattr(f"parchgrad.workflows.report_page.{kind}", chart(kind))
+    quantiles = [round(0.01 * number, 2) for number in range(1, 31)]
+    settings = [Setting()]
+    for selector, layers in (("energy", 0.5), ("energy", "all"), ("random", "all")):
+        settings += [Setting(selector=selector, quantile=quantile, layers=layers) for quantile in quantiles]
+    report = make_report([write_run(tmp_path / "run", settings=settings)])
+    page = report.save(tmp_path / "report").read_text()
+    # The score grows from setting to setting, and controls come last.
+    edits = [setting.title for setting in reversed(settings) if setting.selector == "energy"]
+    best = [report.labels[0].names[title] for title in edits]
+    assert [found.label for found in drawn["interval_chart"][0]] == best[:19]
+    assert list(drawn["scatter_chart"][0]) == ["plain gradient", *best[:19]]
+    curves, by_quantile, by_layers = drawn["curve_chart"][0], *drawn["curve_chart"][2:6:2]
+    assert [curve.label for curve in curves if not curve.dashed] == ["plain gradient", *best[:6]]
+    assert len(by_quantile) == 3
+    assert [curve.label for curve in by_layers] == [f"Gradient energy, quantile {0.3 - 0.01 * n:g}" for n in range(7)]
+    assert "the 19 other settings with the best AOPC" in page
+    assert all(page.count(f">{name}<") >= 1 for name in best)
 
 
 def test_rows_of_an_earlier_release_are_reported(tmp_path):

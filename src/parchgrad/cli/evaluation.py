@@ -53,6 +53,12 @@ def complete_data(start: str) -> list[str]:
     return [name for name in known if name.startswith(start)]
 
 
+def complete_presets(start: str) -> list[str]:
+    """Complete the name of a preset."""
+    # Known before the slow imports.
+    return [name for name in ("paper", "leaderboard") if name.startswith(start)]
+
+
 def evaluate(
     settings: Annotated[
         Path | None, typer.Argument(help=r"TOML file with model, \[data], \[grid] and \[scores].")
@@ -62,6 +68,15 @@ def evaluate(
         typer.Option(
             help=f"{MODEL_HELP} Repeatable.",
             autocompletion=complete_models,
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Protocol: paper (the grid of the ParchGrad paper, 500 random images), or leaderboard (this package "
+            "and other methods by all scores, 100 random images). The file and the options override its settings.",
+            autocompletion=complete_presets,
             rich_help_panel=_ASKED,
         ),
     ] = None,
@@ -77,7 +92,8 @@ def evaluate(
     ] = None,
     root: Annotated[str | None, typer.Option(help="Folder of the data set.", rich_help_panel=_ASKED)] = None,
     annotations: Annotated[
-        str | None, typer.Option(help="Folder of ILSVRC's XML files, for imagenet.", rich_help_panel=_ASKED)
+        str | None,
+        typer.Option("--boxes", help="Folder of ILSVRC's XML files, for imagenet.", rich_help_panel=_ASKED),
     ] = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="Number of images, chosen randomly.", rich_help_panel=_ASKED)
@@ -97,8 +113,8 @@ def evaluate(
     scores: Annotated[
         list[str] | None,
         typer.Option(
-            help="Scores: perturbation, insertion, localisation, sparsity, sensitivity, randomisation or stability; "
-            "repeatable.",
+            help="Scores: perturbation, insertion, relevance_gain, localisation, sparsity, sensitivity, randomisation, "
+            "class_similarity or stability; repeatable.",
             rich_help_panel=_ASKED,
         ),
     ] = None,
@@ -212,6 +228,8 @@ def evaluate(
 
     Run the same command again to resume; finished settings are skipped.
 
+    With --preset, the report of each run is written into its folder.
+
     Several processes share the images: torchrun --nproc-per-node=2 -m parchgrad evaluate ...
     """
     first = os.environ.get("RANK", "0") == "0"
@@ -250,7 +268,7 @@ def evaluate(
             "batch_size": batch_size,
             "seed": seed,
         }
-        asked = read_settings(settings, flags)
+        asked = read_settings(settings, flags, preset=preset)
         place = place_of(device)
     try:
         # torch says on stdout what it downloads.
@@ -259,7 +277,11 @@ def evaluate(
     except KeyboardInterrupt:
         error_console.print("Stopped. Run the same command again to resume.", highlight=False)
         raise typer.Exit(130) from None
-    if first:
+    if preset is not None and os.environ.get("WORLD_SIZE", "1") == "1":
+        for run in runs:
+            # A report in the folder of its run belongs to the run.
+            report([run], out=run, force=True, score=None, confidence=0.95)
+    elif first:
         folders = " ".join(str(run) for run in runs)
         console.print(f"View the results with: parchgrad report {escape(folders)}", highlight=False, soft_wrap=True)
 

@@ -4,7 +4,8 @@ Pixels are replaced with the most relevant first (MoRF) or the least relevant fi
 probability falls fast under MoRF and slowly under LeRF. Maps that are constant or not finite score NaN.
 
 Sources: Samek et al. (2017), "Evaluating the Visualization of What a Deep Neural Network Has Learned" (AOPC); Chen et
-al. (2019), "L-Shapley and C-Shapley" (log-odds); Petsiuk, Das, Saenko (2018), "RISE" (insertion, deletion).
+al. (2019), "L-Shapley and C-Shapley" (log-odds); Petsiuk, Das, Saenko (2018), "RISE" (insertion, deletion); Bluecher,
+Vielhaben, Strodthoff (2024), "Decoupling Pixel Flipping and Occlusion Strategy for Consistent XAI Benchmarks" (SRG).
 """
 
 import math
@@ -31,6 +32,7 @@ __all__ = [
     "accuracy",
     "area_under_curve",
     "deletion",
+    "even_steps",
     "fractional_difference",
     "has_order",
     "insertion",
@@ -40,6 +42,7 @@ __all__ = [
     "rank_pixels",
     "replacement_images",
     "respond",
+    "symmetric_relevance_gain",
 ]
 
 Order = Literal["morf", "lerf"]
@@ -279,7 +282,7 @@ def deletion(
         images,
         target,
         heat,
-        ratios=_even_steps(steps),
+        ratios=even_steps(steps),
         replacement=replacement,
         seed=seed,
         internal_batch_size=internal_batch_size,
@@ -393,6 +396,51 @@ def area_under_curve(responses: Responses) -> Tensor:
     return _where_valid(area, responses)
 
 
+def symmetric_relevance_gain(morf: Responses, lerf: Responses) -> Tensor:
+    """Area between the probability curves of LeRF and MoRF (SRG); higher is better, and 0 for a random order.
+
+    Unlike one curve alone, it ranks methods much the same whatever replaces the pixels.
+
+    Source: Bluecher, Vielhaben, Strodthoff (2024), "Decoupling Pixel Flipping and Occlusion Strategy for Consistent XAI
+    Benchmarks", with probabilities.
+
+    Args:
+        morf: responses with the most relevant pixels replaced first; shares from 0 to 1 give the full area.
+        lerf: responses with the least relevant replaced first, at the same shares.
+
+    Returns:
+        Area under `lerf` minus area under `morf`, shape (B,), float64, in [-1, 1]; NaN where the map gives no order.
+
+    Raises:
+        SettingError: if the shares differ, do not ascend, or are fewer than two.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False)).eval()
+        >>> model[1].weight.data = torch.tensor([[9.0, 0.0], [0.0, 0.0]])
+        >>> given = (model, torch.ones(1, 1, 1, 2), torch.tensor([0]), torch.tensor([[[1.0, 0.0]]]))
+        >>> curves = [respond(*given, order=order, ratios=even_steps(2)) for order in ("morf", "lerf")]
+        >>> symmetric_relevance_gain(*curves)
+        tensor([0.2499], dtype=torch.float64)
+    """
+    if morf.ratios != lerf.ratios:
+        raise SettingError("`morf` and `lerf` have different ratios. Replace the same shares of the pixels in both.")
+    return area_under_curve(lerf) - area_under_curve(morf)
+
+
+def even_steps(steps: int) -> tuple[float, ...]:
+    """Shares from 0 to 1 in equal steps.
+
+    Raises:
+        SettingError: if `steps` is not a whole number of at least 1.
+
+    Example:
+        >>> even_steps(4)
+        (0.0, 0.25, 0.5, 0.75, 1.0)
+    """
+    check_whole_number("steps", steps, 1)
+    return tuple(step / steps for step in range(steps + 1))
+
+
 def has_order(heat: Tensor) -> Tensor:
     """Whether each map of (B, H, W) is finite and not constant, shape (B,)."""
     flat = heat.flatten(1)
@@ -406,11 +454,6 @@ def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
 
 def _where_valid(values: Tensor, responses: Responses) -> Tensor:
     return values.masked_fill(~responses.valid.reshape(-1, *[1] * (values.dim() - 1)), math.nan)
-
-
-def _even_steps(steps: int) -> list[float]:
-    check_whole_number("steps", steps, 1)
-    return [step / steps for step in range(steps + 1)]
 
 
 def _check(images: Tensor, target: Tensor, heat: Tensor, ratios: Sequence[float]) -> None:

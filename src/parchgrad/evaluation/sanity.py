@@ -1,6 +1,7 @@
-"""Sanity checks: a map should depend on the trained weights, but not on imperceptible noise.
+"""Sanity checks: a map should depend on the trained weights and the class, but not on imperceptible noise.
 
-Source: Adebayo et al. (2018), "Sanity Checks for Saliency Maps".
+Sources: Adebayo et al. (2018), "Sanity Checks for Saliency Maps"; Sixt, Granz, Landgraf (2020), "When Explanations Lie:
+Why Many Modified BP Attributions Fail".
 """
 
 import copy
@@ -28,6 +29,7 @@ with needs_extra("evaluation"):
 __all__ = [
     "RandomisationOrder",
     "RandomisationStep",
+    "class_similarity",
     "max_sensitivity",
     "parameter_randomisation",
     "randomised_models",
@@ -289,6 +291,41 @@ def max_sensitivity(
     )
     clean = method(images, target).flatten(1)
     return found.masked_fill((clean == 0).all(dim=1), math.nan)
+
+
+def class_similarity(
+    method: Method, images: Tensor, target: Tensor, heat: Tensor, *, classes: int, seed: int = 0
+) -> Tensor:
+    """Rank correlation of a map with the map of another class of the same image; lower is better.
+
+    The other class is a random number of classes further, the same number for every image.
+
+    Source: Sixt, Granz, Landgraf (2020), the random logit test, with the rank correlation instead of SSIM.
+
+    Args:
+        method: the method to test.
+        images: images (B, C, H, W).
+        target: explained class of each image, shape (B,).
+        heat: maps of `target`, shape (B, H, W).
+        classes: number of classes, at least 2.
+        seed: random seed of the other class.
+
+    Returns:
+        Correlations in [-1, 1], shape (B,), float64; NaN where one map is constant or not finite.
+
+    Raises:
+        SettingError: if `classes` is below 2.
+
+    Example:
+        >>> images, target = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+        >>> def method(images, target):
+        ...     return images[:, 0]
+        >>> class_similarity(method, images, target, images[:, 0], classes=3).round(decimals=6)
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    check_whole_number("classes", classes, 2)
+    step = torch.randint(1, classes, (), generator=torch.Generator().manual_seed(seed), device="cpu").item()
+    return spearman(heat, method(images, (target + int(step)) % classes).detach())
 
 
 def _parametrised(model: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -12,15 +13,26 @@ from parchgrad._io.checks import check_whole_number
 from parchgrad.errors import SettingError
 from parchgrad.evaluation import localisation, perturbation, sanity
 from parchgrad.evaluation.methods import Method
-from parchgrad.evaluation.perturbation import RATIOS, Replacement
+from parchgrad.evaluation.perturbation import RATIOS, Order, Replacement, Responses
 from parchgrad.evaluation.sanity import RandomisationOrder
 from parchgrad.evaluation.sparsity import gini
 from parchgrad.evaluation.stability import NOISES, check_noises, stability
+from parchgrad.explain.outputs import Logits
 
 __all__ = ["FAMILIES", "HEADLINES", "SCORES", "Direction", "Family", "Score", "ScoreSettings", "at_ratio", "score_maps"]
 
 Direction = Literal["higher", "lower", "neither"]
-Family = Literal["perturbation", "insertion", "localisation", "sparsity", "sensitivity", "randomisation", "stability"]
+Family = Literal[
+    "perturbation",
+    "insertion",
+    "relevance_gain",
+    "localisation",
+    "sparsity",
+    "sensitivity",
+    "randomisation",
+    "class_similarity",
+    "stability",
+]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
@@ -56,6 +68,7 @@ _ERASED: tuple[tuple[str, str, str, tuple[Direction, Direction]], ...] = (
     ("accuracy", "accuracy", "share of the images that are predicted as the explained class", ("lower", "higher")),
     ("fractional_difference", "fractional difference", "lost share of the class probability", ("higher", "lower")),
 )
+_GAIN_REPLACEMENTS: Mapping[Replacement, str] = {"zero": "by zero", "blur": "by a blur"}
 SCORES: Mapping[str, Score] = {
     "aopc": Score(
         title="AOPC",
@@ -88,6 +101,16 @@ SCORES: Mapping[str, Score] = {
         better="lower",
         family="insertion",
     ),
+    **{
+        f"srg_{replacement}": Score(
+            title=f"SRG, {replacement}",
+            meaning="mean class probability while the least relevant pixels are replaced, minus that while the most "
+            f"relevant are (symmetric relevance gain), {words}",
+            better="higher",
+            family="relevance_gain",
+        )
+        for replacement, words in _GAIN_REPLACEMENTS.items()
+    },
     "mass_inside": Score(
         title="mass inside",
         meaning="share of the map inside the object's mask, box or cell",
@@ -134,6 +157,12 @@ SCORES: Mapping[str, Score] = {
         family="randomisation",
         by_ratio=True,
     ),
+    "class_similarity": Score(
+        title="another class, Spearman",
+        meaning="rank correlation with the map of another class",
+        better="lower",
+        family="class_similarity",
+    ),
     "stability_cosine": Score(
         title="stability, cosine",
         meaning="cosine with the map of a slightly noisy copy",
@@ -179,11 +208,11 @@ class ScoreSettings:
     """Settings of the scores.
 
     Attributes:
-        families: groups of scores to compute; `"insertion"`, `"sensitivity"`, `"randomisation"` and `"stability"` are
-            the slowest and off by default.
+        families: groups of scores to compute; only `"perturbation"`, `"localisation"` and `"sparsity"`, the fastest,
+            are on by default.
         ratios: shares of the pixels that are replaced, in [0, 1].
-        replacement: what replaces them; see `replacement_images`. Insertion and deletion use their own.
-        steps: number of steps of insertion and deletion, at least 1.
+        replacement: what replaces them; see `replacement_images`. Insertion, deletion and SRG use their own.
+        steps: number of steps of insertion, deletion and SRG, at least 1.
         tolerance: tolerance of the pointing game, in pixels of an image with a shorter side of 224; scales with size.
         radius: noise bound of max-sensitivity, in units of the preprocessed image, positive.
         samples: number of noisy copies for max-sensitivity, at least 1.
@@ -261,7 +290,7 @@ def score_maps(
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        method: method that made the maps; only called for max-sensitivity and stability.
+        method: method that made the maps; only called for other images or classes.
         images: images (B, C, H, W).
         target: explained class of each image, shape (B,).
         heat: maps (B, H, W).
@@ -289,17 +318,7 @@ def score_maps(
     found: dict[str, Tensor] = {}
     if "perturbation" in chosen.families:
         found |= _perturbation_scores(model, images, target, heat, chosen)
-    if "insertion" in chosen.families:
-        for name, area in (("insertion", perturbation.insertion), ("deletion", perturbation.deletion)):
-            found[name] = area(
-                model,
-                images,
-                target,
-                heat,
-                steps=chosen.steps,
-                seed=chosen.seed,
-                internal_batch_size=chosen.internal_batch_size,
-            )
+    found |= _curve_scores(model, images, target, heat, chosen)
     if "localisation" in chosen.families:
         nowhere = torch.zeros(heat.shape[1:], dtype=torch.bool, device=heat.device)
         region = torch.stack([nowhere if known is None else known.to(heat.device) for known in regions])
@@ -328,8 +347,46 @@ def score_maps(
                 "`make_method` is None, but the scores 'randomisation' need it to explain models with other weights."
             )
         found |= _randomisation_scores(model, make_method, images, target, chosen)
+    if "class_similarity" in chosen.families:
+        with torch.no_grad():
+            classes = Logits(model, None)(images[:1]).shape[1]
+        found["class_similarity"] = sanity.class_similarity(
+            method, images, target, heat, classes=classes, seed=chosen.seed
+        )
     if "stability" in chosen.families:
         found |= _stability_scores(method, images, target, chosen)
+    return found
+
+
+def _curve_scores(
+    model: nn.Module, images: Tensor, target: Tensor, heat: Tensor, settings: ScoreSettings
+) -> dict[str, Tensor]:
+    """Scores of probability curves from the whole image to none of it, or back."""
+
+    @cache
+    def curve(order: Order, replacement: Replacement) -> Responses:
+        return perturbation.respond(
+            model,
+            images,
+            target,
+            heat,
+            order=order,
+            ratios=perturbation.even_steps(settings.steps),
+            replacement=replacement,
+            seed=settings.seed,
+            internal_batch_size=settings.internal_batch_size,
+        )
+
+    found: dict[str, Tensor] = {}
+    if "insertion" in settings.families:
+        # To insert the most relevant pixels first is to erase the least relevant first, read backwards.
+        found["insertion"] = perturbation.area_under_curve(curve("lerf", "blur"))
+        found["deletion"] = perturbation.area_under_curve(curve("morf", "zero"))
+    if "relevance_gain" in settings.families:
+        for replacement in _GAIN_REPLACEMENTS:
+            found[f"srg_{replacement}"] = perturbation.symmetric_relevance_gain(
+                curve("morf", replacement), curve("lerf", replacement)
+            )
     return found
 
 

@@ -11,7 +11,7 @@ from scipy.stats import bootstrap, rankdata
 from parchgrad._io.checks import check_whole_number
 from parchgrad.errors import InputError, SettingError
 
-__all__ = ["FEWEST", "Comparison", "Mean", "compare", "rank_methods", "valid_mean"]
+__all__ = ["FEWEST", "Comparison", "Mean", "compare", "paired_differences", "rank_methods", "valid_mean"]
 
 
 FEWEST = 20
@@ -110,24 +110,12 @@ def compare(
     if not 0 < confidence < 1:
         raise SettingError(f"`confidence` is {confidence}, but it must lie in (0, 1).")
     check_whole_number("resamples", resamples, 1)
-    first, second = _scores(scores), _scores(baseline)
-    if len(first) != len(second):
-        raise InputError(
-            f"`scores` has {len(first)} values and `baseline` has {len(second)}. Pass both for the same images."
-        )
-    differences = first - second
-    known = ~np.isnan(differences)
-    differences = differences[known]
-    if groups is not None:
-        if len(groups) != len(first):
-            raise InputError(f"`groups` has {len(groups)} names for {len(first)} scores. Pass one for each image.")
-        _, place = np.unique(np.asarray(groups)[known], return_inverse=True)
-        differences = np.bincount(place, differences) / np.bincount(place)
+    differences = paired_differences(scores, baseline, groups=groups)
     count = len(differences)
     mean = float(differences.mean()) if count else math.nan
     if count < 2:
         return Comparison(difference=mean, low=math.nan, high=math.nan, images=count)
-    both = np.concatenate((first, second))
+    both = np.concatenate((_scores(scores), _scores(baseline)))
     rounding = 4 * np.finfo(np.float64).eps * np.abs(both[np.isfinite(both)]).max(initial=0)
     if np.ptp(differences) <= rounding:
         # All differences are equal up to rounding, so there is nothing to resample.
@@ -144,6 +132,35 @@ def compare(
     )
     low, high = (float(np.ldexp(end, exponent)) for end in found.confidence_interval)
     return Comparison(difference=mean, low=low, high=high, images=count)
+
+
+def paired_differences(
+    scores: ArrayLike, baseline: ArrayLike, *, groups: Sequence[str] | None = None
+) -> NDArray[np.float64]:
+    """Differences on the images for which both have a score, averaged within each group; see `compare`.
+
+    Raises:
+        InputError: if `scores`, `baseline` and `groups` differ in length.
+
+    Example:
+        >>> paired_differences([1.0, 2.0, float("nan")], [0.0, 0.5, 0.0])
+        array([1. , 1.5])
+    """
+    first, second = _scores(scores), _scores(baseline)
+    if len(first) != len(second):
+        raise InputError(
+            f"`scores` has {len(first)} values and `baseline` has {len(second)}. Pass both for the same images."
+        )
+    differences = first - second
+    known = ~np.isnan(differences)
+    differences = differences[known]
+    if groups is None:
+        return differences
+    if len(groups) != len(first):
+        raise InputError(f"`groups` has {len(groups)} names for {len(first)} scores. Pass one for each image.")
+    _, place = np.unique(np.asarray(groups)[known], return_inverse=True)
+    means: NDArray[np.float64] = np.bincount(place, differences) / np.bincount(place)
+    return means
 
 
 def rank_methods(scores: Mapping[str, Sequence[float]], *, higher_is_better: bool) -> dict[str, float]:

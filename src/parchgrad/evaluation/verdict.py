@@ -20,10 +20,12 @@ Outcome = Literal["better", "worse", "open", "few", "control"]
 _CLAIMS: Mapping[Family, tuple[str, str]] = {
     "perturbation": ("is more faithful", "is less faithful"),
     "insertion": ("is more faithful", "is less faithful"),
+    "relevance_gain": ("is more faithful", "is less faithful"),
     "localisation": ("localises better", "localises worse"),
     "sensitivity": ("is steadier", "is less steady"),
     "stability": ("is steadier", "is less steady"),
     "randomisation": ("depends more on the weights", "depends less on the weights"),
+    "class_similarity": ("depends more on the class", "depends less on the class"),
 }
 
 

@@ -467,7 +467,7 @@ class ChannelStatistics(Mapping[str, AnyLayerStatistics]):
         if name not in names:
             raise StatisticsError(
                 f"This package has no channel statistics for {name!r}, only for {', '.join(names)}. Collect some with "
-                f"`parchgrad stats collect --model {name} --data FOLDER -o FILE`, and pass that file."
+                f"`parchgrad stats collect --model {name} --data FOLDER -o FILE`, and pass `statistics=FILE`."
             )
         with resources.as_file(folder / f"{name}{_SUFFIX}") as path:
             return cls.load(path)

@@ -1,6 +1,7 @@
 """Charts of evaluation results, for light and dark pages."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,9 @@ __all__ = [
 # Width in inches: narrow, so that the text is legible on a phone too.
 _WIDTH = 3.9
 _WIDE = 6.4
-# Characters of a legend label per inch of the figure, if there are two columns.
+# Characters of a legend label per inch of the figure, if there are two columns, and if there is one.
 _LABEL_DENSITY = 5.5
+_LINE_DENSITY = 14
 _BINS = 40
 
 
@@ -203,20 +205,21 @@ def interval_chart(intervals: Sequence[Interval], *, x_label: str, theme: Theme 
     """
     if not intervals:
         raise InputError("`intervals` is empty. Pass at least one interval.")
-    figure = Figure(figsize=(_WIDTH, 0.7 + 0.4 * len(intervals)), layout="constrained")
+    labels = [_wrapped(found.label, _WIDTH) for found in intervals]
+    # Every row has the height of the longest label.
+    row = 0.4 + 0.17 * max(label.count("\n") for label in labels)
+    figure = Figure(figsize=(_WIDTH, 0.7 + row * len(intervals)), layout="constrained")
     axes = _axes(figure, theme, x_label, "")
     colours = {"better": theme.good, "worse": theme.bad, "open": theme.open}
     axes.locator_params(axis="x", nbins=5)
-    for place, found in enumerate(intervals):
+    for place, (found, label) in enumerate(zip(intervals, labels, strict=True)):
         colour = colours[found.verdict]
         # The line at zero stops below the labels.
         axes.vlines(0, place - 0.15, place + 0.25, color=theme.ink, linewidth=0.9)
         axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
         axes.plot([found.middle], [place], "o", color=colour, markersize=5)
         # Above the interval, a long label does not take the width of the chart.
-        axes.text(
-            0, place - 0.22, as_written(found.label), transform=axes.get_yaxis_transform(), color=theme.ink, fontsize=9
-        )
+        axes.text(0, place - 0.22, as_written(label), transform=axes.get_yaxis_transform(), color=theme.ink, fontsize=9)
     axes.set_yticks([])
     axes.set_ylim(len(intervals) - 0.5, -0.8)
     return figure
@@ -262,14 +265,15 @@ def scatter_chart(
 def _figure(height: float, labels: Iterable[str], *, width: float = _WIDTH) -> Figure:
     """A figure for a chart of this size in inches, plus its legend."""
     shown = [label for label in labels if label]
-    lines = math.ceil(len(shown) / _legend_columns(shown, width))
+    columns = _legend_columns(shown, width)
+    lines = math.ceil(sum(_wrapped(label, width).count("\n") + 1 for label in shown) / columns)
     return Figure(figsize=(width, height + 0.2 * lines), layout="constrained")
 
 
 def _legend(figure: Figure, theme: Theme) -> None:
     # List labels that several axes share only once.
     shown = {
-        as_written(label): handle
+        as_written(_wrapped(label, figure.get_figwidth())): handle
         for axes in figure.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -285,6 +289,11 @@ def _legend(figure: Figure, theme: Theme) -> None:
             labelcolor=theme.ink,
             columnspacing=1.5,
         )
+
+
+def _wrapped(label: str, width: float) -> str:
+    """Break a label into lines that fit a figure of this width in inches."""
+    return textwrap.fill(label, int(_LINE_DENSITY * width), break_on_hyphens=False)
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:

@@ -20,8 +20,18 @@ from parchgrad.data.imagenet import BoxedFolder
 from parchgrad.data.perturbed import Blur, Jigsaw
 from parchgrad.data.samples import DrawnSamples, LabelledImages, Pairs, Samples
 from parchgrad.data.shapes import SHAPE_CATEGORIES, GeneratedShapes
-from parchgrad.errors import ImageError, InputError, SettingError, StatisticsWarning, reason_of
+from parchgrad.errors import (
+    ImageError,
+    InputError,
+    ModelWarning,
+    SettingError,
+    StatisticsError,
+    StatisticsWarning,
+    reason_of,
+    warn,
+)
 from parchgrad.evaluation.grid_pointing import make_mosaics
+from parchgrad.evaluation.leaderboard import MakeMethod, leaderboard_methods, methods_that_fit
 from parchgrad.evaluation.runs import TargetChoice, check_run_folder, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
@@ -32,6 +42,7 @@ from parchgrad.statistics import ChannelStatistics
 from parchgrad.statistics.collect import collect_statistics
 from parchgrad.statistics.processes import is_first_process
 from parchgrad.statistics.selectors import find_selector
+from parchgrad.workflows.presets import find_preset
 
 with needs_extra("evaluation"):
     from pydantic import TypeAdapter, ValidationError
@@ -111,11 +122,13 @@ class EvaluationSettings:
     Attributes:
         models: names of the models; see `load_network`.
         data: the images.
+        compare: what to compare: the settings of the `"grid"`, or the methods of the `"leaderboard"` that fit the
+            model; see `leaderboard_methods`.
         grid: the settings to compare.
         scores: the scores and their settings.
         target: class to explain, `"label"` or `"predicted"`.
-        statistics: channel statistics for the selectors that need them: a file, or labelled images from which they are
-            collected for each model on first use; None uses bundled ones.
+        statistics: channel statistics for the selectors and methods that need them: a file, or labelled images from
+            which they are collected for each model on first use; None uses bundled ones.
         batch_size: number of images that are loaded and scored together, at least 1.
         seed: random seed of random maps and random channels.
         weights: file of the weights of a single model; see `load_network`.
@@ -124,6 +137,7 @@ class EvaluationSettings:
 
     models: tuple[str, ...]
     data: DataSettings
+    compare: Literal["grid", "leaderboard"] = "grid"
     grid: Grid = field(default_factory=Grid)
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     target: TargetChoice = "label"
@@ -154,7 +168,9 @@ def _check_seed(seed: int) -> None:
         raise SettingError(f"`seed` is {seed}, but it must be a whole number from 0 to 2**63 - 1.")
 
 
-def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> EvaluationSettings:
+def read_settings(
+    path: str | Path | None, overrides: Mapping[str, Any] | None = None, *, preset: str | None = None
+) -> EvaluationSettings:
     r"""Read an evaluation's settings from a TOML file.
 
     The file has the settings of `EvaluationSettings` at the top level (`model` is one name or several), and tables
@@ -165,10 +181,11 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None =
     Args:
         path: path of the file; None uses only the overrides.
         overrides: settings that override those of the file, in the same tables; None values override nothing.
+        preset: name in `PRESETS` whose settings the file and the overrides complete or override.
 
     Raises:
         InputError: if the file cannot be read or is not valid TOML.
-        SettingError: if a setting is unknown, missing, out of range, or of the wrong type.
+        SettingError: if a setting or preset is unknown, or a setting is missing, out of range, or of the wrong type.
 
     Example:
         >>> import tempfile
@@ -178,7 +195,8 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any] | None =
         ...     read_settings(path, {"data": {"root": "pictures"}}).data.root
         'pictures'
     """
-    asked = _merged({} if path is None else _read_toml(path), overrides or {})
+    asked = _merged({} if preset is None else find_preset(preset), {} if path is None else _read_toml(path))
+    asked = _merged(asked, overrides or {})
     absent = [name for name in ("model", "data") if not asked.get(name)]
     if absent:
         place = "The evaluation" if path is None else repr(str(path))
@@ -240,24 +258,28 @@ def evaluate_all(
         ParchGradError: if models, data and settings do not match; see `evaluate`.
     """
     # Invalid settings and names must fail before anything slow starts.
-    compared, runs = settings.grid.settings(), []
+    compared, runs = settings.grid.settings() if settings.compare == "grid" else (), []
     for name in settings.models:
         check_network_name(name)
     for name in settings.models:
         classifier = load_network(name, weights=settings.weights, classes=settings.classes)
         classifier.model.to(device)
-        held, run = None, Path(folder) / safe_stem(classifier.name)
-        if any(selector and find_selector(selector).needs_statistics for selector in settings.grid.selectors):
-            with warnings.catch_warnings():
-                # They would repeat for each layer and process.
-                warnings.simplefilter("ignore", StatisticsWarning)
-                held = _statistics_for(classifier, settings, run, on_progress)
+        run = Path(folder) / safe_stem(classifier.name)
+        with warnings.catch_warnings():
+            # They would repeat for each layer and process.
+            warnings.simplefilter("ignore", StatisticsWarning)
+            held = _statistics_for(classifier, settings, run, on_progress)
+        images = open_data(settings.data, classifier, labelled=settings.target == "label")
+        methods = None
+        if settings.compare == "leaderboard":
+            methods = _leaderboard(classifier, images, statistics=held, seed=settings.seed)
         evaluate(
             classifier.model,
-            open_data(settings.data, classifier, labelled=settings.target == "label"),
+            images,
             compared,
             run,
             name=classifier.name,
+            methods=methods,
             scores=settings.scores,
             target=settings.target,
             statistics=held,
@@ -275,10 +297,19 @@ def _statistics_for(
     settings: EvaluationSettings,
     run: Path,
     on_progress: Callable[[str, int, int | None], None] | None,
-) -> ChannelStatistics:
-    """Load the statistics that the settings name, or collect them into the run's folder."""
+) -> ChannelStatistics | None:
+    """Load the statistics that the settings name, or collect them into the run's folder; None if none are needed."""
+    named = (find_selector(selector) for selector in settings.grid.selectors if selector is not None)
+    if settings.compare == "grid" and not any(selector.needs_statistics for selector in named):
+        return None
     if settings.statistics is None:
-        found = ChannelStatistics.bundled(classifier.name)
+        try:
+            found = ChannelStatistics.bundled(classifier.name)
+        except StatisticsError:
+            # The leaderboard then leaves the published method out.
+            if settings.compare == "leaderboard":
+                return None
+            raise
     elif isinstance(settings.statistics, str):
         found = ChannelStatistics.load(settings.statistics)
     else:
@@ -289,6 +320,22 @@ def _statistics_for(
         with locked(path) if is_first_process() else nullcontext():
             found = _collected(classifier, settings, images, path, on_progress)
     found.check_model(classifier.model)
+    return found
+
+
+def _leaderboard(
+    classifier: Classifier, images: Samples, *, statistics: ChannelStatistics | None, seed: int
+) -> dict[str, MakeMethod]:
+    """The methods of the leaderboard that fit a model, with a warning that names the others."""
+    model = classifier.model
+    first = images[0].image.unsqueeze(0).to(next(model.parameters()))
+    methods = leaderboard_methods(model, statistics=statistics, seed=seed)
+    with torch.no_grad():
+        predicted = model(first).argmax(dim=1)
+    found, left_out = methods_that_fit(model, methods, first, predicted)
+    if left_out:
+        reasons = "; ".join(f"{title} ({reason})" for title, reason in left_out.items())
+        warn(f"Methods that do not fit {classifier.name} are left out: {reasons}.", ModelWarning)
     return found
 
 

@@ -50,8 +50,9 @@ to the plain gradient.
 # Edge of an example picture in pixels, which keeps the page small.
 _EDGE = 192
 
-# More curves in one chart are hard to distinguish.
+# More curves or points in one chart are hard to distinguish; the tables have all settings.
 _MOST_CURVES = 7
+_MOST_POINTS = 20
 _SWEPT = {
     "quantile": "share of the channels at or above the threshold",
     "softness": "width of the ramp, as a share of the threshold",
@@ -298,7 +299,7 @@ def _charts(summary: Summary, rows: Sequence[Row], names: Mapping[str, str]) -> 
                 high=cell.comparison.high,
                 verdict=cell.verdict,
             )
-            for setting in summary.settings
+            for setting in _leading(summary, name, _MOST_POINTS)
             if setting not in summary.controls
             and (cell := summary.cells[setting, name]).comparison is not None
             and not math.isnan(cell.comparison.low)
@@ -306,7 +307,7 @@ def _charts(summary: Summary, rows: Sequence[Row], names: Mapping[str, str]) -> 
         if intervals:
             note = (
                 f"Mean difference on the same images, with its {summary.confidence:.0%} interval, coloured if settled. "
-                "Without controls."
+                f"Without controls.{_left_out(summary, name, _MOST_POINTS)}"
             )
             draw = partial(interval_chart, intervals, x_label="difference")
             found.append(_chart(f"{title_of(name)}, against the plain gradient", note, draw))
@@ -315,15 +316,16 @@ def _charts(summary: Summary, rows: Sequence[Row], names: Mapping[str, str]) -> 
         found += _sweep_charts(summary, rows, name)
     points = {
         names[setting]: (relative_time(summary, setting), summary.cells[setting, shown[0]].mean.value)
-        for setting in summary.settings
-        if shown and not math.isnan(summary.cells[setting, shown[0]].mean.value)
+        for name in shown[:1]
+        for setting in _leading(summary, name, _MOST_POINTS)
+        if not math.isnan(summary.cells[setting, name].mean.value)
     }
     if points:
         found.append(
             _chart(
                 "Cost against quality",
                 "Time of a map relative to the plain gradient, as measured in this run. Random channels are explained "
-                "one image at a time, the others in batches.",
+                f"one image at a time, the others in batches.{_left_out(summary, shown[0], _MOST_POINTS)}",
                 partial(
                     scatter_chart,
                     points,
@@ -371,47 +373,46 @@ def _curve_charts(summary: Summary, rows: Sequence[Row], names: Mapping[str, str
         ratios = sorted(
             {float(key.partition("@")[2]) for row in rows[:1] for key in row if key.startswith(f"{lines[0]}@")}
         )
-        sign = -1 if SCORES[name].better == "higher" else 1
-        leading = sorted(
-            (setting for setting in summary.settings if setting != BASELINE),
-            key=lambda setting: (
-                setting in summary.controls,
-                _sortable(sign * summary.cells[setting, name].mean.value),
-            ),
-        )
         # Noise levels are orders of magnitude apart: evenly spaced by name, they stay legible.
         by_name = SCORES[name].family == "stability"
         places = [f"{ratio:g}" if by_name else ratio for ratio in ratios]
         curves = []
-        for setting in [BASELINE, *leading][:_MOST_CURVES]:
+        for setting in _leading(summary, name, _MOST_CURVES):
             own = [row for row in rows if row["setting"] == setting]
             for line, dashed in zip(lines, (False, True), strict=False):
                 heights = [_mean(own, at_ratio(line, ratio)) for ratio in ratios]
                 label = "" if dashed else names[setting]
                 colour = _colours(summary)[setting]
                 curves.append(Curve(label=label, x=places, y=heights, colour=colour, dashed=dashed))
-        if len(summary.settings) > _MOST_CURVES:
-            note += (
-                f" Shows the plain gradient and the {_MOST_CURVES - 1} settings with the best {SCORES[name].title}, "
-                "controls last."
-            )
+        note += _left_out(summary, name, _MOST_CURVES)
         found.append(_chart(title, note, partial(curve_chart, curves, x_label=x_label, y_label=y_label)))
     return found
 
 
 def _colours(summary: Summary) -> dict[str, int]:
     """One colour per setting for all charts; the best settings by the first score get unique colours."""
-    first = summary.scores[0]
-    sign = -1 if SCORES[first].better == "higher" else 1
-    ranked = sorted(
+    ranked = _leading(summary, summary.scores[0], len(summary.settings))
+    return {setting: number for number, setting in enumerate(ranked)}
+
+
+def _leading(summary: Summary, name: str, most: int) -> list[str]:
+    """The plain gradient, then the settings with the best score, controls last."""
+    sign = -1 if SCORES[name].better == "higher" else 1
+    return sorted(
         summary.settings,
         key=lambda setting: (
             setting != BASELINE,
             setting in summary.controls,
-            _sortable(sign * summary.cells[setting, first].mean.value),
+            _sortable(sign * summary.cells[setting, name].mean.value),
         ),
-    )
-    return {setting: number for number, setting in enumerate(ranked)}
+    )[:most]
+
+
+def _left_out(summary: Summary, name: str, most: int) -> str:
+    """Say which settings a chart shows if it leaves some out."""
+    if len(summary.settings) <= most:
+        return ""
+    return f" Shows the plain gradient and the {most - 1} other settings with the best {SCORES[name].title}."
 
 
 def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Chart]:
@@ -432,6 +433,13 @@ def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Char
         swept = {line: sorted(points, key=_order) for line, points in lines.items() if len(points) > 1}
         # Controls alone are not a sweep.
         if edited & swept.keys():
+            note = "Mean over the images for each value, with everything else fixed."
+            if len(swept) > _MOST_CURVES:
+                best = max if SCORES[name].better == "higher" else min
+                spread = {line: best(y for _, y in swept[line]) for line in edited & swept.keys()}
+                ranked = sorted(spread, key=spread.__getitem__, reverse=best is max)[:_MOST_CURVES]
+                swept = {line: swept[line] for line in ranked}
+                note += f" Shows the {len(swept)} lines with the best value, without controls."
             curves = [
                 Curve(label=line, x=[x for x, _ in points], y=[y for _, y in points], colour=number)
                 for number, (line, points) in enumerate(swept.items())
@@ -439,7 +447,7 @@ def _sweep_charts(summary: Summary, rows: Sequence[Row], name: str) -> list[Char
             found.append(
                 _chart(
                     f"{title_of(name)} by {field}",
-                    "Mean over the images for each value, with everything else fixed.",
+                    note,
                     partial(curve_chart, curves, x_label=label, y_label=title_of(name)),
                 )
             )
