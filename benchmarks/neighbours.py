@@ -70,7 +70,7 @@ def feature_layers(model: nn.Module, image: Tensor) -> list[str]:
     spatial = [place for place, (_, _, size) in enumerate(found) if size > 1]
     if not spatial or spatial[-1] < len(found) / 2:
         raise ModelError(
-            "Most of its layers have no feature maps (B, C, H, W), so grad-cam needs a layer and a reshaping of your own."
+            "Most of its layers have no feature maps (B, C, H, W), so grad-cam needs a layer and a reshaping by hand."
         )
     blocks = {size: name for name, module, size in found if 1 < size < height and _is_block(module)}
     last, _, smallest = found[spatial[-1]]
