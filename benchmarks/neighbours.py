@@ -68,7 +68,8 @@ def feature_layers(model: nn.Module, image: Tensor) -> list[str]:
         for each in hooks:
             each.remove()
     spatial = [place for place, (_, _, size) in enumerate(found) if size > 1]
-    if not spatial or spatial[-1] < len(found) / 2:
+    weighted = [place for place, (_, module, _) in enumerate(found) if _has_weights(module)]
+    if not spatial or sum(place <= spatial[-1] for place in weighted) < len(weighted) / 2:
         raise ModelError(
             "Most of its layers have no feature maps (B, C, H, W), so grad-cam needs a layer and a reshaping by hand."
         )
@@ -78,7 +79,11 @@ def feature_layers(model: nn.Module, image: Tensor) -> list[str]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False))
+    return any(True for _ in module.children()) and not _has_weights(module)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def _cam(kind: str, model: nn.Module, layers: Sequence[str]) -> Method:
@@ -129,9 +134,7 @@ def lrp(model: nn.Module) -> Method:
 
     own = copy.deepcopy(model)
     without = {
-        type(module).__name__
-        for module in own.modules()
-        if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, _RULED)
+        type(module).__name__ for module in own.modules() if _has_weights(module) and not isinstance(module, _RULED)
     }
     if without:
         raise ModelError(f"Epsilon-plus has no rule for its layers of type {', '.join(sorted(without))}.")
