@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.leaderboard import Network, fitting_methods
+from benchmarks.leaderboard import MEASUREMENTS, Network, fitting_methods
 from benchmarks.neighbours import versions
 from matplotlib.figure import Figure
 
@@ -82,7 +82,8 @@ class Results:
     @classmethod
     def read(cls, network: Network, folder: Path) -> "Results":
         """Read the runs of a network; methods that no longer take part are ignored."""
-        cost = json.loads((folder / network.name / "cost.json").read_text(encoding="utf-8"))
+        measured = [(folder / network.name / f"{task}.json").read_text(encoding="utf-8") for task in MEASUREMENTS]
+        cost = {key: value for text in measured for key, value in json.loads(text).items()}
         paired = {
             part.name: PairedRows.of(
                 [row for row in read_rows(folder / network.name / part.name) if row["setting"] in cost["time"]]
@@ -204,39 +205,43 @@ def expectations(found: Sequence[Results]) -> str:
     """Say whether what was expected holds, network by network."""
     lines = []
     for each in found:
-        for column in each.in_group("localisation"):
-            ranking = each.rankings[column]
-            best = min(ranking.ranks, key=ranking.ranks.__getitem__)
-            if best == DEFAULT:
-                word = "is first"
-            elif DEFAULT in ranking.leaders:
-                word = f"cannot be told apart from the first, {best}"
-            else:
-                word = f"ranks below the first, {best}"
-            lines.append(f"- `{each.network.name}`, {_words(column)}: {DEFAULT} {word}.")
-    for each in found:
+        behind = [
+            f"{_words(column)} (first: {min(ranking.ranks, key=ranking.ranks.__getitem__)})"
+            for column in each.in_group("localisation")
+            if DEFAULT not in (ranking := each.rankings[column]).leaders
+        ]
         lower = [_words(column) for column in each.in_group("stability") if each.verdict(BASELINE, column) == "better"]
-        if each.in_group("stability"):
-            where = f"below the plain gradient in {', '.join(lower)}" if lower else "nowhere below the plain gradient"
-            lines.append(f"- `{each.network.name}`, stability: {DEFAULT} is {where}.")
-    lines += [
-        f"- `{each.network.name}`, time: {DEFAULT} takes {each.cost['time'][DEFAULT]:.2f} plain gradients "
-        f"(expected: at most 1.3)."
-        for each in found
-    ]
-    for each in found:
-        told = []
-        for column in (*each.in_group("SRG, zero"), *each.in_group("SRG, blur"), *each.in_group("localisation")):
-            paired, name = each.columns[column]
-            verdict = verdict_of(paired.compare(SMOOTHED, "SmoothGrad-25", name), name)
-            told.append(f"{verdict} in {_words(column)}")
-        lines.append(f"- `{each.network.name}`, {SMOOTHED} against SmoothGrad-25: {', '.join(told)}.")
+        time = each.cost["time"][DEFAULT]
+        lines.append(
+            [
+                f"`{each.network.name}`",
+                _holds(behind),
+                _holds(lower) if each.in_group("stability") else _shown(math.nan, 0),
+                f"{time:.2f} {'holds' if time <= 1.3 else 'fails'}",
+                smoothed_words(each),
+            ]
+        )
+    header = ["network", "first in localisation", "as stable as the gradient", "at most 1.3 gradients", SMOOTHED]
     return (
-        "Expected before the run: the default is first in localisation or cannot be told apart from the first, is not "
-        "below the plain gradient in stability, and costs at most 1.3 gradients; inside SmoothGrad-8, it is not below "
-        "SmoothGrad-25 in SRG, and above it in localisation. The comparisons with SmoothGrad-25 are single intervals, "
-        "without correction; open means undecided.\n\n" + "\n".join(lines)
+        f"Expected before the run: {DEFAULT} is first in localisation or cannot be told apart from the first, "
+        "is not below the plain gradient in stability, and costs at most 1.3 gradients; inside SmoothGrad-8, it is not "
+        "below SmoothGrad-25 in SRG, and above it in localisation. The last column has single intervals, without "
+        "correction.\n\n" + _markdown(header, lines, align="---")
     )
+
+
+def smoothed_words(each: Results) -> str:
+    """Compare the default inside SmoothGrad-8 with SmoothGrad-25."""
+    by_verdict: dict[Verdict, list[str]] = {"better": [], "worse": [], "open": []}
+    for column in (*each.in_group("SRG, zero"), *each.in_group("SRG, blur"), *each.in_group("localisation")):
+        paired, name = each.columns[column]
+        by_verdict[verdict_of(paired.compare(SMOOTHED, "SmoothGrad-25", name), name)].append(_words(column))
+    words = {"better": "better", "worse": "worse", "open": "undecided"}
+    return "; ".join(f"{words[verdict]}: {', '.join(own)}" for verdict, own in by_verdict.items() if own)
+
+
+def _holds(exceptions: Sequence[str]) -> str:
+    return f"fails: {', '.join(exceptions)}" if exceptions else "holds"
 
 
 def summary_text() -> str:
@@ -274,7 +279,7 @@ def network_text(each: Results) -> str:
     by_reason: dict[str, list[str]] = {}
     for title, reason in each.cost["left_out"].items():
         by_reason.setdefault(reason.rstrip("."), []).append(title)
-    said += [f"Left out: {', '.join(titles)}, since: {reason}." for reason, titles in by_reason.items()]
+    said += [f"Left out: {', '.join(titles)} ({reason})." for reason, titles in by_reason.items()]
     said.append("● marks the methods whose mean rank cannot be told apart from the best one's.")
     return " ".join(part for part in said if part)
 
@@ -391,7 +396,7 @@ def table(found: Sequence[Results]) -> str:
 def draw_cost(found: Sequence[Results], path: Path) -> None:
     """Draw the mean rank over the time of a map; names stand beside the chart in the order of the ranks."""
     groups = ("SRG, blur", "localisation")
-    figure = Figure(figsize=(7.2, 9.4), layout="constrained")
+    figure = Figure(figsize=(5.4, 9.8), layout="constrained")
     figure.set_facecolor("white")
     for axes, group in zip(figure.subplots(2, 1), groups, strict=True):
         style_axes(axes, LIGHT, x_label="time of a map, in plain gradients", y_label=f"{group}: mean rank, 0 is best")
@@ -418,10 +423,10 @@ def draw_cost(found: Sequence[Results], path: Path) -> None:
                 xytext=(1.04, height),
                 textcoords=axes.get_yaxis_transform(),
                 va="center",
-                fontsize=8.5,
+                fontsize=9,
                 fontweight="bold" if title == DEFAULT else "normal",
                 color=LIGHT.good if own else LIGHT.ink,
-                arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.45, "linewidth": 0.7, "shrinkB": 3},
+                arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.45, "linewidth": 0.7, "relpos": (0, 0.5)},
             )
         fastest, slowest = (edge(time for time, _ in points.values()) for edge in (min, max))
         ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if 0.7 * fastest <= tick <= 1.4 * slowest]
@@ -473,8 +478,8 @@ def draw_maps(network: Network, runs: Path, path: Path) -> None:
 
 
 def _words(column: str) -> str:
-    """Title of a column without its arrow."""
-    return column.rstrip(" ↑↓")
+    """Title of a column without its arrow, and without commas, which would read as a list."""
+    return column.rstrip(" ↑↓").replace(",", "")
 
 
 def _shown(value: float, digits: int) -> str:
@@ -486,6 +491,6 @@ def _geometric(values: Sequence[float]) -> float:
     return math.exp(sum(positive) / len(positive)) if positive else math.nan
 
 
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], *, align: str = "---:") -> str:
+    rows = [header, ["---", *[align] * (len(header) - 1)], *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
