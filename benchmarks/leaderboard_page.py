@@ -275,7 +275,7 @@ def average_place(found: Sequence[Results], title: str, group: str) -> float:
 def network_text(each: Results) -> str:
     """Describe the images of a network, and what is left out."""
     parts = "; ".join(f"{_PARTS[part.name]}: {part.words}" for part in each.network.parts)
-    said = [f"{parts[0].upper()}{parts[1:]}.", each.network.without]
+    said = [f"{parts[0].upper()}{parts[1:]}.", each.network.note]
     by_reason: dict[str, list[str]] = {}
     for title, reason in each.cost["left_out"].items():
         by_reason.setdefault(reason.rstrip("."), []).append(title)

@@ -167,5 +167,5 @@ def versions() -> Mapping[str, str]:
 
 def _package(module: str, name: str) -> Any:
     if importlib.util.find_spec(module) is None:
-        raise MissingExtraError(f"{name} is not installed")
+        raise MissingExtraError(f"{name} is not installed. Run `pip install -e '.[leaderboard]'`.")
     return importlib.import_module(module)

@@ -91,6 +91,13 @@ def test_the_feature_layers_end_the_stages():
         feature_layers(pg.load_model("shapes_vit").model, image)
 
 
+def test_a_method_of_a_file_takes_part_under_the_name_of_its_function(tmp_path):
+    (tmp_path / "mine.py").write_text("def dark(model):\n    return lambda images, target: 1 - images.mean(1)\n")
+    make = leaderboard.own_method(f"{tmp_path / 'mine.py'}:dark")
+    images = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(make(None)(images, None), 1 - images.mean(1))
+
+
 @pytest.fixture
 def small():
     return nn.Sequential(
