@@ -3,6 +3,7 @@
 `make leaderboard` adds methods of other packages; see `benchmarks/leaderboard.py`.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from parchgrad._io.checks import check_whole_number
 from parchgrad.core.edit import DEFAULT_SELECTOR
 from parchgrad.core.layers import find_convolutions
 from parchgrad.core.selectors import GradientEnergy, Selector
-from parchgrad.errors import reason_of
+from parchgrad.errors import ModelWarning, reason_of
 from parchgrad.evaluation.methods import Method, grad_cam, maps_of, random_map
 from parchgrad.evaluation.report import BASELINE
 from parchgrad.evaluation.scores import FAMILIES, ScoreSettings
@@ -133,7 +134,10 @@ def methods_that_fit(
     plain = maps_of(Explainer(model, None))(images, target)
     for title, make in methods.items():
         try:
-            heat = make(model)(images, target)
+            with warnings.catch_warnings():
+                # What a method warns of is said when it runs; where warnings are errors, it still fits.
+                warnings.simplefilter("ignore", ModelWarning)
+                heat = make(model)(images, target)
         except Exception as error:
             # Methods of other packages raise anything for networks they do not know.
             left_out[title] = reason_of(error)

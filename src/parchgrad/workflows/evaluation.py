@@ -35,6 +35,7 @@ from parchgrad.evaluation.leaderboard import MakeMethod, leaderboard_methods, me
 from parchgrad.evaluation.runs import TargetChoice, check_run_folder, evaluate
 from parchgrad.evaluation.scores import ScoreSettings
 from parchgrad.evaluation.settings import Grid
+from parchgrad.explain.outputs import Logits
 from parchgrad.models.classifier import Classifier
 from parchgrad.models.own_networks import check_network_name, load_network
 from parchgrad.models.shapes_networks import SHAPES_NETWORKS
@@ -331,7 +332,7 @@ def _leaderboard(
     first = images[0].image.unsqueeze(0).to(next(model.parameters()))
     methods = leaderboard_methods(model, statistics=statistics, seed=seed)
     with torch.no_grad():
-        predicted = model(first).argmax(dim=1)
+        predicted = Logits(model, None)(first).argmax(dim=1)
     found, left_out = methods_that_fit(model, methods, first, predicted)
     if left_out:
         reasons = "; ".join(f"{title} ({reason})" for title, reason in left_out.items())
