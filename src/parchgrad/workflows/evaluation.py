@@ -431,13 +431,15 @@ def _read_toml(path: str | Path) -> dict[str, Any]:
 def _merged(given: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(given)
     for name, value in overrides.items():
-        if isinstance(value, Mapping):
-            table = found.get(name, {})
-            # Anything but a table is kept, so that it is reported as an error.
-            if isinstance(table, Mapping):
-                found[name] = _merged(table, value)
-        elif value is not None:
+        table = found.get(name)
+        if isinstance(value, Mapping) and isinstance(table, Mapping):
+            found[name] = _merged(table, value)
+        elif isinstance(value, Mapping) and name not in found:
+            # Not by recursion, since the tables of a file may be nested to any depth.
+            found[name] = {key: inner for key, inner in value.items() if inner is not None}
+        elif value is not None and not isinstance(value, Mapping):
             found[name] = value
+    # Anything but a table is kept where a table is expected, so that it is reported as an error.
     return found
 
 
