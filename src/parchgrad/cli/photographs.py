@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
@@ -544,7 +544,8 @@ def _prepare_box(
         ) from None
     if _find_selector(selector).needs_statistics:
         raise SettingError(f"--selector is {selector!r}, whose statistics are of classes. Leave it out for a box.")
-    (edit,) = _make_edits(asked, [selector])
+    # As `explain_box`.
+    (edit,) = _make_edits(replace(asked, balance=bool(asked.balance)), [selector])
     place = place_of(asked.device)
     say(f"Loading {escape(asked.model)}")
     with redirect_stdout(sys.stderr):
