@@ -271,7 +271,7 @@ def make_networks(data: Path, names: Sequence[str], share: float) -> tuple[list[
         if name in titles:
             found.append(shapes_network(name, titles[name], share))
         elif not folder.is_dir():
-            left_out[name] = f"there is no folder {folder.name} of images in the data folder"
+            left_out[name] = f"the data folder lacks a folder {folder.name} of images"
         elif name == "cifar10":
             found.append(cifar10_network(folder, share))
         else:

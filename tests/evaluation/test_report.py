@@ -134,6 +134,10 @@ def test_the_tables_say_the_same(tmp_path):
     (line,) = [row for row in read if row["setting"] == cells[0] and row["score"] == "aopc"]
     assert float(line["low"]) == energy.comparison.low
     assert line["verdict"] == "better"
+    # A control is never marked.
+    (line,) = [row for row in read if row["setting"] == "random map" and row["score"] == "aopc"]
+    assert float(line["high"]) < 0
+    assert line["verdict"] == "open"
     (line,) = [row for row in read if row["setting"] == "gradient" and row["score"] == "gini"]
     assert (line["difference"], line["rank"]) == ("", "")
 

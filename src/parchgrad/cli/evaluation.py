@@ -242,7 +242,7 @@ def evaluate(
         if data is not None and data not in DATA_SETS and root is None:
             if not os.path.isdir(data):
                 known = ", ".join(name for name in DATA_SETS if name != "folder")
-                raise SettingError(f"--data is {data!r}, but there is no such folder. Check the path, or use {known}.")
+                raise SettingError(f"--data is {data!r}, which is neither a folder nor one of {known}. Check the path.")
             data, root = "folder" if annotations is None else "imagenet", data
         flags: dict[str, Any] = {
             "model": model,

@@ -45,7 +45,7 @@ def check_selector(name: str) -> str:
     if name not in (*SELECTORS, "none") and "torch" not in sys.modules:
         near = get_close_matches(name, SELECTORS, n=1, cutoff=0.4)
         hint = f"Perhaps you meant {near[0]!r}" if near else f"Use one of {', '.join(SELECTORS)}"
-        raise SettingError(f"There is no selector {name!r}. {hint}, or register yours with --import.")
+        raise SettingError(f"--selector is {name!r}, which is unknown. {hint}, or register yours with --import.")
     return name
 
 

@@ -96,7 +96,7 @@ def describe_stability(stability: float) -> str:
 
 
 def describe_layers(layers: Sequence[str]) -> str:
-    """Describe the edited layers, of which there is at least one.
+    """Describe the edited layers, at least one.
 
     Example:
         >>> describe_layers(["stem", "head"])

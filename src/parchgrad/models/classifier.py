@@ -64,7 +64,7 @@ class Classifier:
 
     Raises:
         ModelError: if `model` is not a module.
-        SettingError: if the preprocessing is of another kind, `categories` is a string, or `logits` is no function.
+        SettingError: if the preprocessing is of another kind, `categories` is a string, or `logits` is not a function.
 
     Example:
         >>> import parchgrad as pg
