@@ -9,7 +9,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test test-system test-all test-lowest lint check docs pictures notebooks bench gpu soak study survey mutants fuzz clean
+.PHONY: help demo test test-system test-all test-lowest lint check docs pictures notebooks bench gpu soak study leaderboard survey mutants \
+	fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -34,6 +35,10 @@ $(LOWEST)/.dev: pyproject.toml tools/lowest_versions.py
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.leaderboard: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[leaderboard]'
 	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.dev
@@ -86,6 +91,9 @@ soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one
 
 study: $(VENV)/.dev  ## vary every setting on four networks, write docs/study; over an hour, resumed where it stopped
 	$(BIN)/python -m benchmarks.study
+
+leaderboard: $(VENV)/.leaderboard  ## compare the methods people use on six networks, write docs/leaderboard; under two hours, resumed where it stopped
+	$(BIN)/python -m benchmarks.leaderboard
 
 survey: $(VENV)/.dev  ## try every family of torchvision and timm, write docs/models.md; 20 minutes on one core
 	$(BIN)/python tools/survey_models.py

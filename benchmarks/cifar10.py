@@ -35,13 +35,15 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        # Modules, which DeepLift, guided backpropagation and LRP act on.
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
         self.stride, self.padding = stride, (channels - channels_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W')."""
-        out = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
+        out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         shortcut = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return functional.relu(out + shortcut)
+        return self.relu2(out + shortcut)
 
 
 class ResNet20(nn.Module):
@@ -50,16 +52,16 @@ class ResNet20(nn.Module):
     def __init__(self) -> None:
         """Create the layers, with the names in the weights file."""
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
         self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
         self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, 10)
+        self.pool, self.linear = nn.AdaptiveAvgPool2d(1), nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to logits (B, 10)."""
-        x = functional.relu(self.bn1(self.conv1(x)))
-        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.pool(self.layer3(self.layer2(self.layer1(x)))).flatten(1))
 
 
 def load_resnet20(path: Path) -> ResNet20:

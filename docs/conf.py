@@ -50,6 +50,7 @@ pygments_dark_style = "monokai"
 html_title = f"ParchGrad {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+html_js_files = [("sort.js", {"defer": "defer"})]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {

@@ -14,7 +14,8 @@ def _seeded():
 def _with_harmless_pickles(monkeypatch):
     """Let older releases of torch, for which pickles are refused, read those of the tests."""
     if torch.__version__ < TorchVersion("2.10"):
-        monkeypatch.setattr("parchgrad.legacy.pickles.SAFE_TORCH", TorchVersion("2.4"))
+        for module in ("legacy.pickles", "models.own_networks"):
+            monkeypatch.setattr(f"parchgrad.{module}.SAFE_TORCH", TorchVersion("2.4"))
 
 
 @pytest.fixture

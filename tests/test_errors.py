@@ -122,6 +122,7 @@ def test_messages_are_read_off_the_source_with_places_and_halves(source):
         "core.passes",
         "explain.explainer",
         "models.own_networks",
+        "workflows.evaluation",
         "workflows.photographs",
     }
     assert {m.module for m in source.messages if m.kind == "StatisticsWarning"} == {

@@ -686,7 +686,7 @@ def test_an_evaluation_from_settings_to_a_report(capsys, tmp_path, monkeypatch):
         (("evaluate",), "does not set --model and --data"),
         (("evaluate", "--model", "shapes", "--root", "photos"), "'data.name' is missing"),
         (("evaluate", "--model", "shapes", "--data", "shapes"), "needs 'count'"),
-        (("evaluate", "--model", "shapes", "--data", "forms"), "'data.name' in the settings is 'forms'"),
+        (("evaluate", "--model", "shapes", "--data", "forms"), "--data is 'forms'"),
         (("evaluate", "study.toml", "--conserve", "all"), "'grid.conserves' in the settings is 'all'"),
         (("evaluate", "study.toml", "--scores", "all"), "'scores.families' in the settings is 'all'"),
         (("evaluate", "study.toml", "--selector", "best"), "--selector is 'best'"),

@@ -24,7 +24,7 @@ from parchgrad.evaluation.methods import (
     random_map,
     shuffled_masks,
 )
-from tests.support import random_statistics
+from tests.support import random_statistics, small_network
 
 
 def batch(count=3):
@@ -375,3 +375,22 @@ def test_shuffled_weights_are_those_of_the_row_in_another_order(network):
         assert fits.sum() == 1
         drawn.append(int(fits.nonzero()))
     assert len(set(drawn)) > 1
+
+
+def test_grad_cam_takes_the_last_convolution_that_the_score_depends_on():
+    class Extra(nn.Module):
+        def __init__(self, *, runs):
+            super().__init__()
+            self.body = small_network(dtype=torch.float32)
+            self.unused, self.runs = nn.Conv2d(3, 2, 3), runs
+
+        def forward(self, x):
+            aside = self.unused(x) if self.runs else None
+            return {"logits": self.body(x), "aside": aside}
+
+    x, target = torch.rand(2, 3, 8, 8), torch.tensor([1, 3])
+    for runs in (False, True):
+        model = Extra(runs=runs).eval()
+        torch.testing.assert_close(grad_cam(model)(x, target), grad_cam(model.body)(x, target))
+        with pytest.raises(LayerError, match="score depends on"):
+            grad_cam(model, layer="unused")(x, target)

@@ -108,6 +108,11 @@ def rows_of(columns, groups=None):
     ]
 
 
+def columns_of(rows, *scores):
+    paired = PairedRows.of(rows)
+    return {name: (paired, name) for name in scores}
+
+
 def test_a_method_is_better_only_if_the_corrected_test_says_so_too():
     random = np.random.default_rng(2)
     base = random.normal(size=30)
@@ -118,7 +123,7 @@ def test_a_method_is_better_only_if_the_corrected_test_says_so_too():
         "slight": {"aopc": slight, "deletion": base},
         **{f"same {number}": {"aopc": base, "deletion": base} for number in range(10)},
     }
-    found = standings(PairedRows.of(rows_of(columns)), ["aopc", "deletion"], reference="reference")
+    found = standings(columns_of(rows_of(columns), "aopc", "deletion"), reference="reference")
     assert len(found) == 24
     assert [found["clear", name].verdict for name in ("aopc", "deletion")] == ["better", "worse"]
     assert [found["clear", name].effect for name in ("aopc", "deletion")] == [1, -1]
@@ -129,14 +134,14 @@ def test_a_method_is_better_only_if_the_corrected_test_says_so_too():
     assert found["slight", "aopc"].verdict == "open"
     assert found["same 1", "aopc"].p == 1
     with pytest.raises(SettingError, match="reference"):
-        standings(PairedRows.of(rows_of(columns)), ["aopc"], reference="none")
+        standings(columns_of(rows_of(columns), "aopc"), reference="none")
 
 
 def test_a_group_counts_once_and_too_few_are_not_tested():
     columns = {"reference": {"aopc": np.zeros(40)}, "other": {"aopc": np.ones(40)}}
     for size, tested in ((2, True), (4, False)):
         groups = [f"group {index // size}" for index in range(40)]
-        found = standings(PairedRows.of(rows_of(columns, groups)), ["aopc"], reference="reference")["other", "aopc"]
+        found = standings(columns_of(rows_of(columns, groups), "aopc"), reference="reference")["other", "aopc"]
         assert found.comparison.images == 40 // size
         assert math.isnan(found.p) is not tested
         assert (found.verdict == "better") is tested

@@ -429,6 +429,27 @@ def test_a_network_of_ones_own_is_explored_and_loaded_by_the_script(tmp_path, mo
     same_map(run(found.code)["attribution"][0], found.attribution)
 
 
+def test_outputs_of_hugging_face_and_other_weights_of_a_known_name(explorer):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            return {"logits": self.body(x)}
+
+    shapes = pg.load_model("shapes")
+    classifier = pg.Classifier(Wrapped(shapes.model).eval(), shapes.preprocess, shapes.categories, "wrapped")
+    found = Explorer(own=OwnNetwork(classifier, "")).explore(ImageSource("cat"), View(network="wrapped"))
+    expected = explorer.explore(ImageSource("cat"), View(network="shapes"))
+    assert found.target == expected.target
+    for one, other in zip(found.maps(), expected.maps(), strict=True):
+        torch.testing.assert_close(one, other)
+    # The bundled statistics are of other weights.
+    random = pg.load_model("efficientnet_lite0", pretrained=False)
+    assert "class" not in Explorer(own=OwnNetwork(random, "")).selectors("efficientnet_lite0")
+
+
 def test_what_is_wrong_is_said(explorer, tmp_path):
     cup = ImageSource("coffee")
     for changes, error in (

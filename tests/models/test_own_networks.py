@@ -1,6 +1,7 @@
 import os
 import pickle
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,16 @@ from torch import nn
 from torchvision.models import get_model
 
 import parchgrad as pg
+from parchgrad.data.samples import LabelledImages
 from parchgrad.errors import InputError, ModelError, ModelWarning, WeightsError
+from parchgrad.evaluation.rows import read_rows
+from parchgrad.evaluation.runs import evaluate
+from parchgrad.evaluation.scores import ScoreSettings
+from parchgrad.evaluation.settings import Setting
 from parchgrad.models.own_networks import check_network_name, load_network
 from tests.support import small_network
+
+SPARSITY = ScoreSettings(families=("sparsity",))
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +232,7 @@ def test_names_are_checked_without_running_anything(networks):
         check_network_name("missing.py:make")
 
 
-def test_logits_are_extracted_by_a_function_of_the_classifier():
+def test_logits_are_extracted_in_every_use_of_a_classifier(tmp_path):
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -234,13 +242,53 @@ def test_logits_are_extracted_by_a_function_of_the_classifier():
             logits = self.body(x)
             return logits - 5, logits
 
-    found = pg.Classifier(
-        Pair().eval(), pg.load_model("shapes").preprocess, tuple("abcde"), "pair", logits=lambda o: o[1]
-    )
+    preprocess, names = pg.load_model("shapes").preprocess, tuple("abcde")
+    pair = Pair().eval()
+    found = pg.Classifier(pair, preprocess, names, "pair", logits=lambda output: output[1])
     x = torch.rand(2, 3, 8, 8)
-    expected = found.model.body(x).softmax(1).max(1)
-    predictions = [row[0] for row in found.predict(x)]
-    assert [each.index for each in predictions] == expected.indices.tolist()
-    assert [each.probability for each in predictions] == pytest.approx(expected.values.tolist())
+    assert torch.equal(found.model(x), pair.body(x))
+    # The same layers under the same names, and the network itself as it was.
+    assert [*found.model.named_parameters()] == [*pair.named_parameters()]
+    assert isinstance(pair(x), tuple)
+    assert [row[0].index for row in found.predict(x)] == pair.body(x).argmax(1).tolist()
+    assert replace(found, name="other").model is found.model
+    attribution = pg.Explainer(found.model, layers=["body.2"]).attribute(x, 1)
+    assert torch.equal(attribution, pg.Explainer(pair.body, layers=["2"]).attribute(x, 1))
+    evaluated = tmp_path / "run"
+    images = LabelledImages([(image, 1) for image in x], categories=names)
+    evaluate(found.model, images, [Setting(), Setting(method="grad_cam")], evaluated, scores=SPARSITY)
+    plain = tmp_path / "plain"
+    evaluate(pair.body, images, [Setting(), Setting(method="grad_cam")], plain, scores=SPARSITY)
+    assert [row["gini"] for row in read_rows(evaluated)] == [row["gini"] for row in read_rows(plain)]
     with pytest.raises(ModelError, match="logits"):
-        pg.Classifier(found.model, found.preprocess, found.categories, "pair").predict(x)
+        pg.Classifier(pair, preprocess, names, "pair").predict(x)
+
+
+def test_neighbours_of_two_networks_do_not_meet(tmp_path):
+    for name, classes in (("one", 3), ("other", 7)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "layers.py").write_text(f"CLASSES = {classes}\n")
+        (tmp_path / name / "net.py").write_text(
+            "import parchgrad as pg\nfrom layers import CLASSES\n"
+            "def make():\n    return pg.load_model('shapes', pretrained=False, num_classes=CLASSES)\n"
+        )
+    before = list(sys.path)
+    found = [load_network(f"{tmp_path / name}/net.py:make") for name in ("one", "other")]
+    assert [len(each.categories) for each in found] == [3, 7]
+    assert sys.path == before
+    assert "layers" not in sys.modules
+
+
+def test_heads_of_training_are_left_out(tmp_path):
+    own = get_model("inception_v3", num_classes=2, init_weights=False)
+    found = load_network("inception_v3", weights=saved(own, tmp_path / "net.safetensors"))
+    assert len(found.categories) == 2
+    held = found.model.state_dict()
+    assert held.keys() == {name for name in own.state_dict() if not name.startswith("AuxLogits.")}
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in held.items())
+
+
+def test_networks_of_other_dtypes_are_counted(networks):
+    (networks / "precise.py").write_text("from own import make as single\ndef make():\n    return single().double()\n")
+    with pytest.warns(ModelWarning, match="without preprocessing"):
+        assert len(load_network("precise.py:make").categories) == 3

@@ -69,6 +69,8 @@ def desk(tmp_path_factory):
     (place / "networks.py").write_text(
         "import parchgrad\n\n\ndef make():\n    return parchgrad.load_model('shapes')\n", encoding="utf-8"
     )
+    for name in ("mine.pth", "classes.txt"):
+        (place / name).touch()
     for name in ("coffee", "cat", "camera", "rocket"):
         folder = place / "photos" / name
         folder.mkdir(parents=True)
@@ -171,6 +173,8 @@ def test_options_between_backticks_are_left_alone(monkeypatch):
     )
 
 
+# Balance alone leaves the gradient of the network of shapes as it is.
+@pytest.mark.filterwarnings("ignore:Methods that do not fit shapes are left out")
 @pytest.mark.parametrize("page", pages_with("sh"))
 def test_the_commands_of_a_page_run_or_at_least_exist(page, reader, capsys):
     for settings in blocks_of(page, "toml")[:1]:
@@ -351,7 +355,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_study():
     numbers = re.findall(r"\d\.\d{3}", rows)
     with (DOCS / "study" / "results.csv").open(encoding="utf-8") as file:
         measured = [f"{float(line['mean']):.3f}" for line in csv.DictReader(file) if line["mean"]]
-    assert len(numbers) > 35
+    assert len(numbers) > 30
     assert set(numbers) <= set(measured)
 
 

@@ -341,7 +341,7 @@ def test_a_mosaic_is_scored_and_saved_in_a_browser(address, tmp_path):
             assert np.abs(difference).mean() < 0.5
         # What was saved with other settings has another name.
         page.one("#signed input").click()
-        page.wait(lambda: "against the class" in page.text("#result"))
+        page.wait(lambda: "negative" in page.text("#result"))
         page.one("#more button").click()
         page.one("#prune input").click()
         page.wait(lambda: "gamma 10" in page.text("#result"))

@@ -293,10 +293,12 @@ def test_names_in_rows_do_not_steer_the_terminal(capsys, tmp_path):
         if row["setting"] != "gradient":
             row.update(setting=STEERING, method=None, selector=None)
     (place / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The progress of the run.
+    capsys.readouterr()
     code, printed, errors = cli(capsys, "report", place, "--out", tmp_path / "out")
     assert (code, errors) == (0, "")
-    # In the title, in the verdict and in the table.
-    assert printed.count("red [31m") >= 3
+    # In the title and in the table.
+    assert printed.count("red [31m") >= 2
     assert printed.replace("\n", "").isprintable()
 
 

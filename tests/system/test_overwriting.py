@@ -41,7 +41,7 @@ FILES = {
 LOCKS = {"stats collect": [".a.safetensors.checkpoint.lock"]}
 # It adds to its own runs, and to nothing else; see below.
 ADDING = {"evaluate"}
-READING = {"models", "selectors", "explore", "stats show"}
+READING = {"models", "classes", "selectors", "explore", "stats show"}
 
 
 def commands(command, name=""):

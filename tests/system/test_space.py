@@ -23,6 +23,16 @@ SPACE = ROOT / "space"
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
+    yield from started(tmp_path_factory)
+
+
+@pytest.fixture
+def crowded_address(tmp_path_factory):
+    """A server whose queue may be filled without disturbing other tests."""
+    yield from started(tmp_path_factory)
+
+
+def started(tmp_path_factory):
     folder = tmp_path_factory.mktemp("space")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -75,7 +85,8 @@ def test_the_demo_reads_no_file_of_its_host(address):
         assert not json.loads(done.removeprefix("data:"))["success"]
 
 
-def test_the_demo_is_bounded_and_may_be_framed_by_its_site_alone(address):
+def test_the_demo_is_bounded_and_may_be_framed_by_its_site_alone(crowded_address):
+    address = crowded_address
     large = {"files": ("large.png", bytes(6 * 2**20), "image/png")}
     wait_for(lambda: httpx.post(f"{address}/gradio_api/upload", files=large, timeout=60).status_code == 413)
     policy = httpx.get(address).headers["content-security-policy"]

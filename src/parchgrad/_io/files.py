@@ -22,6 +22,7 @@ from parchgrad.errors import OutputError, ParchGradError, reason_of
 __all__ = [
     "check_outputs",
     "distinct_stems",
+    "folder_size",
     "locked",
     "refuse_special",
     "safe_stem",
@@ -293,3 +294,21 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def folder_size(folder: Path) -> int:
+    """Add up the sizes of the files in a folder, in bytes; files may disappear meanwhile.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a").write_bytes(b"12345")
+        ...     folder_size(Path(folder))
+        5
+    """
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total

@@ -27,6 +27,7 @@ from parchgrad.cli.shared import (
     place_of,
     printable,
 )
+from parchgrad.errors import SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -238,8 +239,10 @@ def evaluate(
             shown.enter_context(error_console.status("Starting"))
         from parchgrad.workflows.evaluation import DATA_SETS, evaluate_all, read_settings
 
-        is_path = data is not None and (annotations is not None or os.sep in data or os.path.isdir(data))
-        if is_path and data not in DATA_SETS and root is None:
+        if data is not None and data not in DATA_SETS and root is None:
+            if not os.path.isdir(data):
+                known = ", ".join(name for name in DATA_SETS if name != "folder")
+                raise SettingError(f"--data is {data!r}, but there is no such folder. Check the path, or use {known}.")
             data, root = "folder" if annotations is None else "imagenet", data
         flags: dict[str, Any] = {
             "model": model,
@@ -301,16 +304,16 @@ def report(
         check_outputs(Report.files(out), force=force)
         found = make_report(runs, scores=score, confidence=confidence)
         page = found.save(out, force=force)
-    for summary, count, labels, verdict in zip(
-        found.summaries, found.counts, found.labels, found.verdicts, strict=True
-    ):
+    columns = found.summaries, found.counts, found.labels, found.verdicts, found.caveats
+    for summary, count, labels, verdict, caveat in zip(*columns, strict=True):
         console.print(f"{printable(summary.model)}, {count}", style="bold", highlight=False)
         for statement in verdict:
             style, sign = _SIGNS[statement.outcome]
             line = Table.grid(padding=(0, 1, 0, 0))
-            claim, numbers = printable(statement.claim), printable(statement.numbers)
-            line.add_row(Text(sign, style=style), f"[bold]{claim}:[/] [dim]{numbers}[/]")
+            line.add_row(Text(sign, style=style), printable(statement.brief))
             console.print(line)
+        if caveat:
+            console.print(printable(caveat), style="dim", highlight=False)
         console.print()
         console.print(_table(summary, labels.names, all_scores=score is not None))
         for name, words in labels.shared.items():
@@ -318,8 +321,8 @@ def report(
         console.print()
     console.print(
         f"+ is better than the plain gradient and - is worse, by the {confidence:.0%} interval over at least {FEWEST} "
-        "images; controls have no sign. Arrows show which direction is better. Time is per map, relative to the plain "
-        "gradient. The page shows all scores; --score selects those shown here.",
+        "images or mosaics; controls have no sign. Arrows show which direction is better. Time is per map, relative to "
+        "the plain gradient. The page shows all scores; --score selects those shown here.",
         highlight=False,
     )
     console.print(f"Open {escape(str(page))}", highlight=False, soft_wrap=True)

@@ -5,7 +5,15 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from parchgrad.cli.shared import ClassesFile, ModelArgument, console, load_classifier, make_table, printable
+from parchgrad.cli.shared import (
+    ClassesFile,
+    ModelArgument,
+    WeightsFile,
+    console,
+    load_classifier,
+    make_table,
+    printable,
+)
 from parchgrad.errors import SettingError
 
 
@@ -33,10 +41,11 @@ def models(
 def classes(
     model: ModelArgument = "efficientnet_lite0",
     search: Annotated[str, typer.Argument(help="Part of a class name, in any case.", show_default=False)] = "",
+    weights: WeightsFile = None,
     names: ClassesFile = None,
 ) -> None:
     """List the classes of a model, with the index and name that --target takes."""
-    classifier = load_classifier(model, classes=names, pretrained=False)
+    classifier = load_classifier(model, weights=weights, classes=names, pretrained=False)
     found = [
         (index, category)
         for index, category in enumerate(classifier.categories)

@@ -1,10 +1,10 @@
-"""The commands explain, sweep, animate, models and demo."""
+"""The commands explain, sweep, animate and demo."""
 
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
@@ -221,7 +221,12 @@ def explain(
         ),
     ] = False,
     signed: Annotated[
-        bool, typer.Option("--signed", help="Draw a second panel with signed maps: red for the class, blue against it.")
+        bool,
+        typer.Option(
+            "--signed",
+            help="Draw a second panel with signed maps: brighter pixels raise the score where it is red, darker ones "
+            "where it is blue.",
+        ),
     ] = False,
     against: Annotated[
         str | None,
@@ -280,7 +285,7 @@ def explain(
     --selector class --layers published --softness 0 --conserve independent
     """
     asked = _Options.of(locals())
-    images = images_in(images)
+    images = images_in(images, out)
     if box is not None or label is not None:
         _check_box(asked, box, label, against, stability=stability)
     with error_console.status("Starting") as status:
@@ -376,7 +381,7 @@ def sweep(
     statistics: StatisticsFile = None,
 ) -> None:
     """Explain images at several quantiles or alphas: write a panel for each."""
-    images = images_in(images)
+    images = images_in(images, out)
     paths = [out / f"{stem}.{form}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
     asked = _Options.of(locals())
@@ -434,7 +439,7 @@ def animate(
 ) -> None:
     """Animate the maps of images over several quantiles or alphas: write an animation for each."""
     selectors = list(dict.fromkeys(selector or ["evidence"]))
-    images = images_in(images)
+    images = images_in(images, out)
     paths = [out / f"{stem}.{form}" for stem in distinct_stems(images)]
     check_outputs(paths, force=force, inputs=images)
     asked = _Options.of(locals())
@@ -510,7 +515,12 @@ def _check_box(asked: _Options, box: str | None, label: str | None, against: str
     """Refuse options that do not go with a box."""
     if box is None or label is None:
         raise SettingError("--box and --label belong together. Pass both, or neither.")
-    for option, value in (("target", asked.target), ("versus", against), ("weights", asked.weights)):
+    for option, value in (
+        ("target", asked.target),
+        ("versus", against),
+        ("weights", asked.weights),
+        ("classes", asked.classes),
+    ):
         if value is not None:
             raise SettingError(f"--{option} is set, which does not go with --box. Leave it out.")
     if stability:
@@ -534,7 +544,8 @@ def _prepare_box(
         ) from None
     if _find_selector(selector).needs_statistics:
         raise SettingError(f"--selector is {selector!r}, whose statistics are of classes. Leave it out for a box.")
-    (edit,) = _make_edits(asked, [selector])
+    # As `explain_box`.
+    (edit,) = _make_edits(replace(asked, balance=bool(asked.balance)), [selector])
     place = place_of(asked.device)
     say(f"Loading {escape(asked.model)}")
     with redirect_stdout(sys.stderr):
@@ -588,10 +599,11 @@ def _make_sweeps(
             "--over quantile."
         )
     _check_used(names, asked)
-    from parchgrad.data.images import read_image
+    from parchgrad.data.images import read_image, stored_frame
 
     # Check the images before the slow imports.
-    pictures = [read_image(path) for path in images]
+    for path in images:
+        stored_frame(path)
     given = None if values is None else _parse_values(values)
 
     from parchgrad.visual.sweeps import ALPHAS, alpha_sweep, quantile_sweep
@@ -603,7 +615,8 @@ def _make_sweeps(
             return quantile_sweep(classifier, picture, edit, quantiles=given, target=target, method=asked.method)
         return alpha_sweep(classifier, picture, edit, alphas=given or ALPHAS, target=target, method=asked.method)
 
-    for picture in pictures:
+    for path in images:
+        picture = read_image(path)
         yield [swept(picture, edit) for edit in edits]
 
 

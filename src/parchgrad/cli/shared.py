@@ -54,13 +54,15 @@ def check_selectors(names: list[str] | None) -> list[str] | None:
     return names and [check_selector(name) for name in names]
 
 
-def images_in(paths: Sequence[Path]) -> list[Path]:
-    """Replace folders by the images in them."""
+def images_in(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Replace folders by the images in them, apart from results in `out`."""
     from parchgrad.data.images import IMAGE_SUFFIXES, find_files
 
     found: list[Path] = []
     for path in paths:
-        inner = find_files(path, IMAGE_SUFFIXES) if path.is_dir() else (path,)
+        inner = [path]
+        if path.is_dir():
+            inner = [file for file in find_files(path, IMAGE_SUFFIXES) if out.resolve() not in file.resolve().parents]
         if not inner:
             raise ImageError(f"The folder {str(path)!r} contains no images. Choose one with JPEG or PNG files.")
         found += inner
@@ -154,7 +156,17 @@ def load_classifier(
     # huggingface_hub logs every failed attempt; the error that follows is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     with redirect_stdout(sys.stderr):
-        return load_network(name, weights=weights, classes=classes, pretrained=pretrained)
+        found = load_network(name, weights=weights, classes=classes, pretrained=pretrained)
+    # Not for a function, which brings its own.
+    if weights is not None and ":" not in name.removeprefix("hf-hub:"):
+        how = escape(found.preprocess.description)
+        error_console.print(
+            f"[bold yellow]Note:[/] Images are preprocessed as for the pretrained {escape(name)}: {how}. If your "
+            "training differs, pass a function that returns a Classifier as --model.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return found
 
 
 def place_of(device: str) -> "torch.device":

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from parchgrad.cli.shared import (
+    MODEL_HELP,
     ClassesFile,
     ModelName,
     ProgressBars,
@@ -203,7 +204,7 @@ def merge(
 @stats.command()
 def import_pickles(
     folder: Annotated[Path, typer.Argument(help="Folder 'pickles' of a network, or its parent.")],
-    model: Annotated[str, typer.Option(help="Network of the pickles, a torchvision or timm name.")],
+    model: Annotated[str, typer.Option(help=f"Network of the pickles. {MODEL_HELP}")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
@@ -217,11 +218,10 @@ def import_pickles(
         from parchgrad._io.files import check_outputs
         from parchgrad.legacy.pickles import import_pickles as read_pickles
         from parchgrad.legacy.pickles import pickle_files
-        from parchgrad.models.loading import load_model
 
         check_outputs([out], force=force, inputs=pickle_files(folder))
         # Only the architecture matters, not the weights.
-        found = read_pickles(folder, load_model(model, pretrained=False).model, name=model)
+        found = read_pickles(folder, load_classifier(model, pretrained=False).model, name=model)
     found.save(out, force=force)
     _say_saved(found, out)
 

@@ -261,7 +261,8 @@ def _name(dataset: Any, index: int) -> str:
         dataset, index = dataset.dataset, int(dataset.indices[index])
     if isinstance(dataset, PhotographFolder):
         return dataset.files[index].relative_to(dataset.root).as_posix()
-    if hasattr(dataset, "samples") and hasattr(dataset, "root"):
-        # As the image folders of torchvision, which is not needed otherwise.
-        return Path(dataset.samples[index][0]).relative_to(dataset.root).as_posix()
+    # As in the image folders of torchvision, which is not needed otherwise.
+    entries = getattr(dataset, "samples", None)
+    if isinstance(entries, list) and isinstance(entries[index], tuple) and hasattr(dataset, "root"):
+        return Path(entries[index][0]).relative_to(dataset.root).as_posix()
     return str(index)

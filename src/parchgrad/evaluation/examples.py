@@ -19,6 +19,8 @@ from parchgrad._io.tensors import read_tensors
 from parchgrad.data.samples import Samples
 from parchgrad.errors import InputError, SettingError, reason_of
 from parchgrad.evaluation.methods import CONTROLS, Method
+from parchgrad.evaluation.report import pair_rows
+from parchgrad.evaluation.rows import Row
 from parchgrad.evaluation.scores import SCORES
 from parchgrad.evaluation.verdict import find_leader
 from parchgrad.visual.maps import normalise
@@ -152,11 +154,11 @@ class Examples:
         return cls(choice=choice, categories=categories, pictures=pictures, maps=maps)
 
 
-def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
+def choose_examples(rows: Sequence[Row]) -> Choice | None:
     """Choose the images where the leading setting gains most and least over the plain gradient.
 
-    See `find_leader` for the score and the leading setting. Images without the score are ignored, and no image is
-    chosen twice.
+    See `find_leader` for the score and the leading setting. Only images with rows of every setting and with the score
+    count, and no image is chosen twice.
 
     Args:
         rows: rows of one run; see `read_rows`.
@@ -178,17 +180,16 @@ def choose_examples(rows: Sequence[Mapping[str, Any]]) -> Choice | None:
         >>> choice.leading, choice.best[0].image, choice.worst[0].image
         ('edit', '0', '1')
     """
-    leader = find_leader(rows)
+    paired = pair_rows(rows)
+    leader = find_leader(paired)
     if leader is None:
         return None
     score, leading = leader.score, leader.setting
-    by_setting: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for row in rows:
-        by_setting.setdefault(row["setting"], {})[row["index"]] = row
+    by_setting = {title: {row["index"]: row for row in own} for title, own in paired.items()}
     sign = -1 if SCORES[score].better == "lower" else 1
 
     def value(title: str, index: int) -> float:
-        return float(by_setting[title].get(index, {}).get(score, math.nan))
+        return float(by_setting[title][index].get(score, math.nan))
 
     gains = {
         index: sign * (value(leading, index) - (value(_PLAIN, index) if _PLAIN in by_setting else 0.0))

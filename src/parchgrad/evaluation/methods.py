@@ -14,6 +14,7 @@ from parchgrad.core.edit import Edit
 from parchgrad.core.engine import ParchGrad
 from parchgrad.core.layers import find_convolutions
 from parchgrad.core.selectors import LayerSignal, RandomChannels, Selection, Selector
+from parchgrad.core.targets import find_logits
 from parchgrad.errors import LayerError, SettingError
 from parchgrad.evaluation.localisation import centre_gaussian
 from parchgrad.explain.explainer import Explainer
@@ -116,7 +117,7 @@ def grad_cam(
 
     Args:
         model: classifier in evaluation mode, logits (B, K).
-        layer: name of a convolution; None uses the last one.
+        layer: name of a convolution; None uses the last one that the score depends on.
         gates: width of the soft gates of every rectifier; see `soft_gate`. 0 is the published method.
         antialias: whether to smooth gradients at the input of strided operations; see `smooth_strides`.
         balance: whether to hold constant what makes operations nonlinear; see `Balance`.
@@ -124,7 +125,7 @@ def grad_cam(
         internal_batch_size: number of images per pass.
 
     Raises:
-        LayerError: if `layer` is not a convolution of the model.
+        LayerError: if `layer` is not a convolution of the model, or the score depends on none.
         SettingError: if `gates`, `antialias` or `balance` is out of range.
 
     Example:
@@ -135,19 +136,26 @@ def grad_cam(
     convolutions = find_convolutions(model)
     if layer is not None and layer not in convolutions:
         raise LayerError(f"`layer` is {layer!r}, but Grad-CAM needs a convolution. Pass one of the model's.")
-    chosen = convolutions[layer or list(convolutions)[-1]]
+    candidates = list(reversed(convolutions.values())) if layer is None else [convolutions[layer]]
     # Also shields these gradients from enclosing ParchGrad blocks.
     rules = ParchGrad(model, None, gates=gates, antialias=antialias, balance=balance)
 
     def coarse_maps(images: Tensor, target: Tensor) -> Tensor:
-        features, logits = _features_and_output(model, chosen, images)
-        if score is None:
-            scores = logits.gather(1, target.unsqueeze(1))
-        else:
-            scores = torch.cat([score(index)(logits[row : row + 1]) for row, index in enumerate(target.tolist())])
-        (gradient,) = torch.autograd.grad(scores.sum(), features)
-        weights = gradient.mean(dim=tuple(range(2, gradient.dim())), keepdim=True)
-        return (weights * features.detach()).sum(dim=1, keepdim=True).relu()
+        for candidate in candidates:
+            features, output = _features_and_output(model, candidate, images)
+            logits = find_logits(output)
+            if score is None:
+                scores = logits.gather(1, target.unsqueeze(1))
+            else:
+                scores = torch.cat([score(index)(logits[row : row + 1]) for row, index in enumerate(target.tolist())])
+            # A convolution may be registered and not be used, or only for another output.
+            gradient = None
+            if features is not None:
+                (gradient,) = torch.autograd.grad(scores.sum(), features, allow_unused=True)
+            if features is not None and gradient is not None:
+                weights = gradient.mean(dim=tuple(range(2, gradient.dim())), keepdim=True)
+                return (weights * features.detach()).sum(dim=1, keepdim=True).relu()
+        raise LayerError("Grad-CAM needs a convolution that the score depends on. Pass another `layer`.")
 
     def method(images: Tensor, target: Tensor) -> Tensor:
         maps = []
@@ -162,9 +170,10 @@ def grad_cam(
     return method
 
 
-def _features_and_output(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Output of a layer, and of the model, in a pass that other threads may share the model with."""
-    thread, found = threading.get_ident(), []
+def _features_and_output(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor | None, Any]:
+    """Output of a layer, None if it is not called, and of the model, which other threads may use meanwhile."""
+    thread = threading.get_ident()
+    found: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:
@@ -176,10 +185,10 @@ def _features_and_output(model: nn.Module, layer: nn.Module, images: Tensor) -> 
     hook = layer.register_forward_hook(keep)
     try:
         # A model with frozen weights has a gradient only if its input has one.
-        output: Tensor = model(images.detach().requires_grad_())
+        output = model(images.detach().requires_grad_())
     finally:
         hook.remove()
-    return found[-1], output
+    return found[-1] if found else None, output
 
 
 def make_controls(model: nn.Module, *, edit: Edit = Edit(), quantile: float = 0.1, seed: int = 0) -> dict[str, Method]:

@@ -141,7 +141,9 @@ def replacement_images(images: Tensor, replacement: Replacement, *, seed: int = 
         sigma = _BLUR * min(images.shape[2:])
         # Three sigmas on either side, within the limit of reflection padding.
         reach = min(math.ceil(3 * sigma), min(images.shape[2:]) - 1)
-        blurred: Tensor = gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
+        # One direction after the other, since torchvision convolves with the whole square kernel.
+        across: Tensor = gaussian_blur(images, [2 * reach + 1, 1], [sigma] * 2)
+        blurred: Tensor = gaussian_blur(across, [1, 2 * reach + 1], [sigma] * 2)
         return blurred
     if replacement == "noise":
         noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed), device="cpu").to(images)

@@ -23,6 +23,7 @@ __all__ = [
     "csv_table",
     "mark_of",
     "markdown_table",
+    "pair_rows",
     "relative_time",
     "score_words",
     "summarise",
@@ -103,18 +104,15 @@ class PairedRows:
         models = list(dict.fromkeys(str(row["model"]) for row in rows))
         if len(models) != 1:
             raise InputError(f"`rows` is of {', '.join(models) or 'no model'}. Pass the rows of one model.")
-        found: dict[str, dict[int, Row]] = {}
-        for row in rows:
-            found.setdefault(row["setting"], {})[row["index"]] = row
-        common = sorted(set.intersection(*(set(own) for own in found.values())))
-        if not common:
+        paired = pair_rows(rows)
+        first = next(iter(paired.values()))
+        if not first:
             raise InputError("No image has rows of every setting. Run the evaluation again until it is finished.")
-        paired = {title: [own[index] for index in common] for title, own in found.items()}
-        named = [row.get("group") for row in next(iter(paired.values()))]
+        named = [row.get("group") for row in first]
         groups = None
         if any(isinstance(group, str) for group in named):
-            pairs = zip(common, named, strict=True)
-            groups = [group if isinstance(group, str) else f"image {index}" for index, group in pairs]
+            pairs = zip(first, named, strict=True)
+            groups = [group if isinstance(group, str) else f"image {row['index']}" for row, group in pairs]
         return cls(model=models[0], rows=paired, groups=groups)
 
     def column(self, setting: str, score: str) -> list[float]:
@@ -130,6 +128,21 @@ class PairedRows:
             confidence=confidence,
             seed=seed,
         )
+
+
+def pair_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group rows by setting, in order of appearance, on the images that all settings have, in order of their index.
+
+    Example:
+        >>> rows = [{"setting": "a", "index": 1}, {"setting": "a", "index": 0}, {"setting": "b", "index": 1}]
+        >>> pair_rows(rows)
+        {'a': [{'setting': 'a', 'index': 1}], 'b': [{'setting': 'b', 'index': 1}]}
+    """
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault(row["setting"], {})[row["index"]] = row
+    common = sorted(set.intersection(*map(set, found.values()))) if found else []
+    return {title: [own[index] for index in common] for title, own in found.items()}
 
 
 def summarise(
@@ -231,7 +244,7 @@ def markdown_table(summary: Summary, names: Mapping[str, str] | None = None) -> 
 
 
 def csv_table(summary: Summary) -> str:
-    """Write a summary as CSV: a line with all details for each setting and score.
+    """Write a summary as CSV: a line with all details for each setting and score; see `mark_of` for the verdicts.
 
     Example:
         >>> rows = [{"model": "m", "setting": "gradient", "index": i, "seconds": 1.0, "gini": 0.5} for i in range(2)]
@@ -256,7 +269,7 @@ def csv_table(summary: Summary) -> str:
                 "high": None if against is None else _known(against.high),
                 "pairs": None if against is None else against.images,
                 "rank": _known(cell.rank),
-                "verdict": cell.verdict,
+                "verdict": mark_of(summary, setting, name),
                 "relative_time": relative_time(summary, setting),
             }
         )

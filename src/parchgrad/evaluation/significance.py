@@ -175,52 +175,47 @@ def rank_biserial(differences: ArrayLike) -> float:
 
 
 def standings(
-    paired: PairedRows, scores: Sequence[str], *, reference: str, confidence: float = 0.95, seed: int = 0
+    columns: Mapping[str, tuple[PairedRows, str]], *, reference: str, confidence: float = 0.95, seed: int = 0
 ) -> dict[tuple[str, str], Standing]:
-    """Compare every method with a reference by every score, as one family of tests.
+    """Compare every method with a reference in every column of a table, as one family of tests.
 
     Args:
-        paired: rows of one run.
-        scores: names of the scores; those without a better direction stay open.
+        columns: paired rows and the name of the score of each column; the columns may be of different runs.
         reference: title of the method that the others are compared with.
         confidence: level of the intervals and of the family of tests, in (0, 1).
         seed: random seed of the bootstrap.
 
     Returns:
-        Standings by method and score, without the reference.
+        Standings by method and column, without the reference; scores without a better direction stay open.
 
     Raises:
-        SettingError: if the run does not have the reference.
+        SettingError: if a run does not have the reference.
 
     Example:
         >>> rows = [
         ...     {"model": "m", "setting": title, "index": index, "seconds": 1.0, "deletion": index + gain * (1 + index)}
         ...     for title, gain in (("a", 0.0), ("b", 0.5)) for index in range(20)
         ... ]
-        >>> found = standings(PairedRows.of(rows), ["deletion"], reference="a")["b", "deletion"]
+        >>> found = standings({"deletion": (PairedRows.of(rows), "deletion")}, reference="a")["b", "deletion"]
         >>> found.effect, found.verdict
         (-1.0, 'worse')
     """
-    if reference not in paired.rows:
-        raise SettingError(f"`reference` is {reference!r}, but it must be one of {', '.join(paired.rows)}.")
     compared = {}
-    for name in scores:
+    for column, (paired, name) in columns.items():
+        if reference not in paired.rows:
+            raise SettingError(f"`reference` is {reference!r}, but it must be one of {', '.join(paired.rows)}.")
         sign = -1 if SCORES[name.partition("@")[0]].better == "lower" else 1
         base = paired.column(reference, name)
         for title in paired.rows:
             if title != reference:
                 differences = paired_differences(paired.column(title, name), base, groups=paired.groups)
                 found = paired.compare(title, reference, name, confidence=confidence, seed=seed)
-                compared[title, name] = found, _signed_rank_p(differences), sign * rank_biserial(differences)
-    adjusted = holm([p for _, p, _ in compared.values()])
+                effect = sign * rank_biserial(differences)
+                compared[title, column] = found, _signed_rank_p(differences), effect, verdict_of(found, name)
+    adjusted = holm([p for _, p, _, _ in compared.values()])
     return {
-        key: Standing(
-            comparison=found,
-            p=float(p),
-            effect=effect,
-            verdict=verdict_of(found, key[1]) if p < 1 - confidence else "open",
-        )
-        for (key, (found, _, effect)), p in zip(compared.items(), adjusted, strict=True)
+        key: Standing(comparison=found, p=float(p), effect=effect, verdict=verdict if p < 1 - confidence else "open")
+        for (key, (found, _, effect, verdict)), p in zip(compared.items(), adjusted, strict=True)
     }
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from parchgrad.evaluation.labels import is_control, is_edit
 from parchgrad.evaluation.methods import CONTROLS
@@ -12,7 +12,7 @@ from parchgrad.evaluation.rows import Row
 from parchgrad.evaluation.scores import HEADLINES, SCORES, Family
 from parchgrad.evaluation.summary import FEWEST, Comparison, Mean, valid_mean
 
-__all__ = ["Conclusion", "Finding", "Leader", "Outcome", "Statement", "conclude", "find_leader", "state"]
+__all__ = ["Conclusion", "Finding", "Leader", "Outcome", "Statement", "caveat", "conclude", "find_leader", "state"]
 
 Outcome = Literal["better", "worse", "open", "few", "control"]
 
@@ -35,7 +35,7 @@ class Leader:
 
     Attributes:
         setting: title of the setting with the best mean of the score among the settings that compete.
-        score: name of the score that decides, the first of `HEADLINES` with values.
+        score: name of the score that decides, the first of `HEADLINES` for which a competing setting has values.
         competing: number of settings that compete.
     """
 
@@ -51,7 +51,7 @@ class Finding:
     Attributes:
         rival: title of the other setting.
         score: name of the score.
-        comparison: the leading setting minus the rival, on the same images.
+        comparison: the leading setting minus the rival, on the same images; see `conclude` for the interval.
         verdict: `"better"` or `"worse"` if that is settled, else `"open"`.
     """
 
@@ -62,7 +62,7 @@ class Finding:
 
     @property
     def outcome(self) -> Outcome:
-        """The verdict, or `"few"` if there are too few images for any."""
+        """The verdict, or `"few"` if there are too few images or mosaics for any."""
         return self.verdict if self.comparison.images >= FEWEST else "few"
 
 
@@ -87,47 +87,47 @@ class Statement:
     """A sentence of the verdict, and the numbers behind it.
 
     Attributes:
-        outcome: `"better"`, `"worse"`, `"open"` (cannot be told apart), `"few"` (too few images), or `"control"` (a
-            control does as well).
+        outcome: `"better"`, `"worse"`, `"open"` (cannot be told apart), `"few"` (too few images or mosaics), or
+            `"control"` (cannot be told from a control).
         claim: the sentence, without a full stop.
         numbers: differences of means with their intervals.
+        brief: a shorter sentence, with the first difference only.
     """
 
     outcome: Outcome
     claim: str
     numbers: str
+    brief: str
 
 
-def find_leader(rows: Sequence[Mapping[str, Any]]) -> Leader | None:
+def find_leader(rows: Mapping[str, Sequence[Row]]) -> Leader | None:
     """Find the setting that leads a run.
 
     Settings with a selector compete, or all other methods except the controls if there are none. A setting cannot lead
     if it has the score for fewer than half as many images as another.
 
     Args:
-        rows: rows of one run; see `read_rows`.
+        rows: rows of one run by setting, on the same images; see `pair_rows`.
 
     Returns:
-        The leader; None if no setting competes or no row has a headline score.
+        The leader; None if no setting competes or none that does has a headline score.
 
     Example:
         >>> settings = (("gradient", None, 0.9), ("a", "energy", 0.2), ("b", "evidence", 0.3), ("c", "random", 0.8))
-        >>> rows = [{"setting": title, "selector": name, "aopc": value} for title, name, value in settings]
+        >>> rows = {title: [{"selector": name, "aopc": value}] for title, name, value in settings}
         >>> find_leader(rows)
         Leader(setting='b', score='aopc', competing=2)
     """
-    score = next((name for name in HEADLINES if any(not math.isnan(row.get(name, math.nan)) for row in rows)), None)
-    if score is None:
-        return None
-    by_setting: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_setting.setdefault(row["setting"], []).append(row)
-    edits = [title for title, own in by_setting.items() if is_edit(title, own[0])]
-    others = [title for title, own in by_setting.items() if title not in CONTROLS and not is_control(title, own[0])]
+    described = {title: own[0] for title, own in rows.items() if own}
+    edits = [title for title, row in described.items() if is_edit(title, row)]
+    others = [title for title, row in described.items() if title not in CONTROLS and not is_control(title, row)]
     competing = edits or others
-    means = {title: valid_mean([row.get(score, math.nan) for row in by_setting[title]]) for title in competing}
-    best = _best(means, score)
-    return None if best is None else Leader(setting=best, score=score, competing=len(competing))
+    for score in HEADLINES:
+        means = {title: valid_mean([row.get(score, math.nan) for row in rows[title]]) for title in competing}
+        best = _best(means, score)
+        if best is not None:
+            return Leader(setting=best, score=score, competing=len(competing))
+    return None
 
 
 def conclude(
@@ -135,14 +135,18 @@ def conclude(
 ) -> Conclusion | None:
     """Compare the leading setting with its rivals and the controls on the same images.
 
+    The leading setting and some rivals are chosen by the scores that then compare them. Intervals allow for that by a
+    Bonferroni correction: their level is 1 - (1 - `confidence`) / n, where n is the number of settings that the leading
+    one was chosen from, or the rival if those are more.
+
     Args:
         rows: rows of one run; see `read_rows`.
         scores: names of the scores; those without values or without a better direction are ignored.
-        confidence: level of the intervals, in (0, 1).
+        confidence: level of the intervals before the correction, in (0, 1).
         seed: random seed of the bootstrap.
 
     Returns:
-        The conclusion; None if no setting leads.
+        The conclusion, without scores that the leading setting and a rival share on no image; None if no setting leads.
 
     Raises:
         InputError: if there are no rows or several models, or no image has rows of every setting.
@@ -156,10 +160,10 @@ def conclude(
         >>> finding.rival, finding.score, finding.comparison.difference, finding.verdict
         ('gradient', 'aopc', 0.5, 'better')
     """
-    leader = find_leader(rows)
+    paired = PairedRows.of(rows)
+    leader = find_leader(paired.rows)
     if leader is None:
         return None
-    paired = PairedRows.of(rows)
     groups: dict[str, list[str]] = {"edits": [], "methods": [], "controls": []}
     for title, own in paired.rows.items():
         if title not in (leader.setting, BASELINE):
@@ -169,19 +173,30 @@ def conclude(
     def best(titles: Iterable[str], score: str) -> str | None:
         return _best({title: valid_mean(paired.column(title, score)) for title in titles}, score)
 
-    def finding(rival: str, score: str) -> Finding:
-        comparison = paired.compare(leader.setting, rival, score, confidence=confidence, seed=seed)
-        return Finding(rival=rival, score=score, comparison=comparison, verdict=verdict_of(comparison, score))
+    def findings(rivals: Mapping[str, str], candidates: int) -> list[Finding]:
+        """Compare by each score with its rival, chosen from so many candidates."""
+        level = 1 - (1 - confidence) / max(leader.competing, candidates)
+        found = []
+        for score, rival in rivals.items():
+            comparison = paired.compare(leader.setting, rival, score, confidence=level, seed=seed)
+            if comparison.images:
+                verdict = verdict_of(comparison, score)
+                found.append(Finding(rival=rival, score=score, comparison=comparison, verdict=verdict))
+        return found
 
     judged = [name for name in scores if not math.isnan(valid_mean(paired.column(leader.setting, name)).value)]
     judged = [name for name in judged if SCORES[name.partition("@")[0]].better != "neither"]
-    plain = [BASELINE] if BASELINE in paired.rows else []
-    rivals = [*plain, best(groups["edits"], leader.score), best(groups["methods"], leader.score)]
-    strongest = {name: best(groups["controls"], name) for name in judged}
+    rivals = {BASELINE: 1} if BASELINE in paired.rows else {}
+    for titles in (groups["edits"], groups["methods"]):
+        if (second := best(titles, leader.score)) is not None:
+            rivals[second] = len(titles)
+    controls = {name: rival for name in judged if (rival := best(groups["controls"], name)) is not None}
     return Conclusion(
         leader=leader,
-        findings=tuple(finding(rival, name) for rival in rivals if rival is not None for name in judged),
-        controls=tuple(finding(rival, name) for name, rival in strongest.items() if rival is not None),
+        findings=tuple(
+            finding for rival, count in rivals.items() for finding in findings(dict.fromkeys(judged, rival), count)
+        ),
+        controls=tuple(findings(controls, len(groups["controls"]))),
     )
 
 
@@ -200,30 +215,72 @@ def state(conclusion: Conclusion | None, names: Mapping[str, str]) -> tuple[Stat
         >>> (statement,) = state(Conclusion(leader=leader, findings=(finding,), controls=()), names)
         >>> statement.claim, statement.numbers
         ('Evidence localises better (mass inside) than Grad-CAM', 'mass inside +0.200 [+0.100, +0.300]')
+        >>> statement.brief
+        'Evidence is better than Grad-CAM by mass inside (+0.200)'
     """
-    if conclusion is None or not conclusion.findings:
-        return (Statement(outcome="few", claim="No verdict", numbers="no setting has a score that could rank it"),)
+    if conclusion is None:
+        return (_no_verdict("no setting besides the plain gradient, Grad-CAM and controls has a headline score"),)
     leading, said = names[conclusion.leader.setting], []
     for rival in dict.fromkeys(finding.rival for finding in conclusion.findings):
         other = names[rival]
         other = f"the {other}" if other.startswith("plain ") else other
-        by_outcome: dict[Outcome, list[Finding]] = {"better": [], "worse": [], "open": [], "few": []}
-        for finding in conclusion.findings:
-            if finding.rival == rival:
-                by_outcome[finding.outcome].append(finding)
-        for outcome, found in by_outcome.items():
-            if found:
-                claim = _claim(outcome, leading, other, found)
-                said.append(Statement(outcome=outcome, claim=claim, numbers=_numbers(found)))
-    beaten = [finding for finding in conclusion.controls if finding.outcome == "better"]
-    level = [finding for finding in conclusion.controls if finding.outcome in ("worse", "open")]
-    if beaten:
-        claim = f"{leading} is better than the best control by {_scores(beaten)}"
-        said.append(Statement(outcome="better", claim=claim, numbers=_numbers(beaten, names)))
-    if level:
-        claim = f"{_scores(level)} {'does' if len(level) == 1 else 'do'} not tell {leading} from a control"
-        said.append(Statement(outcome="control", claim=claim, numbers=_numbers(level, names)))
+        for outcome, found in _by_outcome([each for each in conclusion.findings if each.rival == rival]).items():
+            said.append(
+                Statement(
+                    outcome=outcome,
+                    claim=_claim(outcome, leading, other, found),
+                    numbers=_numbers(found),
+                    brief=_brief(outcome, leading, other, found),
+                )
+            )
+    if not said:
+        said.append(_no_verdict(f"{leading} shares no score that can rank it with a setting other than a control"))
+    for outcome, found in _by_outcome([each for each in conclusion.controls if each.outcome != "few"]).items():
+        which = "; ".join(dict.fromkeys(names[each.rival] for each in found))
+        control = {"better": "the best control", "worse": f"a control ({which})"}.get(outcome, "a control")
+        settled = f"{_opening(outcome, leading, control)} by {_scores(found)}"
+        said.append(
+            Statement(
+                outcome="control" if outcome == "open" else outcome,
+                claim=_claim(outcome, leading, control, found) if outcome == "open" else settled,
+                numbers=_numbers(found, names),
+                brief=_brief(outcome, leading, control, found),
+            )
+        )
     return tuple(said)
+
+
+def caveat(conclusion: Conclusion | None, names: Mapping[str, str]) -> str:
+    """Say that the leading setting was chosen from several; empty if it was not.
+
+    Args:
+        conclusion: the conclusion; None if no setting leads.
+        names: names of the settings by title; see `label_settings`.
+
+    Example:
+        >>> chosen = Leader(setting="a", score="aopc", competing=8)
+        >>> caveat(Conclusion(leader=chosen, findings=(), controls=()), {"a": "Evidence"}).split(" by ")[0]
+        'Evidence was chosen from 8 settings'
+    """
+    if conclusion is None or conclusion.leader.competing == 1:
+        return ""
+    leader = conclusion.leader
+    return (
+        f"{names[leader.setting]} was chosen from {leader.competing} settings by its mean {score_words(leader.score)} "
+        "on these images, which favours its differences. The verdict allows for that choice (Bonferroni), not for the "
+        "number of scores."
+    )
+
+
+def _no_verdict(reason: str) -> Statement:
+    return Statement(outcome="few", claim="No verdict", numbers=reason, brief=f"No verdict: {reason}")
+
+
+def _by_outcome(findings: Sequence[Finding]) -> dict[Outcome, list[Finding]]:
+    """Findings by outcome, the best outcome first."""
+    outcomes: tuple[Outcome, ...] = ("better", "worse", "open", "few")
+    grouped = {outcome: [each for each in findings if each.outcome == outcome] for outcome in outcomes}
+    return {outcome: found for outcome, found in grouped.items() if found}
 
 
 def _best(means: Mapping[str, Mean], score: str) -> str | None:
@@ -236,7 +293,8 @@ def _best(means: Mapping[str, Mean], score: str) -> str | None:
 
 def _claim(outcome: Outcome, leading: str, rival: str, findings: Sequence[Finding]) -> str:
     if outcome == "few":
-        return f"Too few images (fewer than {FEWEST}) to compare {leading} with {rival} by {_scores(findings)}"
+        few = f"Too few images or mosaics (fewer than {FEWEST})"
+        return f"{few} to compare {leading} with {rival} by {_scores(findings)}"
     if outcome == "open":
         return f"{leading} and {rival} cannot be told apart by {_scores(findings)}"
     by_claim: dict[str, list[Finding]] = {}
@@ -245,6 +303,19 @@ def _claim(outcome: Outcome, leading: str, rival: str, findings: Sequence[Findin
         by_claim.setdefault(_CLAIMS[family][outcome == "worse"], []).append(each)
     claims = _listed([f"{claim} ({_scores(found)})" for claim, found in by_claim.items()])
     return f"{leading} {claims} than {rival}"
+
+
+def _brief(outcome: Outcome, leading: str, rival: str, findings: Sequence[Finding]) -> str:
+    """A sentence with the first difference, short enough for a line of a terminal."""
+    first, *others = findings
+    more = f" and {len(others)} more" if others else ""
+    return f"{_opening(outcome, leading, rival)} by {_name(first)} ({_signed(first.comparison.difference)}){more}"
+
+
+def _opening(outcome: Outcome, leading: str, rival: str) -> str:
+    if outcome == "few":
+        return f"Too few images or mosaics to compare with {rival}"
+    return f"No clear difference from {rival}" if outcome == "open" else f"{leading} is {outcome} than {rival}"
 
 
 def _scores(findings: Sequence[Finding]) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.formparsers import MultiPartException
 
+from parchgrad._io.files import folder_size
+
 __all__ = ["RequestGuard"]
 
 # Largest body of a request without files, in bytes.
@@ -89,7 +91,7 @@ class RequestGuard:
 
     async def _take_form(self, scope: Any, receive: Any, send: Any, announced: int) -> None:
         """Pass on a form with files while it stays within the limits, whatever size it announces."""
-        stored = await asyncio.to_thread(_size, self._folder)
+        stored = await asyncio.to_thread(folder_size, self._folder)
         arrived, refusal = 0, None
 
         def refused(size: int) -> tuple[int, str] | None:
@@ -140,17 +142,6 @@ class RequestGuard:
             await send(message)
 
         return sending
-
-
-def _size(folder: Path) -> int:
-    """Total size of the files in a folder; files may disappear meanwhile."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
 
 
 async def _read(receive: Any, largest: int) -> bytes | None:

@@ -133,7 +133,12 @@ class View:
         """
         plain = method_title(self.method)
         titles = (plain, "ParchGrad" if self.method == View.method else f"{plain} + ParchGrad")
-        return titles if self.comparison is None else (*titles, comparison_title(self.comparison))
+        if self.comparison is None:
+            return titles
+        third = comparison_title(self.comparison)
+        # Another selector edits the same method.
+        is_edit = self.comparison != GRAD_CAM and self.comparison not in METHODS
+        return (*titles, f"{plain} + {third}" if is_edit and self.method != View.method else third)
 
     def with_defaults_of(self, selector: str) -> "View":
         """A view that explains the same with another selector and its default settings."""

@@ -177,7 +177,7 @@ class Layout:
                 elem_id="comparison",
             )
             self.opacity = gr.Slider(0, 1, value=1, step=0.01, label="Opacity", elem_id="opacity")
-            self.signed = gr.Checkbox(False, label="Signed: red for, blue against", elem_id="signed")
+            self.signed = gr.Checkbox(False, label="Signed: red positive, blue negative", elem_id="signed")
         with gr.Row(elem_id="downloads"):
             self.measure = gr.Button("Measure stability", size="sm", elem_id="measure")
             self.savers = {

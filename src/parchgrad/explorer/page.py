@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from parchgrad._io.extras import needs_extra
+from parchgrad._io.files import folder_size
 from parchgrad.core.layers import has_published_layers
-from parchgrad.errors import ImageError, ParchGradError, SettingError
+from parchgrad.errors import ImageError, OutputError, ParchGradError, SettingError
 from parchgrad.explorer.downloads import DOWNLOADS, file_name
 from parchgrad.explorer.inputs import CELLS, EXAMPLES, ImageSource, View, check_image, comparison_title
 from parchgrad.explorer.layout import ALONE, COMPARED, NO_MOSAIC, Layout
@@ -401,6 +402,8 @@ class _Page:
             # A new folder for each request, so that users cannot overwrite each other's files.
             cache = Path(parts.fetched.GRADIO_CACHE)
             cache.mkdir(parents=True, exist_ok=True)
+            if folder_size(cache) > self._settings.max_stored_megabytes * 2**20:
+                raise OutputError("The server has no room for more files. Try again in an hour.")
             path = Path(tempfile.mkdtemp(dir=cache), file_name(found, kind))
             _, write = DOWNLOADS[kind]
             write(self._explorer, found, path)

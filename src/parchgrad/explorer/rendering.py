@@ -10,13 +10,14 @@ import numpy as np
 
 from parchgrad._io.images import data_url
 from parchgrad._io.templates import render
+from parchgrad.explain.methods import METHODS
 from parchgrad.explorer.inputs import CELLS, GRAD_CAM, View
 from parchgrad.explorer.views import Exploration, Game, tinted
-from parchgrad.models.classifier import Prediction
+from parchgrad.models.classifier import Prediction, is_improbable
 from parchgrad.statistics.selectors import find_selector
 from parchgrad.visual.maps import COLOUR_MAP, SIGNED_COLOUR_MAP
 from parchgrad.workflows.demonstration import example_photographs
-from parchgrad.workflows.photographs import IMPROBABLE, UNSTABLE
+from parchgrad.workflows.photographs import UNSTABLE
 
 __all__ = [
     "describe_layers",
@@ -51,7 +52,7 @@ def single_page(found: Exploration) -> str:
         ],
         target=found.target,
         against=found.against,
-        caution=_caution([found.target]),
+        caution=_caution([found.target], found.classes),
     )
 
 
@@ -78,7 +79,7 @@ def mosaic_page(found: Game) -> str:
             }
             for cell in range(CELLS)
         ],
-        caution=_caution(found.targets),
+        caution=_caution(found.targets, found.classes),
     )
 
 
@@ -152,7 +153,7 @@ def _settings(view: View) -> str:
 def _comparison_note(view: View) -> str:
     if view.comparison == GRAD_CAM:
         return "last convolution"
-    return "default settings" if view.titles[-1].startswith("ParchGrad") else "without ParchGrad"
+    return "without ParchGrad" if view.comparison in METHODS else "default settings"
 
 
 def _mean_share(title: str, shares: Sequence[float]) -> dict[str, Any]:
@@ -161,9 +162,9 @@ def _mean_share(title: str, shares: Sequence[float]) -> dict[str, Any]:
     return {"title": title, "value": np.mean(defined) if defined else math.nan, "empty": len(shares) - len(defined)}
 
 
-def _caution(targets: Sequence[Prediction]) -> str:
+def _caution(targets: Sequence[Prediction], classes: int) -> str:
     """Sentence about explained classes that the network finds improbable; empty if there are none."""
-    named = [f"{item.category} {item.probability:.1%}" for item in targets if item.probability < IMPROBABLE]
+    named = [f"{item.category} {item.probability:.1%}" for item in targets if is_improbable(item, classes)]
     if not named:
         return ""
     return f"The network gives {', '.join(named)}: the map shows what changes its score, not that it is in the image."

@@ -34,6 +34,7 @@ from parchgrad.evaluation.methods import grad_cam
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
 from parchgrad.explain.methods import METHODS
+from parchgrad.explain.outputs import Logits
 from parchgrad.explain.scores import Contrast
 from parchgrad.explorer.inputs import CELLS, COLUMNS, GRAD_CAM, ROWS, ImageSource, Network, View
 from parchgrad.explorer.settings import OwnNetwork
@@ -72,6 +73,7 @@ class Exploration:
         against: name of the class that it is compared with, `"all others"` for the rest; None if the class is
             explained alone.
         predictions: the most probable classes, best first.
+        classes: number of the network's classes.
         picture: the network's input as an image, (H, W, 3) in [0, 1].
         attribution: signed attribution with ParchGrad, (3, H, W), float32.
         plain: signed attribution by the same method without ParchGrad, (3, H, W), float32.
@@ -85,6 +87,7 @@ class Exploration:
     target: Prediction
     against: str | None
     predictions: tuple[Prediction, ...]
+    classes: int
     picture: NDArray[Any]
     attribution: Tensor
     plain: Tensor
@@ -111,6 +114,7 @@ class Game:
         images: the four images, row by row.
         view: the settings; `target` and `against` are ignored.
         targets: predicted class of each image on its own.
+        classes: number of the network's classes.
         picture: the mosaic, (2 H, 2 W, 3) in [0, 1].
         attribution: signed attribution with ParchGrad, (4, 3, 2 H, 2 W), one per class.
         plain: signed attribution without ParchGrad, same shape.
@@ -121,6 +125,7 @@ class Game:
     images: tuple[ImageSource, ...]
     view: View
     targets: tuple[Prediction, ...]
+    classes: int
     picture: NDArray[Any]
     attribution: Tensor
     plain: Tensor
@@ -303,6 +308,7 @@ class Explorer:
             target=network.prediction(target, probabilities),
             against=against,
             predictions=predictions,
+            classes=len(network.classifier.categories),
             picture=network.classifier.preprocess.picture(asked.inputs[0]),
             attribution=partitioned[0],
             plain=self._plain(asked, view.method)[0],
@@ -330,6 +336,7 @@ class Explorer:
             images=tuple(images),
             view=view.resolved(),
             targets=tuple(network.prediction(target, found) for target, found in zip(targets, each, strict=True)),
+            classes=len(network.classifier.categories),
             picture=network.classifier.preprocess.picture(inputs[0]),
             attribution=self._edited(asked, view)[0],
             plain=self._plain(asked, view.method),
@@ -366,7 +373,10 @@ class Explorer:
         if file is not None:
             return Network(classifier, ChannelStatistics.load(file, classifier.model), file.name, code)
         try:
-            return Network(classifier, ChannelStatistics.bundled(name), code=code)
+            held = ChannelStatistics.bundled(name)
+            # A network of the user's may have its name and other weights.
+            held.check_model(classifier.model)
+            return Network(classifier, held, code=code)
         except StatisticsError:
             return Network(classifier, code=code)
 
@@ -380,8 +390,8 @@ class Explorer:
     def _probabilities(self, network: Network, image: ImageSource) -> Tensor:
         def predict() -> Tensor:
             with torch.no_grad():
-                probabilities: Tensor = network.classifier.model(self._inputs(network, image)).softmax(dim=1)[0]
-                return probabilities
+                logits: Tensor = Logits(network.classifier.model, None)(self._inputs(network, image))
+                return logits.softmax(dim=1)[0]
 
         return self._tensors.get(("probabilities", network.classifier.name, image.key), predict)
 

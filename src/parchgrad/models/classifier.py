@@ -1,20 +1,32 @@
 """A network with its preprocessing and class names."""
 
+import copy
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parchgrad._io.checks import check_kind, check_whole_number, is_whole_number
-from parchgrad.core.targets import check_logits
+from parchgrad.core.targets import check_logits, pick_logits
 from parchgrad.data.preprocessing import Preprocessing, as_preprocessing
 from parchgrad.errors import ModelError, SettingError, TargetError
 from parchgrad.explain.outputs import Logits, check_batch
 
-__all__ = ["Classifier", "Prediction", "check_classifier", "find_category", "label_of", "name_against"]
+__all__ = [
+    "Classifier",
+    "Prediction",
+    "check_classifier",
+    "find_category",
+    "is_improbable",
+    "label_of",
+    "name_against",
+]
+
+_IMPROBABLE = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,14 +52,15 @@ class Classifier:
     """A network in evaluation mode with all that is needed to classify images.
 
     Attributes:
-        model: the network, which returns logits (B, K), except for `shapes_segmenter` and `shapes_detector`, and with
-            `logits`.
+        model: the network, which returns logits (B, K) or an output with them, except for `shapes_segmenter` and
+            `shapes_detector`.
         preprocess: the network's preprocessing; also `weights.transforms()` of torchvision, a composition of
             transforms, or an image processor of Hugging Face, which `as_preprocessing` converts.
         categories: names of the K classes.
         name: name of the network, as passed to `load_model`.
         synsets: WordNet ids of the K classes, which name ImageNet's folders; empty if the classes have none.
-        logits: extracts the logits (B, K) from the network's output; None leaves that to `find_logits`.
+        logits: extracts the logits (B, K) from an unusual output, in a copy of `model` that shares its layers; None
+            leaves that to `find_logits`.
 
     Raises:
         ModelError: if `model` is not a module.
@@ -67,15 +80,17 @@ class Classifier:
     categories: tuple[str, ...]
     name: str
     synsets: tuple[str, ...] = ()
-    logits: Callable[[Any], Tensor] | None = None
+    logits: InitVar[Callable[[Any], Tensor] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, logits: Callable[[Any], Tensor] | None) -> None:
         check_kind("`model`", self.model, nn.Module, "Pass the network", error=ModelError)
         object.__setattr__(self, "preprocess", as_preprocessing(self.preprocess))
         if isinstance(self.categories, str):
             raise SettingError("`categories` is a string, but it must be a sequence of names. Pass one name per class.")
         object.__setattr__(self, "categories", tuple(str(name) for name in self.categories))
-        check_logits(self.logits)
+        check_logits(logits)
+        if logits is not None:
+            object.__setattr__(self, "model", _returning(self.model, logits))
 
     def __str__(self) -> str:
         """Return name, network and number of classes."""
@@ -103,7 +118,7 @@ class Classifier:
         check_whole_number("count", count, 1)
         check_batch(inputs)
         with torch.no_grad():
-            logits = Logits(self.model, None, self.logits)(inputs)
+            logits = Logits(self.model, None)(inputs)
             if logits.shape[1] != len(self.categories):
                 raise ModelError(
                     f"{self.name} has {logits.shape[1]} classes, but `categories` has {len(self.categories)} names. "
@@ -116,6 +131,28 @@ class Classifier:
             tuple(Prediction(i, self.categories[i], p) for i, p in zip(indices, row, strict=True))
             for indices, row in zip(best.tolist(), probabilities.tolist(), strict=True)
         ]
+
+
+def _returning(model: nn.Module, logits: Callable[[Any], Tensor]) -> nn.Module:
+    """Copy a model without copying its layers, whose names stay the same, and let the copy return its logits."""
+    copied = copy.copy(model)
+    copied.forward = partial(_pick_from, model, logits)
+    return copied
+
+
+def _pick_from(model: nn.Module, logits: Callable[[Any], Tensor], *inputs: Any) -> Tensor:
+    return pick_logits(model.forward(*inputs), logits)
+
+
+def is_improbable(prediction: Prediction, classes: int) -> bool:
+    """Whether a class is so improbable that its map may mislead: below 5%, or below half of chance.
+
+    Example:
+        >>> unlikely = Prediction(0, "tabby", 0.1)
+        >>> is_improbable(unlikely, 2), is_improbable(unlikely, 1000)
+        (True, False)
+    """
+    return prediction.probability < max(_IMPROBABLE, 0.5 / classes)
 
 
 def check_classifier(classifier: object) -> None:

@@ -6,7 +6,8 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +43,7 @@ def load_network(
     classes: str | Path | None = None,
     pretrained: bool = True,
 ) -> Classifier:
-    r"""Load a classifier by name, or one of your own, in evaluation mode on the CPU.
+    r"""Load a classifier by name, or one of your own, in evaluation mode.
 
     A function is called without arguments. It returns a `Classifier`, or a module, which gets the preprocessing of its
     timm configuration, or else that of ImageNet with a warning. Its code is executed, so only name code that you trust.
@@ -51,7 +52,7 @@ def load_network(
         name: a name for `load_model`, or a function: `"package.module:function"` or `"path/to/file.py:function"`.
         weights: file of the network's tensors: safetensors, or a pickle of tensors alone, such as
             `torch.save(model.state_dict(), path)` or a checkpoint with a `state_dict`. An architecture of `load_model`
-            gets the number of classes in the file.
+            gets the number of classes in the file, and keeps the preprocessing of its pretrained weights.
         classes: file of class names: one per line, or JSON with a list or a dictionary from index to name. None keeps
             those of the network, or numbers the classes.
         pretrained: whether a network of `load_model` gets its pretrained weights, unless `weights` is given.
@@ -64,11 +65,12 @@ def load_network(
 
     Example:
         >>> import tempfile
+        >>> from safetensors.torch import save_file
         >>> from torchvision.models import resnet18
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save(resnet18(num_classes=2).state_dict(), Path(folder, "parts.pth"))
+        ...     save_file(resnet18(num_classes=2).state_dict(), Path(folder, "parts.safetensors"))
         ...     _ = Path(folder, "classes.txt").write_text("intact\ndefect")
-        ...     load_network("resnet18", weights=Path(folder, "parts.pth"), classes=Path(folder, "classes.txt"))
+        ...     load_network("resnet18", weights=Path(folder, "parts.safetensors"), classes=Path(folder, "classes.txt"))
         Classifier(resnet18-parts: ResNet, 2 classes)
     """
     check_network_name(name)
@@ -116,11 +118,13 @@ def _reference(name: str) -> tuple[str, str] | None:
 
 
 def _call(name: str, place: str, function: str) -> Classifier:
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    make = getattr(module, function, None)
-    if make is None:
-        raise ModelError(f"{place!r} has no function {function!r}. Check the name.")
-    made = make() if callable(make) and not isinstance(make, nn.Module) else make
+    file = Path(place) if place.endswith(".py") else None
+    with _importing_from(Path.cwd() if file is None else file.parent.resolve()):
+        module = _import_module(place) if file is None else _import_file(file)
+        make = getattr(module, function, None)
+        if make is None:
+            raise ModelError(f"{place!r} has no function {function!r}. Check the name.")
+        made = make() if callable(make) and not isinstance(make, nn.Module) else make
     if isinstance(made, Classifier):
         made.model.eval()
         return made
@@ -133,9 +137,23 @@ def _call(name: str, place: str, function: str) -> Classifier:
     return Classifier(made.eval(), _preprocessing_of(made, name), categories, name)
 
 
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Let modules be imported from a folder, and forget them afterwards: another network may have others so named."""
+    known = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - known:
+            root = name.partition(".")[0]
+            origin = getattr(sys.modules.get(root), "__file__", None)
+            if origin in (str(folder / f"{root}.py"), str(folder / root / "__init__.py")):
+                del sys.modules[name]
+
+
 def _import_file(path: Path) -> ModuleType:
-    # Its neighbours can be imported, as in `python file.py`.
-    _add_to_path(path.parent)
     module_name = f"_parchgrad_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
@@ -148,8 +166,6 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _import_module(name: str) -> ModuleType:
-    # As in `python -m`.
-    _add_to_path(Path.cwd())
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -159,11 +175,6 @@ def _import_module(name: str) -> ModuleType:
             f"There is no module {name!r} in this folder or in an installed package. Check the name, or name the file, "
             "as in 'networks.py:make'."
         ) from error
-
-
-def _add_to_path(folder: Path) -> None:
-    if str(folder.resolve()) not in sys.path:
-        sys.path.insert(0, str(folder.resolve()))
 
 
 def _preprocessing_of(model: nn.Module, name: str) -> Preprocessing:
@@ -182,8 +193,9 @@ def _preprocessing_of(model: nn.Module, name: str) -> Preprocessing:
 
 def _count_classes(classifier: Classifier) -> int:
     image = classifier.preprocess(Image.new("RGB", (256, 256))).unsqueeze(0)
+    image = image.to(next(classifier.model.parameters(), image))
     with torch.no_grad():
-        return int(Logits(classifier.model, None, classifier.logits)(image).shape[1])
+        return int(Logits(classifier.model, None)(image).shape[1])
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -247,6 +259,8 @@ def _without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
     own = model.state_dict()
     fitted = _without_prefix(state, own)
+    # Auxiliary heads of Inception and GoogLeNet are None after training.
+    fitted = {key: value for key, value in fitted.items() if getattr(model, key.partition(".")[0], key) is not None}
     absent = [key for key in own if key not in fitted]
     strange = [key for key in fitted if key not in own]
     other = [key for key in fitted if key in own and fitted[key].shape != own[key].shape]

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from parchgrad.data.images import to_rgb
 from parchgrad.errors import InputError
 from parchgrad.visual.charts import as_written
 
@@ -63,7 +64,7 @@ def as_picture(image: Pixels, name: str = "image") -> NDArray[np.float64]:
         (4, 5, 3)
     """
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        image = np.asarray(to_rgb(image))
     picture = as_array(image)
     if str(getattr(image, "dtype", "")) in ("uint8", "torch.uint8"):
         picture = picture / 255

@@ -588,7 +588,7 @@ _SIGNED = _Kind(
     lay=blend_signed,
     colours=SIGNED_COLOUR_MAP,
     start=-1,
-    meaning="attribution for (red) or against (blue) the class",
+    meaning="attribution, positive (red) or negative (blue)",
     smoothing=0.01,
 )
 

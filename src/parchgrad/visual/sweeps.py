@@ -209,16 +209,15 @@ def _sweep(
     check_kind("`edit`", edit, Edit, "Pass one such as Edit(selector=GradientEnergy())", wanted="an Edit")
     selectors = [vary(edit.selector, value) for value in values]
     # Resolve the defaults once: they might depend on the value.
-    options: dict[str, Any] = {"method": method, "logits": classifier.logits}
-    first = Explainer.from_edit(classifier.model, replace(edit, selector=selectors[0]), **options)
+    first = Explainer.from_edit(classifier.model, replace(edit, selector=selectors[0]), method=method)
     inputs = classifier.preprocess(image).unsqueeze(0).to(next(classifier.model.parameters()))
-    plain = Explainer(classifier.model, None, **options)
+    plain = Explainer(classifier.model, None, method=method)
     score = int(plain.predict(inputs)) if target is None else target
     index, against = (score.target, score.against) if isinstance(score, Contrast) else (score, None)
     heats, kept, untouched = [], [], []
     for selector in selectors:
         recorder = Recorder(selector)
-        explainer = Explainer.from_edit(classifier.model, replace(first.edit, selector=recorder), **options)
+        explainer = Explainer.from_edit(classifier.model, replace(first.edit, selector=recorder), method=method)
         heats.append(_heat(explainer.attribute(inputs, score)))
         selected = [record for record in recorder.found if not record.untouched.all()]
         shares = [(record.selection.channel_weights * (record.channel_norms > 0)).float().mean() for record in selected]

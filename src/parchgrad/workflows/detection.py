@@ -20,7 +20,7 @@ __all__ = ["explain_box"]
 def explain_box(
     detector: Detector,
     image: Image.Image,
-    edit: Edit = Edit(),
+    edit: Edit = Edit(balance=False),
     *,
     box: Sequence[float],
     label: int,
@@ -33,7 +33,7 @@ def explain_box(
     Args:
         detector: the detector.
         image: image of any size and mode.
-        edit: the edit, with a selector.
+        edit: the edit, with a selector. `balance` is off by default, since most detectors end in a softmax.
         box: corners x1, y1, x2, y2 in pixels.
         label: class of the detections; see `Detector.find_category`.
         iou: least intersection over union of a detection with the box.
@@ -52,7 +52,7 @@ def explain_box(
         >>> detector = pg.load_detector("ssdlite320_mobilenet_v3_large", pretrained=False)
         >>> image = Image.new("RGB", (64, 48))
         >>> first = detector.detect(to_tensor(image))[0]
-        >>> explanation = explain_box(detector, image, Edit(balance=False), box=first.box, label=first.index)
+        >>> explanation = explain_box(detector, image, box=first.box, label=first.index)
         >>> explanation.target.category == first.category, tuple(explanation.attribution.shape)
         (True, (3, 48, 64))
     """

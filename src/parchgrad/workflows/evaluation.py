@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -264,10 +264,6 @@ def evaluate_all(
         check_network_name(name)
     for name in settings.models:
         classifier = load_network(name, weights=settings.weights, classes=settings.classes)
-        if classifier.logits is not None:
-            # Evaluations call the model itself.
-            model = Logits(classifier.model, None, classifier.logits)
-            classifier = replace(classifier, model=model, logits=None)
         classifier.model.to(device)
         run = Path(folder) / safe_stem(classifier.name)
         with warnings.catch_warnings():
@@ -336,7 +332,7 @@ def _leaderboard(
     first = images[0].image.unsqueeze(0).to(next(model.parameters()))
     methods = leaderboard_methods(model, statistics=statistics, seed=seed)
     with torch.no_grad():
-        predicted = model(first).argmax(dim=1)
+        predicted = Logits(model, None)(first).argmax(dim=1)
     found, left_out = methods_that_fit(model, methods, first, predicted)
     if left_out:
         reasons = "; ".join(f"{title} ({reason})" for title, reason in left_out.items())
@@ -435,13 +431,15 @@ def _read_toml(path: str | Path) -> dict[str, Any]:
 def _merged(given: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(given)
     for name, value in overrides.items():
-        if isinstance(value, Mapping):
-            table = found.get(name, {})
-            # Anything but a table is kept, so that it is reported as an error.
-            if isinstance(table, Mapping):
-                found[name] = _merged(table, value)
-        elif value is not None:
+        table = found.get(name)
+        if isinstance(value, Mapping) and isinstance(table, Mapping):
+            found[name] = _merged(table, value)
+        elif isinstance(value, Mapping) and name not in found:
+            # Not by recursion, since the tables of a file may be nested to any depth.
+            found[name] = {key: inner for key, inner in value.items() if inner is not None}
+        elif value is not None and not isinstance(value, Mapping):
             found[name] = value
+    # Anything but a table is kept where a table is expected, so that it is reported as an error.
     return found
 
 

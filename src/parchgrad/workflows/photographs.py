@@ -28,7 +28,7 @@ from parchgrad.errors import InputError, ModelWarning, SettingError, warn
 from parchgrad.explain.explainer import Explainer
 from parchgrad.explain.heatmap import heatmap, signed_heatmap
 from parchgrad.explain.scores import Contrast
-from parchgrad.models.classifier import Classifier, Prediction, check_classifier, name_against
+from parchgrad.models.classifier import Classifier, Prediction, check_classifier, is_improbable, name_against
 from parchgrad.statistics import ChannelStatistics
 from parchgrad.visual import draw_box, panel, signed_panel
 from parchgrad.visual.maps import COLOUR_MAP, DPI, draw_figure
@@ -38,8 +38,6 @@ __all__ = ["Explanation", "describe_explainer", "explain_images"]
 UNSTABLE = 0.5
 """Below this stability, imperceptible noise changes the map."""
 
-IMPROBABLE = 0.05
-"""Below this probability, or below half of chance, an explained class is called improbable."""
 
 MANIFEST_VERSION = 3
 _NOISE, _DRAWS = 0.001, 4
@@ -102,7 +100,10 @@ class Explanation:
         return self._draw(partial(panel, colormap=colormap), heatmap, shared_scale=shared_scale, smooth=smooth or 0.0)
 
     def signed_figure(self, *, shared_scale: bool = False, smooth: float | None = None) -> Figure:
-        """Draw the same with signed maps: evidence for the class in red, against it in blue.
+        """Draw the same with signed maps: positive attribution in red, negative in blue.
+
+        Of a gradient, red means that a brighter pixel raises the score, and blue that a darker one does: a dark object
+        is blue where it supports the class.
 
         Args:
             shared_scale: see `panel`.
@@ -272,7 +273,6 @@ def explain_images(
     options: dict[str, Any] = {
         "method": method,
         "internal_batch_size": internal_batch_size,
-        "logits": classifier.logits,
         **(method_options or {}),
     }
     explainer = Explainer.from_edit(classifier.model, edit, **options)
@@ -336,7 +336,7 @@ def explain_images(
 
 def _caution(target: Prediction, classes: int) -> str | None:
     """Caution against the map of an improbable class."""
-    if target.probability >= max(IMPROBABLE, 0.5 / classes):
+    if not is_improbable(target, classes):
         return None
     return (
         f"Caution: {target.category} has a probability of only {100 * target.probability:.2g}%. The map shows what its "

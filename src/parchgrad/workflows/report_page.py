@@ -28,14 +28,13 @@ from parchgrad.evaluation.report import (
     mark_of,
     markdown_table,
     relative_time,
-    score_words,
     summarise,
     title_of,
 )
 from parchgrad.evaluation.rows import Row, read_rows
 from parchgrad.evaluation.scores import HEADLINES, SCORES, at_ratio
 from parchgrad.evaluation.summary import FEWEST
-from parchgrad.evaluation.verdict import Leader, Statement, conclude, find_leader, state
+from parchgrad.evaluation.verdict import Statement, caveat, conclude, state
 from parchgrad.visual.charts import DARK, LIGHT, Curve, Interval, curve_chart, interval_chart, scatter_chart
 from parchgrad.visual.maps import paint
 
@@ -43,8 +42,8 @@ __all__ = ["Report", "headlines_of", "make_report"]
 
 _LEGEND = """Each cell is a mean over the images, followed by the interval of the difference from the plain gradient on
 the same images (paired bootstrap). Bold is better and italic is worse, if the interval excludes zero and covers at
-least {fewest} images; controls, at the bottom, are not marked. Arrows show which direction is better. Time is relative
-to the plain gradient.
+least {fewest} images or mosaics; controls, at the bottom, are not marked. Each interval covers a single comparison:
+among many, some exclude zero by chance. Arrows show which direction is better. Time is relative to the plain gradient.
 """
 
 # Edge of an example picture in pixels, which keeps the page small.
@@ -91,6 +90,7 @@ class Report:
         counts: number of images of each run in words, with the total if it is unfinished.
         labels: names of each run's settings.
         verdicts: sentences about the leading setting of each run.
+        caveats: caveat to each verdict; empty if there is none.
     """
 
     summaries: tuple[Summary, ...]
@@ -99,6 +99,7 @@ class Report:
     counts: tuple[str, ...]
     labels: tuple[Labels, ...]
     verdicts: tuple[tuple[Statement, ...], ...]
+    caveats: tuple[str, ...]
 
     @staticmethod
     def files(folder: str | Path) -> tuple[Path, Path, Path]:
@@ -124,8 +125,10 @@ class Report:
 
     def _markdown(self) -> str:
         parts = []
-        for found, count, labels, verdict in zip(self.summaries, self.counts, self.labels, self.verdicts, strict=True):
+        columns = self.summaries, self.counts, self.labels, self.verdicts, self.caveats
+        for found, count, labels, verdict, caution in zip(*columns, strict=True):
             parts += [f"## {found.model}, {count}", "\n".join(map(_bullet, verdict))]
+            parts += [caution] if caution else []
             parts += [f"{name}: {words}." for name, words in labels.shared.items()]
             names = {title: f"{name} (control)" for title, name in labels.names.items() if title in found.controls}
             settings = tuple(sorted(found.settings, key=found.controls.__contains__))
@@ -133,9 +136,9 @@ class Report:
         return "\n\n".join([*parts, _LEGEND.format(fewest=FEWEST)])
 
     def _page(self) -> str:
-        columns = self.summaries, self.rows, self.examples, self.counts, self.labels, self.verdicts
+        columns = self.summaries, self.rows, self.examples, self.counts, self.labels, self.verdicts, self.caveats
         runs = []
-        for found, rows, examples, count, labels, verdict in zip(*columns, strict=True):
+        for found, rows, examples, count, labels, verdict, caution in zip(*columns, strict=True):
             shown = headlines_of(found)
             names = labels.names
             runs.append(
@@ -143,7 +146,7 @@ class Report:
                     "summary": found,
                     "count": count,
                     "verdict": verdict,
-                    "choice": _choice_words(find_leader(rows), names),
+                    "caveat": caution,
                     "shared": labels.shared,
                     "tables": [_table(found, names, shown), _table(found, names, found.scores)],
                     "meanings": [(title_of(name), _meaning(name)) for name in found.scores],
@@ -194,6 +197,7 @@ def make_report(
         counts=tuple(_count_words(folder, part.images) for folder, part in zip(folders, found, strict=True)),
         labels=labels,
         verdicts=tuple(state(part, own.names) for part, own in zip(conclusions, labels, strict=True)),
+        caveats=tuple(caveat(part, own.names) for part, own in zip(conclusions, labels, strict=True)),
     )
 
 
@@ -222,16 +226,6 @@ def _headlines_first(summary: Summary) -> Summary:
 
 def _bullet(statement: Statement) -> str:
     return f"- **{statement.claim}**: {statement.numbers}"
-
-
-def _choice_words(leader: Leader | None, names: Mapping[str, str]) -> str:
-    """Why the verdict is about one of several settings."""
-    if leader is None or leader.competing == 1:
-        return ""
-    return (
-        f"{names[leader.setting]} was chosen from {leader.competing} settings by its mean {score_words(leader.score)} "
-        "on these images, which favours it."
-    )
 
 
 def _meaning(name: str) -> str:
