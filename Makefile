@@ -9,7 +9,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 LOWEST_PYTHON ?= $(firstword $(shell for python in python3.10 $$(pyenv root 2>/dev/null)/versions/3.10.*/bin/python3.10 \
 	$(PYTHON); do $$python -c 'import sys; print(sys.executable)' 2>/dev/null; done))
 
-.PHONY: help demo test test-system test-all test-lowest lint check docs pictures notebooks bench soak study leaderboard survey mutants fuzz clean
+.PHONY: help demo test test-system test-all test-lowest lint check docs pictures notebooks bench gpu soak study leaderboard survey mutants \
+	fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -81,6 +82,9 @@ bench: $(VENV)/.dev  ## measure imports, speed and memory beside Captum, and sta
 	$(BIN)/python benchmarks/class_log_p.py
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py --memory
+
+gpu: $(VENV)/.dev  ## check and measure on a CUDA device, write outputs/gpu; eight minutes, no network needed
+	$(BIN)/python -m benchmarks.gpu
 
 soak: $(VENV)/.dev  ## twenty users of the explorer for a minute, threads on one model, and thousands of explanations
 	PARCHGRAD_SOAK_SECONDS=60 $(BIN)/python -m pytest tests/system/test_crowd.py tests/system/test_concurrency.py tests/system/test_leaks.py

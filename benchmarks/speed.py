@@ -85,10 +85,10 @@ def saliency(model: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
     return Saliency(model).attribute(inputs.clone().requires_grad_(), target=target)
 
 
-def integrated(model: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
-    """Compute integrated gradients with Captum, with as many rows per pass as this package."""
+def integrated(model: nn.Module, inputs: Tensor, target: Tensor, *, rows: int = ROWS_PER_PASS) -> Tensor:
+    """Compute integrated gradients with Captum, by default with as many rows per pass as this package."""
     return IntegratedGradients(model).attribute(
-        inputs.clone().requires_grad_(), target=target, n_steps=STEPS, internal_batch_size=ROWS_PER_PASS
+        inputs.clone().requires_grad_(), target=target, n_steps=STEPS, internal_batch_size=rows
     )
 
 
