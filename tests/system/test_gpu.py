@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-import time
+from functools import partial
 
 import pytest
 import torch
@@ -47,18 +47,34 @@ def test_a_device_that_computes_something_else_does_not_pass(monkeypatch):
     assert device_checks.distance(one, one.double()[:1]) == math.inf
 
 
-def test_calls_that_do_not_fit_are_left_out():
+class Clock:
+    """A clock that only moves when something runs."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def run(self, seconds):
+        self.now += seconds
+
+
+def test_calls_that_do_not_fit_are_left_out(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(gpu, "time", clock)
     calls = {
-        gpu.BASE: (lambda: time.sleep(0.01), 1),
-        "twice": (lambda: time.sleep(0.02), 2),
-        "forever": (lambda: time.sleep(60), 6000),
+        gpu.BASE: (partial(clock.run, 0.01), 1),
+        "twice": (partial(clock.run, 0.02), 2),
+        "forever": (partial(clock.run, 60), 6000),
     }
     found = gpu.measure(calls, CPU, 0.4)
-    assert found[gpu.BASE].ratio == 1
-    assert found["twice"].ratio == pytest.approx(2, rel=0.5)
-    assert 1 <= found["twice"].rounds <= gpu.MOST_ROUNDS
+    assert found[gpu.BASE].ratio == pytest.approx(1)
+    assert found["twice"].ratio == pytest.approx(2)
+    # Three calls of each took 0.09 of 0.4 seconds, and a round takes 0.03.
+    assert found["twice"].rounds == 10
     assert found["forever"].reason == "no time"
     assert found["forever"].rounds == 0
+    assert clock.now <= 0.4
 
     def full():
         raise torch.cuda.OutOfMemoryError("full")
