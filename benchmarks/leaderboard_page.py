@@ -315,9 +315,11 @@ _PARTS = {
 _METHOD = """\
 - **Methods**: parchgrad {version}, {used}. Captum has guided backpropagation, DeepLift, guided Grad-CAM and
   occlusion (squares of a quarter of the side, half overlapping); guided backpropagation and DeepLift act on
-  `nn.ReLU` alone, which the transformer and the ConvNeXt have in the stem only. grad-cam has Grad-CAM++, HiResCAM,
-  LayerCAM and Finer-CAM, on the last layer with feature maps, or the last block of each stage. zennit has LRP. Heat
-  maps are magnitudes averaged over colours; of CAMs, occlusion and LRP, the positive part.
+  `nn.ReLU` alone, which the transformer and the ConvNeXt have in the stem only. parchgrad's own Grad-CAM reads the last
+  convolution. grad-cam has Grad-CAM++, HiResCAM, LayerCAM, Finer-CAM and Grad-CAM again, on the last layer with feature
+  maps, or the last block of each stage. zennit has LRP. Heat maps are magnitudes averaged over colours; of CAMs,
+  occlusion and LRP, the positive part. The published ParchGrad edits the paper's layers, where the paper has some for
+  the network, else the upper half.
 - **Tuning**: `{default}` and the other edits were chosen on even-numbered images of CIFAR-10 and EfficientNet-Lite0
   and on other shapes, none of which are here, and on no image of EfficientNet-Lite1. The other methods have the
   settings of their papers or packages; none was tuned here. Channel statistics of the published method come from

@@ -26,6 +26,7 @@ def neighbours(image: Tensor) -> dict[str, MakeMethod]:
         image: an image of the usual size (1, C, H, W), to find layers by the size of their outputs.
     """
     return {
+        "Grad-CAM, last features": lambda model: _cam("GradCAM", model, feature_layers(model, image)[-1:]),
         "Grad-CAM++": lambda model: _cam("GradCAMPlusPlus", model, feature_layers(model, image)[-1:]),
         "HiResCAM": lambda model: _cam("HiResCAM", model, feature_layers(model, image)[-1:]),
         "LayerCAM": lambda model: _cam("LayerCAM", model, feature_layers(model, image)[-1:]),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from parchgrad._io.checks import check_whole_number
 from parchgrad.core.edit import DEFAULT_SELECTOR
-from parchgrad.core.layers import find_convolutions
+from parchgrad.core.layers import find_convolutions, has_published_layers
 from parchgrad.core.selectors import GradientEnergy, Selector
 from parchgrad.errors import ModelWarning, reason_of
 from parchgrad.evaluation.methods import Method, grad_cam, maps_of, random_map
@@ -105,7 +105,8 @@ def leaderboard_methods(
     }
     if statistics is not None:
         published = ClassWise(statistics, quantile=0.1, softness=0)
-        found["ParchGrad, published"] = explained(published, conserve="independent")
+        layers = "published" if has_published_layers(model) else None
+        found["ParchGrad, published"] = explained(published, layers=layers, conserve="independent")
     return found
 
 
