@@ -208,7 +208,8 @@ def cifar10_network(folder: Path, share: float) -> Network:
                 batch_size=25,
             ),
             grid(model, drawn(len(kept)), 2, part_of(40, share), 0.99, 20),
-            grid(model, drawn(len(kept)), 3, part_of(20, share), 0.99, 10),
+            # The images that reach 0.99 make 19 mosaics.
+            grid(model, drawn(len(kept)), 3, part_of(20, share), 0.98, 10),
             Part(
                 name="steady",
                 words=f"{counts['steady']} test images",
