@@ -63,6 +63,7 @@ class Part:
         words: the images, in words.
         make: makes the images.
         settings: the scores.
+        target: class to explain; in a mosaic, that of the cell.
         batch_size: number of images that are scored together.
     """
 
@@ -70,6 +71,7 @@ class Part:
     words: str
     make: Callable[[], Samples]
     settings: ScoreSettings
+    target: TargetChoice = "label"
     batch_size: int = 8
 
 
@@ -82,7 +84,6 @@ class Network:
         title: title on the page.
         model: the network.
         parts: what is measured; the first part has single images.
-        target: class to explain.
         unseen: other images, for channel statistics.
         labels: labels of `unseen`; see `collect_statistics`.
         together: number of images in the measurement of time and memory.
@@ -96,7 +97,6 @@ class Network:
     parts: tuple[Part, ...]
     unseen: Dataset[Any]
     labels: Any
-    target: TargetChoice = "label"
     together: int = 8
     rows: int = 32
     note: str = ""
@@ -205,6 +205,7 @@ def cifar10_network(folder: Path, share: float) -> Network:
                 words=f"{counts['images']} test images",
                 make=drawn(counts["images"]),
                 settings=FAITHFUL,
+                target="predicted",
                 batch_size=25,
             ),
             grid(model, drawn(len(kept)), 2, part_of(40, share), 0.99, 20),
@@ -215,12 +216,12 @@ def cifar10_network(folder: Path, share: float) -> Network:
                 words=f"{counts['steady']} test images",
                 make=drawn(counts["steady"]),
                 settings=STEADY,
+                target="predicted",
                 batch_size=30,
             ),
         ),
         unseen=Subset(training, shuffled(len(training))[:1000]),
         labels="given",
-        target="predicted",
     )
 
 
@@ -239,13 +240,27 @@ def image_network(folder: Path, share: float, lite: int) -> Network:
     # The highest that enough images reach.
     confidence = (0.95, 0.8)[lite]
     parts = [
-        Part(name="images", words=f"{images} images", make=drawn(images), settings=FAITHFUL, batch_size=8),
+        Part(
+            name="images",
+            words=f"{images} images",
+            make=drawn(images),
+            settings=FAITHFUL,
+            target="predicted",
+            batch_size=8,
+        ),
         grid(classifier.model, drawn(len(odd)), 2, few, confidence, 2),
     ]
     if lite == 0:
         parts += [
             grid(classifier.model, drawn(len(odd)), 3, few, 0.8, 1),
-            Part(name="steady", words=f"{few} images", make=drawn(few), settings=STEADY, batch_size=10),
+            Part(
+                name="steady",
+                words=f"{few} images",
+                make=drawn(few),
+                settings=STEADY,
+                target="predicted",
+                batch_size=10,
+            ),
         ]
     return Network(
         name=f"efficientnet_lite{lite}",
@@ -254,7 +269,6 @@ def image_network(folder: Path, share: float, lite: int) -> Network:
         parts=tuple(parts),
         unseen=Subset(Photographs(folder, classifier, with_class=False), even[:200]),
         labels="predicted",
-        target="predicted",
         together=1,
         rows=4,
         note=f"Of the 500 images, {(11, 1)[lite]} reach the published confidence of 0.99."
@@ -331,7 +345,7 @@ def work(networks: Sequence[Network], folder: Path, own: Sequence[str]) -> None:
                 name=network.name,
                 methods=methods,
                 scores=replace(part.settings, internal_batch_size=network.rows),
-                target=network.target,
+                target=part.target,
                 batch_size=part.batch_size,
             )
 

@@ -15,6 +15,7 @@ from parchgrad.errors import ModelError
 from parchgrad.evaluation.leaderboard import DEFAULT, leaderboard_methods
 from parchgrad.evaluation.rows import read_rows
 from parchgrad.evaluation.summary import compare, valid_mean
+from tests.support import SHARED
 
 FEW = ("gradient", "random map", "SmoothGrad-25", DEFAULT, f"{DEFAULT} in SmoothGrad-8")
 
@@ -67,6 +68,14 @@ def test_the_table_says_what_the_rows_say(written):
         ["mosaic 1", "cell 1"],
         ["mosaic 2", "cell 2"],
     ]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sample photographs in ../shared")
+def test_a_mosaic_is_explained_for_the_class_of_its_cell():
+    networks, missing = leaderboard.make_networks(SHARED, ["cifar10", "efficientnet_lite0"], 0.02)
+    assert not missing
+    mosaics = [part for network in networks for part in network.parts if part.name.startswith("grid")]
+    assert [part.target for part in mosaics] == ["label"] * 4
 
 
 def test_the_page_names_every_method_and_what_is_left_out(written):
