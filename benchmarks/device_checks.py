@@ -82,7 +82,8 @@ def check(name: str, device: torch.device, dtype: torch.dtype) -> Outcome:
     return Outcome(
         name=name,
         dtype=str(dtype).removeprefix("torch."),
-        error=max(distance(one, other) for one, other in zip(found, expected, strict=True)),
+        # Unlike Python's, this maximum is NaN if any distance is.
+        error=torch.tensor([distance(one, other) for one, other in zip(found, expected, strict=True)]).max().item(),
         tolerance=TOLERANCES[dtype],
         repeats=all(torch.equal(one, other) for one, other in zip(found, again, strict=True)),
     )

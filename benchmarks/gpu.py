@@ -139,6 +139,8 @@ def measure(calls: Mapping[str, tuple[Call, int]], device: torch.device, seconds
             costs[name] = seconds_of(call, device)
         except torch.cuda.OutOfMemoryError:
             reasons[name] = "no memory"
+        if name in reasons and device.type == "cuda":
+            # Not in the handler, where the exception still holds the tensors of the call.
             torch.cuda.empty_cache()
     left = (end - time.perf_counter()) / sum(costs.values()) if costs else 0.0
     # The calls above count as a round if there is no time for another.
@@ -316,6 +318,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --quick is a dry run")
+    if device.type == "cuda":
+        # Events are recorded on the current device.
+        torch.cuda.set_device(device)
     # Gradients vanish in random networks; slow arithmetic on denormal numbers would distort the times.
     torch.set_flush_denormal(True)
     # The shapes networks name operations that are not balanced, and Captum its hooks.

@@ -18,6 +18,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -402,11 +403,12 @@ def start(arguments: Sequence[str], rank: int, count: int, **variables: str) -> 
 def wait_for(processes: Sequence["subprocess.Popen[str]"]) -> None:
     """Wait for all processes, and end the others if one fails."""
     try:
-        failed = [code for process in processes if (code := process.wait())]
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.2)
     finally:
         for process in processes:
             process.terminate()
-    if failed:
+    if any(codes):
         raise SystemExit("A process failed; see above. The same command resumes the run.")
 
 
@@ -414,13 +416,17 @@ def main() -> None:
     """Run the two processes, measure the cost, and write the page; or do a part of it as one of the processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--runs", type=Path, default=Path("outputs/leaderboard"))
+    parser.add_argument("--runs", type=Path, help="folder of the rows (default: in outputs)")
     parser.add_argument("--out", type=Path, help="output folder (default: docs/leaderboard; of a trial, a subfolder)")
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--share", type=float, default=1.0, help="share of the images to use, for a trial")
     parser.add_argument("--method", action="append", default=[], help="FILE.py:FUNCTION that makes one more method")
     parser.add_argument("--task", choices=("work", *MEASUREMENTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.runs is None:
+        # Other images need other rows.
+        trial = "" if arguments.share == 1 else f"-{arguments.share:g}"
+        arguments.runs = Path(f"outputs/leaderboard{trial}")
     torch.set_flush_denormal(True)
     # Captum speaks of its hooks, and channel statistics of classes with few images.
     warnings.simplefilter("ignore")
@@ -438,7 +444,10 @@ def main() -> None:
         print(f"Skipping {name}: {reason}.", file=sys.stderr)
     for network in networks:
         # Once, before the processes need them.
-        statistics_of(network, arguments.runs)
+        _, left_out = fitting_methods(network, arguments.runs, arguments.method)
+        own = {reference.rpartition(":")[2] for reference in arguments.method}
+        for title in own & set(left_out):
+            print(f"{title} does not fit {network.name}: {left_out[title]}", file=sys.stderr)
     again = sys.argv[1:]
     # Freed memory is kept: to ask the system for large images again took a third of the time.
     kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}

@@ -158,10 +158,11 @@ def page(found: Sequence[Results], missing: Mapping[str, str], pictured: Network
         losses(found),
         "Written by `make leaderboard`. It compares the methods people use, each with its usual settings, on the same "
         f"images. {DEFAULT} is `pg.Explainer(model)`. **Bold** is better than it and *italic* is worse, after a "
-        "correction for all comparisons of a table; everything else cannot be told apart from it. Click a heading to "
-        "sort. [leaderboard.csv](leaderboard.csv) has all intervals, effect sizes and p-values.",
-        "Grid pointing rewards whoever suppresses the context, even if the network uses it. *Mass beside a rival*, in "
-        "exact masks, and *SRG, blur*, which erases without black spots, do not.",
+        "correction for all comparisons of a table; everything else cannot be told apart from it, or has fewer than "
+        "20 images with a score. Click a heading to sort. [leaderboard.csv](leaderboard.csv) has all intervals, effect "
+        "sizes and p-values.",
+        "Grid pointing rewards whoever suppresses the context, even if the network uses it. So does mass in a mask, "
+        "but the background of generated shapes says nothing about the class. *SRG, blur* does not.",
         "## All networks",
         summary_text(),
         summary_table(found),
@@ -171,8 +172,8 @@ def page(found: Sequence[Results], missing: Mapping[str, str], pictured: Network
         names = ", ".join(name for name in list(PHOTOGRAPHS)[:PICTURES])
         sections += [
             "## The same three images",
-            f"Photographs of scikit-image ({names}) explained on {pictured.title} by every method, each map on its "
-            "own scale.",
+            f"Photographs of scikit-image ({names}) explained on {pictured.title} by every method that fits it, "
+            "each map on its own scale.",
             "![Three photographs under all methods](maps.jpg)",
         ]
     sections += ["## What was expected", expectations(found)]
@@ -248,9 +249,8 @@ def summary_text() -> str:
     """Explain the table over all networks."""
     return (
         "Mean rank over images and networks, from 0 (always first) to 1 (always last); a dash where not measured. "
-        "Time and memory of a map are relative to the plain gradient: the geometric mean over networks, from rounds in "
-        "which all methods take turns. A method that does not fit a network is left out there, so compare ranks of "
-        "methods on equally many networks."
+        "Time and memory of a map are relative to the plain gradient: the geometric mean over networks. A "
+        "method that does not fit a network is left out there, so compare ranks of methods on the same networks."
     )
 
 
@@ -313,13 +313,14 @@ _PARTS = {
     "grid-3": "grid 3 x 3",
 }
 _METHOD = """\
-- **Methods**: parchgrad {version}, {used}. Captum has guided backpropagation, DeepLift, guided Grad-CAM and
-  occlusion (squares of a quarter of the side, half overlapping); guided backpropagation and DeepLift act on
-  `nn.ReLU` alone, which the transformer and the ConvNeXt have in the stem only. parchgrad's own Grad-CAM reads the last
-  convolution. grad-cam has Grad-CAM++, HiResCAM, LayerCAM, Finer-CAM and Grad-CAM again, on the last layer with feature
-  maps, or the last block of each stage. zennit has LRP. Heat maps are magnitudes averaged over colours; of CAMs,
-  occlusion and LRP, the positive part. The published ParchGrad edits the paper's layers, where the paper has some for
-  the network, else the upper half.
+- **Methods**: parchgrad {version}, {used}. Captum has guided backpropagation, DeepLift, guided Grad-CAM and occlusion
+  (squares of a quarter of the side, half overlapping); guided backpropagation and DeepLift act on `nn.ReLU` alone,
+  which the transformer and the ConvNeXt have in the stem only. parchgrad's own Grad-CAM reads the last convolution.
+  grad-cam has Grad-CAM++, HiResCAM, LayerCAM, Finer-CAM and Grad-CAM again, on the last layer with feature maps, or
+  the last block of each stage below full resolution; it subtracts the minimum of each map. zennit has LRP, which here
+  copies relevance to both branches of a residual sum. Heat maps are magnitudes averaged over colours, also of signed
+  attributions such as integrated gradients; of CAMs, occlusion and LRP, the positive part. The published ParchGrad
+  edits the paper's layers, where the paper has some for the network, else the upper half.
 - **Tuning**: `{default}` and the other edits were chosen on even-numbered images of CIFAR-10 and EfficientNet-Lite0
   and on other shapes, none of which are here, and on no image of EfficientNet-Lite1. The other methods have the
   settings of their papers or packages; none was tuned here. Channel statistics of the published method come from
@@ -342,8 +343,8 @@ _METHOD = """\
   worse only if both agree, on at least 20 images. Effect sizes in the CSV are rank-biserial correlations. Ranks are
   compared by Friedman's test and Nemenyi's critical difference (Demsar 2006); a map without a score, such as one
   that is zero everywhere, ranks last.
-- **Time and memory**: medians over rounds in which every method takes its turn, on one thread; peak memory above
-  that before the call.
+- **Time and memory**: medians over rounds in which every method takes its turn, on one thread; peak memory of
+  one call above that before it.
 
 [Add your method in ten lines](../how_to/adding_to_the_leaderboard.md)."""
 

@@ -6,10 +6,12 @@
 import copy
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from parchgrad.errors import MissingExtraError, ModelError
 from parchgrad.evaluation.leaderboard import MakeMethod
@@ -130,10 +132,9 @@ def lrp(model: nn.Module) -> Method:
     """
     _package("zennit", "zennit")
     from zennit.attribution import Gradient
-    from zennit.canonizers import SequentialMergeBatchNorm
     from zennit.composites import EpsilonPlus
 
-    own = copy.deepcopy(model)
+    own = _with_folded_norms(model)
     without = {
         type(module).__name__ for module in own.modules() if _has_weights(module) and not isinstance(module, _RULED)
     }
@@ -141,7 +142,7 @@ def lrp(model: nn.Module) -> Method:
         raise ModelError(f"Epsilon-plus has no rule for its layers of type {', '.join(sorted(without))}.")
 
     def method(images: Tensor, target: Tensor) -> Tensor:
-        composite = EpsilonPlus(canonizers=[SequentialMergeBatchNorm()])
+        composite = EpsilonPlus()
 
         def start(logits: Tensor) -> Tensor:
             return torch.zeros_like(logits).scatter_(1, target.unsqueeze(1), 1.0)
@@ -151,6 +152,25 @@ def lrp(model: nn.Module) -> Method:
         return relevance.detach().sum(dim=1).relu()
 
     return method
+
+
+def _with_folded_norms(model: nn.Module) -> nn.Module:
+    """Copy a model and move each batch normalisation into the convolution before it.
+
+    zennit's canonizer passes over normalisations that have modules inside, such as timm's with the rectifier.
+    """
+    own = copy.deepcopy(model)
+    for before, norm in pairwise([module for module in own.modules() if _has_weights(module)]):
+        if isinstance(before, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            mean, variance = norm.running_mean, norm.running_var
+            before.weight, before.bias = fuse_conv_bn_weights(
+                before.weight, before.bias, mean, variance, norm.eps, norm.weight, norm.bias
+            )
+            norm.eps = 0.0
+            with torch.no_grad():
+                for kept, value in ((mean, 0.0), (variance, 1.0), (norm.weight, 1.0), (norm.bias, 0.0)):
+                    kept.fill_(value)
+    return own
 
 
 def versions() -> Mapping[str, str]:

@@ -229,6 +229,16 @@ def test_max_sensitivity_of_a_single_image_gives_every_copy_its_class(network):
     torch.testing.assert_close(torch.cat(alone), both)
 
 
+def test_a_map_that_vanishes_for_another_class_is_as_different_as_an_unrelated_one():
+    images, target, varied = torch.zeros(3, 1, 4, 4), torch.zeros(3, dtype=torch.long), torch.rand(3, 4, 4)
+    void = torch.zeros(3, 4, 4)
+    varied[2, 0, 0] = math.nan
+    values = class_similarity(lambda _, classes: void, images, target, varied, classes=2)
+    assert values[:2].tolist() == [0, 0]
+    assert values[2].isnan()
+    assert class_similarity(lambda _, classes: varied, images, target, void, classes=2).isnan().all()
+
+
 def test_class_similarity_compares_with_one_other_class_for_all_images():
     maps = torch.rand(5, 6, 7)
     images, target = torch.zeros(3, 1, 6, 7), torch.tensor([0, 4, 2])

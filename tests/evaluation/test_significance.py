@@ -137,6 +137,16 @@ def test_a_method_is_better_only_if_the_corrected_test_says_so_too():
         standings(columns_of(rows_of(columns), "aopc"), reference="none")
 
 
+def test_a_mean_and_ranks_of_opposite_directions_settle_nothing():
+    differences = np.concatenate([np.linspace(-1.1, -0.9, 80), np.linspace(9, 11, 20)])
+    columns = {"reference": {"aopc": np.zeros(100)}, "other": {"aopc": differences}}
+    found = standings(columns_of(rows_of(columns), "aopc"), reference="reference")["other", "aopc"]
+    assert found.comparison.settled
+    assert found.comparison.difference > 0 > found.effect
+    assert found.p < 0.05
+    assert found.verdict == "open"
+
+
 def test_a_group_counts_once_and_too_few_are_not_tested():
     columns = {"reference": {"aopc": np.zeros(40)}, "other": {"aopc": np.ones(40)}}
     for size, tested in ((2, True), (4, False)):

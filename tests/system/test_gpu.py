@@ -42,6 +42,8 @@ def test_a_device_that_computes_something_else_does_not_pass(monkeypatch):
     found = device_checks.check("wrong", CPU, torch.float32)
     assert found.error == pytest.approx(0.02, rel=1e-5)
     assert not found.passed
+    monkeypatch.setattr(device_checks, "CHECKS", {"void": lambda numbers: [torch.ones(1), math.nan * torch.ones(1)]})
+    assert not device_checks.check("void", CPU, torch.float32).passed
     one, other = torch.tensor([0.0, 5.0]), torch.tensor([3.0, 4.0], dtype=torch.float64)
     assert device_checks.distance(one, other) == pytest.approx(math.sqrt(10) / 5)
     assert device_checks.distance(one, one.double()[:1]) == math.inf
@@ -87,7 +89,7 @@ def test_the_measurements_are_written_as_a_page_and_a_file(tmp_path, monkeypatch
     checks = {name: device_checks.CHECKS[name] for name in ("convolution, kept channels", "engine, hard masks")}
     monkeypatch.setattr(gpu, "CHECKS", checks)
     monkeypatch.setattr(gpu, "COLLECTING", 0.1)
-    options = ["--networks", "efficientnet_b0", "--batches", "1", "--minutes", "0.01", "--out", str(tmp_path)]
+    options = ["--networks", "efficientnet_b0", "--batches", "1", "--minutes", "1e-9", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--quick", *options])
     gpu.main()
     found = json.loads((tmp_path / "gpu.json").read_text())

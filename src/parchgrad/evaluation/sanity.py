@@ -221,7 +221,7 @@ def parameter_randomisation(
                 found[place] = RandomisationStep(
                     module=name,
                     seed=seed,
-                    spearman=spearman(before, after),
+                    spearman=_kept_order(before, after),
                     structural_similarity=structural_similarities(before, after),
                 )
         steps += [found[place] for place in places]
@@ -311,7 +311,8 @@ def class_similarity(
         seed: random seed of the other class.
 
     Returns:
-        Correlations in [-1, 1], shape (B,), float64; NaN where one map is constant or not finite.
+        Correlations in [-1, 1], shape (B,), float64; 0 where only the map of the other class is constant, NaN where
+        `heat` is constant or a map is not finite.
 
     Raises:
         SettingError: if `classes` is below 2.
@@ -325,7 +326,14 @@ def class_similarity(
     """
     check_whole_number("classes", classes, 2)
     step = torch.randint(1, classes, (), generator=torch.Generator().manual_seed(seed), device="cpu").item()
-    return spearman(heat, method(images, (target + int(step)) % classes).detach())
+    return _kept_order(heat, method(images, (target + int(step)) % classes).detach())
+
+
+def _kept_order(before: Tensor, after: Tensor) -> Tensor:
+    """Rank correlation (B,) of maps before and after a change; 0 where only the map after it is constant."""
+    constant = [(maps == maps.flatten(1)[:, :1, None]).flatten(1).all(dim=1) for maps in (before, after)]
+    found = spearman(before, after)
+    return found.masked_fill(~constant[0] & constant[1] & before.isfinite().flatten(1).all(dim=1), 0.0)
 
 
 def _parametrised(model: nn.Module) -> list[str]:

@@ -57,7 +57,8 @@ class Standing:
         p: p-value of Wilcoxon's signed-rank test with Holm's correction for all comparisons of the table, in [0, 1];
             NaN for fewer than 20 images.
         effect: rank-biserial correlation in [-1, 1], positive where the method is better; see `rank_biserial`.
-        verdict: `"better"` or `"worse"` only if the interval excludes zero and `p` is below the level, else `"open"`.
+        verdict: `"better"` or `"worse"` only if the interval excludes zero, `p` is below the level, and `effect` says
+            the same, else `"open"`.
     """
 
     comparison: Comparison
@@ -214,7 +215,12 @@ def standings(
                 compared[title, column] = found, _signed_rank_p(differences), effect, verdict_of(found, name)
     adjusted = holm([p for _, p, _, _ in compared.values()])
     return {
-        key: Standing(comparison=found, p=float(p), effect=effect, verdict=verdict if p < 1 - confidence else "open")
+        key: Standing(
+            comparison=found,
+            p=float(p),
+            effect=effect,
+            verdict=verdict if p < 1 - confidence and (effect > 0) == (verdict == "better") else "open",
+        )
         for (key, (found, _, effect, verdict)), p in zip(compared.items(), adjusted, strict=True)
     }
 
