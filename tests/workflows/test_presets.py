@@ -35,6 +35,8 @@ def test_the_leaderboard_has_its_methods_and_scores_on_100_images():
     found = read_settings(None, {**GIVEN, "scores": {"steps": 5}}, preset="leaderboard")
     assert (found.compare, found.data.count) == ("leaderboard", 100)
     assert found.scores == replace(LEADERBOARD_SCORES, steps=5)
+    with pytest.raises(SettingError, match="grid"):
+        read_settings(None, {**GIVEN, "grid": {"selectors": ["energy"]}}, preset="leaderboard")
 
 
 def test_a_file_goes_before_the_preset_and_overrides_before_both(tmp_path):

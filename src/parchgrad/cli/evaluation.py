@@ -228,7 +228,7 @@ def evaluate(
 
     Run the same command again to resume; finished settings are skipped.
 
-    With --preset, the report of each run is written into its folder.
+    With --preset, the report of each run is written into its folder, unless several processes share it.
 
     Several processes share the images: torchrun --nproc-per-node=2 -m parchgrad evaluate ...
     """

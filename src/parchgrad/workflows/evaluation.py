@@ -150,6 +150,11 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+        if self.compare == "leaderboard" and self.grid != Grid():
+            raise SettingError(
+                "`grid` has settings, but `compare` is 'leaderboard', whose methods have their own. "
+                "Leave the grid's settings out, or do without the preset."
+            )
         for name in ("weights", "classes"):
             if getattr(self, name) is not None and len(self.models) > 1:
                 raise SettingError(f"`{name}` belongs to a single `model`, but there are {len(self.models)}. Pass one.")
