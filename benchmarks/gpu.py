@@ -143,7 +143,7 @@ def measure(calls: Mapping[str, tuple[Call, int]], device: torch.device, seconds
             # Not in the handler, where the exception still holds the tensors of the call.
             torch.cuda.empty_cache()
     left = (end - time.perf_counter()) / sum(costs.values()) if costs else 0.0
-    # The calls above count as a round if there is no time for another.
+    # Without time for a round, the calls above are one.
     rounds = min(MOST_ROUNDS, max(0, int(left)))
     times = {name: [] if rounds else [cost] for name, cost in costs.items()}
     names = list(costs)
